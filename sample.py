@@ -1,0 +1,207 @@
+"""Pictures from a trained model: from nothing, for a label, or into the holes of your own pictures.
+
+    python sample.py out/RUN                                                    64 pictures in one PNG
+    python sample.py out/RUN --gif                                              and how they come about
+    python sample.py out/RUN --label star --guidance 2                          after training with --labels
+    python sample.py out/RUN --image a.png b.png --box 8,8,24,24 0,0,16,32      paint each picture's box anew; --outside: all but the box
+    python sample.py out/RUN --n 50000 --npz samples.npz                        for FID tools; --png-dir DIR for those that read PNG files
+
+Picture i depends on the weights, --seed and i, not on --n or --batch.
+"""
+import dataclasses
+import os
+import pathlib
+import zipfile
+
+import numpy
+import PIL.Image
+import torch
+import tqdm
+
+import unified
+from unified import UserError, option
+
+
+@dataclasses.dataclass
+class Config:
+    run: str = option(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
+    n: int = option(None, "pictures; 64, or 6 for each --image")
+    batch: int = option(64, "pictures computed at once")
+    steps: int = option(12, "rounds of decoding")
+    temperature: float = option(4.5, "of the noise on the confidence; more is more varied, less is cleaner")
+    seed: int = option(0, "another one gives other pictures")
+    label: str = option("", "class name or number; several with commas take turns, all takes every class in turn")
+    guidance: float = option(1.0, "how much to exaggerate what the label changes; 1 is not at all")
+    image: str = option([], "pictures to paint into, centre-cropped to the model's size", nargs="+")
+    box: str = option([], "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
+    outside: bool = option(False, "keep the box and paint all around it")
+    reconstruct: bool = option(False, "only send each --image through the tokenizer and back")
+    gif: bool = option(False, "also write the decoding as a film")
+    npz: str = option("", "also write all pictures to this file, as arr_0, uint8 (N, S, S, 3)")
+    png_dir: str = option("", "also write each picture to this folder; one that is half full is continued")
+    out: str = option("", "the PNG to write, if not samples-<seed>.png in the run's folder")
+    overwrite: bool = option(False, "replace files that are there")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+
+
+GRID = 64                                                                                   # pictures in the PNG and the film
+
+
+def check(cfg):
+    """Refuse what makes no sense together."""
+    for name in ("n", "batch", "steps"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
+            raise UserError(f"--{name} must be positive, not {getattr(cfg, name)}")
+    if cfg.reconstruct and not cfg.image:
+        raise UserError("--reconstruct needs pictures; name them with --image")
+    if cfg.image and not cfg.box and not cfg.reconstruct:
+        raise UserError("--image needs a hole to paint; say --box x0,y0,x1,y1, or --reconstruct")
+    if (cfg.box or cfg.outside) and not cfg.image:
+        raise UserError("--box and --outside are about your own pictures; name them with --image")
+    if cfg.image and (cfg.npz or cfg.png_dir):
+        raise UserError("--npz and --png-dir are for pictures from nothing; leave --image out")
+    if len(cfg.box) not in (0, 1, len(cfg.image)):
+        raise UserError(f"{len(cfg.box)} boxes for {len(cfg.image)} pictures; give one, or one for each")
+
+
+def target(cfg, kind):
+    """Where the PNG goes; refuses to overwrite."""
+    run = pathlib.Path(cfg.run)
+    path = pathlib.Path(cfg.out) if cfg.out else (run if run.is_dir() else run.parent) / f"{kind}-{cfg.seed}.png"
+    for p in (path, *([path.with_suffix(".gif")] if cfg.gif else []), *([pathlib.Path(cfg.npz)] if cfg.npz else [])):
+        if p.exists() and not cfg.overwrite:
+            raise UserError(f"{p} is there already; --overwrite replaces it, --out takes another name, --seed other pictures")
+        if not p.parent.is_dir():
+            raise UserError(f"there is no folder {p.parent} to write {p.name} to")
+    return path
+
+
+def class_numbers(cfg, model, names):
+    """--label -> class numbers, picture i gets number i modulo their count; None without a label."""
+    if not cfg.label:
+        if cfg.guidance != 1:
+            raise UserError(f"--guidance {cfg.guidance:g} exaggerates a label; add --label")
+        return None
+    if not names:
+        raise UserError(f"--label {cfg.label}: {cfg.run} was trained without labels; train.py --labels makes one that takes them")
+    wanted = names if cfg.label == "all" else cfg.label.split(",")
+    for name in wanted:
+        if name not in names and not (name.isdigit() and int(name) < len(names)):
+            raise UserError(f"--label {name} is no class; they are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}, or 0 to {len(names) - 1}")
+    return torch.tensor([names.index(name) if name in names else int(name) for name in wanted])
+
+
+def hole(box, size, outside):
+    """'x0,y0,x1,y1' -> bool (size, size), True = to be painted."""
+    try:
+        x0, y0, x1, y1 = (int(v) for v in box.split(","))
+        assert 0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size
+    except (ValueError, AssertionError):
+        raise UserError(f"--box {box} is not x0,y0,x1,y1 with 0 <= x0 < x1 <= {size} and 0 <= y0 < y1 <= {size}")
+    mask = torch.full((size, size), outside)
+    mask[y0:y1, x0:x1] = not outside
+    return mask
+
+
+def generate(model, cfg, index, labels=None, **known):
+    """Pictures with the numbers index (n,), as the states of their decoding: yields after each step."""
+    index = index.to(cfg.device)
+    seeds = (cfg.seed << 32) + index
+    labels = None if labels is None else labels.to(cfg.device)[index % len(labels)]
+    return model.sample_steps(len(index), cfg.steps, temperature=cfg.temperature, guidance=cfg.guidance, labels=labels, seeds=seeds, **known)
+
+
+def pictures(model, cfg, index, labels):
+    """Pictures with the numbers index (n,), --batch at a time: yields their numbers and pixels (B, 3, S, S), on the CPU."""
+    with tqdm.tqdm(total=len(index), unit="picture", dynamic_ncols=True) as bar:
+        for part in index.split(cfg.batch):
+            *_, state = generate(model, cfg, part, labels)
+            yield part, model.render(state).cpu()
+            bar.update(len(part))
+
+
+def write_film(path, frames, columns):
+    """Frames (n, 3, S, S) in [0, 1] -> a GIF of the grid, three frames a second, the last one held."""
+    sheets = [unified.grid(x, columns, 512) for x in frames]
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=[330] * (len(sheets) - 1) + [2500], loop=0)
+
+
+def write_grid(path, model, cfg, labels):
+    """The first pictures as one PNG, and with --gif their decoding."""
+    x = torch.cat([x for _, x in pictures(model, cfg, torch.arange(min(cfg.n, GRID)), labels)])
+    unified.grid(x).save(path)
+    if cfg.gif:
+        states = generate(model, cfg, torch.arange(min(cfg.n, GRID)), labels)
+        write_film(path.with_suffix(".gif"), [model.render(s).cpu() for s in states], 8)
+
+
+def write_npz(path, model, cfg, labels):
+    """All pictures, streamed into an .npz, so that 50,000 need no memory; complete or not there."""
+    new, shape = path.with_name(path.name + ".tmp"), (cfg.n, model.image_size, model.image_size, 3)
+    with zipfile.ZipFile(new, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        numpy.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for _, x in pictures(model, cfg, torch.arange(cfg.n), labels):
+            file.write(unified.to_uint8(x).tobytes())
+    os.replace(new, path)
+
+
+def write_pngs(folder, model, cfg, labels):
+    """All pictures as 000000.png, 000001.png, ...; those that are there are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = torch.tensor([i for i in range(cfg.n) if cfg.overwrite or not (folder / f"{i:06d}.png").exists()], dtype=torch.long)
+    for index, x in pictures(model, cfg, missing, labels) if len(missing) else ():
+        for i, tile in zip(index.tolist(), unified.to_uint8(x)):
+            PIL.Image.fromarray(tile).save(folder / "unfinished", "PNG")
+            os.replace(folder / "unfinished", folder / f"{i:06d}.png")
+
+
+def write_painted(path, model, cfg, labels):
+    """A row for each --image: as it is, with its hole, and n times painted."""
+    size = model.image_size
+    x = torch.stack([unified.read_image(p, size) for p in cfg.image]).to(cfg.device)
+    boxes = cfg.box if len(cfg.box) == len(x) else cfg.box * len(x)
+    mask = torch.stack([hole(box, size, cfg.outside) for box in boxes]).to(cfg.device)
+    known, holes = x.repeat_interleave(cfg.n, 0), mask.repeat_interleave(cfg.n, 0)
+    rows, films = [], []
+    for part in tqdm.tqdm(torch.arange(len(known)).split(cfg.batch), unit="batch", dynamic_ncols=True):
+        states = list(generate(model, cfg, part, labels, known=known[part.to(cfg.device)], mask=holes[part.to(cfg.device)]))
+        films.append(torch.stack([model.render(s).cpu() for s in (states if cfg.gif else states[-1:])]))
+    film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                                # (steps, images, n, 3, S, S)
+    left = torch.stack([x, torch.where(mask[:, None], 0.5, x)], 1).cpu()
+    frames = [torch.cat([left, frame], 1).flatten(0, 1) for frame in film]
+    unified.grid(frames[-1], cfg.n + 2).save(path)
+    if cfg.gif:
+        write_film(path.with_suffix(".gif"), frames, cfg.n + 2)
+
+
+def write_reconstructed(path, model, cfg):
+    """Each --image beside what its ids keep of it."""
+    x = torch.stack([unified.read_image(p, model.image_size) for p in cfg.image])
+    with torch.no_grad():
+        y = model.vqgan.decode(model.vqgan.encode(x.to(cfg.device))).clamp(0, 1).cpu()
+    unified.grid(torch.stack([x, y], 1).flatten(0, 1), 2).save(path)
+
+
+def main():
+    cfg = unified.parse(Config, __doc__.split("\n")[0])
+    check(cfg)
+    model, config = unified.load_model(cfg.run)
+    model.to(cfg.device)
+    cfg.n = cfg.n or (6 if cfg.image else 64)
+    labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
+    path = target(cfg, "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples")
+    if cfg.reconstruct:
+        write_reconstructed(path, model, cfg)
+    elif cfg.image:
+        write_painted(path, model, cfg, labels)
+    else:
+        write_grid(path, model, cfg, labels)
+        if cfg.npz:
+            write_npz(pathlib.Path(cfg.npz), model, cfg, labels)
+        if cfg.png_dir:
+            write_pngs(pathlib.Path(cfg.png_dir), model, cfg, labels)
+    print(f"wrote {path}" + (f", {path.with_suffix('.gif')}" if cfg.gif and not cfg.reconstruct else ""))
+
+
+if __name__ == "__main__":
+    unified.run_script(main)

@@ -1,0 +1,1595 @@
+"""The proof of unified.py, in the same order: read the two side by side. A test is named after the sentence that it proves.
+
+Tests with `golden` in their names compare with numbers that the authors' own code computed on tiny networks: assets/golden/mage.pt
+and vqgan.pt, or files of the same form in the folder $UNIFIED_GOLDEN. All sizes come from the file, none from here.
+The other tests need nothing but this folder: no data, no network, no GPU.  Run: python -m pytest -q
+"""
+import argparse
+import ast
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import pickle
+import sys
+import tarfile
+import types
+
+import numpy
+import PIL.Image
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+import torch.nn as nn
+import torch.nn.functional as F
+
+import probe
+import unified
+
+HERE = pathlib.Path(__file__).parent
+GOLDEN = pathlib.Path(os.environ.get("UNIFIED_GOLDEN", HERE / "assets/golden"))
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# What the tests share: how near is near, the golden files, and networks small enough to run a hundred times
+
+
+def assert_close(ours, theirs, rtol=1e-4):
+    """Same shape, and no element further off than rtol of the largest magnitude. (A NaN is further off than anything.)"""
+    ours, theirs = (torch.as_tensor(v).detach().double() for v in (ours, theirs))
+    assert ours.shape == theirs.shape
+    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    assert error <= rtol * scale, f"off by {error:.3g} where the largest magnitude is {scale:.3g}"
+
+
+def golden(name):
+    """A golden file's config, state_dict, inputs and outputs, as attributes."""
+    return types.SimpleNamespace(**torch.load(GOLDEN / f"{name}.pt", weights_only=True))
+
+
+def golden_vqgan():
+    g = golden("vqgan")
+    vqgan = unified.VQGAN(**unified.published_tokenizer(g.state_dict))
+    vqgan.load_state_dict(g.state_dict)
+    return g, vqgan.eval()
+
+
+def golden_mage():
+    """The golden file, our model with its weights, and the names it holds that our model does not have."""
+    g = golden("mage")
+    config, state, dead = unified.published_mage(g.state_dict, heads=(g.config["num_heads"], g.config["decoder_num_heads"]))
+    if g.config["fake_class_label"] != 1100:                                                # 1100 is what published_mage must know itself
+        config["fake_class"] = g.config["fake_class_label"] - g.config["codebook_size"]
+    model = unified.build(config)
+    model.load_state_dict(state)
+    return g, model.eval(), dead
+
+
+def tokenizer(levels=3, codes=32, seed=0):
+    """A VQGAN with fresh weights; stride 4 unless said otherwise."""
+    torch.manual_seed(seed)
+    return unified.VQGAN(codes, 8, 8, [1] * levels, 1, groups=4).eval()
+
+
+def mage(image_size=16, vqgan=None, sharp=False, **options):
+    """A fresh MAGE in eval mode; 4 x 4 ids below 32 unless said otherwise. sharp: larger words, so that its guesses differ."""
+    vqgan = vqgan or tokenizer()
+    torch.manual_seed(1)
+    sizes = dict(width=32, depth=2, heads=4, decoder_width=24, decoder_depth=2, decoder_heads=3)
+    model = unified.MAGE(vqgan, image_size, **sizes, **options).eval()
+    if sharp:
+        nn.init.normal_(model.token_emb.word_embeddings.weight)
+    return model
+
+
+def some_ids(model, n=4, seed=2):
+    return torch.randint(model.codes, (n, model.length), generator=torch.Generator().manual_seed(seed))
+
+
+def some_noise(*shape, seed=3):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_pictures(n=4, side=16, seed=4):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("this must not run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 0. The file itself
+
+
+def test_no_function_is_longer_than_a_screen():
+    for node in ast.walk(ast.parse((HERE / "unified.py").read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_unified_needs_four_packages_only():
+    imports = [n for n in ast.walk(ast.parse((HERE / "unified.py").read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {name.split(".")[0] for n in imports for name in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])}
+    assert names - set(sys.stdlib_module_names) == {"torch", "numpy", "PIL", "tqdm"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 1. Attention
+
+
+def both_attentions(x, **options):
+    """Output and gradients of the fused attention and of the equation, with the same weights."""
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer, x = unified.Attention(x.size(-1), 4, fused=fused, **options), x.detach().requires_grad_()
+        y = layer(x)
+        yield [y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), [x, *layer.parameters()])]
+
+
+def test_fused_attention_is_the_equation():
+    for fused, spelled_out in zip(*both_attentions(torch.randn(2, 9, 32))):
+        assert_close(fused, spelled_out, 1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bfloat16 attention on a GPU needs a GPU")
+def test_attention_in_bfloat16_on_a_gpu_is_the_equation_in_float32():
+    layer, x = unified.Attention(128, 4).cuda(), torch.randn(4, 257, 128, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        fused = layer(x)
+    layer.fused = False
+    assert_close(fused, layer(x), 2e-2)
+
+
+def test_attention_refuses_a_width_that_heads_do_not_divide():
+    with pytest.raises(ValueError, match="30.*4"):
+        unified.Attention(30, 4)
+
+
+def test_a_block_does_not_know_the_order_of_its_tokens():
+    torch.manual_seed(0)
+    block, x, order = unified.Block(32, 4), torch.randn(2, 9, 32), torch.randperm(9)
+    assert_close(block(x)[:, order], block(x[:, order]), 1e-5)
+
+
+def test_dropout_acts_in_five_places_in_training_and_nowhere_otherwise(monkeypatch):
+    rates, dropout, attention = [], F.dropout, F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, *a: rates.append(p * training) or dropout(x, p, training, *a))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, dropout_p, **k: rates.append(dropout_p) or attention(*a, **k))
+    model = mage()
+    model(some_ids(model))
+    assert not any(rates)
+    rates.clear()
+    model.train()(some_ids(model))
+    assert [r for r in rates if r] == [0.1] * (1 + 4 * 4)              # the embedding; four in each of 2 + 2 blocks
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 2. The tokenizer
+
+
+def test_golden_tokenizer_sizes_are_read_off_the_shapes():
+    g, vqgan = golden_vqgan()
+    config, official = unified.published_tokenizer(g.state_dict), g.config["ddconfig"]
+    assert [config[k] for k in ("ch", "ch_mult", "blocks")] == [official[k] for k in ("ch", "ch_mult", "num_res_blocks")]
+    assert [config[k] for k in ("codebook_size", "codebook_dim")] == [g.config[k] for k in ("n_embed", "embed_dim")]
+    assert vqgan.stride == g.inputs["image"].size(-1) // g.outputs["indices"].size(-1)
+
+
+def test_golden_tokenizer_turns_pictures_into_ids():
+    g, vqgan = golden_vqgan()
+    assert_close(vqgan.encoder(g.inputs["image"]), g.outputs["pre_quant"])
+    assert vqgan.encode(g.inputs["image"]).equal(g.outputs["indices"])
+
+
+def test_golden_tokenizer_turns_ids_into_pictures():
+    g, vqgan = golden_vqgan()
+    codes = vqgan.quantize.lookup(g.outputs["indices"])
+    rounded = unified.straight_through(vqgan.encoder(g.inputs["image"]), codes)
+    assert codes.equal(g.outputs["codebook_entry"])
+    assert_close(rounded, g.outputs["quant_straight_through"])
+    assert_close(vqgan.decoder(rounded), g.outputs["reconstruction"])
+    assert_close(vqgan.decode(g.outputs["indices"]), g.outputs["decode_from_indices"])
+    assert_close(vqgan.decode(g.inputs["random_indices"]), g.outputs["decode_random_indices"])
+
+
+def test_golden_quantiser_loss_and_its_gradients():
+    g, vqgan = golden_vqgan()
+    seen = []
+    vqgan.encoder.register_forward_hook(lambda module, args, z: seen.append(z))
+    logs = unified.TokenizerTraining(vqgan)(g.inputs["image"])[1]
+    # The legacy form has beta on the codebook's term; TokenizerTraining weighs them the right way round.
+    weights = (1.0, g.config["beta"]) if g.config["legacy"] else (g.config["beta"], 1.0)
+    loss = weights[0] * logs["commitment"] + weights[1] * logs["codebook"]
+    assert_close(loss, g.outputs["quantizer_loss"])
+    rounded = unified.straight_through(seen[0], vqgan.quantize.lookup(g.outputs["indices"]))
+    loss = loss + (rounded * g.inputs["grad_upstream"]).sum()
+    grad_z, grad_codebook = torch.autograd.grad(loss, [seen[0], vqgan.quantize.embedding.weight])
+    assert_close(grad_z, g.outputs["grad_z"])
+    assert_close(grad_codebook, g.outputs["grad_codebook"])
+
+
+def test_golden_reconstruction_error_is_what_the_tokenizer_trains_on():
+    g, vqgan = golden_vqgan()
+    logs, error = unified.TokenizerTraining(vqgan)(g.inputs["image"])[1], g.outputs["reconstruction"] - g.inputs["image"]
+    assert_close(logs["l1"], error.abs().mean())
+    assert_close(logs["l2"], (error ** 2).mean())
+
+
+def test_where_the_width_changes_the_output_goes_through_the_shortcut():
+    torch.manual_seed(0)
+    same, wider, x = unified.ResBlock(8, 8, 4), unified.ResBlock(8, 16, 4), torch.randn(2, 8, 5, 5)
+    branch = [b.conv2(F.silu(b.norm2(b.conv1(F.silu(b.norm1(x)))))) for b in (same, wider)]
+    assert_close(same(x), branch[0] + x, 1e-6)
+    assert_close(wider(x), branch[1] + wider.nin_shortcut(branch[1]), 1e-6)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_the_stride_follows_from_the_levels(levels):
+    vqgan, x = tokenizer(levels), some_pictures(2, 16)
+    assert vqgan.stride == 2 ** (levels - 1)
+    assert vqgan.encode(x).shape == (2, 16 // vqgan.stride, 16 // vqgan.stride)
+    assert vqgan.decode(vqgan.encode(x)).shape == x.shape
+
+
+def test_every_position_gets_its_nearest_code():
+    vqgan, x = tokenizer(), some_pictures()
+    z, codes = vqgan.encoder(x), vqgan.quantize.embedding.weight
+    nearest = (z.movedim(1, -1)[..., None, :] - codes).norm(dim=-1).argmin(-1)              # every difference written out
+    assert vqgan.encode(x).equal(nearest) and len(nearest.unique()) > 8
+    assert vqgan.quantize.lookup(nearest).movedim(1, -1).equal(codes[nearest])
+
+
+def test_distances_stay_in_float32_under_autocast():
+    vqgan = tokenizer()
+    z = vqgan.encoder(some_pictures())
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = vqgan.quantize.distances(z)
+    assert lower.dtype == torch.float32 and lower.equal(vqgan.quantize.distances(z))
+
+
+def test_straight_through_has_the_value_of_the_code_and_the_gradient_of_z():
+    z, codes = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4, requires_grad=True)
+    y = unified.straight_through(z, codes)
+    y.square().sum().backward()
+    assert_close(y, codes, 1e-6)
+    assert_close(z.grad, 2 * codes, 1e-6)
+    assert codes.grad is None
+
+
+def test_entropy_gap_lies_between_minus_ln_k_and_zero():
+    K = 16
+    undecided, all_the_same = torch.zeros(64, K), F.one_hot(torch.zeros(64).long(), K) * -1.0
+    each_its_own = F.one_hot(torch.arange(64) % K, K) * -1.0
+    assert abs(unified.entropy_gap(undecided)) < 1e-3                  # no position is sure
+    assert abs(unified.entropy_gap(all_the_same)) < 1e-3               # all are sure of the same code
+    assert abs(unified.entropy_gap(each_its_own) + math.log(K)) < 1e-3                      # sure, and all codes in use: the best
+    assert -math.log(K) < unified.entropy_gap(torch.rand(64, K) * 0.05) < 0
+
+
+def test_commitment_moves_the_encoder_and_the_codebook_term_moves_the_codes():
+    training = unified.TokenizerTraining(tokenizer())
+    logs = training(some_pictures())[1]
+    z, codes = training.vqgan.encoder.conv_out.weight, training.vqgan.quantize.embedding.weight
+    for term, moved in [("commitment", (True, False)), ("codebook", (False, True)), ("l1", (True, False)), ("l2", (True, False))]:
+        grads = torch.autograd.grad(logs[term], [z, codes], retain_graph=True, allow_unused=True)
+        assert tuple(g is not None and g.abs().max().item() > 0 for g in grads) == moved, term
+    assert training.WEIGHTS["commitment"] < training.WEIGHTS["codebook"]                    # not the legacy form
+
+
+def test_generator_and_discriminator_do_not_touch_each_other():
+    training = unified.TokenizerTraining(tokenizer())
+    logs = training(some_pictures(), adversarial=0.8)[1]
+    names = [k for k, _ in training.named_parameters()]
+    for term, owner in [("generator", "vqgan."), ("discriminator", "discriminator.")]:
+        grads = torch.autograd.grad(logs[term], list(training.parameters()), retain_graph=True, allow_unused=True)
+        touched = {k.split(".")[0] + "." for k, g in zip(names, grads) if g is not None and g.abs().max() > 0}
+        assert touched == {owner}
+
+
+def test_the_adversarial_gradient_is_as_long_as_the_reconstructions():
+    training = unified.TokenizerTraining(tokenizer())
+    logs, last = training(some_pictures(), adversarial=0.8)[1], training.vqgan.decoder.conv_out.weight
+    lengths = [torch.autograd.grad(t, last, retain_graph=True)[0].norm() for t in (logs["generator"], logs["l1"] + logs["l2"])]
+    assert_close(*lengths, 1e-2)
+
+
+def test_the_tokenizers_loss_is_the_weighted_sum_of_its_terms():
+    training = unified.TokenizerTraining(tokenizer())
+    loss, logs = training(some_pictures(), adversarial=0.8)
+    weights = {**training.WEIGHTS, "generator": 0.8, "discriminator": 1.0}
+    assert_close(loss, sum(weights[k] * logs[k] for k in weights), 1e-6)
+    assert "generator" not in training(some_pictures())[1]              # during the warm-up the discriminator does not even run
+
+
+def trained_tokenizer(entropy, monkeypatch):
+    """60 steps on 64 shapes of 16 x 16 pixels: errors of the first and the last step, and how many of 64 codes are used."""
+    monkeypatch.setitem(unified.TokenizerTraining.WEIGHTS, "entropy", entropy)
+    x = unified.draw_shapes(torch.arange(64), 16)[0].float() / 255
+    training = unified.TokenizerTraining(tokenizer(codes=64))
+    optimizer, errors = torch.optim.Adam(training.parameters(), 3e-3), []
+    for _ in range(60):
+        loss, logs = training(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(logs["l2"].item())
+    return errors[0], errors[-1], len(training.vqgan.encode(x).unique())
+
+
+def test_training_lowers_the_error_and_the_entropy_term_brings_codes_into_use(monkeypatch):
+    first, last, used = trained_tokenizer(unified.TokenizerTraining.WEIGHTS["entropy"], monkeypatch)
+    assert last < first / 10
+    assert used > 1.5 * trained_tokenizer(0.0, monkeypatch)[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 3. What is hidden, and random numbers by name
+
+
+def test_the_hidden_share_follows_the_truncated_normal_law():
+    quantiles = {.01: .50347, .05: .51726, .10: .53437, .25: .58557, .50: .67567, .75: .78681, .90: .88478, .95: .93232, .99: .98377}
+    share = unified.truncated_normal(torch.tensor(list(quantiles)))
+    assert (share - torch.tensor(list(quantiles.values()))).abs().max() < 1e-5              # scipy.stats.truncnorm, five digits
+    spread = unified.truncated_normal((torch.arange(100_000).double() + 0.5) / 100_000)
+    assert abs(spread.mean() - 0.69360) < 1e-5 and abs(spread.std() - 0.12859) < 1e-5
+    assert_close(unified.truncated_normal(torch.tensor([0.0, 1.0])), [0.5, 1.0], 1e-6)
+    assert spread.min() >= 0.5 and spread.max() <= 1.0
+
+
+def test_ranks_are_places_in_the_sorted_row():
+    assert unified.ranks(torch.tensor([[0.3, 0.1, 0.2], [5.0, 5.0, 1.0]])).tolist() == [[2, 0, 1], [1, 2, 0]]
+    noise = some_noise(3, 50)
+    for n in (0, 17, 50):
+        smallest = unified.ranks(noise) < n
+        assert (smallest.sum(1) == n).all()
+        assert n in (0, 50) or noise[smallest].view(3, -1).amax(1).lt(noise[~smallest].view(3, -1).amin(1)).all()
+
+
+def counts_of(initial, steps):
+    """hidden_left after each step, for pictures that start with different numbers of hidden ids."""
+    counts = [torch.tensor(initial)]
+    for step in range(steps):
+        counts.append(unified.hidden_left(counts[0], counts[-1], step, steps))
+    return torch.stack(counts[1:]).T.tolist()
+
+
+def test_hidden_ids_fall_along_the_cosine():
+    assert counts_of([256], 12) == [[253, 247, 236, 221, 203, 181, 155, 128, 97, 66, 33, 1]]
+    assert counts_of([256], 20) == [[255, 252, 248, 243, 236, 228, 218, 207, 194, 181, 166, 150, 133, 116, 97, 79, 59, 40, 20, 1]]
+
+
+def test_hidden_ids_are_counted_picture_by_picture():
+    together = counts_of([256, 40, 3, 1, 0], 8)
+    assert together == [counts_of([n], 8)[0] for n in (256, 40, 3, 1, 0)]
+    assert together[2] == [2, 1, 1, 1, 1, 1, 1, 1]                     # always one less, never none before the end
+    assert together[3:] == [[1] * 8, [0] * 8]
+
+
+def test_mix_is_murmurs():
+    def murmur(x):
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+    values = [0, 1, 2**31, 2**32 - 1, 0xDEADBEEF]
+    assert murmur(1) == 0x514E28B7                                      # a published test value
+    assert unified.mix(torch.tensor(values)).tolist() == [murmur(v) for v in values]
+
+
+def test_a_random_number_depends_on_seed_draw_and_position_only():
+    seeds = torch.tensor([5, -3, 2**40 + 5, 7])
+    u = unified.uniform(seeds, 3, 10)
+    assert unified.uniform(seeds[2:3], 3, 10).equal(u[2:3])             # alone or in company
+    assert unified.uniform(seeds, 3, 4).equal(u[:, :4])                 # however many are asked for
+    everything = torch.cat([unified.uniform(seeds, draw, 10).flatten() for draw in range(50)])
+    assert len(everything.unique()) > 0.999 * len(everything)           # every other name gives another number
+
+
+def test_random_numbers_lie_strictly_between_zero_and_one(monkeypatch):
+    for bits in (0, 0xFFFFFFFF):                                        # the most extreme hashes there are
+        monkeypatch.setattr(unified, "mix", lambda x, bits=bits: torch.full_like(x, bits))
+        u = unified.uniform(torch.zeros(1, dtype=torch.long), 0, 1)
+        assert 0 < u.item() < 1 and unified.gumbel(u).isfinite().all()
+
+
+def test_random_numbers_look_uniform_and_independent():
+    u = torch.stack([unified.uniform(torch.arange(64), draw, 64) for draw in range(64)])     # (draw, seed, position)
+    counts = torch.histc(u, 256, 0, 1)
+    assert ((counts - 1024) ** 2 / 1024).sum() < 255 + 4 * math.sqrt(2 * 255)               # chi-square, four deviations
+    for dim in range(3):
+        neighbours = torch.stack([u.narrow(dim, 0, 63).flatten(), u.narrow(dim, 1, 63).flatten()])
+        assert abs(neighbours.corrcoef()[0, 1]) < 4 / math.sqrt(neighbours.size(1))
+
+
+def test_gumbel_noise_has_gumbels_distribution():
+    u = (torch.arange(1000).double() + 0.5) / 1000
+    g = unified.gumbel(u)
+    assert_close((-(-g).exp()).exp(), u, 1e-9)
+    assert abs(g.mean() - 0.5772) < 0.01                                # Euler's constant
+
+
+def test_categorical_draws_follow_their_distribution():
+    p, u = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]), (torch.arange(1000) + 0.5) / 1000
+    counts = torch.bincount(unified.categorical(p.expand(1000, -1), u), minlength=6)
+    assert (counts - 1000 * p).abs().max() <= 1                         # rounding of the last draw of a category
+    assert (counts[p == 0] == 0).all()
+    extreme = unified.categorical(p.expand(2, -1), torch.tensor([2**-24, 1 - 2**-24]))
+    assert extreme.tolist() == [1, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 4. MAGE: training
+
+
+def test_golden_model_sizes_are_read_off_the_file():
+    g, model, _ = golden_mage()
+    c = g.config
+    assert [model.image_size, model.grid, model.length] == [c[k] for k in ("img_size", "grid", "seq_len")]
+    ids = [model.codes, model.fake_id, model.mask_id, model.mask_id + 1]
+    assert ids == [c[k] for k in ("codebook_size", "fake_class_label", "mask_token_label", "vocab_size")]
+    sizes = [(c["embed_dim"], c["grid"], c["grid"])] * c["depth"] + [(c["decoder_embed_dim"], c["grid"], c["grid"])] * c["decoder_depth"]
+    assert list(model.layers.values()) == sizes and model.best_layer == c["depth"]
+    heads = [b.attn.heads for b in [*model.blocks, *model.decoder_blocks]]
+    assert heads == [c["num_heads"]] * c["depth"] + [c["decoder_num_heads"]] * c["decoder_depth"]
+    assert {m.eps for k, m in model.named_modules() if isinstance(m, nn.LayerNorm) and k != "mlm_layer.ln"} == {c["norm_eps"]}
+    assert model.mlm_layer.ln.eps == c["mlm_ln_eps"]
+
+
+def golden_step():
+    """The golden training step, piece by piece: file, model, and what hide() answers."""
+    g, model, _ = golden_mage()
+    return g, model, *model.hide(g.inputs["image"], g.inputs["mask_rate"], g.inputs["noise"])
+
+
+def test_golden_ids_and_masks():
+    g, model, ids, mask, keep = golden_step()
+    dropped = torch.ones_like(mask).scatter(1, keep, False)
+    assert ids.equal(g.outputs["gt_indices"])
+    assert F.pad(mask, (1, 0)).equal(g.outputs["token_all_mask"].bool())                    # column 0 is the class: never hidden
+    assert F.pad(dropped, (1, 0)).equal(g.outputs["token_drop_mask"].bool())
+    words = model.words(ids, mask)
+    assert torch.cat([words[:, :1], words[:, 1:].gather(1, keep)], 1).equal(g.outputs["encoder_input_ids"])
+
+
+def test_golden_latent_and_logits():
+    g, model, ids, mask, keep = golden_step()
+    latent = model.encode(model.words(ids, mask), keep)
+    assert_close(latent, g.outputs["latent"])
+    x = model.decoder_input(latent, mask, keep)
+    for block in model.decoder_blocks:
+        x = block(x)
+    everything = model.head(x, g.config["vocab_size"])                                      # all words, all positions
+    assert_close(everything[:, g.inputs["logit_positions"]], g.outputs["logits_at_positions"])
+    assert_close(everything[..., :model.codes].logsumexp(-1), g.outputs["logits_codebook_logsumexp"])
+    codes = model.decode(latent, mask, keep)
+    assert_close(codes, everything[:, 1:, :model.codes], 1e-5)
+    assert_close(codes.gather(2, ids[..., None])[..., 0], g.outputs["logits_at_target"])
+
+
+@functools.cache
+def golden_gradients():
+    """Loss and gradients of the golden batch: file, loss, {name: gradient or None}, names our model does not have."""
+    g, model, dead = golden_mage()
+    loss, _ = model(g.inputs["image"], rate=g.inputs["mask_rate"], noise=g.inputs["noise"])
+    loss.backward()
+    return g, loss.detach(), {k: p.grad for k, p in model.named_parameters()}, dead
+
+
+def test_golden_loss():
+    g, loss, _, _ = golden_gradients()
+    assert_close(loss, g.outputs["loss"])
+
+
+def test_golden_gradient_norms():
+    g, _, grads, _ = golden_gradients()
+    ours = {k: grad.norm().item() for k, grad in grads.items() if grad is not None}
+    assert ours == pytest.approx(g.outputs["grad_norms"], rel=1e-4, abs=0)                  # one by one; the names must agree too
+
+
+def test_golden_parameters_without_gradient():
+    g, _, grads, dead = golden_gradients()
+    dead = [k for k in dead if g.state_dict[k].is_floating_point()]                         # position_ids is a buffer, no parameter
+    assert set(dead) <= set(unified.DEAD)
+    assert sorted([k for k, grad in grads.items() if grad is None] + dead) == sorted(g.outputs["params_without_grad"])
+
+
+def test_golden_word_rows_with_gradient():
+    g, _, grads, _ = golden_gradients()
+    rows = grads["token_emb.word_embeddings.weight"].abs().sum(1).nonzero().flatten()
+    assert rows.equal(g.outputs["word_embedding_rows_with_grad"])
+
+
+def test_golden_constants_are_those_written_into_unified():
+    written = dict(label_smoothing=0.1, mask_ratio_min=0.5, mask_ratio_max=1.0, mask_ratio_mu=0.55, mask_ratio_std=0.25, mlp_ratio=4)
+    assert {k: golden("mage").config[k] for k in written} == written
+
+
+def test_only_hidden_tokens_are_scored():
+    model = mage()
+    ids, mask, _ = model.hide(some_ids(model), 0.6, some_noise(4, 16))
+    logits = torch.randn(4, 16, model.codes, requires_grad=True)
+    model.decode = lambda *args: logits
+    loss, _ = model(ids, rate=0.6, noise=some_noise(4, 16))
+    loss.backward()
+    assert (logits.grad[~mask] == 0).all() and (logits.grad[mask] != 0).all()
+    assert_close(loss, F.cross_entropy(logits[mask], ids[mask], label_smoothing=0.1), 1e-6)
+
+
+def test_hidden_ids_cannot_be_read():
+    model = mage(sharp=True)
+    x, noise = some_ids(model), some_noise(4, 16)
+    mask = model.hide(x, 0.6, noise)[1]
+
+    def guess(x):
+        ids, mask, keep = model.hide(x, 0.6, noise)
+        return model.decode(model.encode(model.words(ids, mask), keep), mask, keep)
+    other = (x + 1) % model.codes
+    assert guess(torch.where(mask, other, x)).equal(guess(x))
+    assert not guess(torch.where(mask, x, other)).allclose(guess(x), atol=1e-3)             # while those in sight do matter
+
+
+@pytest.mark.parametrize("side", [16, 12])                              # 16 ids, and 9: an odd number
+def test_exactly_half_of_the_tokens_never_enter_the_encoder(side):
+    model, entered = mage(side), []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0].size(1)))
+    for rate in (0.5, 0.51, 0.77, 1.0):
+        _, mask, keep = model.hide(some_ids(model), rate)
+        model(some_ids(model), rate=rate)
+        assert (mask.sum(1) == math.ceil(model.length * rate)).all()
+        assert mask.scatter(1, keep, True).all()                        # whoever stays outside is hidden
+        assert keep.equal(keep.sort(1).values) and keep.size(1) == model.length // 2
+    assert set(entered) == {1 + model.length // 2}
+
+
+def test_the_smallest_noise_is_hidden_and_a_share_is_drawn_if_none_is_given():
+    model, noise = mage(), some_noise(4, 16)
+    mask = model.hide(some_ids(model), 0.5, noise)[1]
+    assert (noise.masked_fill(~mask, -1).amax(1) < noise.masked_fill(mask, 2).amin(1)).all()
+    torch.manual_seed(0)
+    counts = [model.hide(some_ids(model))[1].sum(1).unique() for _ in range(200)]
+    assert all(len(c) == 1 for c in counts)                             # one share for the batch
+    assert set(torch.cat(counts).tolist()) == set(range(9, 17))         # ceil(16 r), 0.5 < r < 1
+
+
+def test_the_loss_starts_at_about_ln_k():
+    model = mage()
+    assert abs(model(some_ids(model, 64))[1]["masked"].item() - math.log(model.codes)) < 0.05
+
+
+def test_pixels_and_their_cached_ids_give_the_same_loss():
+    model, x, noise = mage(), some_pictures(), some_noise(4, 16)
+    ids = model.to_ids(x)
+    cached = torch.from_numpy(ids.numpy().astype(numpy.uint16))         # as the cache stores them
+    losses = [model(v, rate=0.6, noise=noise)[0] for v in (x, ids, cached)]
+    assert losses[0].equal(losses[1]) and losses[0].equal(losses[2])
+    assert ids.equal(model.vqgan.encode(x).flatten(1))                  # row by row
+
+
+def test_the_output_matrix_gets_no_gradient():
+    model = mage(classes=3)
+    ids, mask, _ = model.hide(some_ids(model), 0.8, some_noise(4, 16))
+    model(ids, rate=0.8, noise=some_noise(4, 16))[0].backward()
+    read = set(ids[~mask].tolist()) | {model.fake_id, model.mask_id}    # only words that were read can learn
+    grad = model.token_emb.word_embeddings.weight.grad
+    assert set(grad.abs().sum(1).nonzero().flatten().tolist()) == read and len(read) < model.codes
+
+
+def test_every_trainable_parameter_gets_a_gradient_and_the_tokenizer_none():
+    model = mage(contrastive=0.1)
+    model(some_ids(model, 8).unflatten(0, (4, 2)), rate=0.7)[0].backward()
+    for name, p in model.named_parameters():
+        if name.startswith("vqgan."):
+            assert not p.requires_grad and p.grad is None
+        elif name == "mlm_layer.bias":
+            assert (p.grad[..., :model.codes] != 0).all() and (p.grad[..., model.codes:] == 0).all()
+        elif name != "token_emb.word_embeddings.weight":
+            assert p.grad.abs().max() > 0, name
+
+
+def test_one_batch_is_learned():
+    model, x, noise, losses = mage(), some_ids(mage(), 8), some_noise(8, 16), []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(100):
+        loss, _ = model(x, rate=0.5, noise=noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0]                                 # knowing an id's place alone leaves 0.53, the frequent ids 0.92
+
+
+def test_an_image_size_that_the_stride_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="18.*4"):
+        mage(18)
+
+
+def test_the_vocabulary_is_codes_classes_fake_class_and_mask():
+    model = mage(classes=3)
+    assert (model.codes, model.fake_id, model.mask_id) == (32, 35, 36)
+    assert model.token_emb.word_embeddings.num_embeddings == 37
+    shared = mage(classes=3, fake_class=1)                              # the published layout: no word of its own
+    assert (shared.fake_id, shared.mask_id) == (33, 35)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 4. MAGE: labels
+
+
+def test_labels_are_hidden_from_a_tenth_of_the_pictures_in_training_only():
+    model, n = mage(classes=3), 4000
+    ids, labels, mask = torch.zeros(n, 16, dtype=torch.long), torch.arange(n) % 3, torch.zeros(n, 16, dtype=torch.bool)
+    torch.manual_seed(0)
+    assert model.words(ids, mask, labels)[:, 0].equal(model.codes + labels)
+    share = (model.train().words(ids, mask, labels)[:, 0] == model.fake_id).float().mean().item()
+    assert abs(share - 0.1) < 0.02
+    kept = model.words(ids, mask, labels, keep_label=labels == 1)[:, 0]
+    assert kept.equal(torch.where(labels == 1, model.codes + 1, model.fake_id))
+
+
+def test_a_label_changes_the_guesses():
+    model = mage(classes=3, sharp=True)
+    ids, hidden = some_ids(model, 1), torch.ones(1, 16, dtype=torch.bool)
+    guesses = [model.logits(ids, hidden, labels) for labels in (None, torch.tensor([0]), torch.tensor([2]))]
+    assert min((a - b).abs().max().item() for a, b in zip(guesses, guesses[1:] + guesses[:1])) > 1e-2
+    losses = [model(ids, torch.tensor([c]), rate=0.6, noise=some_noise(1, 16))[0] for c in (0, 2)]
+    assert not losses[0].allclose(losses[1])
+
+
+def test_guidance_exaggerates_what_the_label_changes():
+    model = mage(classes=3, sharp=True)
+    ids, hidden, labels = some_ids(model, 2), torch.ones(2, 16, dtype=torch.bool), torch.tensor([0, 2])
+    free, told = model.logits(ids, hidden), model.logits(ids, hidden, labels)
+    assert model.logits(ids, hidden, labels, guidance=1.0).equal(told)                      # 1 is the conditional model itself
+    assert_close(model.logits(ids, hidden, labels, guidance=3.0), free + 3 * (told - free), 1e-5)
+
+
+def test_guidance_grows_linearly_over_the_steps():
+    model, used = mage(classes=3), []
+    logits = model.logits
+    model.logits = lambda ids, hidden, labels, guidance: used.append(guidance) or logits(ids, hidden, labels, guidance)
+    model.sample(1, steps=4, guidance=3.0, labels=torch.tensor([1]))
+    assert used == [1.5, 2.0, 2.5, 3.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 4. MAGE: generation
+
+
+def test_demask_keeps_known_ids_and_hides_the_least_certain():
+    p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.5, 0.5]]).expand(2, 4, 2)
+    ids, hidden = torch.tensor([[0, 0, 0, 1]] * 2), torch.tensor([[True, True, True, False]] * 2)
+    u, noise = torch.tensor([[0.5, 0.5, 0.5, 0.1]] * 2), torch.zeros(2, 4)
+    ids, hidden = unified.demask(p.log(), ids, hidden, torch.tensor([1, 2]), u, noise)
+    assert ids.tolist() == [[0, 0, 1, 1]] * 2                           # the last is known: 0.1 would have drawn 0
+    assert hidden.tolist() == [[False, True, False, False], [False, True, True, False]]
+    noise[:, 0] = -5.0                                                  # noise on the confidence turns the order round
+    assert unified.demask(p.log(), ids, ~ids.eq(9), torch.tensor([1, 1]), u, noise)[1].nonzero().tolist() == [[0, 0], [1, 0]]
+
+
+@pytest.fixture
+def decoding(monkeypatch):
+    """The golden run of the decoding loop, replayed by our sample_steps with its draws: file, model, records of each step, states.
+
+    The ids that the official sampler drew go back in through the front door, as the middle of each one's slice of (0, 1).
+    """
+    (g, model, _), demask, steps = golden_mage(), unified.demask, []
+    names = ("logits", "ids", "hidden", "left", "u", "noise", "sampled", "again")           # what demask() reads, what it answers
+
+    def recorded(logits, ids, hidden, left, u, noise):
+        drawn = g.inputs["gen_categorical_samples"][len(steps)][..., None]
+        cdf = F.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
+        before = logits, ids, hidden, left, ((cdf.gather(-1, drawn) + cdf.gather(-1, drawn + 1)) / 2)[..., 0].float(), noise
+        after = demask(*before)
+        steps.append(types.SimpleNamespace(**dict(zip(names, before + after))))
+        return after
+    monkeypatch.setattr(unified, "demask", recorded)
+    monkeypatch.setattr(unified, "gumbel", lambda u: g.inputs["gen_gumbel"][len(steps)].float())
+    n, rounds = g.inputs["gen_gumbel"].size(1), g.inputs["gen_num_iter"]
+    states = list(model.sample_steps(n, rounds, temperature=g.inputs["gen_choice_temperature"]))
+    assert len(states) == len(steps) == rounds
+    return g, model, steps, states
+
+
+def test_golden_decoding_logits(decoding):
+    g, model, steps, _ = decoding
+    rows = g.outputs["gen_logits_first_step_image0"]
+    stride = 8 if len(range(0, model.length, 8)) == len(rows) else model.length // len(rows)
+    assert_close(steps[0].logits[0, ::stride], rows)
+    assert_close(torch.stack([s.logits.logsumexp(-1) for s in steps]), g.outputs["gen_logits_logsumexp"])
+
+
+def test_golden_decoding_ids(decoding):
+    g, model, steps, states = decoding
+    for i, s in enumerate(steps):
+        assert s.ids.masked_fill(s.hidden, model.mask_id).equal(g.outputs["gen_input_ids"][i])
+        assert unified.categorical(s.logits.softmax(-1), s.u).equal(g.inputs["gen_categorical_samples"][i])
+        assert s.sampled.equal(g.outputs["gen_sampled_ids"][i])
+        assert s.again.equal(g.outputs["gen_masking"][i])
+        assert s.sampled.masked_fill(s.again, model.mask_id).equal(g.outputs["gen_next_ids"][i])
+    assert states[-1].ids.unflatten(1, (model.grid, model.grid)).equal(g.outputs["gen_final_ids"])
+
+
+def test_golden_decoding_confidences(decoding):
+    g, _, steps, _ = decoding
+    for i, s in enumerate(steps):
+        p, theirs = s.logits.softmax(-1).gather(-1, s.sampled[..., None])[..., 0], g.outputs["gen_selected_probs"][i]
+        assert theirs.isinf().equal(~s.hidden)                          # what was known before is certain
+        assert_close(p[s.hidden], theirs[s.hidden])
+
+
+def test_golden_decoding_counts_and_temperatures(decoding):
+    g, _, steps, _ = decoding
+    for i, s in enumerate(steps):
+        assert set(s.left.tolist()) == {g.outputs["gen_mask_len"][i]}
+        assert set(s.again.sum(1).tolist()) == {g.outputs["gen_mask_len"][i]}
+        noise = g.outputs["gen_temperature"][i] * g.inputs["gen_gumbel"][i]
+        assert_close(s.noise, noise, 1e-4 if i + 1 < len(steps) else 0)                     # the last step is without noise
+
+
+def test_golden_decoding_image(decoding):
+    g, model, _, states = decoding
+    assert_close(model.vqgan.decode(g.outputs["gen_final_ids"]), g.outputs["gen_image"])
+    assert_close(model.render(states[-1]), g.outputs["gen_image"].clamp(0, 1))
+
+
+def test_decoding_never_changes_a_known_id_and_ends_with_none_hidden():
+    model = mage(sharp=True)
+    seen = [unified.Decoding(torch.zeros(3, 16).long(), torch.ones(3, 16).bool()), *model.sample_steps(3, steps=8)]
+    for before, after in zip(seen, seen[1:]):
+        assert not (after.hidden & ~before.hidden).any()                # once known, known for good
+        assert before.ids[~before.hidden].equal(after.ids[~before.hidden])
+        assert (after.ids < model.codes).all()
+    assert seen[-1].hidden.sum() == 0
+
+
+def test_a_film_shows_fewer_hidden_ids_in_every_frame():
+    model = mage(sharp=True)
+    states = list(model.sample_steps(2, steps=5))
+    counts = torch.stack([s.hidden.sum(1) for s in states])
+    assert (counts.diff(dim=0) < 0).all()
+    frames = torch.stack([model.render(s) for s in states])
+    grey = (frames == 0.5).all(2).flatten(2).sum(2)                     # hidden ids are painted grey, stride ** 2 pixels each
+    assert grey.equal(counts * model.vqgan.stride ** 2)
+    assert model.sample(2, steps=5).equal(frames[-1])                   # the last state is what sample() renders
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_its_company():
+    model = mage(sharp=True)
+    together = list(model.sample_steps(4, steps=5, seeds=torch.tensor([3, 8, 3, -1])))
+    alone = list(model.sample_steps(1, steps=5, seeds=torch.tensor([8])))
+    for a, b in zip(together, alone):
+        assert a.ids[1].equal(b.ids[0]) and a.hidden[1].equal(b.hidden[0])
+    last = together[-1].ids
+    assert last[0].equal(last[2]) and not last[0].equal(last[1]) and not last[0].equal(last[3])
+    assert list(model.sample_steps(4, steps=5))[-1].ids.equal(list(model.sample_steps(4, steps=5, seeds=torch.arange(4)))[-1].ids)
+
+
+def test_temperature_decides_which_ids_are_kept():
+    model = mage(sharp=True)
+    cold, hot = (next(model.sample_steps(4, steps=5, temperature=t)) for t in (0.0, 50.0))
+    assert cold.ids.equal(hot.ids) and not cold.hidden.equal(hot.hidden)                    # the same guesses, others of them kept
+
+
+def holes(side=32):
+    """Four pictures with their own holes: a square, a corner, one pixel, none. And how many ids each hides: the touched ones and a ring."""
+    mask = torch.zeros(4, side, side, dtype=torch.bool)
+    mask[0, 8:16, 8:16] = mask[1, :4, -4:] = mask[2, 13, 13] = True
+    return mask, [16, 4, 9, 0]
+
+
+def test_a_hole_hides_the_ids_it_touches_and_a_ring_of_one():
+    model = mage(64)                                                    # as 256 pixels at stride 16
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[0, 16:48, 16:48] = True                                        # pixels 64 - 191 there
+    rows = model.start(1, some_pictures(1, 64), mask)[1].unflatten(1, (16, 16)).any(2)[0].nonzero().flatten()
+    assert rows.tolist() == list(range(3, 13))                          # tokens 3 - 12, not 4 - 11
+    mask, counts = holes()
+    assert mage(32).start(4, some_pictures(4, 32), mask)[1].sum(1).tolist() == counts
+
+
+def test_what_is_in_the_hole_never_reaches_the_tokenizer():
+    model, known, (mask, _) = mage(32), some_pictures(4, 32), holes()
+    other = torch.where(mask[:, None], 1 - known, known)
+    assert model.start(4, known, mask)[0].equal(model.start(4, other, mask)[0])
+    black = model.to_ids(known * ~mask[:, None])
+    assert model.start(4, known, mask)[0].equal(black)
+
+
+def test_inpainting_fills_each_pictures_own_hole_and_nothing_else():
+    model, known, (mask, counts) = mage(32, sharp=True), some_pictures(4, 32), holes()
+    ids, hidden = model.start(4, known, mask)
+    states = list(model.sample_steps(4, steps=4, known=known, mask=mask))
+    for s in states:
+        assert s.ids[~hidden].equal(ids[~hidden]) and not (s.hidden & ~hidden).any()
+    left = torch.stack([s.hidden.sum(1) for s in states]).T.tolist()
+    assert left[:3] == [c[:-1] + [0] for c in counts_of(counts[:3], 4)] and left[3] == [0] * 4
+    x = model.render(states[-1])
+    assert x.movedim(1, -1)[~mask].equal(known.movedim(1, -1)[~mask]) and x[3].equal(known[3])
+    assert not x.movedim(1, -1)[mask].allclose(known.movedim(1, -1)[mask])
+    assert model.sample(4, steps=4, known=known, mask=mask).equal(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 4. MAGE: representation
+
+
+def test_golden_features():
+    g, model, _ = golden_mage()
+    pooled = model.features(g.inputs["image"])[0].mean((2, 3))
+    assert_close(pooled, g.outputs["pooled_tokens"])                    # without the class, before any norm
+    assert_close(model.embed(g.inputs["image"]), g.outputs["probe_features"])
+    assert_close(model.embed(g.inputs["image"], pool="class"), g.outputs["cls_features"])
+    weight, bias = g.inputs["finetune_fc_norm_weight"], g.inputs["finetune_fc_norm_bias"]
+    tuned = F.layer_norm(pooled, pooled.shape[1:], weight, bias, eps=g.config["norm_eps"])
+    assert_close(tuned, g.outputs["finetune_features"])
+    assert_close(F.linear(tuned, g.inputs["probe_head_weight"], g.inputs["probe_head_bias"]), g.outputs["finetune_logits"])
+
+
+def golden_head():
+    """The golden file, its pooled features by our model, and the published linear probe with the golden weights and statistics."""
+    g, model, _ = golden_mage()
+    classes, dim = g.inputs["probe_head_weight"].shape
+    head = probe.ProbeHead(dim, classes)
+    norm, linear = (next(m for m in head.modules() if isinstance(m, kind)) for kind in (nn.BatchNorm1d, nn.Linear))
+    for module, prefix, names in [(linear, "probe_head_", ("weight", "bias")), (norm, "probe_bn_", ("running_mean", "running_var"))]:
+        for name in names:
+            getattr(module, name).data.copy_(g.inputs[prefix + name])
+    return g, model.embed(g.inputs["image"]), head, norm
+
+
+def test_golden_probe_in_evaluation():
+    g, features, head, _ = golden_head()
+    assert_close(head.eval()(features), g.outputs["probe_logits"])
+
+
+def test_golden_probe_in_training():
+    g, features, head, norm = golden_head()
+    # Two samples: BatchNorm divides by a difference as small as its eps here and there, which makes this the sharpest test of both.
+    assert_close(head.train()(features), g.outputs["probe_logits_train_bn"])
+    assert_close(norm.running_mean, g.outputs["probe_bn_running_mean_after"])
+    assert_close(norm.running_var, g.outputs["probe_bn_running_var_after"])
+    assert [k for k, _ in norm.named_parameters()] == []
+
+
+def test_golden_lars():
+    g = golden("mage")
+    given = g.inputs["lars"]
+    for key in [k for k in g.outputs["lars"] if k.startswith("weight")]:
+        weight, bias = (nn.Parameter(given[k].clone()) for k in ("weight", "bias"))
+        optimizer = probe.LARS([weight, bias], lr=given["lr"], weight_decay=float(key.split("wd")[1]),
+                               momentum=given["momentum"], trust=given["trust_coefficient"])
+        for weight.grad, bias.grad in zip(given["grad_weight"].clone(), given["grad_bias"].clone()):
+            optimizer.step()
+        assert_close(weight, g.outputs["lars"][key])
+        assert_close(bias, g.outputs["lars"][key.replace("weight", "bias")])
+
+
+def test_features_have_the_shapes_that_layers_promises():
+    model, x = mage(), some_pictures()
+    assert model.layers == {1: (32, 4, 4), 2: (32, 4, 4), 3: (24, 4, 4), 4: (24, 4, 4)}
+    maps = model.features(x, layers=list(model.layers))
+    assert [tuple(m.shape[1:]) for m in maps] == list(model.layers.values())
+    swapped = model.features(x, layers=[3, 1])                          # in the order asked for
+    assert swapped[0].equal(maps[2]) and swapped[1].equal(maps[0])
+    assert model.features(x)[0].equal(maps[model.best_layer - 1]) and model.best_layer == 2
+    assert [model.mirror(b) for b in model.layers] == [4, 3, 2, 1]
+
+
+def test_no_block_after_the_last_layer_asked_for_runs():
+    for stop, block in [(1, "blocks.1"), (2, "decoder_blocks.0"), (3, "decoder_blocks.1")]:
+        model = mage()
+        model.get_submodule(block).forward = forbidden
+        model.features(some_pictures(), layers=[stop])
+        with pytest.raises(AssertionError):
+            model.features(some_pictures(), layers=[stop + 1])
+
+
+def test_added_maps_enter_after_their_layer_and_pass_gradients_on():
+    model, x = mage(), some_pictures()
+    extra = torch.randn(4, 32, 4, 4, requires_grad=True)
+    plain, added = model.features(x, layers=[1])[0], model.features(x, layers=[1], add={1: extra})[0]
+    assert_close(added, plain + extra, 1e-6)
+    deeper = model.features(x, layers=[3], add={1: extra})[0]
+    assert not deeper.allclose(model.features(x, layers=[3])[0])
+    deeper.square().sum().backward()
+    assert (extra.grad != 0).any(1).all()                               # it reaches every position, whatever is asked for later
+    assert model.features(x, layers=[1])[0].equal(plain)                # and leaves nothing behind
+
+
+def test_t_hides_the_share_asked_for():
+    model, noise = mage(sharp=True), some_noise(1, 16)
+    ids = some_ids(model, 1)
+    changed = torch.where(torch.eye(16).bool(), (ids + 1) % model.codes, ids)               # row j differs in id j only
+    for t in (0.0, 0.3, 0.75):
+        base = model.features(ids, t, noise=noise)[0]
+        matters = (model.features(changed, t, noise=noise.expand(16, -1))[0] - base).abs().amax((1, 2, 3)) > 1e-4
+        assert matters.equal(unified.ranks(noise)[0] >= math.ceil(16 * t))
+    torch.manual_seed(0)
+    assert not model.features(ids, 0.5)[0].equal(model.features(ids, 0.5)[0])               # drawn if not given
+
+
+def test_embed_is_the_normed_mean_of_the_features():
+    model, x = mage(), some_pictures()
+    pooled = model.features(x)[0].mean((2, 3))
+    assert_close(model.embed(x), (pooled - pooled.mean(1, keepdim=True)) / pooled.std(1, keepdim=True, correction=0), 1e-4)
+    words = model.words(model.to_ids(x), torch.zeros(4, 16, dtype=torch.bool))
+    assert model.embed(x, pool="class").equal(model.encode(words)[:, 0])
+
+
+def test_features_can_be_learned_through():
+    model = mage().train()
+    model.embed(some_pictures()).square().sum().backward()
+    assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 5. MAGE-C
+
+
+def unit_vectors(B, width=6):
+    torch.manual_seed(0)
+    return F.normalize(torch.randn(B, 2, width), dim=-1)
+
+
+def test_info_nce_is_the_equation_written_out():
+    z, B = unit_vectors(5), 5
+    views, terms = [(i, v) for i in range(B) for v in (0, 1)], []
+    for i, v in views:
+        similarity = {other: math.exp(z[i, v] @ z[other] / 0.2) for other in views if other != (i, v)}
+        terms.append(-math.log(similarity[i, 1 - v] / sum(similarity.values())))
+    assert_close(unified.info_nce(z), sum(terms) / (2 * B), 1e-5)
+    assert_close(unified.info_nce(z), unified.info_nce(z.flip(1)), 1e-6)                    # neither view is special
+
+
+def contrast_worker(rank, world, folder, z):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    mine = z.chunk(world)[rank].clone().requires_grad_()
+    loss = unified.info_nce(mine)
+    loss.backward()
+    torch.save((loss.detach(), mine.grad), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_info_nce_over_two_processes_is_info_nce_over_one(tmp_path):
+    z = unit_vectors(4).requires_grad_()
+    loss = unified.info_nce(z)
+    loss.backward()
+    torch.multiprocessing.spawn(contrast_worker, (2, str(tmp_path), z.detach()), nprocs=2)
+    losses, grads = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
+    assert_close(torch.stack(losses).mean(), loss, 1e-6)
+    assert_close(torch.cat(grads) / 2, z.grad, 1e-5)                    # DistributedDataParallel takes the mean over processes
+
+
+def test_two_views_are_masked_apart_and_compared():
+    model = mage(contrastive=0.1)
+    x, noise, latents = some_ids(model, 6).unflatten(0, (3, 2)), some_noise(6, 16), []
+    model.norm.register_forward_hook(lambda module, args, y: latents.append(y))
+    loss, logs = model(x, rate=0.6, noise=noise)
+    z = F.normalize(model.projection(latents[0][:, 1:].mean(1)), dim=-1)                    # the class position has no part in it
+    assert_close(logs["contrast"], unified.info_nce(z.unflatten(0, (3, 2))), 1e-6)
+    assert_close(logs["masked"], model(x.flatten(0, 1), rate=0.6, noise=noise)[0], 1e-6)
+    assert_close(loss, logs["masked"] + 0.1 * logs["contrast"], 1e-6)
+
+
+def test_two_views_of_pixels_are_two_views_of_ids():
+    model, x = mage(contrastive=0.1, classes=3), some_pictures(6).unflatten(0, (3, 2))
+    options = dict(labels=torch.tensor([0, 1, 2]), rate=0.6, noise=some_noise(6, 16))
+    ids = model.to_ids(x.flatten(0, 1)).unflatten(0, (3, 2))
+    assert model(x, **options)[0].equal(model(ids, **options)[0])
+    assert "contrast" not in model(x[:, 0], labels=options["labels"])[1]                    # one view: plain MAGE
+    assert "contrast" not in mage()(x)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 9. Presets and published weights
+
+
+def official_block(name, inp, out):
+    """A residual block's names and shapes in the published tokenizer."""
+    shapes = {f"{name}.norm1.weight": (inp,), f"{name}.norm1.bias": (inp,), f"{name}.conv1.weight": (out, inp, 3, 3),
+              f"{name}.norm2.weight": (out,), f"{name}.norm2.bias": (out,), f"{name}.conv2.weight": (out, out, 3, 3)}
+    return {**shapes, **({f"{name}.nin_shortcut.weight": (out, out, 1, 1)} if inp != out else {})}
+
+
+def official_tokenizer():
+    """Names and shapes in vqgan_jax_strongaug.ckpt, from the authors' table, none from our code."""
+    shapes = {"encoder.conv_in.weight": (128, 3, 3, 3), "encoder.conv_out.weight": (256, 512, 1, 1), "encoder.conv_out.bias": (256,),
+              "encoder.norm_out.weight": (512,), "encoder.norm_out.bias": (512,), "quantize.embedding.weight": (1024, 256),
+              "decoder.conv_in.weight": (512, 256, 3, 3), "decoder.conv_in.bias": (512,), "decoder.norm_out.weight": (128,),
+              "decoder.norm_out.bias": (128,), "decoder.conv_out.weight": (3, 128, 3, 3), "decoder.conv_out.bias": (3,)}
+    for side, levels in [("encoder.down", [(128, 128), (128, 128), (128, 256), (256, 256), (256, 512)]),
+                         ("decoder.up", [(128, 128), (256, 128), (256, 256), (512, 256), (512, 512)])]:
+        for i, (inp, out) in enumerate(levels):
+            shapes |= official_block(f"{side}.{i}.block.0", inp, out) | official_block(f"{side}.{i}.block.1", out, out)
+            if side == "decoder.up" and i:
+                shapes |= {f"decoder.up.{i}.upsample.conv.weight": (out, out, 3, 3), f"decoder.up.{i}.upsample.conv.bias": (out,)}
+    for name in ("encoder.mid.block_1", "encoder.mid.block_2", "decoder.mid.block_1", "decoder.mid.block_2"):
+        shapes |= official_block(name, 512, 512)
+    return shapes
+
+
+def official_transformer(name, width):
+    shapes = {}
+    for part, out, inp in [("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)]:
+        shapes |= {f"{name}.{part}.weight": (out * width, inp * width), f"{name}.{part}.bias": (out * width,)}
+    return shapes | {f"{name}.{norm}.{kind}": (width,) for norm in ("norm1", "norm2") for kind in ("weight", "bias")}
+
+
+OFFICIAL_DEAD = {"cls_token": (1, 1, 0), "pos_embed": (1, 257, 0), "mask_token": (1, 1, 0), "decoder_pos_embed": (1, 257, 0),
+                 "patch_embed.proj.weight": (0, 3, 16, 16), "patch_embed.proj.bias": (0,), "decoder_pred.weight": (768, 0),
+                 "decoder_pred.bias": (768,), "token_emb.position_ids": (1, 257)}           # 0 stands for the width
+
+
+def official_mage(width, depth):
+    """Names and shapes in mage-vit-b or -l, leftovers of MAE included."""
+    shapes = {f"vqgan.{k}": v for k, v in official_tokenizer().items()}
+    shapes |= {k: tuple(n or width for n in v) for k, v in OFFICIAL_DEAD.items()}
+    shapes |= {"token_emb.word_embeddings.weight": (2025, width), "token_emb.position_embeddings.weight": (257, width),
+               "decoder_pos_embed_learned": (1, 257, width), "mlm_layer.bias": (1, 1, 2025)}
+    for linear in ("decoder_embed", "mlm_layer.fc"):
+        shapes |= {f"{linear}.weight": (width, width), f"{linear}.bias": (width,)}
+    for norm in ("token_emb.LayerNorm", "norm", "decoder_norm", "mlm_layer.ln"):
+        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+    for name, count in [("blocks", depth), ("decoder_blocks", 8)]:
+        for i in range(count):
+            shapes |= official_transformer(f"{name}.{i}", width)
+    return shapes
+
+
+def hollow(shapes):
+    """A state dict of these shapes that takes no room: every tensor is one number seen many times."""
+    return {k: torch.zeros((), dtype=torch.long if k.endswith("position_ids") else torch.float32).expand(v) for k, v in shapes.items()}
+
+
+def count(shapes, *prefixes):
+    return sum(math.prod(v) for k, v in shapes.items() if k.startswith(prefixes))
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+@pytest.mark.parametrize("width, depth, heads, used, encoder, embedding, decoder, head",
+                         [(768, 12, (12, 16), 144_896_745, 85_056_000, 1_754_112, 57_492_480, 594_153),
+                          (1024, 24, (16, 16), 407_788_521, 302_311_424, 2_338_816, 102_084_608, 1_053_673)], ids=["base", "large"])
+def test_published_mage_files_load_strictly(tmp_path, width, depth, heads, used, encoder, embedding, decoder, head):
+    file, said = tmp_path / "mage.pth", []
+    torch.save({"model": hollow(official_mage(width, depth)), "epoch": 1599, "args": argparse.Namespace(blr=1.5e-4)}, file)
+    with torch.device("meta"):                                          # shapes without memory
+        model, _ = unified.load_model(file, tell=said.append)
+    assert len(said) == 1 and all(name in said[0] for name in OFFICIAL_DEAD)                # named once
+    assert (model.fake_id, model.mask_id, model.length, model.image_size) == (1100, 2024, 256, 256)
+    assert (model.blocks[0].attn.heads, model.decoder_blocks[0].attn.heads) == heads
+    shapes = {k: tuple(p.shape) for k, p in model.named_parameters()}
+    assert count(shapes, "vqgan.") == 54_515_587 and count(shapes, "") - count(shapes, "vqgan.") == used
+    assert (count(shapes, "blocks.", "norm."), count(shapes, "token_emb.")) == (encoder, embedding)
+    assert (count(shapes, "decoder_"), count(shapes, "mlm_layer.")) == (decoder, head)
+    assert not model.training
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_published_tokenizer_files_load_strictly(tmp_path, key):
+    state = hollow(official_tokenizer())
+    torch.save({key: state} if key else state, tmp_path / "vqgan.ckpt")
+    with torch.device("meta"):
+        vqgan, config = unified.load_tokenizer(tmp_path / "vqgan.ckpt")
+    shapes = {k: tuple(p.shape) for k, p in vqgan.named_parameters()}
+    assert (count(shapes, "encoder."), count(shapes, "decoder."), count(shapes, "quantize."))== (23_775_104, 30_478_339, 262_144)
+    assert config == {**unified.TOKENIZERS["base"], "ch_mult": [1, 1, 2, 2, 4]} and vqgan.stride == 16
+
+
+def test_golden_file_on_disk_samples_and_gives_features(tmp_path, monkeypatch):
+    g, model, _ = golden_mage()
+    if g.config["fake_class_label"] != g.config["codebook_size"] + 76:
+        pytest.skip("a file with another fake class than the published ones cannot say so by itself")
+    monkeypatch.setitem(unified.PUBLISHED_HEADS, g.config["embed_dim"], (g.config["num_heads"], g.config["decoder_num_heads"]))
+    torch.save({"model": g.state_dict}, tmp_path / "mage.pth")
+    loaded, config = unified.load_model(tmp_path / "mage.pth", tell=lambda line: None)
+    assert_close(loaded.embed(g.inputs["image"]), g.outputs["probe_features"])
+    assert loaded.sample(2, steps=2).equal(model.sample(2, steps=2))
+    again = unified.build(config["arch"])                               # a config is all that a checkpoint needs to say
+    again.load_state_dict(loaded.state_dict())
+
+
+@pytest.mark.parametrize("name", list(unified.MODELS))
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_every_preset_can_be_built_from_plain_values(name, size):
+    for stride in (2, 4, 8, 16):
+        config = unified.model_config(name, size, 16 * stride, unified.tokenizer_config(size, stride), classes=10)
+        config = json.loads(json.dumps(config))                         # plain values survive this
+        with torch.device("meta"):
+            model = unified.build(config)
+            assert isinstance(unified.build(config["tokenizer"]), unified.VQGAN)
+        assert (model.vqgan.stride, model.length, model.classes) == (stride, 256, 10)
+        assert (model.contrastive > 0) == (unified.MODELS[name].views == 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 10. Command lines, checkpoints
+
+
+@dataclasses.dataclass
+class Options:
+    run: str = unified.option("out", "a folder", positional=True, nargs="?")
+    batch_size: int = unified.option(64, "images a step")
+    kind: str = unified.option("a", "which", choices=["a", "b"])
+    compile: bool = unified.option(True, "compile or not")
+
+
+def test_a_dataclass_is_a_command_line():
+    assert unified.parse(Options, "", []) == Options("out", 64, "a", True)
+    assert unified.parse(Options, "", ["here", "--batch-size", "8", "--kind=b", "--no-compile"]) == Options("here", 8, "b", False)
+
+
+@pytest.mark.parametrize("words, blamed", [("--bach-size 8", "--bach-size"), ("--batch-size many", "many"), ("--kind c", "'c'"),
+                                           ("--batch 8", "--batch"), ("here there", "there")])
+def test_a_wrong_flag_is_named_in_one_sentence(words, blamed):
+    with pytest.raises(unified.UserError, match=blamed) as error:
+        unified.parse(Options, "", words.split())
+    assert "\n" not in str(error.value)
+
+
+def test_a_users_mistake_ends_in_one_line_and_exit_code_2_a_bug_of_ours_does_not(capsys):
+    def mistaken():
+        raise unified.UserError("take another --out-dir")
+    with pytest.raises(SystemExit) as stop:
+        unified.run_script(mistaken)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("take another --out-dir\n")
+    with pytest.raises(ZeroDivisionError):
+        unified.run_script(lambda: 1 / 0)
+
+
+def test_a_checkpoint_comes_back_and_the_previous_one_is_kept(tmp_path):
+    path = tmp_path / "model.pt"
+    for step in (1, 2, 3):
+        unified.save_checkpoint(path, {"step": step, "model": {"w": torch.full((2,), float(step))}, "config": {"a": [1, None, "b"]}})
+    state = unified.load_checkpoint(path)
+    assert state["step"] == 3 and state["model"]["w"].tolist() == [3.0, 3.0] and state["config"] == {"a": [1, None, "b"]}
+    assert unified.load_checkpoint(tmp_path / "model.pt.prev")["step"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt", "model.pt.prev"]
+
+
+def test_a_crash_while_saving_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    unified.save_checkpoint(path, {"step": 1})
+    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"half a fi") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        unified.save_checkpoint(path, {"step": 2})
+    assert unified.load_checkpoint(path) == {"step": 1}
+    path.rename(tmp_path / "model.pt.prev")                             # killed between the two renames
+    assert unified.load_checkpoint(path) == {"step": 1}
+
+
+def saved(value):
+    """The bytes of torch.save."""
+    torch.save(value, file := io.BytesIO())
+    return file.getvalue()
+
+
+NO_CHECKPOINTS = {"missing": None, "empty": b"", "text": b"hello", "list": saved([1]), "number": pickle.dumps(3, 2),
+                  "cut off": saved({"model": torch.zeros(10_000)})[:20_000]}
+
+
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, kind):
+    if kind != "missing":
+        (tmp_path / "bad.pt").write_bytes(NO_CHECKPOINTS[kind])
+    for load in (unified.load_checkpoint, unified.load_model, unified.load_tokenizer):
+        with pytest.raises(unified.UserError, match="bad.pt"):
+            load(tmp_path / "bad.pt")
+
+
+def test_loading_executes_nothing(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+    torch.save({"model": Trap()}, tmp_path / "bad.pt")
+    with pytest.raises(unified.UserError, match="bad.pt"):
+        unified.load_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_foreign_dict_is_refused(tmp_path):
+    missing = {k: v for k, v in hollow(official_mage(768, 12)).items() if k != "norm.weight"}
+    odd_width = hollow(official_mage(768, 12)) | {"token_emb.word_embeddings.weight": torch.zeros(()).expand(2025, 512)}
+    for state in ({"weights": torch.zeros(3)}, {"model": {"fc.weight": torch.zeros(3)}}, {"model": 3}, {"model": odd_width}):
+        torch.save(state, tmp_path / "foreign.pt")
+        for load in (unified.load_model, unified.load_tokenizer):
+            with pytest.raises(unified.UserError, match="foreign.pt"):
+                load(tmp_path / "foreign.pt")
+    torch.save({"model": missing}, tmp_path / "foreign.pt")
+    with torch.device("meta"), pytest.raises(unified.UserError, match="norm.weight"):
+        unified.load_model(tmp_path / "foreign.pt", tell=lambda line: None)
+
+
+def test_a_run_of_ours_is_loaded_from_its_folder(tmp_path):
+    tokenizer_arch = dict(codebook_size=32, codebook_dim=8, ch=8, ch_mult=[1, 1], blocks=1, groups=4)
+    sizes = dict(width=32, depth=1, heads=4, decoder_width=32, decoder_depth=1, decoder_heads=4)
+    arch, x = dict(model="mage", tokenizer=tokenizer_arch, image_size=8, classes=2, **sizes), some_pictures(2, 8)
+    model = unified.build(arch)
+    training = unified.TokenizerTraining(model.vqgan)                   # this is what train.py keeps of a tokenizer
+    for name, net, config in [("model", model, {"arch": arch, "lr": 0.1}), ("tokenizer", training, {"tokenizer_arch": tokenizer_arch})]:
+        unified.save_checkpoint(tmp_path / f"{name}.pt", {"model": net.state_dict(), "config": config})
+    loaded, config = unified.load_model(tmp_path)
+    assert config["lr"] == 0.1 and not loaded.training
+    assert loaded.embed(x).equal(model.eval().embed(x))
+    vqgan, config = unified.load_tokenizer(tmp_path)
+    assert config == tokenizer_arch and vqgan.encode(x).equal(model.vqgan.encode(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 10. Pictures
+
+
+def test_pixels_are_rounded_into_bytes():
+    x = torch.tensor([-1.0, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 2.0]).view(1, 1, 6).expand(3, 1, 6)
+    assert unified.to_uint8(x)[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
+    assert unified.to_uint8(x).shape == (1, 6, 3)
+
+
+def noisy_image(width, height, seed=0):
+    return PIL.Image.fromarray(numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), numpy.uint8))
+
+
+def test_a_picture_is_read_with_its_shorter_side_and_its_centre():
+    wide = noisy_image(60, 20)
+    assert unified.from_image(wide, 20).movedim(0, -1).numpy().tolist() == numpy.array(wide)[:, 20:40].tolist()
+    large = noisy_image(292, 292)                                       # 256 of 292, as in every evaluation
+    assert (unified.from_image(large, 256).movedim(0, -1).numpy() == numpy.array(large)[18:274, 18:274]).all()
+    assert unified.from_image(noisy_image(7, 5).convert("L"), 16).shape == (3, 16, 16)      # small and grey ones too
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path):
+    noisy_image(20, 20).save(tmp_path / "good.png")
+    x = unified.read_image(tmp_path / "good.png", 20)
+    assert x.shape == (3, 20, 20) and x.mul(255).round().movedim(0, -1).tolist() == numpy.array(noisy_image(20, 20)).tolist()
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
+    for name in ("bad.png", "missing.png"):
+        with pytest.raises(unified.UserError, match=name):
+            unified.read_image(tmp_path / name, 20)
+
+
+def test_a_grid_holds_every_picture_in_its_place():
+    x = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 4, 4) / 2       # black, grey, white
+    x = x * 0.8                                                         # lines are white
+    sheet = numpy.array(unified.grid(x, columns=2, least=1))
+    assert sheet.shape == (14, 14, 3)
+    for value, top, left in [(0, 2, 2), (102, 2, 8), (204, 8, 2)]:
+        assert (sheet[top:top + 4, left:left + 4] == value).all()
+    lines = numpy.ones((14, 14), bool)
+    lines[2:6, 2:6] = lines[2:6, 8:12] = lines[8:12, 2:6] = False
+    assert (sheet[lines] == 255).all()
+    assert unified.grid(x, columns=2, least=64).size == (2 * 32 + 6, 2 * 32 + 6)            # small pictures are enlarged
+
+
+def test_images_are_stacked_below_each_other():
+    sheet = unified.stack([PIL.Image.new("RGB", (4, 2), "black"), PIL.Image.new("RGB", (3, 5), "red")])
+    assert sheet.size == (4, 7)
+    assert [sheet.getpixel(at) for at in [(3, 1), (2, 2), (2, 6), (3, 6)]] == [(0, 0, 0), (255, 0, 0), (255, 0, 0), (255, 255, 255)]
+
+
+def test_a_chart_draws_its_curves():
+    curves = {"a": [(0, 0.0), (10, 1.0)], "b": [(0, 1.0), (5, float("nan")), (10, 0.0)]}
+    image = numpy.array(unified.chart(curves, "loss", (400, 300))).astype(int)
+    inside = image[42:258, 72:378]
+    for color in ((0x1f, 0x77, 0xb4), (0xd6, 0x27, 0x28)):              # two curves that cross the whole frame
+        columns = (inside == color).all(2).any(0)
+        assert columns.mean() > 0.95
+    rising = [(inside[:, x] == (0x1f, 0x77, 0xb4)).all(1).nonzero()[0].mean() for x in (10, 290)]
+    assert rising[0] > 200 and rising[1] < 20                           # up is more
+    assert (numpy.array(unified.chart({}, "nothing yet")) == 255).mean() > 0.9
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 10. Data sets
+
+
+def test_a_crop_is_decided_by_its_number():
+    crops = unified.fold(torch.arange(1000)[:, None], torch.arange(2)).flatten()
+    boxes = unified.crop_boxes(crops, 40, 30, (0.2, 1.0))
+    alone = unified.crop_boxes(crops[7:8], 40, 30, (0.2, 1.0))
+    assert all(a[7:8].equal(b) for a, b in zip(boxes, alone))
+    left, top, w, h, flip = boxes
+    assert (left >= 0).all() and (top >= 0).all() and (left + w <= 40.001).all() and (top + h <= 30.001).all()
+    assert (w * h >= 0.2 * 40 * 30 * 0.7).all() and (w * h).std() > 50  # clipping takes some of the area, never more than a quarter
+    inner = (w < 40) & (h < 30)
+    assert ((w / h)[inner] >= 0.7499).all() and ((w / h)[inner] <= 1.3334).all()
+    assert abs(flip.float().mean() - 0.5) < 0.05
+    assert len(left.unique()) > 1500                                    # both views of every picture differ
+
+
+def pictures(n=6, side=16, scale=(0.2, 1.0)):
+    images = torch.randint(256, (n, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return unified.Pictures(images, torch.arange(n) % 3, ["a", "b", "c"], scale)
+
+
+def box_of(left, top, w, h, flip=False):
+    """A crop_boxes() that always cuts this box."""
+    return lambda crops, width, height, scale: [torch.full(crops.shape, v) for v in (float(left), float(top), float(w), float(h), flip)]
+
+
+def test_the_crop_of_everything_is_the_picture(monkeypatch):
+    data, crops = pictures(), torch.arange(6)
+    x = data.images.float() / 255
+    for flip in (False, True):
+        monkeypatch.setattr(unified, "crop_boxes", box_of(0, 0, 16, 16, flip))
+        assert_close(data.crop(x, crops), x.flip(3) if flip else x, 1e-5)
+
+
+def test_both_kinds_of_data_set_cut_the_same_crop(monkeypatch):
+    x = F.interpolate(torch.rand(1, 3, 5, 5), size=32, mode="bicubic").clamp(0, 1)
+    image = PIL.Image.fromarray(unified.to_uint8(x[0]))
+    for flip in (False, True):
+        monkeypatch.setattr(unified, "crop_boxes", box_of(9, 5, 16, 20, flip))
+        ours = unified.Pictures(x, None, [], (0.2, 1.0)).crop(x, torch.zeros(1).long())[0]
+        folders = unified.Folder(pathlib.Path(), [], 32, (0.2, 1.0)).crop(image, [0])[0] / 255
+        assert (ours - folders)[:, 2:-2, 2:-2].abs().max() < 1.5 / 255  # PIL rounds to bytes and repeats the box's rim
+        rim = x[..., 5:25, 9:25].flip(3) if flip else x[..., 5:25, 9:25]
+        assert (ours - F.interpolate(rim, size=(32, 32), mode="bilinear")[0])[:, 2:-2, 2:-2].abs().max() < 1e-4
+
+
+def test_a_plan_gives_whole_pictures_or_crops_with_their_labels():
+    data, index = pictures(), torch.tensor([4, 0])
+    crops = torch.tensor([[7, 8, 9], [10, 11, 12]])
+    (whole, labels), (cut, same) = data.batches([(index, None), (index, crops)])
+    assert whole.mul(255).round().byte().equal(data.images[index]) and labels.tolist() == same.tolist() == [1, 0]
+    assert cut.shape == (2, 3, 3, 16, 16) and 0 <= cut.min() and cut.max() <= 1
+    assert_close(cut[1, 2], data.crop(whole[1:], torch.tensor([12]))[0], 1e-6)              # the crop's number decides, not its company
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """DIR/{train,val}/{ant,bee}/{0,1,2}.png of 20 x 20 pixels, every picture of one grey level of its own."""
+    for p, part in enumerate(("train", "val")):
+        for c, name in enumerate(("ant", "bee")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(3):
+                PIL.Image.new("RGB", (20, 20), (100 * p + 30 * c + 10 * i,) * 3).save(tmp_path / part / name / f"{i}.png")
+    return tmp_path
+
+
+def greys(batches):
+    """(grey level, label) of every picture in the batches."""
+    return [(round(x[i].mean().item() * 255), y[i].item()) for x, y in batches for i in range(len(y))]
+
+
+def test_a_folder_is_read_in_order_with_its_labels(tree):
+    data = unified.open_data("anything", str(tree), 16, train=True)
+    assert data.classes == ["ant", "bee"] and len(data) == 6
+    plan = [(torch.tensor([0, 5]), None), (torch.tensor([3]), torch.tensor([[1, 2]]))]
+    (x, y), (crops, label) = data.batches(plan)
+    assert x.shape == (2, 3, 16, 16) and crops.shape == (1, 2, 3, 16, 16) and label.tolist() == [1]
+    assert greys([(x, y)]) == [(0, 0), (50, 1)]
+    assert greys(unified.open_data(str(tree), "", 16, train=False).batches([(torch.arange(6), None)]))[3] == (130, 1)
+
+
+def test_a_corrupt_image_is_named_and_the_next_good_one_takes_its_place(tree, capsys):
+    (tree / "train/ant/2.png").write_bytes(b"not a picture")
+    broken = tree / "train/bee/2.png"
+    broken.write_bytes(broken.read_bytes()[:-30])                       # looks like one until it is decoded
+    data = unified.Folder(tree / "train", ["ant", "bee"], 16, (0.2, 1.0))
+    plan = [(torch.arange(6), None)] * 2
+    assert greys(data.batches(plan)) == [(0, 0), (10, 0), (30, 1), (30, 1), (40, 1), (0, 0)] * 2                # with their own labels
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "ant/2.png" in said[0] and "bee/2.png" in said[1]             # once each, though met twice
+    assert sorted(data.unreadable) == [2, 5]
+    strict = unified.Folder(tree / "train", ["ant", "bee"], 16, (0.2, 1.0), strict=True)
+    with pytest.raises(unified.UserError, match="ant/2.png"):
+        list(strict.batches(plan))
+
+
+def test_a_folder_of_nothing_but_corrupt_images_is_a_users_mistake(tree):
+    for path in (tree / "train").rglob("*.png"):
+        path.write_bytes(b"not a picture")
+    data = unified.Folder(tree / "train", ["ant", "bee"], 16, (0.2, 1.0))
+    with pytest.raises(unified.UserError, match="png"):
+        list(data.batches([(torch.arange(2), None)]))
+
+
+def test_classes_are_folders_with_images_and_must_agree(tree, capsys):
+    (tree / "train/empty").mkdir()
+    assert unified.folder_classes(tree) == ["ant", "bee"]
+    assert "train/empty" in capsys.readouterr().err
+    (tree / "val/cat").mkdir()
+    (tree / "val/bee").rename(tree / "val/cow")
+    with pytest.raises(unified.UserError, match="bee, cow"):
+        unified.folder_classes(tree)
+    with pytest.raises(unified.UserError, match="n01440764"):           # the tree that is expected
+        unified.folder_classes(tree / "nowhere")
+    for path in (tree / "val").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(unified.UserError, match=f"{tree}/val"):
+        unified.folder_classes(tree)
+
+
+@pytest.mark.parametrize("name", list(unified.SHAPES))
+def test_a_shape_stays_inside_the_circle_that_is_placed_inside_the_picture(name):
+    x, y = torch.meshgrid(torch.linspace(-1.5, 1.5, 301), torch.linspace(-1.5, 1.5, 301), indexing="xy")
+    r = (x * x + y * y).sqrt()
+    inside = unified.SHAPES[name](x, y, r) < 0
+    assert 0.1 < inside.float().mean() * 9 / math.pi < 1 and r[inside].max() <= 1.0         # share of the circle; none of it outside
+
+
+def test_shapes_are_decided_by_their_seeds():
+    images, labels = unified.draw_shapes(torch.arange(400), 32)
+    assert images.dtype == torch.uint8 and images.shape == (400, 3, 32, 32)
+    alone = unified.draw_shapes(torch.tensor([17]), 32)
+    assert alone[0][0].equal(images[17]) and alone[1][0] == labels[17]
+    assert set(labels.tolist()) == set(range(len(unified.SHAPES)))
+    painted = (images != unified.GROUND[:, None, None]).any(1).flatten(1).float().mean(1)
+    assert painted.min() > 0.02 and painted.max() < 0.6
+    colors = (images.flatten(2).mT[:, :, None] == unified.PALETTE).all(3).any(1)            # (400, 6)
+    assert (colors.sum(1) == 1).all() and colors[labels == 0].any(0).all()                  # one colour each, every colour in a class
+
+
+def test_training_and_test_shapes_are_different_pictures(monkeypatch):
+    monkeypatch.setattr(unified, "draw_shapes", lambda seeds, size: (seeds[:, None, None, None], seeds))
+    (train_seeds, *_), (test_seeds, _, names) = unified.shapes(True, 32), unified.shapes(False, 32)
+    assert not set(train_seeds.flatten().tolist()) & set(test_seeds.flatten().tolist())
+    assert (len(train_seeds), len(test_seeds), len(names)) == (20_000, 2_000, len(unified.SHAPES))
+
+
+def small_cifar(folder, monkeypatch):
+    """An archive with the published layout and ten pictures a batch; unified takes its checksums for the published ones."""
+    inside = folder / "cifar-10-batches-py"
+    inside.mkdir(parents=True)
+    pixels = (numpy.arange(30720) % 256).astype(numpy.uint8).reshape(10, 3072)
+    data = {"data": pixels, "labels": list(range(10)), "label_names": list("abcdefghij")}
+    for name in ["data_batch_%d" % i for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+        (inside / name).write_bytes(pickle.dumps(data))
+        monkeypatch.setitem(unified.CIFAR10_MD5, name, hashlib.md5((inside / name).read_bytes()).hexdigest())
+    return inside
+
+
+def test_cifar10_is_read_only_if_its_checksum_is_right(tmp_path, monkeypatch):
+    inside = small_cifar(tmp_path, monkeypatch)
+    data = unified.open_data("cifar10", str(tmp_path), 32, train=True)
+    assert data.images.shape == (50, 3, 32, 32) and len(data.classes) == 10
+    assert data.images[0, 1, 0, :3].tolist() == [0, 1, 2] and data.labels[:12].tolist() == [*range(10), 0, 1]   # planes of 1024 bytes
+    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=False)) == 10
+    (inside / "test_batch").write_bytes(pickle.dumps({"data": 1}))
+    with pytest.raises(unified.UserError, match="test_batch"):
+        unified.open_data("cifar10", str(tmp_path), 32, train=False)
+    (inside / "data_batch_3").unlink()
+    with pytest.raises(unified.UserError, match="data_batch_3"):
+        unified.open_data("cifar10", str(tmp_path), 32, train=True)
+    with pytest.raises(unified.UserError, match="64"):
+        unified.open_data("cifar10", str(tmp_path), 64, train=True)
+
+
+def test_cifar10_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+    small_cifar(tmp_path / "web", monkeypatch)
+    archive = tmp_path / "web/cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "web/cifar-10-batches-py", "cifar-10-batches-py")
+    monkeypatch.setattr(unified, "CIFAR10_URL", archive.as_uri())       # a file stands in for the network
+    with pytest.raises(unified.UserError, match="checksum"):
+        unified.download_cifar10(tmp_path / "data")
+    monkeypatch.setitem(unified.CIFAR10_MD5, archive.name, hashlib.md5(archive.read_bytes()).hexdigest())
+    unified.download_cifar10(tmp_path / "data")
+    assert len(unified.open_data("cifar10", str(tmp_path / "data"), 32, train=False)) == 10
+    archive.unlink()
+    unified.download_cifar10(tmp_path / "data")                         # already there: nothing is fetched
+    with pytest.raises(unified.UserError, match="--data-dir"):
+        unified.download_cifar10(tmp_path / "other")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 10. The id cache, the learning rate, the closed-form probe
+
+
+def test_cached_ids_are_the_ids_of_the_same_crops(tmp_path):
+    vqgan, data = tokenizer(2), pictures(10, 8)
+    ids, labels = unified.cache_ids(tmp_path, vqgan, data, 3, 8, batch=4)
+    assert ids.shape == (10, 3, 16) and ids.dtype == numpy.uint16 and labels.equal(data.labels)
+    crops = unified.fold(torch.arange(10)[:, None], torch.arange(3))
+    x, _ = next(data.batches([(torch.arange(10), crops)]))
+    assert torch.from_numpy(ids.astype(int)).equal(vqgan.encode(x.flatten(0, 1)).view(10, 3, 16))
+    (tmp_path / "whole").mkdir()
+    whole, _ = unified.cache_ids(tmp_path / "whole", vqgan, data, 1, 8)
+    assert torch.from_numpy(whole.astype(int)).equal(vqgan.encode(data.images.float() / 255).view(10, 1, 16))   # one view: the picture
+
+
+def test_an_interrupted_cache_is_continued_and_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    vqgan, data, plans = tokenizer(2), pictures(230, 8), []
+    for name in ("through", "stopped"):
+        (tmp_path / name).mkdir()
+    through, _ = unified.cache_ids(tmp_path / "through", vqgan, data, 2, 8, batch=1)
+    batches = data.batches
+
+    def stopping(plan, workers):
+        for i, item in enumerate(batches(plan)):
+            if i == 150:
+                raise KeyboardInterrupt
+            yield item
+    data.batches = stopping
+    with pytest.raises(KeyboardInterrupt):
+        unified.cache_ids(tmp_path / "stopped", vqgan, data, 2, 8, batch=1)
+    data.batches = lambda plan, workers: batches((plans.append(item) or item for item in plan), workers)
+    stopped, labels = unified.cache_ids(tmp_path / "stopped", vqgan, data, 2, 8, batch=1)
+    assert 80 <= len(plans) <= 130                                      # the first hundred at least were not done twice
+    assert (stopped == through).all() and labels.equal(data.labels)
+
+
+def test_a_finished_cache_is_read_and_one_of_another_tokenizer_is_not(tmp_path):
+    data = pictures(10, 8)
+    first, _ = unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)
+    first, batches = numpy.array(first), data.batches
+    data.batches = lambda plan, workers: map(forbidden, plan)
+    again, labels = unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)
+    assert (again == first).all() and labels.equal(data.labels)
+    data.batches = batches
+    other, _ = unified.cache_ids(tmp_path, tokenizer(2, seed=9), data, 2, 8)
+    assert (other != first).any()
+
+
+def test_a_corrupt_image_in_the_cache_has_the_label_of_its_replacement(tree):
+    (tree / "train/ant/2.png").write_bytes(b"not a picture")
+    data = unified.open_data("anything", str(tree), 8, train=True)
+    ids, labels = unified.cache_ids(tree, tokenizer(2), data, 1, 8)
+    assert labels.tolist() == [0, 0, 1, 1, 1, 1] and (ids[2] == ids[3]).all()
+
+
+def test_a_cache_that_was_begun_for_other_ids_is_not_taken_for_a_finished_one(tmp_path):
+    data, batches = pictures(10, 8), pictures(10, 8).batches
+    first = numpy.array(unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)[0])
+    data.batches = lambda plan, workers: map(forbidden, plan)
+    with pytest.raises(AssertionError):                                 # another tokenizer begins to overwrite it, and is killed
+        unified.cache_ids(tmp_path, tokenizer(2, seed=9), data, 2, 8)
+    data.batches = batches
+    assert (unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)[0] == first).all()
+
+
+def test_a_note_of_progress_that_was_cut_off_starts_the_cache_afresh(tmp_path):
+    data = pictures(10, 8)
+    first = numpy.array(unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)[0])
+    (tmp_path / "ids.json").write_text((tmp_path / "ids.json").read_text()[:20])
+    assert (unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)[0] == first).all()
+
+
+def test_pictures_are_mapped_in_order_or_the_same_part_of_them_every_time():
+    data = pictures(10, 8)
+    x = data.images.float() / 255
+    means, labels = unified.map_pictures(lambda x: x.mean((2, 3)), data, batch=4)
+    assert means.equal(x.mean((2, 3))) and labels.equal(data.labels)
+    part, labels = unified.map_pictures(lambda x: x[:, 0, 0, 0], data, count=5, batch=2)
+    which = (x[:, 0, 0, 0] == part[:, None]).nonzero()[:, 1]
+    assert len(which.unique()) == 5 and labels.equal(data.labels[which])
+    assert unified.map_pictures(lambda x: x[:, 0, 0, 0], data, count=5, batch=3)[0].equal(part)
+
+
+def test_golden_learning_rate():
+    g = golden("mage")
+    s = g.inputs["lr_schedule"]
+    ours = [unified.learning_rate(e, s["warmup_epochs"], s["epochs"], s["lr"], s["min_lr"]) for e in s["at_epochs"]]
+    assert ours == pytest.approx(g.outputs["lr_schedule"], rel=1e-6, abs=1e-18)
+
+
+def clouds(n, spread, seed=0):
+    """Points around one centre for each of three classes, on axes of very different scale."""
+    g = torch.Generator().manual_seed(seed)
+    centres, labels = torch.randn(3, 5, generator=torch.Generator().manual_seed(9)), torch.arange(n) % 3
+    return (centres[labels] + spread * torch.randn(n, 5, generator=g)) * torch.tensor([1e-3, 1, 1, 1, 100]) + 7, labels
+
+
+def test_ridge_is_least_squares_with_a_penalty():
+    x, y = clouds(3000, 0.3)                                            # more than one chunk of the sums
+    mean, std = x.mean(0), x.std(0)
+    ones = numpy.pad(((x - mean) / std).double().numpy(), ((0, 0), (0, 1)), constant_values=1)
+    for penalty in (0.01, 0.1):
+        rows = numpy.concatenate([ones, math.sqrt(penalty * 3000) * numpy.eye(6)])          # a penalty is rows that ask for zero
+        target = numpy.concatenate([numpy.eye(3)[y.numpy()], numpy.zeros((6, 3))])
+        weight = unified.ridge(*unified.moments(x, y, mean, std, 3), penalty)
+        assert_close(weight, torch.from_numpy(numpy.linalg.lstsq(rows, target, rcond=None)[0]), 1e-5)
+
+
+def test_the_ridge_probe_solves_a_separable_problem_and_the_test_set_chooses_nothing():
+    assert unified.ridge_probe(*clouds(300, 0.05), *clouds(90, 0.05, seed=1)) == 1.0
+    (x, y), (x_test, y_test) = clouds(120, 2.0), clouds(90, 2.0, seed=1)
+    together = unified.ridge_probe(x, y, x_test, y_test)
+    apart = [unified.ridge_probe(x, y, x_test[i:i + 1], y_test[i:i + 1]) for i in range(90)]
+    assert 0.34 < together < 0.9 and together == pytest.approx(sum(apart) / 90)

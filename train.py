@@ -1,0 +1,487 @@
+"""Train a tokenizer, then a model on its ids, then show what it has learned.
+
+    python train.py                                          shapes drawn on the fly, on a CPU, in minutes
+    python train.py --dataset cifar10                        the same on CIFAR-10
+    python train.py --dataset imagenet --tokenizer vqgan_jax_strongaug.ckpt         the paper's recipe
+    torchrun --standalone --nproc-per-node 8 train.py ...    the same on 8 GPUs, with the same result
+
+A run is a folder, out/<dataset>-<model>: tokenizer.pt, ids.npy, model.pt, log.jsonl, loss.png, reconstructions.png, samples.png.
+"""
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed
+import tqdm
+
+import unified
+from unified import UserError, option
+
+
+@dataclasses.dataclass
+class Config:
+    dataset: str = option("shapes", "shapes, cifar10, imagenet, or a folder with train/<class>/* and val/<class>/*")
+    data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
+    model: str = option("mage", "what to train", choices=list(unified.MODELS))
+    size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet", choices=["tiny", "small", "base", "large"])
+    image_size: int = option(None, "side in pixels; 32, or 256 on folders")
+    ids: int = option(None, "ids an image; 16 on shapes, else 64 below 128 pixels and 256 from there on")
+    steps: int = option(None, "optimizer steps of the model; or say --epochs")
+    epochs: float = option(None, "the same in passes over the training set")
+    tokenizer_steps: int = option(None, "optimizer steps of the tokenizer")
+    adversarial: float = option(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0")
+    tokenizer: str = option("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
+    views: int = option(None, "random crops of each image kept as ids; 0 tokenises fresh crops in every step")
+    labels: bool = option(False, "condition on class labels, so that sample.py --label works")
+    batch_size: int = option(None, "images an optimizer step, all devices and accumulated micro-batches together")
+    micro_batch: int = option(None, "images that one device computes at once; as many as fit, if not given")
+    lr: float = option(None, "learning rate for 256 images a step; scaled with --batch-size")
+    seed: int = option(0, "of everything random")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    dtype: str = option(None, "of activations; bfloat16 on cuda, else float32", choices=["float32", "bfloat16"])
+    compile: bool = option(torch.cuda.is_available(), "compile the blocks")
+    workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
+    strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
+    out_dir: str = option("", "the run's folder, if not out/<dataset>-<model>")
+    resume: bool = option(False, "go on where the run in this folder stopped; same flags, more --steps if you like")
+    log_every: int = option(None, "steps between rows of log.jsonl")
+    eval_every: int = option(None, "steps between held-out losses and sample grids; 0 for never")
+    save_every: int = option(None, "steps between checkpoints")
+
+
+# Defaults by data set. The folder rows are the papers' recipes: MAGE's for the model, MaskGIT's for the tokenizer.
+SHAPES = dict(size="tiny", image_size=32, ids=16, steps=4000, batch_size=64, lr=4e-3, views=1, tokenizer_steps=800, tokenizer_batch=32,
+              tokenizer_lr=2e-3, log_every=50, eval_every=1000, save_every=500)
+CIFAR10 = dict(SHAPES, ids=64, steps=4000, views=4, tokenizer_steps=3000, tokenizer_batch=16)
+FOLDER = dict(size="base", image_size=256, ids=None, epochs=1600, batch_size=4096, lr=1.5e-4, views=10, tokenizer_steps=1_000_000,
+              tokenizer_batch=256, tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
+RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every", "resume"}
+
+
+def settle(cfg):
+    """Fill in what was not said on the command line; refuse what cannot be."""
+    recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, FOLDER)
+    if cfg.steps and cfg.epochs:
+        raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
+    for name, value in recipe.items():
+        if getattr(cfg, name, 0) is None and not (name in ("steps", "epochs") and (cfg.steps or cfg.epochs)):
+            setattr(cfg, name, value)
+    cfg.ids = cfg.ids or (64 if cfg.image_size < 128 else 256)
+    cfg.adversarial = (0.8 if cfg.image_size >= 256 else 0.0) if cfg.adversarial is None else cfg.adversarial
+    cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
+    cfg.out_dir = cfg.out_dir or f"out/{pathlib.Path(cfg.dataset).name}-{cfg.model}"
+    for name in ("image_size", "ids", "batch_size", "steps", "tokenizer_steps", "epochs", "micro_batch", "log_every", "save_every"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
+    side = math.isqrt(cfg.ids)
+    if side ** 2 != cfg.ids or cfg.image_size % side or cfg.image_size // side not in (2, 4, 8, 16):
+        fit = ", ".join(str((cfg.image_size // s) ** 2) for s in (16, 8, 4, 2) if cfg.image_size % s == 0)
+        raise UserError(f"--ids {cfg.ids} does not fit --image-size {cfg.image_size}; " + (f"take one of {fit}" if fit else "take a multiple of 16"))
+    if unified.MODELS[cfg.model].views == 2 and cfg.views == 1 and cfg.dataset != "shapes":
+        raise UserError(f"{cfg.model} compares two crops of an image; --views 1 keeps one; take 0 or 2 and more")
+    if cfg.dataset == "shapes" and unified.MODELS[cfg.model].views == 2:
+        cfg.views = max(cfg.views, 4) if cfg.views else 0
+    return cfg, recipe
+
+
+CLIP, WARMUP = 3.0, 0.025               # gradient norm; share of the steps in which the learning rate rises: 40 of MAGE's 1600 epochs
+
+
+class Run:
+    """What every part of a run needs to know: flags, folder, device, place among the processes, and whether to stop."""
+
+    def __init__(self, cfg, recipe):
+        self.cfg, self.recipe, self.folder, self.device = cfg, recipe, pathlib.Path(cfg.out_dir), torch.device(cfg.device)
+        self.world, self.rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", local)
+                torch.cuda.set_device(self.device)
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+        self.stop = None                                                                    # number of the signal that asks us to
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number, frame):
+        if self.stop:                                                                       # asked twice: now
+            raise KeyboardInterrupt
+        self.stop = number
+
+    def tell(self, text):
+        if self.rank == 0:
+            tqdm.tqdm.write(text)
+
+    def log(self, **row):
+        """One row of log.jsonl."""
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def rows(self):
+        path = self.folder / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+    def save(self, name, **state):
+        if self.rank == 0:
+            unified.save_checkpoint(self.folder / name, state)
+
+    def micro_batch(self, batch, image_bytes):
+        """Images computed at once: what was asked for, else the largest divisor of the batch of which 60 % of the memory holds the activations."""
+        share, rest = divmod(batch, self.world)
+        if rest:
+            raise UserError(f"a batch of {batch} cannot be shared by {self.world} processes; take a multiple of {self.world}")
+        if self.cfg.micro_batch:
+            if share % min(self.cfg.micro_batch, share):
+                raise UserError(f"a batch of {batch} is not a multiple of --micro-batch {self.cfg.micro_batch} x {self.world} processes")
+            return min(self.cfg.micro_batch, share)
+        memory = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else 2 << 30
+        return next(m for m in range(share, 0, -1) if share % m == 0 and (m * image_bytes <= 0.6 * memory or m == 1))
+
+
+def open_run(run):
+    """Make or check the run's folder, and lock it against a second process."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if run.rank == 0:
+        import fcntl                                                                        # the lock dies with the process
+        run.lock = open(run.folder / ".lock", "w")
+        try:
+            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run.folder} is in use by another train.py; take another --out-dir")
+        if not run.cfg.resume and any(p.name != ".lock" for p in run.folder.iterdir()):
+            raise UserError(f"{run.folder} is not empty; --resume goes on with it, --out-dir takes another place")
+    for path in (run.folder / "model.pt", run.folder / "tokenizer.pt"):
+        if path.exists():
+            was, now = unified.load_checkpoint(path)["config"], dataclasses.asdict(run.cfg)
+            for name in now.keys() - RESUME_MAY_CHANGE:
+                if was.get(name, now[name]) != now[name]:
+                    raise UserError(f"this run has --{name.replace('_', '-')} {was[name]}, not {now[name]}; repeat its flags, or take another --out-dir")
+            return
+
+
+@functools.lru_cache(2)
+def permutation(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(unified.fold(seed, epoch)))
+
+
+def plan(n, seed, views, batch, micro, rank, world, start, steps):
+    """Which images, in which crops, each micro-batch of this process holds: yields index (B,), crops (B, views). All of it follows
+    from the step, so it is the same after an interruption and, taken together, for any number of processes."""
+    for step in range(start, steps):
+        for first in range(rank * micro, batch, world * micro):
+            p = step * batch + first + torch.arange(micro)
+            index = torch.cat([permutation(n, seed, e)[p[p // n == e] % n] for e in (p // n).unique().tolist()])
+            yield index, unified.fold(seed, p[:, None], torch.arange(views))
+
+
+def cached_batches(ids, labels, plan):
+    """Batches of cached ids (N, K, L), views chosen by the crops' numbers, two of one image never the same: yields (B, V, L), labels."""
+    K = ids.size(1)
+    for index, crops in plan:
+        first = crops[:, :1] % K
+        view = torch.cat([first, (first + 1 + crops[:, 1:] % max(1, K - 1)) % K], 1)
+        where = index.to(ids.device)
+        yield ids[where[:, None], view.to(ids.device)].int() & 0xFFFF, labels[index]        # uint16 in the file, int16 in torch
+
+
+def optimizer_of(net, lr, betas, decay):
+    """AdamW; matrices and tables decay, biases and other vectors do not (timm's rule, which MAE and MAGE use)."""
+    named = [(k, p) for k, p in net.named_parameters() if p.requires_grad]
+    plain = [p for k, p in named if p.dim() <= 1 or k.endswith(".bias")]
+    rest = [p for k, p in named if not (p.dim() <= 1 or k.endswith(".bias"))]
+    groups = [{"params": rest, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+@dataclasses.dataclass
+class Stage:
+    """One of the two trainings of a run, the tokenizer's or the model's."""
+    name: str                       # 'tokenizer' or 'model'; NAME.pt is its checkpoint
+    net: torch.nn.Module            # forward(x, labels, ...) -> loss, logs
+    arch: dict                      # joins the flags in the checkpoint's config
+    batches: callable               # plan -> yields x, labels
+    images: int                     # in the training set
+    views: int                      # crops of each image in a batch
+    steps: int
+    batch: int
+    micro: int
+    peak: float                     # learning rate
+    betas: tuple
+    decay: float
+    extra: callable = lambda step: {}                   # more arguments of net.forward
+    evaluate: callable = lambda: {}                     # -> held-out figures, drawing pictures on the way
+
+
+class Stopped(Exception):
+    """A signal asked for the end; everything is saved."""
+
+
+def restore(run, stage, optimizer):
+    """Load NAME.pt if it is there, drop the log's rows that came after it, and return the step to go on from."""
+    path, step = run.folder / f"{stage.name}.pt", 0
+    if path.exists() or path.with_name(path.name + ".prev").exists():
+        state = unified.load_checkpoint(path)
+        unified.load_strictly(stage.net, state["model"], path)
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    rows = run.rows()
+    kept = [r for r in rows if r["stage"] != stage.name or r["step"] <= step]
+    if run.rank == 0 and kept != rows:
+        (run.folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    return step
+
+
+class Meter:
+    """Progress bar and log of one stage. Losses add up on the device and are read once a log interval."""
+
+    def __init__(self, run, stage, step):
+        self.run, self.stage, self.logs, self.count, self.since, self.seen = run, stage, {}, 0, time.time(), step
+        self.bar = tqdm.tqdm(total=stage.steps, initial=step, desc=stage.name, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+
+    def add(self, loss, logs):
+        for name, value in {"loss": loss, **logs}.items():
+            self.logs[name] = self.logs.get(name, 0) + value.detach()
+        self.count += 1
+
+    def step(self, step, norm, lr):
+        self.bar.update()
+        if step % self.run.cfg.log_every == 0 or step == self.stage.steps:
+            means = self.check(step)
+            rate = (step - self.seen) * self.stage.batch / (time.time() - self.since)
+            memory = torch.cuda.max_memory_allocated(self.run.device) / 2**30 if self.run.device.type == "cuda" else None
+            self.run.log(stage=self.stage.name, step=step, **means, lr=lr, grad_norm=norm.item(), images_per_second=rate, memory_gib=memory)
+            self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
+            self.logs, self.count, self.since, self.seen = {}, 0, time.time(), step
+        every = self.run.cfg.eval_every
+        if every and (step % every == 0 or step == self.stage.steps):
+            if self.run.rank == 0:
+                self.stage.net.eval()
+                self.run.log(stage=self.stage.name, step=step, **self.stage.evaluate())
+                self.stage.net.train()
+            self.since, self.seen = time.time(), step
+
+    def check(self, step):
+        """Mean of what was added, over all processes. A loss that is not finite ends the run here, before it is saved."""
+        means = {}
+        for name, value in self.logs.items():
+            value = value.float() / self.count
+            if self.run.world > 1:
+                torch.distributed.all_reduce(value)
+            means[name] = value.item() / self.run.world
+        if not all(map(math.isfinite, means.values())):
+            raise UserError(f"the loss is not finite at step {step}; {self.run.folder} keeps the last good checkpoint; a lower --lr may help")
+        return means
+
+
+def fit(run, stage):
+    """Train stage.net from its checkpoint, or from the start, to its last step; leave the finished checkpoint behind."""
+    cfg, net = run.cfg, stage.net.to(run.device)
+    optimizer = optimizer_of(net, stage.peak, stage.betas, stage.decay)
+    step = restore(run, stage, optimizer)
+    if cfg.compile:
+        for block in getattr(net, "blocks", []):
+            block.compile()
+    ddp = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=stage.name == "tokenizer") if run.world > 1 else net
+    accumulate = stage.batch // (stage.micro * run.world)
+    batches = stage.batches(plan(stage.images, cfg.seed, stage.views, stage.batch, stage.micro, run.rank, run.world, step, stage.steps))
+    meter = Meter(run, stage, step)
+    net.train()
+    while step < stage.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = unified.learning_rate(step + 1, WARMUP * stage.steps, stage.steps + 1, stage.peak)
+        for micro in range(accumulate):
+            x, labels = next(batches)
+            torch.manual_seed(unified.fold(cfg.seed, len(stage.name), step, micro * run.world + run.rank))
+            last = micro == accumulate - 1
+            with contextlib.nullcontext() if last or run.world == 1 else ddp.no_sync():
+                with run.autocast():
+                    loss, logs = ddp(x.to(run.device, non_blocking=True).squeeze(1), labels.to(run.device) if cfg.labels else None, **stage.extra(step))
+                (loss / accumulate).backward()
+            meter.add(loss, logs)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        meter.step(step, norm, group["lr"])
+        if step % cfg.save_every == 0 or step == stage.steps or run.stop:
+            meter.check(step)
+            run.save(f"{stage.name}.pt", model=net.state_dict(), ema=None, optimizer=optimizer.state_dict(), stage=stage.name, step=step,
+                     config={**dataclasses.asdict(cfg), **stage.arch})
+        if run.stop:
+            raise Stopped(f"stopped at step {step} of the {stage.name}; everything is saved, --resume goes on")
+    net.eval()
+
+
+# What the run does with these: the tokenizer, the model, and what is shown of them.
+
+
+def reconstruct(run, vqgan, x):
+    """Pixels (B, 3, S, S) -> what is left of them after a round trip through ids, and the ids (B, h, w)."""
+    with torch.no_grad(), run.autocast():
+        ids = vqgan.encode(x.to(run.device))
+        return vqgan.decode(ids).float().clamp(0, 1), ids
+
+
+def measure_tokenizer(run, vqgan, data, count):
+    """PSNR over all pixels, in dB, and the share of codes used, on count pictures."""
+    vqgan.eval()
+    used = torch.zeros(vqgan.quantize.embedding.num_embeddings, dtype=torch.bool)
+
+    def squared_error(x):
+        y, ids = reconstruct(run, vqgan, x)
+        used[ids.unique().cpu()] = True
+        return (y - x.to(run.device)).square().mean((1, 2, 3))
+    error, _ = unified.map_pictures(squared_error, data, count, workers=run.cfg.workers)
+    return {"psnr": -10 * math.log10(error.mean().item()), "codes_used": used.float().mean().item()}
+
+
+def draw_reconstructions(run, vqgan, data):
+    """reconstructions.png: 32 test pictures, each row of originals above the row of what the ids keep of them."""
+    x, _ = unified.map_pictures(lambda x: x, data, 32, workers=run.cfg.workers)
+    y, _ = reconstruct(run, vqgan, x)
+    unified.grid(torch.stack([x.unflatten(0, (-1, 8)), y.cpu().unflatten(0, (-1, 8))], 1).flatten(0, 2)).save(run.folder / "reconstructions.png")
+
+
+def get_tokenizer(run, train, test):
+    """The tokenizer of this run and its VQGAN arguments: the one named by --tokenizer, or one trained here."""
+    cfg = run.cfg
+    if cfg.tokenizer:
+        vqgan, arch = unified.load_tokenizer(cfg.tokenizer)
+        if cfg.image_size % vqgan.stride:
+            raise UserError(f"--tokenizer {cfg.tokenizer} needs an --image-size that is a multiple of {vqgan.stride}, not {cfg.image_size}")
+        return vqgan.to(run.device), arch
+    torch.manual_seed(cfg.seed)
+    arch = unified.tokenizer_config(cfg.size, cfg.image_size // math.isqrt(cfg.ids))
+    net = unified.TokenizerTraining(unified.VQGAN(**arch))
+    batch, steps = run.recipe["tokenizer_batch"], cfg.tokenizer_steps
+
+    def evaluate():
+        draw_reconstructions(run, net.vqgan, test)
+        return measure_tokenizer(run, net.vqgan, test, 500)
+    image_bytes = 8 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"] * 12
+    fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch}, lambda plan: train.batches(plan, cfg.workers), len(train), 1, steps, batch,
+                   run.micro_batch(batch, image_bytes), run.recipe["tokenizer_lr"], (0.9, 0.99), 0.0,
+                   lambda step: {"adversarial": cfg.adversarial * (step >= steps // 5)}, evaluate))
+    return net.vqgan, arch
+
+
+def get_ids(run, vqgan, train):
+    """plan -> batches of the model's training: crops tokenised in every step (--views 0), or cached ids."""
+    cfg = run.cfg
+    if cfg.views == 0:
+        return lambda plan: train.batches(plan, cfg.workers)
+    shared = pathlib.Path(cfg.tokenizer)
+    folder = shared if cfg.tokenizer and shared.is_dir() else run.folder
+    for rank in range(run.world):                                                           # one at a time: the first makes them, the others read
+        if rank == run.rank:
+            ids, labels = unified.cache_ids(folder, vqgan, train, cfg.views, cfg.image_size, cfg.workers)
+        if run.world > 1:
+            torch.distributed.barrier()
+    ids = torch.from_numpy(ids.view("int16"))
+    if run.device.type == "cuda" and ids.nbytes < torch.cuda.mem_get_info(run.device)[0] / 4:
+        ids = ids.to(run.device)
+    return lambda plan: cached_batches(ids, labels, plan)
+
+
+def get_model(run, vqgan, arch, train, test):
+    """The trained model."""
+    cfg, method = run.cfg, unified.MODELS[run.cfg.model]
+    torch.manual_seed(cfg.seed + 1)
+    arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, arch, len(train.classes) if cfg.labels else 0)
+    model = unified.build(arch)
+    model.vqgan.load_state_dict(vqgan.state_dict())
+    model.to(run.device)
+    steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+    image_bytes = sum(60 * c * h * w for c, h, w in model.layers.values()) * (2 if cfg.dtype == "float32" else 1) * method.views
+    micro = run.micro_batch(cfg.batch_size, image_bytes)
+    peak = cfg.lr * cfg.batch_size / 256
+    run.tell(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, {model.length} ids an image, "
+             f"{steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}; the loss starts near ln {model.codes} = {math.log(model.codes):.2f}")
+    if method.views == 2 and micro * run.world < cfg.batch_size:
+        run.tell(f"the contrastive term compares {micro * run.world} of the {cfg.batch_size} images with each other: those computed at once")
+    held, labels = unified.map_pictures(model.to_ids, test, 512, workers=cfg.workers)
+
+    def evaluate():
+        unified.grid(sample_grid(run, model)).save(run.folder / "samples.png")
+        torch.manual_seed(0)
+        with torch.no_grad(), run.autocast():
+            return {"held_out": model(held.to(run.device), labels.to(run.device) if cfg.labels else None)[1]["masked"].item()}
+    fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, model.vqgan, train), len(train), method.views, steps, cfg.batch_size, micro, peak,
+                   (0.9, 0.95), 0.05, evaluate=evaluate))
+    return model
+
+
+def sample_grid(run, model, n=64):
+    """n pictures of fixed seeds; with labels, a column a class."""
+    labels = torch.arange(n, device=run.device) % 8 % model.classes if run.cfg.labels else None
+    with run.autocast():
+        return model.sample(n, labels=labels).float().cpu()
+
+
+def draw_losses(run):
+    """loss.png: training and held-out loss of both stages."""
+    rows = run.rows()
+    for stage in ("tokenizer", "model"):
+        curves = {name: [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r] for name in ("loss", "held_out")}
+        curves = {name: curve for name, curve in curves.items() if curve}
+        if curves:
+            yield unified.chart(curves, f"{stage}: loss by step")
+
+
+def report(run, vqgan, model, train, test):
+    """What has been learned, in figures and pictures, and what to type next."""
+    figures = measure_tokenizer(run, vqgan, test, len(test))
+    charts = list(draw_losses(run))
+    unified.stack(charts).save(run.folder / "loss.png")
+    fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"])
+    fresh.vqgan.load_state_dict(vqgan.state_dict())
+    pixels = torch.nn.AdaptiveAvgPool2d(min(32, run.cfg.image_size))
+    top1 = {}
+    for name, embed in (("features", model.embed), ("the same network untrained", fresh.to(run.device).eval().embed), ("raw pixels", lambda x: pixels(x).flatten(1))):
+        parts = [unified.map_pictures(embed, data, count, workers=run.cfg.workers) for data, count in ((train, 10_000), (test, 10_000))]
+        top1[name] = unified.ridge_probe(*parts[0], *parts[1])
+    run.log(stage="report", step=0, **figures, probe=top1)
+    run.tell(f"""
+tokenizer   {figures['psnr']:.2f} dB PSNR on {len(test)} test pictures, {figures['codes_used']:.0%} of the codes used       {run.folder}/reconstructions.png
+samples     {run.folder}/samples.png, losses in {run.folder}/loss.png
+linear probe (ridge, {min(len(train), 10_000)} training pictures), accuracy on the test set
+    {top1['features']:6.1%}  features of this model
+    {top1['the same network untrained']:6.1%}  the same network untrained
+    {top1['raw pixels']:6.1%}  raw pixels
+next
+    python sample.py {run.folder} --n 64 --gif                 more pictures, and how they come about
+    python probe.py {run.folder} --head knn                    other ways to read the features
+""")
+
+
+def main():
+    cfg, recipe = settle(unified.parse(Config, __doc__.split("\n")[0]))
+    run = Run(cfg, recipe)
+    try:
+        train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images) for part in (True, False))
+        open_run(run)
+        vqgan, arch = get_tokenizer(run, train, test)
+        model = get_model(run, vqgan, arch, train, test)
+        if run.rank == 0:
+            report(run, model.vqgan, model, train, test)
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory; try --micro-batch {max(1, (cfg.micro_batch or cfg.batch_size // run.world) // 2)}")
+    except Stopped as reason:
+        run.tell(str(reason))
+        sys.exit(128 + run.stop)
+    finally:
+        if run.world > 1:
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    unified.run_script(main)

@@ -1,0 +1,1331 @@
+"""Generate and represent images with one network: the whole family, in one file.
+
+One idea runs through it: CORRUPT an image, LEARN TO UNDO the corruption. What the network has to understand in order to undo
+it is a representation; undoing it step by step, starting from nothing, is generation.
+
+    method   what it reads   how that was corrupted                       what it predicts
+    MAGE     token ids       a random share hidden (70 % on average)      the hidden ids
+    MAGE-C   the same, of two crops of an image                           + which crops belong together
+
+Read from the top; nothing is used before it has been explained.
+
+    1  attention and blocks          every token reads from every other token
+    2  pictures <-> ids              the VQ tokenizer: a picture becomes a short sequence of integers, and back
+    3  what is hidden                how many ids, which ids, and random numbers that can be asked for by name
+    4  MAGE                          guess the hidden ids; train, generate, inpaint, represent
+    5  MAGE-C                        the same network also learns which two crops show the same image
+    9  presets, published weights    sizes, and how files of the original authors are read
+    10 pictures, runs and files      data sets, the id cache, PNG grids, ridge regression, checkpoints
+
+Letters    B images    L tokens of an image    C width    n heads    d = C / n    K codebook entries    S image side in pixels
+           x pixels    z encoder output, before it is rounded to the codebook    h x w the token grid, h * w = L
+Pixels are floats in [0, 1] wherever a function is public. Masks are boolean and True means hidden, everywhere.
+Everything random can be passed in: a function that draws says which argument replaces the draw.
+
+Papers     [MAGE] Li et al. 2022, arXiv 2211.09117      [MaskGIT] Chang et al. 2022, 2202.04200     [VQGAN] Esser et al. 2020, 2012.09841
+           [MAE] He et al. 2021, 2111.06377             [ViT] Dosovitskiy et al. 2020, 2010.11929   [Attention] Vaswani et al. 2017, 1706.03762
+           [SimCLR] Chen et al. 2020, 2002.05709        [VQ-VAE] van den Oord et al. 2017, 1711.00937
+"""
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import pickle
+import sys
+import tarfile
+import typing
+import urllib.request
+
+import numpy
+import PIL.Image
+import PIL.ImageDraw
+import torch
+import torch.distributed.nn
+import torch.nn as nn
+import torch.nn.functional as F
+import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 1. Attention: every token reads from every other token
+#
+#     A = softmax(Q K^T / sqrt(d)) V          Q, K, V: (B, n, L, d)                                    [Attention, eq. 1]
+#
+# A block lets the tokens exchange information (attention) and then thinks about each of them alone (MLP). Both only add to
+# what is already there, so a deep stack starts out close to the identity.
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over a set of tokens, without a causal mask.
+
+    dim      width C, a multiple of heads, else ValueError
+    heads    number of heads n
+    dropout  share of attention probabilities, and of outputs, that is dropped in training
+    fused    True: one fused kernel, the attention map never exists in memory; False: the equation above, spelled out to be
+             read (test_fused_attention_is_the_equation)
+    """
+
+    def __init__(self, dim, heads, dropout=0.0, fused=True):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is not a multiple of {heads} heads")
+        self.heads, self.dropout, self.fused = heads, dropout, fused
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):                                                                   # (B, L, C)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # 3 x (B, n, L, d)
+        p = self.dropout if self.training else 0.0
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        else:
+            x = F.dropout((q @ k.mT * q.size(-1) ** -0.5).softmax(-1), p) @ v
+        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), p)                        # (B, L, C)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact (erf) GELU between them, applied to each token alone. (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, dim, hidden, dropout=0.0):
+        super().__init__()
+        self.fc1, self.fc2, self.dropout = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block [ViT]: x + attention(norm(x)), then x + mlp(norm(x)). (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, dim, heads, dropout=0.0):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads, dropout)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, 4 * dim, dropout)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 2. Pictures <-> ids: the VQ tokenizer
+#
+#     z = E(x)        id = argmin_k |z - e_k|^2        x' = D(e_id)                                   [VQ-VAE, eq. 1 and 2]
+#
+# A convolutional encoder E shrinks the picture to a grid of vectors, each vector is rounded to the nearest of K codebook
+# entries e_k, a decoder D paints the picture back from the entries. From then on a picture IS its ids: 256 x 256 pixels are
+# 256 integers below 1024. The layers are those of MaskGIT's tokenizer, which MAGE uses frozen (official file:
+# taming/modules/diffusionmodules/model.py); it differs from the well-known VQGAN: no attention, no convolution around the
+# codebook, average pooling on the way down, and hardly any bias.
+
+
+def norm(channels, groups=32):
+    """GroupNorm. Published tokenizers have 32 groups; narrow ones need fewer, since a group of one channel forgets how bright it was."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut. (B, inp, h, w) -> (B, out, h, w)."""
+
+    def __init__(self, inp, out, groups):
+        super().__init__()
+        self.norm1, self.conv1 = norm(inp, groups), nn.Conv2d(inp, out, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = norm(out, groups), nn.Conv2d(out, out, 3, padding=1, bias=False)
+        if inp != out:
+            self.nin_shortcut = nn.Conv2d(out, out, 1, bias=False)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        # Where the width changes, the published tokenizers send the block's OUTPUT, not its input, through the shortcut. It was
+        # a slip in the original code, but every released weight was trained with it.
+        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+
+
+def level(inp, out, blocks, groups):
+    """The residual blocks of one resolution, named as in the published files."""
+    return nn.ModuleDict({"block": nn.ModuleList(ResBlock(inp if j == 0 else out, out, groups) for j in range(blocks))})
+
+
+def middle(width, groups):
+    """The two residual blocks at the lowest resolution."""
+    return nn.ModuleDict({"block_1": ResBlock(width, width, groups), "block_2": ResBlock(width, width, groups)})
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, S, S) in [0, 1] -> z (B, dim, S / stride, S / stride), with stride = 2 ** (len(ch_mult) - 1).
+
+    ch, ch_mult  width of level i is ch * ch_mult[i]        blocks  residual blocks a level
+    dim          width of the codebook                      groups  of every GroupNorm; divides every width
+    """
+
+    def __init__(self, ch, ch_mult, blocks, dim, groups):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1, bias=False)
+        self.down = nn.ModuleList(level(inp, out, blocks, groups) for inp, out in zip([ch] + widths, widths))
+        self.mid = middle(widths[-1], groups)
+        self.norm_out, self.conv_out = norm(widths[-1], groups), nn.Conv2d(widths[-1], dim, 1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            x = x if i == 0 else F.avg_pool2d(x, 2)
+            for block in level["block"]:
+                x = block(x)
+        x = self.mid["block_2"](self.mid["block_1"](x))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """The way back: (B, dim, h, w) -> pixels (B, 3, S, S), close to [0, 1] but not clamped. Arguments as for Encoder."""
+
+    def __init__(self, ch, ch_mult, blocks, dim, groups):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], groups)
+        self.up = nn.ModuleList(level(inp, out, blocks, groups) for inp, out in zip(widths[1:] + widths[-1:], widths))
+        for i, width in enumerate(widths[1:], 1):                                           # up.0 is already at full resolution
+            self.up[i]["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+        self.norm_out, self.conv_out = norm(widths[0], groups), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_in(z)
+        x = self.mid["block_2"](self.mid["block_1"](x))
+        for level in reversed(self.up):
+            for block in level["block"]:
+                x = block(x)
+            if "upsample" in level:
+                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2.0))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Codebook(nn.Module):
+    """K vectors of width dim; rounds to the nearest one."""
+
+    def __init__(self, size, dim):
+        super().__init__()
+        self.embedding = nn.Embedding(size, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
+
+    def distances(self, z):
+        """Squared distance of every position to every code, in float32: (B, dim, h, w) -> (B * h * w, K), row by row."""
+        with torch.autocast(z.device.type, enabled=False):                                  # bfloat16 would flip ids
+            z, e = z.movedim(1, -1).flatten(0, -2).float(), self.embedding.weight
+            return (z * z).sum(1, keepdim=True) + (e * e).sum(1) - 2 * z @ e.T
+
+    def lookup(self, ids):
+        """Codes of an id map: int (B, h, w) -> (B, dim, h, w)."""
+        return self.embedding(ids).movedim(-1, 1)
+
+
+class VQGAN(nn.Module):
+    """The tokenizer. Its training objective comes after it, in TokenizerTraining.
+
+    codebook_size  K        codebook_dim  width of a code        ch, ch_mult, blocks, groups  as for Encoder
+    """
+
+    def __init__(self, codebook_size, codebook_dim, ch, ch_mult, blocks, groups=32):
+        super().__init__()
+        self.stride = 2 ** (len(ch_mult) - 1)
+        self.encoder = Encoder(ch, ch_mult, blocks, codebook_dim, groups)
+        self.decoder = Decoder(ch, ch_mult, blocks, codebook_dim, groups)
+        self.quantize = Codebook(codebook_size, codebook_dim)
+
+    def encode(self, x):
+        """Pixels (B, 3, S, S) in [0, 1] -> ids (B, h, w). S must be a multiple of the stride."""
+        z = self.encoder(x)
+        return self.quantize.distances(z).argmin(1).view(-1, *z.shape[2:])
+
+    def decode(self, ids):
+        """Ids (B, h, w) -> pixels (B, 3, S, S), not clamped: a released decoder overshoots [0, 1] a little."""
+        return self.decoder(self.quantize.lookup(ids))
+
+
+# How it is trained. Rounding has no gradient, so the decoder's gradient is copied to the encoder ("straight through"), and two
+# terms pull z and its code together: the commitment term moves z, the codebook term moves the code [VQ-VAE, eq. 3]. That alone
+# leaves most codes unused. The entropy term [MaskGIT's training code] rewards positions that are sure of their code
+# (low entropy each) and a batch that uses all codes (high entropy of the mean); the coverage term moves every code, used or not,
+# towards the nearest z, so that none is stranded where no z ever comes. A patch discriminator can be added: it sharpens
+# what L1 and L2 leave blurred. MaskGIT adds a pretrained perceptual network too; we do without, since its weights would be a
+# fifth dependency. The price is texture: expect a clearly higher reconstruction FID than the released tokenizers' 2 to 3.
+
+
+def straight_through(z, codes):
+    """Value of codes, gradient to z. Both (B, dim, h, w)."""
+    return z + (codes - z).detach()
+
+
+def entropy_gap(distances, temperature=0.01):
+    """Mean entropy of a position minus entropy of the mean, of softmax(-distances / temperature). (N, K) -> scalar in [-ln K, 0]."""
+    logp = (-distances / temperature).log_softmax(1)
+    p, mean = logp.exp(), logp.exp().mean(0)
+    return -(p * logp).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
+
+
+class PatchDiscriminator(nn.Module):
+    """Says of each patch of about 22 pixels whether it is real. Pixels (B, 3, S, S) -> scores (B, 1, S / 8, S / 8)."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList([nn.Identity()] + [norm(w) for w in widths[2:]])         # none right after the pixels
+        self.score = nn.Conv2d(widths[-1], 1, 1)
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.leaky_relu(norm(conv(x)), 0.2)
+        return self.score(x)
+
+
+class TokenizerTraining(nn.Module):
+    """The tokenizer, the discriminator that it is trained against, and their loss as one module.
+
+    vqgan    the VQGAN to train        weights  of the terms: dict with the keys of WEIGHTS
+    forward(x (B, 3, S, S) in [0, 1], adversarial) -> (scalar loss, dict of its terms). The adversarial weight is an argument since
+    it is 0 during a warm-up; 0.8 is [VQGAN]'s. Generator and discriminator terms do not touch each other's parameters, so one
+    backward pass and one optimizer step serve both.
+    """
+
+    WEIGHTS = {"l1": 3.0, "l2": 10.0, "commitment": 0.25, "codebook": 1.0, "coverage": 0.5, "entropy": 0.02}
+
+    def __init__(self, vqgan):
+        super().__init__()
+        self.vqgan, self.discriminator = vqgan, PatchDiscriminator()
+
+    def forward(self, x, labels=None, adversarial=0.0):
+        z = self.vqgan.encoder(x)
+        distances = self.vqgan.quantize.distances(z)
+        codes = self.vqgan.quantize.lookup(distances.argmin(1).view(-1, *z.shape[2:]))
+        nearest = z.detach().movedim(1, -1).flatten(0, -2)[distances.argmin(0)]             # (K, dim): to each code the nearest z
+        y = self.vqgan.decoder(straight_through(z, codes))
+        logs = {"l1": (y - x).abs().mean(), "l2": F.mse_loss(y, x),
+                "commitment": F.mse_loss(z, codes.detach()), "codebook": F.mse_loss(codes, z.detach()),
+                "coverage": F.mse_loss(self.vqgan.quantize.embedding.weight, nearest), "entropy": entropy_gap(distances)}
+        loss = sum(self.WEIGHTS[k] * v for k, v in logs.items())
+        if adversarial:
+            logs["generator"], logs["discriminator"] = self.adversarial(x, y, logs["l1"] + logs["l2"])
+            loss = loss + adversarial * logs["generator"] + logs["discriminator"]
+        return loss, logs
+
+    def adversarial(self, x, y, reconstruction):
+        """Hinge losses of generator and discriminator, the former scaled so that at the decoder's last layer its gradient is
+        as long as that of the reconstruction [VQGAN, eq. 7]."""
+        fixed = {k: p.detach() for k, p in self.discriminator.named_parameters()}
+        fool = -torch.func.functional_call(self.discriminator, fixed, (y,)).mean()
+        last = self.vqgan.decoder.conv_out.weight
+        size = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (reconstruction, fool)]
+        real, fake = self.discriminator(x), self.discriminator(y.detach())
+        return (size[0] / (size[1] + 1e-4)).clamp(0, 1e4) * fool, (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 3. What is hidden
+#
+# Which ids are hidden is decided by ranking uniform noise: the n positions of smallest noise. How many is a matter of purpose.
+# In training the hidden share is drawn from a normal law around 55 %, cut off to [50 %, 100 %]: at 55 % there is enough left
+# to understand the picture, at 100 % nothing, which is where generation starts [MAGE, section 3]. In generation the share
+# falls from 1 to 0 along a cosine: few ids at first, when nearly everything is a guess, many at the end [MaskGIT, eq. 3].
+
+
+def truncated_normal(u, mean=0.55, std=0.25, low=0.5, high=1.0):
+    """Turn uniform draws u in [0, 1] into draws of a normal law restricted to [low, high], by inverting its distribution."""
+    a, b = (math.erf((bound - mean) / std / math.sqrt(2)) for bound in (low, high))
+    return (mean + std * math.sqrt(2) * torch.erfinv(a + u * (b - a))).clamp(low, high)
+
+
+def ranks(noise):
+    """Rank of each entry in its row, 0 for the smallest: (B, L) -> int (B, L). Rows' n smallest are ranks(noise) < n."""
+    return noise.argsort(stable=True, dim=1).argsort(1)
+
+
+def hidden_left(initial, hidden, step, steps):
+    """How many ids of each picture stay hidden after step 0 .. steps - 1: the cosine's share of those hidden at the start, but at
+    least one less than before, and at least one as long as there is any. initial, hidden: int (B,) -> int (B,)."""
+    share = math.cos(math.pi / 2 * (step + 1) / steps)
+    left = (initial.double() * share).floor().long()
+    return left.minimum(hidden - 1).clamp(min=1).minimum(hidden)
+
+
+# Random numbers by name. In generation, a number depends on (the picture's seed, which draw, which position) and on nothing else:
+# the same picture comes out alone or in a batch of a thousand, on any device. An integer hash does it (MurmurHash3's last mix).
+
+
+def mix(x):
+    """Scramble the low 32 bits of int64 values; a product that overflows keeps its low 32 bits, which are all that is used."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def uniform(seeds, draw, n):
+    """n uniform numbers strictly inside (0, 1) for each seed: int64 (B,), int -> float32 (B, n)."""
+    row = mix(mix(mix(seeds) ^ (seeds >> 32)) + draw)
+    bits = mix(row[:, None] + 0x9E3779B9 * torch.arange(1, n + 1, device=seeds.device))
+    return ((bits >> 9).float() + 0.5) / 2**23                                              # 23 bits: 1 is never reached
+
+
+def gumbel(u):
+    """Uniform numbers in (0, 1) -> standard Gumbel noise, -log(-log u)."""
+    return -(-u.log()).log()
+
+
+def categorical(p, u):
+    """One category a row by inverting the distribution function: p (..., K) sums to 1, u (...) in (0, 1) -> int64 (...)."""
+    cdf = p.cumsum(-1)
+    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1).clamp(max=p.size(-1) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 4. MAGE: guess the hidden ids
+#
+#     loss = mean over hidden positions i of  -log p(id_i | the ids that are not hidden)                [MAGE, eq. 1]
+#
+# An encoder reads what is left, a decoder puts the result back into place, fills every gap with the encoder's summary of THIS
+# picture (its output at position 0), and predicts the gaps. As in MAE the encoder is spared most of the gaps: half of all
+# positions, always hidden ones, never enter it. That half is fixed, so that shapes are static; the hidden ids beyond it enter as
+# the word [MASK]. Hiding much teaches features, hiding all teaches generation: one network, one loss, both uses.
+#
+# Position 0 holds no patch but a "class": a label if there is one, else the "fake class" that stands for any picture.
+
+
+class TokenEmbedding(nn.Module):
+    """LayerNorm(word + position), then dropout: ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
+
+    def __init__(self, words, positions, dim, dropout):
+        super().__init__()
+        self.word_embeddings, self.position_embeddings = nn.Embedding(words, dim), nn.Embedding(positions, dim)
+        self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-6), nn.Dropout(dropout)
+
+    def forward(self, ids):
+        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
+
+
+class Head(nn.Module):
+    """Logits over words: the output matrix is the table of input words, cut off from the gradient.
+
+    forward(x (B, L, C'), words (V, C)) -> (B, L, V)
+    """
+
+    def __init__(self, inp, dim, words):
+        super().__init__()
+        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)                           # eps 1e-5 here, 1e-6 elsewhere
+        self.bias = nn.Parameter(torch.zeros(1, 1, words))
+
+    def forward(self, x, words):
+        return self.ln(F.gelu(self.fc(x))) @ words.detach().T + self.bias[..., :len(words)]
+
+
+class Decoding(typing.NamedTuple):
+    """A picture being decoded: its ids (n, L), of which some are still hidden (n, L); the pixels known beforehand, if any."""
+    ids: torch.Tensor
+    hidden: torch.Tensor
+    known: torch.Tensor = None
+    mask: torch.Tensor = None
+
+
+def initialise(module):
+    """Xavier-uniform matrices (the fused qkv counts as one), zero biases, N(0, 0.02) embeddings: MAE's and MAGE's start."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+class MAGE(nn.Module):
+    """Masked generative encoder (official files: models_mage.py, models_vit_mage.py, gen_img_uncond.py).
+
+    vqgan           the frozen tokenizer, part of this module and of its checkpoint
+    image_size      S, a multiple of the tokenizer's stride, else ValueError
+    width, depth, heads, decoder_width, decoder_depth, decoder_heads        of the two stacks of blocks
+    classes         0, or the number of labels it can be conditioned on
+    fake_class      None: the fake class has a word of its own. A number c: it shares the word of class c (published files: 76)
+    contrastive     weight of the contrastive term of section 5; 0 for plain MAGE
+
+    Words: 0 .. K-1 the codes, then the classes, then the fake class (unless shared), then [MASK].
+    """
+
+    def __init__(self, vqgan, image_size, width, depth, heads, decoder_width, decoder_depth, decoder_heads,
+                 classes=0, fake_class=None, contrastive=0.0, dropout=0.1):
+        super().__init__()
+        if image_size % vqgan.stride:
+            raise ValueError(f"image size {image_size} is not a multiple of the tokenizer's stride {vqgan.stride}")
+        self.image_size, self.grid, self.classes, self.contrastive = image_size, image_size // vqgan.stride, classes, contrastive
+        self.codes, self.length = vqgan.quantize.embedding.num_embeddings, self.grid ** 2    # K, L
+        self.fake_id = self.codes + (classes if fake_class is None else fake_class)
+        self.mask_id = self.codes + classes + (fake_class is None)
+
+        self.token_emb = TokenEmbedding(self.mask_id + 1, 1 + self.length, width, dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.decoder_pos_embed_learned = nn.Parameter(torch.randn(1, 1 + self.length, decoder_width) * 0.02)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads, dropout) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
+        self.mlm_layer = Head(decoder_width, width, self.mask_id + 1)
+        if contrastive:
+            self.projection = nn.Sequential(nn.Linear(width, 4096), nn.ReLU(), nn.Linear(4096, 256))
+        self.apply(initialise)
+        self.vqgan = vqgan.requires_grad_(False)                                            # after apply: it keeps its weights
+
+    # ---- training
+
+    def forward(self, x, labels=None, *, rate=None, noise=None, keep_label=None):
+        """Loss of one batch.
+
+        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L); with two views: (B, 2, 3, S, S) or (B, 2, L)
+        labels      int (B,) in 0 .. classes - 1, or None
+        rate        hidden share in [0.5, 1], one for the batch (as official); noise (B, L): the smallest are hidden; keep_label
+                    bool (B,): which labels are shown. All drawn if None
+        returns     scalar loss, dict of its terms
+        """
+        pair = x.dim() == (5 if x.is_floating_point() else 3)
+        if pair:
+            x, labels = x.flatten(0, 1), None if labels is None else labels.repeat_interleave(2)
+        ids, mask, keep = self.hide(x, rate, noise)
+        latent = self.encode(self.words(ids, mask, labels, keep_label), keep)
+        logits = self.decode(latent, mask, keep)
+        nll = F.cross_entropy(logits.transpose(1, 2), ids, label_smoothing=0.1, reduction="none")       # (B, L)
+        loss = (nll * mask).sum() / mask.sum()                                              # only hidden positions count
+        logs = {"masked": loss}
+        if pair and self.contrastive:
+            z = self.projection(latent[:, 1:].mean(1)).unflatten(0, (-1, 2))                # (B, 2, 256)
+            logs["contrast"] = info_nce(F.normalize(z, dim=-1))
+            loss = loss + self.contrastive * logs["contrast"]
+        return loss, logs
+
+    def hide(self, x, rate=None, noise=None):
+        """Pixels or ids -> ids (B, L); which are hidden: bool (B, L); which positions enter the encoder: int (B, L/2), ascending."""
+        ids = self.to_ids(x)
+        if noise is None:
+            noise = torch.rand(ids.shape, device=ids.device)
+        if rate is None:
+            rate = truncated_normal(torch.rand((), device=ids.device))
+        order = ranks(noise)
+        mask = order < (self.length * torch.as_tensor(rate, dtype=torch.float64)).ceil()
+        dropped = math.ceil(0.5 * self.length)                                              # half of all, always hidden ones
+        return ids, mask, order.argsort(1)[:, dropped:].sort(1).values
+
+    @torch.no_grad()
+    def to_ids(self, x):
+        """Pixels (B, 3, S, S) -> ids (B, L), row by row; ids, from the cache, stay ids."""
+        return self.vqgan.encode(x).flatten(1) if x.is_floating_point() else x.long()
+
+    def words(self, ids, mask, labels=None, keep_label=None):
+        """What the encoder reads: [MASK] where hidden, the class in front. In training one label in ten is replaced by the fake
+        class, so that the network also knows pictures without label, which guidance needs. (B, L) -> (B, 1 + L)."""
+        front = torch.full_like(ids[:, :1], self.fake_id)
+        if labels is not None:
+            if keep_label is None:
+                keep_label = torch.rand(labels.shape, device=ids.device) >= (0.1 if self.training else 0.0)
+            front = torch.where(keep_label[:, None], self.codes + labels[:, None], front)
+        return torch.cat([front, ids.masked_fill(mask, self.mask_id)], 1)
+
+    def encode(self, words, keep=None):
+        """Words (B, 1 + L), of which only the class and the positions in keep (B, M) enter -> latent (B, 1 + M, C)."""
+        x = self.token_emb(words)
+        if keep is not None:
+            x = torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.size(2)))], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def decode(self, latent, mask, keep=None):
+        """Latent (B, 1 + M, C) -> logits over the K codes at every position (B, L, K)."""
+        x = self.decoder_input(latent, mask, keep)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.head(x[:, 1:])
+
+    def decoder_input(self, latent, mask, keep=None):
+        """Tokens back in their places; the class output, which summarises this picture, wherever a token is dropped or hidden."""
+        x = self.decoder_embed(latent)                                                      # (B, 1 + M, C')
+        front = x[:, :1].expand(-1, self.length, -1)
+        seen = x[:, 1:] if keep is None else front.scatter(1, keep[..., None].expand(-1, -1, x.size(2)), x[:, 1:])
+        x = torch.cat([x[:, :1], torch.where(mask[..., None], front, seen)], 1)
+        return x + self.decoder_pos_embed_learned                                           # (B, 1 + L, C')
+
+    def head(self, x, rows=None):
+        """Decoder output -> logits over the first rows words; the K codes unless said otherwise: nothing else is ever guessed."""
+        return self.mlm_layer(self.decoder_norm(x), self.token_emb.word_embeddings.weight[:rows or self.codes])
+
+    # ---- generation
+
+    def logits(self, ids, hidden, labels=None, guidance=1.0):
+        """Logits (n, L, K) of partly hidden ids; nothing is dropped here, so the encoder reads every [MASK]."""
+        def one(labels):
+            return self.decode(self.encode(self.words(ids, hidden, labels)), hidden)
+        if labels is None or guidance == 1:
+            return one(labels)
+        free = one(None)
+        return free + guidance * (one(labels) - free)
+
+    def start(self, n, known=None, mask=None):
+        """Nothing known: all hidden. Else the hole is blackened before the picture is tokenised, since neighbouring ids would leak
+        its content, and its ids are hidden together with a ring of one around, since those describe the blackness."""
+        device = self.norm.weight.device
+        if known is None:
+            return torch.zeros(n, self.length, dtype=torch.long, device=device), torch.ones(n, self.length, dtype=torch.bool, device=device)
+        touched = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)
+        hidden = F.max_pool2d(touched, 3, 1, 1).flatten(1) > 0
+        return self.to_ids(known.masked_fill(mask[:, None], 0.0)), hidden
+
+    @torch.no_grad()
+    def sample_steps(self, n, steps=12, temperature=4.5, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
+        """Parallel decoding [MaskGIT, section 3.2]: guess every hidden id, keep the guesses that the network is surest of, hide
+        the rest again, repeat. Noise on the confidence, fading with the steps, keeps the pictures from all turning out alike.
+
+        n, steps      pictures, rounds            temperature  of the noise on the confidence, at the first step
+        labels        int (n,) or None            guidance     1: as trained; more: exaggerates what the label changes, linearly over the steps
+        known, mask   pixels (n, 3, S, S) and bool (n, S, S), True = to be painted; each picture may have its own hole
+        seeds         int64 (n,), all that a picture depends on besides the weights; 0 .. n-1 if None
+        yields        a Decoding after each step; nothing is hidden in the last one
+        """
+        ids, hidden = self.start(n, known, mask)
+        seeds = torch.arange(n, device=ids.device) if seeds is None else seeds
+        initial = hidden.sum(1)
+        for step in range(steps):
+            progress = (step + 1) / steps
+            logits = self.logits(ids, hidden, labels, 1 + (guidance - 1) * progress)
+            left = hidden_left(initial, hidden.sum(1), step, steps)
+            noise = temperature * (1 - progress) * gumbel(uniform(seeds, 2 * step + 1, self.length))
+            ids, hidden = demask(logits, ids, hidden, left, uniform(seeds, 2 * step, self.length), noise)
+            if step + 1 == steps:
+                hidden = torch.zeros_like(hidden)               # the schedule hides one id to the last; its guess is as good as any
+            yield Decoding(ids, hidden, known, mask)
+
+    def sample(self, n, steps=12, **options):
+        """Pictures (n, 3, S, S) in [0, 1]. Options as for sample_steps."""
+        for state in self.sample_steps(n, steps, **options):
+            pass
+        return self.render(state)
+
+    @torch.no_grad()
+    def render(self, state):
+        """Decoding -> pixels (n, 3, S, S) in [0, 1]: grey where ids are hidden, the known pixels where there are any."""
+        x = self.vqgan.decode(state.ids.unflatten(1, (self.grid, self.grid))).clamp(0, 1)
+        cells = state.hidden.unflatten(1, (1, self.grid, self.grid)).float()
+        x = torch.where(F.interpolate(cells, scale_factor=float(self.vqgan.stride)) > 0, 0.5, x)
+        return x if state.known is None else torch.where(state.mask[:, None], x, state.known)
+
+    # ---- representation
+
+    @property
+    def layers(self):
+        """{layer: (channels, h, w)}, encoder first, counted from 1."""
+        widths = [self.norm.weight.numel()] * len(self.blocks) + [self.decoder_norm.weight.numel()] * len(self.decoder_blocks)
+        return {b: (width, self.grid, self.grid) for b, width in enumerate(widths, 1)}
+
+    @property
+    def best_layer(self):
+        """The layer that the paper reads: the encoder's last."""
+        return len(self.blocks)
+
+    def mirror(self, layer):
+        """The layer at equal distance from the other end, to which feedback heads feed a layer back."""
+        return len(self.layers) + 1 - layer
+
+    def features(self, x, t=0.0, layers=None, add={}, noise=None):
+        """Block outputs as maps, before any final norm, without the class position; no block after the last one asked for runs.
+
+        x       pixels (B, 3, S, S) or ids (B, L)          layers  which blocks; [best_layer] if None
+        t       hidden share in [0, 1), 0 for the whole picture; noise (B, L) says which are hidden, drawn if None
+        add     {layer: map (B, C, h, w)} added to the output of that layer
+        returns [map (B, C, h, w) for each of layers]
+        """
+        layers, maps = layers or [self.best_layer], {}
+        ids = self.to_ids(x)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        if t:
+            noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
+            mask = ranks(noise) < math.ceil(t * self.length)
+        x = self.token_emb(self.words(ids, mask))
+        for b, block in enumerate([*self.blocks, *self.decoder_blocks], 1):
+            if b == len(self.blocks) + 1:
+                x = self.decoder_input(self.norm(x), mask)
+            x = block(x)
+            if b in add:
+                x = torch.cat([x[:, :1], x[:, 1:] + add[b].flatten(2).mT], 1)
+            if b in layers:
+                maps[b] = x[:, 1:].mT.unflatten(2, (self.grid, self.grid))
+            if b == max(layers):
+                return [maps[b] for b in layers]
+
+    def embed(self, x, pool="mean"):
+        """The vector the paper probes: (B, C). Nothing is hidden; 'mean': the encoder's last outputs averaged over the picture, without
+        its final norm, then normalised; 'class': the normed output at the class position."""
+        if pool == "mean":
+            return F.layer_norm(self.features(x)[0].mean((2, 3)), self.norm.normalized_shape, eps=1e-6)
+        ids = self.to_ids(x)
+        return self.encode(self.words(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
+
+
+def demask(logits, ids, hidden, left, u, noise):
+    """One step of parallel decoding, without a random number of its own.
+
+    logits (n, L, K)    ids, hidden (n, L)    left int (n,): how many to hide again    u (n, L) in (0, 1) draws the ids
+    noise (n, L) is added to the log-probability of what was drawn; the least certain are hidden again, ids known before never
+    returns ids with every position filled, and bool (n, L): hidden again
+    """
+    p = logits.softmax(-1)
+    ids = torch.where(hidden, categorical(p, u), ids)
+    confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + noise
+    return ids, ranks(confidence.masked_fill(~hidden, math.inf)) < left[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 5. MAGE-C: which two crops belong together?
+#
+#     loss = mean over all 2B views a of  -log softmax_b(z_a . z_b / tau) [b = the other view of a's image]      [SimCLR, eq. 1]
+#
+# Two crops of each image go through MAGE, each with its own hidden ids. The mean of the encoder's outputs is projected to a unit
+# vector z and must be closer to that of the other crop than to those of all other images. Weight 0.1 beside the masked loss
+# [MAGE, section 3.3]. The authors released no training code for it: the projection head's sizes and tau are our choice.
+
+
+def info_nce(z, temperature=0.2):
+    """Contrastive loss of unit vectors z (B, 2, P), row i holding the two views of image i; the other 2B - 2 are negatives. With
+    several processes the views of all of them take part, gradients included."""
+    views, first = z.flatten(0, 1), 0
+    everyone = views
+    if torch.distributed.is_initialized():
+        everyone = torch.cat(torch.distributed.nn.all_gather(views))
+        first = torch.distributed.get_rank() * len(views)
+    me = torch.arange(first, first + len(views), device=z.device)
+    similarity = views @ everyone.T / temperature                                           # (2B, 2B * processes)
+    similarity = similarity.scatter(1, me[:, None], -math.inf)                              # nobody is their own partner
+    return F.cross_entropy(similarity, me ^ 1)                                              # neighbours 2i and 2i + 1 belong together
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 9. Presets, and weights of the original authors
+#
+# A model is a name and a dict of plain numbers; a checkpoint stores that dict, build() turns it back into a model. Published
+# files store none, so their sizes are read off the shapes of their tensors. Base and large are the papers' sizes.
+
+TOKENIZERS = {
+    "tiny":  dict(codebook_size=1024, codebook_dim=16, ch=32, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),
+    "small": dict(codebook_size=1024, codebook_dim=32, ch=64, ch_mult=(1, 1, 2, 2, 4), blocks=2, groups=8),
+    "base":  dict(codebook_size=1024, codebook_dim=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2),
+}
+TOKENIZERS["large"] = TOKENIZERS["base"]
+
+MAGE_SIZES = {
+    "tiny":  dict(width=192, depth=6, heads=6, decoder_width=192, decoder_depth=2, decoder_heads=6),
+    "small": dict(width=384, depth=12, heads=6, decoder_width=384, decoder_depth=4, decoder_heads=6),
+    "base":  dict(width=768, depth=12, heads=12, decoder_width=768, decoder_depth=8, decoder_heads=16),
+    "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, decoder_depth=8, decoder_heads=16),
+}
+
+
+class Method(typing.NamedTuple):
+    """A row of MODELS: the class, its constructor's arguments by size, those that make it this method, crops it reads of an image."""
+    model: type
+    sizes: dict
+    options: dict
+    views: int
+
+
+MODELS = {
+    "mage":   Method(MAGE, MAGE_SIZES, {}, 1),
+    "mage-c": Method(MAGE, MAGE_SIZES, {"contrastive": 0.1}, 2),
+}
+
+
+def tokenizer_config(size, stride):
+    """VQGAN arguments of a preset, cut down to the levels that a stride of 2, 4, 8 or 16 needs."""
+    config = dict(TOKENIZERS[size])
+    config["ch_mult"] = list(config["ch_mult"][:int(math.log2(stride)) + 1])
+    return config
+
+
+def model_config(name, size, image_size, tokenizer, classes=0):
+    """Everything build() needs, as plain values. tokenizer: VQGAN arguments; classes > 0: conditioned on labels."""
+    method = MODELS[name]
+    return {"model": name, "tokenizer": tokenizer, "image_size": image_size, "classes": classes, **method.options, **method.sizes[size]}
+
+
+def build(config):
+    """Config -> model with fresh weights. A config without 'model' is a tokenizer's."""
+    if "model" not in config:
+        return VQGAN(**config)
+    rest = {k: v for k, v in config.items() if k not in ("model", "tokenizer")}
+    return MODELS[config["model"]].model(VQGAN(**config["tokenizer"]), **rest)
+
+
+def published_tokenizer(state):
+    """VQGAN arguments read off a state dict with the official names (vqgan_jax_strongaug.ckpt)."""
+    def count(prefix):
+        return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
+    ch = state["encoder.conv_in.weight"].size(0)
+    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].size(0) for i in range(count("encoder.down."))]
+    size, dim = state["quantize.embedding.weight"].shape
+    return dict(codebook_size=size, codebook_dim=dim, ch=ch, ch_mult=[w // ch for w in widths], blocks=count("encoder.down.0.block."))
+
+
+# What shapes cannot tell: heads of encoder and decoder by width. And what the published MAGE files carry although no line of
+# their code reads it: leftovers of MAE.
+PUBLISHED_HEADS = {768: (12, 16), 1024: (16, 16)}
+DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
+        "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids")
+
+
+def published_mage(state, heads=None):
+    """Official MAGE state dict -> (config, the state that our MAGE loads strictly, names left out).
+
+    heads  (encoder, decoder); by default those of the published widths, 768 and 1024
+    """
+    def depth(prefix):
+        return len({k.split(".")[1] for k in state if k.startswith(prefix + ".")})
+    tokenizer = published_tokenizer({k[6:]: v for k, v in state.items() if k.startswith("vqgan.")})
+    words, width = state["token_emb.word_embeddings.weight"].shape
+    positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
+    heads = heads or PUBLISHED_HEADS[width]
+    config = {"model": "mage", "tokenizer": tokenizer, "image_size": math.isqrt(positions - 1) * 2 ** (len(tokenizer["ch_mult"]) - 1),
+              "width": width, "depth": depth("blocks"), "heads": heads[0], "decoder_width": decoder_width,
+              "decoder_depth": depth("decoder_blocks"), "decoder_heads": heads[1],
+              "classes": words - tokenizer["codebook_size"] - 1, "fake_class": 76}
+    with torch.device("meta"):
+        ours = build(config).state_dict().keys()
+    kept = {k: v for k, v in state.items() if k in ours}
+    table = "token_emb.position_embeddings.weight"
+    kept[table] = kept[table][:positions]                                                   # a longer table has rows never read
+    return config, kept, sorted(state.keys() - ours)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 10. Pictures, runs and files
+#
+# From here on there is no idea, only care: pictures are checked when they are read, files are written under another name and
+# then renamed, loads execute nothing, and a user's mistake ends in one sentence.
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its text says how. Scripts print it without a traceback and exit with code 2."""
+
+
+def run_script(main):
+    """Call main(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def option(default, help, **more):
+    """A dataclass field that parse() turns into a command-line option. more: choices, or positional=True."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def parse(cls, description, argv=None):
+    """Command line -> instance of the dataclass cls: an option a field, dashes outside, underscores inside; bool gives --x / --no-x."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+
+    def refuse(message):
+        raise UserError(f"{message} ({parser.prog} -h lists the options)")
+    parser.error = refuse
+    for field in dataclasses.fields(cls):
+        more = dict(field.metadata)
+        name = field.name if more.pop("positional", False) else "--" + field.name.replace("_", "-")
+        more["help"] += "" if field.default in (None, "", False, dataclasses.MISSING) else f" [{field.default}]"
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        parser.add_argument(name, default=field.default, **kind, **more)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+# Checkpoints: a dict of plain values and tensors. The previous one is kept beside the newest.
+
+
+def save_checkpoint(path, state):
+    """Write under a temporary name, flush, keep the previous file as NAME.prev, rename: a crash at any moment leaves a whole one."""
+    path = pathlib.Path(path)
+    new = path.with_name(path.name + ".tmp")
+    with open(new, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".prev"))
+    os.replace(new, path)
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint, on the CPU, executing nothing that is in the file. UserError if it is missing, cut off or foreign."""
+    path = pathlib.Path(path)
+    previous = path.with_name(path.name + ".prev")
+    if not path.exists() and previous.exists():                                             # killed between the two renames
+        path = previous
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):                        # published files hold their arguments
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}; python train.py makes one")
+    except Exception as error:                                                              # torch raises half a dozen kinds here
+        raise UserError(f"{path} is no checkpoint that can be read, or it was cut off ({(str(error) or type(error).__name__).splitlines()[0][:80]})")
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds {type(state).__name__}, not the dict of a checkpoint")
+    return state
+
+
+def load_strictly(model, state, path):
+    """load_state_dict, with one sentence instead of a page if it does not fit."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"the weights in {path} do not fit: {' '.join(str(error).split())[:200]}")
+    return model
+
+
+def load_model(path, tell=print):
+    """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE.
+
+    tell  called with one line about parameters that the file carries and nothing reads
+    """
+    path = pathlib.Path(path)
+    path = path / "model.pt" if path.is_dir() else path
+    state = load_checkpoint(path)
+    if isinstance(state.get("config"), dict) and "arch" in state["config"]:
+        config = state["config"]["arch"]
+        return load_strictly(build(config), state["model"], path).eval(), state["config"]
+    weights = state.get("model", state)
+    if not isinstance(weights, dict) or "token_emb.word_embeddings.weight" not in weights or "vqgan.quantize.embedding.weight" not in weights:
+        raise UserError(f"{path} is neither a checkpoint of train.py nor a published MAGE file: it has no token_emb and vqgan weights")
+    try:
+        config, weights, dead = published_mage(weights)
+    except KeyError as error:
+        raise UserError(f"{path} looks like a MAGE file but lacks, or has at an unknown width, {error}")
+    tell(f"{path.name}: published layout; not read by anything: {', '.join(dead) or 'nothing'}")
+    return load_strictly(build(config), weights, path).eval(), {"arch": config}
+
+
+def load_tokenizer(path):
+    """Trained VQGAN and its config from a run folder, a tokenizer.pt, or a published tokenizer file."""
+    path = pathlib.Path(path)
+    path = path / "tokenizer.pt" if path.is_dir() else path
+    state = load_checkpoint(path)
+    if isinstance(state.get("config"), dict) and "tokenizer_arch" in state["config"]:
+        config, weights = state["config"]["tokenizer_arch"], state["model"]
+        weights = {k[6:]: v for k, v in weights.items() if k.startswith("vqgan.")}
+    else:
+        weights = state.get("state_dict", state)
+        if not isinstance(weights, dict) or "quantize.embedding.weight" not in weights:
+            raise UserError(f"{path} is neither a tokenizer of train.py nor a published one: it has no quantize.embedding.weight")
+        config = published_tokenizer(weights)
+    return load_strictly(VQGAN(**config), weights, path).eval(), config
+
+
+# Pictures in and out.
+
+
+def to_uint8(x):
+    """Pixels (..., 3, S, S) in [0, 1] -> numpy uint8 (..., S, S, 3), rounded."""
+    return (x.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
+
+
+def from_image(image, size):
+    """PIL image -> uint8 (3, size, size): shorter side resized, centre cropped, as every evaluation does [MAGE, resize 292 / crop 256]."""
+    scale = size * (1.14 if min(image.size) >= size * 1.14 else 1) / min(image.size)
+    image = image.convert("RGB").resize([max(size, round(side * scale)) for side in image.size], PIL.Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
+    return torch.from_numpy(numpy.array(image.crop((left, top, left + size, top + size)))).movedim(2, 0)
+
+
+def read_image(path, size):
+    """File -> pixels (3, size, size) in [0, 1]. UserError if it is no readable image."""
+    try:
+        with PIL.Image.open(path) as image:
+            return from_image(image, size).float() / 255
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error})")
+
+
+def grid(x, columns=8, least=1024):
+    """Pictures (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are enlarged to about least pixels."""
+    n, _, side, _ = x.shape
+    columns = min(columns, n)
+    zoom = max(1, least // (columns * side))
+    tiles = to_uint8(x).repeat(zoom, 1).repeat(zoom, 2)
+    side, gap = side * zoom, 2
+    sheet = numpy.full((-(-n // columns) * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, numpy.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = gap + i // columns * (side + gap), gap + i % columns * (side + gap)
+        sheet[top:top + side, left:left + side] = tile
+    return PIL.Image.fromarray(sheet)
+
+
+def stack(images):
+    """PIL images of one width, below each other."""
+    sheet = PIL.Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, (0, sum(i.height for i in images[:k])))
+    return sheet
+
+
+def chart(curves, title, size=(900, 500)):
+    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, drawn on one scale with its extremes written at the axes."""
+    image = PIL.Image.new("RGB", size, "white")
+    draw, points = PIL.ImageDraw.Draw(image), [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
+    left, top, right, bottom = 70, 40, size[0] - 20, size[1] - 40
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points)) if points else ((0, 1), (0, 1))
+    draw.rectangle((left, top, right, bottom), outline="gray")
+    draw.text((left, 12), title, fill="black")
+    for value, height in ((y0, bottom - 10), ((y0 + y1) / 2, (top + bottom) / 2 - 6), (y1, top)):
+        draw.text((8, height), f"{value:.4g}", fill="black")
+    draw.text((left, bottom + 8), f"{x0:g}", fill="black")
+    draw.text((right - 50, bottom + 8), f"{x1:g}", fill="black")
+    for i, (name, curve) in enumerate(curves.items()):
+        color = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")[i % 5]
+        line = [(left + (x - x0) / max(x1 - x0, 1e-9) * (right - left), bottom - (y - y0) / max(y1 - y0, 1e-9) * (bottom - top))
+                for x, y in curve if math.isfinite(y)]
+        draw.line(line, fill=color, width=2)
+        draw.text((left + 200 + 150 * i, 12), name, fill=color)
+    return image
+
+
+# Data sets. Each has: images of one size, labels, class names, and batches(plan): for every (index (B,), crops (B, V) or None) of
+# the plan one (x, labels), x float in [0, 1] of shape (B, V, 3, S, S), or (B, 3, S, S) for the whole picture when crops is None.
+# A crop is named by an integer, so that the same crop comes out on any machine and after any interruption.
+
+
+def fold(*values):
+    """Integers, or int64 tensors, scrambled into one."""
+    state = 0
+    for value in values:
+        state = mix(mix(value) + 0x9E3779B9 * (state + 1))
+    return state
+
+
+def crop_boxes(crops, width, height, scale):
+    """Random resized crops: area in scale x the picture, aspect 3/4 .. 4/3, place uniform, flipped every other time; one draw each,
+    clipped to the picture (official file: util/crop.py). int64 (B,) -> left, top, width, height, flip: float (B,) each, bool (B,)."""
+    area, ratio, x, y, flip = uniform(crops, 0, 5).unbind(1)
+    area = width * height * (scale[0] + area * (scale[1] - scale[0]))
+    ratio = (math.log(4 / 3) * (2 * ratio - 1)).exp()
+    w, h = (area * ratio).sqrt().clamp(max=width), (area / ratio).sqrt().clamp(max=height)
+    return x * (width - w), y * (height - h), w, h, flip < 0.5
+
+
+class Pictures:
+    """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time.
+
+    scale  share of the area that a crop keeps, (0.2, 1) in the papers
+    """
+
+    def __init__(self, images, labels, classes, scale, device="cpu"):
+        self.images, self.labels, self.classes, self.scale = images.to(device), labels, classes, scale
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, plan, workers=0):
+        for index, crops in plan:
+            x = self.images[index.to(self.images.device)].float() / 255
+            if crops is not None:
+                x = x.repeat_interleave(crops.size(1), 0)
+                x = self.crop(x, crops.flatten().to(x.device)).unflatten(0, crops.shape)
+            yield x, self.labels[index]
+
+    def crop(self, x, crops):
+        """Cut and resize by one bilinear sampling; a flip is a negative width."""
+        side = x.size(-1)
+        left, top, w, h, flip = (v / side for v in crop_boxes(crops, side, side, self.scale))
+        zero, sign = torch.zeros_like(w), 1 - 2 * (flip > 0).float()
+        matrix = torch.stack([torch.stack([w * sign, zero, 2 * left + w - 1], 1), torch.stack([zero, h, 2 * top + h - 1], 1)], 1)
+        return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+
+
+class Folder(torch.utils.data.Dataset):
+    """Images of a tree ROOT/<class>/<file>, decoded by worker processes when they are asked for.
+
+    An image that cannot be read is named, and the next good one takes its place, label included; with strict it is a UserError.
+    """
+
+    SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+    def __init__(self, root, classes, size, scale, strict=False):
+        self.root, self.classes, self.size, self.scale, self.strict = root, classes, size, scale, strict
+        files = [(path, c) for c, name in enumerate(classes) for path in image_files(root / name)]
+        self.paths, self.labels, self.unreadable = [p for p, _ in files], torch.tensor([c for _, c in files]), {}
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, item):
+        """(index, crops) -> uint8 (V, 3, S, S) or (3, S, S), label, [(index, what was wrong) of unreadable images met]."""
+        index, crops = item
+        bad = []
+        for i in [*range(index, len(self)), *range(index)]:
+            try:
+                with PIL.Image.open(self.paths[i]) as image:
+                    return self.crop(image, crops), self.labels[i], bad
+            except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+                bad.append((i, str(error)))
+                if self.strict:
+                    break
+        return torch.zeros(0), 0, bad
+
+    def crop(self, image, crops):
+        if crops is None:
+            return from_image(image, self.size)
+        image = image.convert("RGB")
+        views = []
+        for left, top, w, h, flip in zip(*crop_boxes(torch.as_tensor(crops), *image.size, self.scale)):
+            box = (left.item(), top.item(), (left + w).item(), (top + h).item())
+            view = numpy.array(image.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR, box))
+            views.append(torch.from_numpy(view[:, ::-1].copy() if flip else view).movedim(2, 0))
+        return torch.stack(views)
+
+    def batches(self, plan, workers=0):
+        items = ([(i, None if crops is None else crops[j].tolist()) for j, i in enumerate(index.tolist())] for index, crops in plan)
+        for items in torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, collate_fn=list):
+            for i, error in (b for *_, bad in items for b in bad):
+                if self.strict or len(items[0][0]) == 0:
+                    raise UserError(f"{self.paths[i]} cannot be read as an image ({error}); mend it, or leave --strict-images out")
+                if i not in self.unreadable:
+                    print(f"skipped {self.paths[i]}: {error}", file=sys.stderr)
+                self.unreadable[i] = error
+            yield torch.stack([x for x, *_ in items]).float() / 255, torch.tensor([y for _, y, _ in items])
+
+
+def image_files(folder):
+    """Image files right inside a folder, sorted by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in Folder.SUFFIXES) if folder.is_dir() else []
+
+
+# The set that needs no download: eight shapes at a random place, size and turn, in six colours on a plain ground. Colour says
+# nothing about the class, so shape is what there is to learn. Each is a signed distance: negative inside, in units of its radius.
+
+SHAPES = {
+    "circle":   lambda x, y, r: r - 0.85,
+    "ring":     lambda x, y, r: (r - 0.75).abs() - 0.2,
+    "square":   lambda x, y, r: box(x, y, 0.7, 0.7),
+    "bar":      lambda x, y, r: box(x, y, 0.95, 0.28),
+    "cross":    lambda x, y, r: box(x, y, 0.95, 0.3).minimum(box(x, y, 0.3, 0.95)),
+    "triangle": lambda x, y, r: torch.stack([x, -x / 2 + y * 0.866, -x / 2 - y * 0.866]).amax(0) - 0.5,
+    "star":     lambda x, y, r: star(x, y, r),
+    "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
+}
+PALETTE = torch.tensor([[214, 60, 50], [46, 134, 72], [40, 90, 200], [236, 160, 30], [140, 70, 170], [30, 160, 175]])
+GROUND = torch.tensor([242, 240, 232])
+
+
+def box(x, y, w, h):
+    """Distance to a rectangle of half sides w and h."""
+    return (x.abs() - w).maximum(y.abs() - h)
+
+
+def star(x, y, r):
+    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36 degrees."""
+    fifth = 2 * math.pi / 5
+    angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
+    return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
+
+
+def draw_shapes(seeds, size):
+    """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 27 to 40 % of the side, always wholly visible."""
+    kind, color, radius, cx, cy, turn = uniform(seeds, 0, 6)[:, :, None, None].unbind(1)
+    radius = size * (0.27 + 0.13 * radius)
+    cx, cy = (radius + c * (size - 2 * radius) for c in (cx, cy))
+    turn = 2 * math.pi * turn
+    row = torch.arange(size) + 0.5
+    x, y = (row - cx) / radius, (row[:, None] - cy) / radius                                # (B, 1, S), (B, S, 1)
+    x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
+    labels = (kind.flatten() * len(SHAPES)).long()
+    distance = torch.stack([shape(x, y, (x * x + y * y).sqrt()) for shape in SHAPES.values()])[labels, torch.arange(len(seeds))]
+    alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                                  # one pixel of soft edge
+    paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
+    return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
+
+
+def shapes(train, size):
+    """20,000 pictures to train on or 2,000 others to test on."""
+    seeds = torch.arange(20_000) if train else torch.arange(1_000_000, 1_002_000)
+    images, labels = zip(*(draw_shapes(part, size) for part in seeds.split(1000)))
+    return torch.cat(images), torch.cat(labels), list(SHAPES)
+
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_MD5 = {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+               "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+               "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
+               "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
+               "batches.meta": "5ff9c542aee3614f3951f8cda6e48888"}
+
+
+def cifar10(folder, train):
+    """The public archive's batches -> uint8 (N, 3, 32, 32), labels (N,), class names. They are pickles, which can run code, so
+    each is read only if it has the published checksum."""
+    def read(name):
+        try:
+            data = (folder / "cifar-10-batches-py" / name).read_bytes()
+        except OSError:
+            raise UserError(f"{folder} holds no cifar-10-batches-py/{name}; leave --data-dir out to download CIFAR-10")
+        if hashlib.md5(data).hexdigest() != CIFAR10_MD5[name]:
+            raise UserError(f"{folder / 'cifar-10-batches-py' / name} is not the published file (its md5 differs); download it again")
+        return pickle.loads(data, encoding="latin1")
+    batches = [read(f"data_batch_{i}") for i in range(1, 6)] if train else [read("test_batch")]
+    images = torch.from_numpy(numpy.concatenate([b["data"] for b in batches])).unflatten(1, (3, 32, 32))
+    return images, torch.tensor(sum((b["labels"] for b in batches), [])), read("batches.meta")["label_names"]
+
+
+def download_cifar10(folder):
+    """Fetch and unpack the public archive (163 MiB) into folder, once, checking its checksum."""
+    if (folder / "cifar-10-batches-py" / "test_batch").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / "cifar-10-python.tar.gz"
+    try:
+        with urllib.request.urlopen(CIFAR10_URL, timeout=60) as source, open(archive, "wb") as target, \
+                tqdm.tqdm(total=int(source.headers["Content-Length"]), unit="B", unit_scale=True, desc="CIFAR-10") as bar:
+            while chunk := source.read(1 << 20):
+                target.write(chunk)
+                bar.update(len(chunk))
+    except OSError as error:
+        raise UserError(f"CIFAR-10 could not be downloaded ({error}); unpack {CIFAR10_URL} yourself and pass its folder as --data-dir")
+    if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5[archive.name]:
+        raise UserError(f"{archive} has a wrong checksum; delete it and try again")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    archive.unlink()
+
+
+EXPECTED_TREE = """
+    {root}/train/n01440764/n01440764_10026.JPEG ...     a folder a class
+    {root}/val/n01440764/ILSVRC2012_val_00000293.JPEG ...
+If val/ is flat, as in the official archive, sort its files into the same class folders first; any tree of this form will do."""
+
+
+def folder_classes(root):
+    """Class names of DIR/train and DIR/val, which must agree. Folders without an image are no class: they are named and skipped."""
+    names = {}
+    for part in ("train", "val"):
+        folders = sorted(p for p in (root / part).iterdir() if p.is_dir()) if (root / part).is_dir() else []
+        empty = [p for p in folders if not image_files(p)]
+        if empty:
+            print(f"skipped, no image in it: {', '.join(map(str, empty))}", file=sys.stderr)
+        names[part] = [p.name for p in folders if p not in empty]
+        if not names[part]:
+            raise UserError(f"no class folder with images in {root / part}; expected" + EXPECTED_TREE.format(root=root))
+    odd = sorted(set(names["train"]) ^ set(names["val"]))
+    if odd:
+        raise UserError(f"{root}/train and {root}/val differ in their classes: {', '.join(odd[:5])} {'...' if odd[5:] else ''} only in one of them")
+    return names["train"]
+
+
+def open_data(dataset, data_dir, size, train, device="cpu", strict=False):
+    """A data set by name: 'shapes', 'cifar10', 'imagenet', or the path of a tree in the layout of ImageNet.
+
+    data_dir  where it lies, '' for ./data/<name>        size  S        train  True: training part        strict  see Folder
+    """
+    root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
+    if dataset == "shapes":
+        return Pictures(*shapes(train, size), (0.5, 1.0), device)
+    if dataset == "cifar10":
+        if size != 32:
+            raise UserError(f"CIFAR-10 has 32 x 32 pixels; --image-size {size} does not fit")
+        if not data_dir:
+            download_cifar10(root)
+        return Pictures(*cifar10(root, train), (0.2, 1.0), device)
+    return Folder(root / ("train" if train else "val"), folder_classes(root), size, (0.2, 1.0), strict)
+
+
+# Ids on disk. Tokenising costs more than a small model's whole training step, so every image is tokenised once, in K crops.
+
+
+def fingerprint(vqgan, data, views, size):
+    """What the cached ids depend on, as one hexadecimal word."""
+    digest = hashlib.sha256(repr((views, size, data.scale, len(data), data.labels.sum().item())).encode())
+    for source in ([p.detach().cpu().numpy().tobytes() for p in vqgan.parameters()],
+                   [str(p).encode() for p in data.paths] if isinstance(data, Folder) else [data.images[::97].cpu().numpy().tobytes()]):
+        for part in source:
+            digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
+    """Ids of every image, (N, K, L) uint16 memmap in folder/ids.npy, and the labels (N,) that belong to them.
+
+    views  K crops of each image; 1 on a set drawn at random means the whole picture.
+    A finished cache with the same fingerprint is read; an unfinished one is continued where it stopped.
+    """
+    folder, mark = pathlib.Path(folder), {"fingerprint": fingerprint(vqgan, data, views, size), "done": 0}
+    shape, state = (len(data), views, (size // vqgan.stride) ** 2), folder / "ids.json"
+    if state.exists() and (old := json.loads(state.read_text()))["fingerprint"] == mark["fingerprint"]:
+        mark = old
+    mode = "r+" if mark["done"] else "w+"
+    ids = numpy.lib.format.open_memmap(folder / "ids.npy", mode, numpy.uint16, shape)
+    labels = numpy.lib.format.open_memmap(folder / "labels.npy", mode, numpy.int64, shape[:1])
+    parts = torch.arange(mark["done"], len(data)).split(batch) if mark["done"] < len(data) else ()
+    plan = ((part, None if views == 1 else fold(part[:, None], torch.arange(views))) for part in parts)
+    device = next(vqgan.parameters()).device
+    for part, (x, y) in zip(tqdm.tqdm(parts, "ids of every image", unit=" batches", disable=not parts), data.batches(plan, workers)):
+        with torch.no_grad():
+            z = torch.cat([vqgan.encode(chunk.to(device)).flatten(1) for chunk in x.flatten(0, -4).split(batch)])
+        rows = slice(part[0].item(), part[-1].item() + 1)
+        ids[rows], labels[rows] = z.cpu().numpy().reshape(-1, *shape[1:]), y.numpy()
+        if rows.stop == len(data) or rows.start // batch % 100 == 99:
+            ids.flush(), labels.flush()
+            state.write_text(json.dumps({**mark, "done": rows.stop}))
+    return ids, torch.from_numpy(numpy.array(labels))
+
+
+def map_pictures(function, data, count=None, batch=250, workers=0, name=None):
+    """function(x (B, 3, S, S)) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, without gradient.
+
+    A part is taken at random, the same one every time. name: shows a progress bar. Returns results (count, ...), labels (count,), on the CPU.
+    """
+    index = torch.arange(len(data))
+    if count and count < len(data):
+        index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
+    parts = index.split(batch)
+    results, labels = [], []
+    with torch.no_grad():
+        for x, y in tqdm.tqdm(data.batches(((part, None) for part in parts), workers), name, len(parts), disable=name is None):
+            results.append(function(x).cpu())
+            labels.append(y)
+    return torch.cat(results), torch.cat(labels)
+
+
+def learning_rate(position, warmup, total, peak, least=0.0):
+    """Linear rise, then half a cosine down to least: position, warmup and total in one unit (official file: util/lr_sched.py)."""
+    if position < warmup:
+        return peak * position / warmup
+    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
+
+
+# The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set.
+
+
+def moments(x, y, mean, std, classes):
+    """Sums over pictures that ridge regression needs, in float64, a chunk at a time since a copy of x in float64 may not fit:
+    features with themselves (C + 1, C + 1), features with one-hot labels (C + 1, classes); a 1 is appended as last feature."""
+    gram, cross = 0, 0
+    for x, y in zip(x.split(2048), y.split(2048)):
+        x = F.pad((x - mean) / std, (0, 1), value=1.0).double()
+        gram, cross = gram + x.T @ x, cross + x.T @ F.one_hot(y, classes).double()
+    return gram, cross
+
+
+def ridge(gram, cross, penalty):
+    """Least squares with an L2 penalty from moments() -> weight (C + 1, classes), the last row the bias."""
+    diagonal = penalty * gram[-1, -1] * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + diagonal)).float()
+
+
+def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
+    """Accuracy in [0, 1] on the test set of the best ridge on standardised features. The test set chooses nothing."""
+    mean, std, classes = x.mean(0), x.std(0) + 1e-6, 1 + max(y.max(), y_test.max()).item()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held, rest = order[:len(x) // 10], order[len(x) // 10:]
+    (gram, cross), (gram_held, cross_held) = (moments(x[part], y[part], mean, std, classes) for part in (rest, held))
+
+    def accuracy(weight, x, y):
+        return torch.cat([((x - mean) / std @ weight[:-1] + weight[-1]).argmax(1) for x in x.split(2048)]).eq(y).float().mean().item()
+    best = max(penalties, key=lambda p: accuracy(ridge(gram, cross, p), x[held], y[held]))
+    return accuracy(ridge(gram + gram_held, cross + cross_held, best), x_test, y_test)
