@@ -10,7 +10,6 @@ needs no training. Results are appended to probe.jsonl in the run's folder. The 
 """
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import time
@@ -70,10 +69,7 @@ def settle(cfg):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; leave --layers, --t and --pool out")
     if cfg.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {cfg.workers}")
-    try:
-        torch.zeros(1, device=cfg.device)
-    except (RuntimeError, AssertionError):                                                  # which of them depends on how torch was built
-        raise UserError(f"--device {cfg.device} cannot be used on this machine; take --device cpu")
+    unified.pick_device(cfg.device)
     return cfg
 
 
@@ -114,16 +110,16 @@ def places(model, cfg):
     return list(dict.fromkeys(grid + [Place(best, 0.0, "class")] * ("class" in pools)))
 
 
-def vectors(model, places, x, index, seed=0):
+def vectors(model, wanted, x, index, seed=0):
     """Pictures x (B, 3, S, S), or their ids (B, L) -> {place: vectors (B, C)}.
 
     What the model itself calls its embedding is model.embed; the mean at other places is normalised alike. What t hides depends on the
     seed and on the pictures' numbers, index (B,), so that the same picture always looks the same.
     """
     own = {Place(model.best_layer, 0.0, "mean"): {}, Place(model.best_layer, 0.0, "class"): {"pool": "class"}}
-    found = {place: model.embed(x, **own[place]) for place in places if place in own}
-    for t in sorted({place.t for place in places if place not in own}):
-        layers = sorted({place.layer for place in places if place.t == t and place not in own})
+    found = {place: model.embed(x, **own[place]) for place in wanted if place in own}
+    for t in sorted({place.t for place in wanted if place not in own}):
+        layers = sorted({place.layer for place in wanted if place.t == t and place not in own})
         _, h, w = model.layers[model.best_layer]
         noise = unified.uniform(unified.fold(seed, index), 0, h * w).to(x.device) if t else None
         for layer, m in zip(layers, model.features(x, t, layers, noise=noise)):
@@ -179,8 +175,8 @@ def collect(read, data, index, cfg, title):
     found, labels, done = {}, torch.zeros(len(index), dtype=torch.long, device=cfg.device), 0
     plan = [(part, None) for part in index.split(at_once(data, cfg))]
     with tqdm.tqdm(total=len(index), desc=title, unit=" images", dynamic_ncols=True) as bar:
-        for vectors, y in stream(read, data, plan, cfg):
-            for name, v in vectors.items():
+        for part, y in stream(read, data, plan, cfg):
+            for name, v in part.items():
                 found.setdefault(name, v.new_empty(len(index), v.size(1)))[done:done + len(y)] = v
             labels[done:done + len(y)] = y
             done += len(y)
@@ -296,13 +292,6 @@ class LARS(torch.optim.Optimizer):
                 p.add_(m, alpha=-group["lr"])
 
 
-def learning_rate(position, warmup, total, peak, least=0.0):
-    """Linear rise, then half a cosine down to least: position, warmup and total in one unit (official file: util/lr_sched.py)."""
-    if position < warmup:
-        return peak * position / warmup
-    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
-
-
 def shuffled(n, *seeds):
     return torch.randperm(n, generator=torch.Generator().manual_seed(unified.fold(*seeds)))
 
@@ -319,7 +308,7 @@ def fresh_batches(read, data, index, batch, cfg):
     """epoch -> batches of features of fresh random crops, read in smaller parts than a batch."""
     def batches(epoch):
         whole = index[shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]
-        parts = [part for batch in whole for part in batch.split(at_once(data, cfg))]
+        parts = [part for one in whole for part in one.split(at_once(data, cfg))]
         rows, labels = [], []
         for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in parts], cfg):
             rows, labels = rows + [found], labels + [y]
@@ -345,7 +334,7 @@ def linear(batches, x_test, y_test, classes, steps, cfg):
                     loss = F.cross_entropy(head(x[name]), y)
                     optimizers[name].zero_grad()
                     loss.backward()
-                    optimizers[name].param_groups[0]["lr"] = learning_rate(epoch + i / steps, warmup, cfg.epochs, peak)
+                    optimizers[name].param_groups[0]["lr"] = unified.learning_rate(epoch + i / steps, warmup, cfg.epochs, peak)
                     optimizers[name].step()
                 bar.update()
     with torch.no_grad():
@@ -364,12 +353,15 @@ def depth_of(name, blocks):
 
 
 def groups(net, head, decay, weight_decay=0.05):
-    """Parameters for an optimizer. The further from the output, the less is left to learn: 'scale' is decay ** (layers above). Vectors do
-    not shrink."""
+    """Parameters for an optimizer. The further from the output, the less is left to learn: 'scale' is decay ** (layers above). Vectors,
+    such as biases, are not pulled to zero."""
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     blocks = max([depth_of(name, 0) for name, _ in named if name.startswith("blocks.")], default=0)
-    named = [(depth_of(name, blocks), p) for name, p in named] + [(blocks + 1, p) for p in head.parameters()]
-    return [{"params": [p], "scale": decay ** (blocks + 1 - depth), "weight_decay": weight_decay * (p.dim() > 1)} for depth, p in named]
+    alike = {}
+    for depth, p in [(depth_of(name, blocks), p) for name, p in named] + [(blocks + 1, p) for p in head.parameters()]:
+        alike.setdefault((depth, p.dim() > 1), []).append(p)
+    return [{"params": params, "scale": decay ** (blocks + 1 - depth), "weight_decay": weight_decay * matrix}
+            for (depth, matrix), params in alike.items()]
 
 
 def finetune(net, data, index, test, decay, title, cfg):
@@ -396,7 +388,7 @@ def finetune(net, data, index, test, decay, title, cfg):
             plan = [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in parts]
             for i, (x, y) in enumerate(data.batches(plan, cfg.workers)):
                 mixup_loss(logits, x.squeeze(1), y.to(cfg.device)).backward()
-                rate = learning_rate(epoch + i / steps, warmup, cfg.epochs, peak, least=1e-6)
+                rate = unified.learning_rate(epoch + i / steps, warmup, cfg.epochs, peak, least=1e-6)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
                 optimizer.step()
@@ -462,25 +454,25 @@ def compare(model, fresh, place, train, index, test, cfg):
     return [(cfg.head, images, {name: [score] for name, score in scores.items()})]
 
 
-def report(place, dataset, results, seconds, cfg):
-    """Print the accuracies and append them to probe.jsonl, beside the checkpoint or, if that place is read-only, in the current folder."""
+def report(place, dataset, labels, results, seconds, cfg):
+    """Print the accuracies and append them to probe.jsonl, beside the checkpoint or, if that place is read-only, in the current folder.
+
+    labels   {'top1': what it is, ...} of what is compared          results  as compare() returns them
+    """
     folder = pathlib.Path(cfg.run) if pathlib.Path(cfg.run).is_dir() else pathlib.Path(cfg.run).parent
     path = (folder if os.access(folder, os.W_OK) else pathlib.Path()) / "probe.jsonl"
-    names = {"top1": "this model", "untrained": "the same network untrained", "pixels": "raw pixels"}
     for head, images, scores in results:
         print(f"{head} on {dataset}: layer {place.layer}, t {place.t:g}, {place.pool}, {images} training images")
-        row = {"head": head, "layer": place.layer, "t": place.t, "pool": place.pool}
-        for name, label in names.items():
-            draws = torch.tensor(scores.get(name, []), dtype=torch.float64)
-            row[name] = round(draws.mean().item(), 4) if len(draws) else None
-            if len(draws):
-                spread = f" +- {draws.std().item():.1%}" if len(draws) > 1 else ""
-                print(f"    {row[name]:6.1%}{spread}  {label}{', its tokenizer trained' if name == 'untrained' else ''}")
-        if len(scores["top1"]) > 1:
-            row["deviation"] = round(torch.tensor(scores["top1"]).std().item(), 4)
-        row.update(images=images, seconds=round(seconds, 1), dataset=dataset)
+        draws = {name: torch.tensor(values, dtype=torch.float64) for name, values in scores.items()}
+        for name, values in draws.items():
+            spread = f" +- {values.std():.1%}" if len(values) > 1 else ""
+            print(f"    {values.mean():6.1%}{spread}  {labels[name]}")
+        row = {"head": head, **place._asdict(), **{name: None for name in ("top1", "untrained", "pixels")}}
+        row.update({name: round(values.mean().item(), 4) for name, values in draws.items()})
+        if len(draws["top1"]) > 1:
+            row["deviation"] = round(draws["top1"].std().item(), 4)
         with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({**row, "images": images, "seconds": round(seconds, 1), "dataset": dataset}) + "\n")
     print(f"appended to {path}")
 
 
@@ -493,13 +485,20 @@ def main():
     if cfg.head in RECIPES:
         fitting(cfg, len(index))
     place, fresh = choose(model, candidates, train, index, cfg), untrained(model, config)
+    labels = {"top1": "this model", "pixels": "raw pixels",
+              "untrained": "the same network untrained" + " (transformer untrained, tokenizer trained)" * hasattr(model, "vqgan")}
     if cfg.head == "finetune":
-        scores = {name: [finetune(net, train, index, test, decay, title, cfg)] for name, net, decay, title in
-                  (("untrained", fresh, 1.0, "from scratch"), ("top1", model, 0.75 if model.best_layer >= 24 else 0.65, "fine-tuning"))}
+        labels["untrained"] = "the same network from scratch, by the same recipe but without layer decay"
+        decay = 0.75 if model.best_layer >= 24 else 0.65                                    # as published for large and base
+        scores = {"top1": [finetune(model, train, index, test, decay, "fine-tuning", cfg)],
+                  "untrained": [finetune(fresh, train, index, test, 1.0, "from scratch", cfg)]}
         results = [("finetune", len(index), scores)]
     else:
         results = compare(model, fresh, place, train, index, test, cfg)
-    report(place, dataset, results, time.time() - started, cfg)
+    report(place, dataset, labels, results, time.time() - started, cfg)
+    unreadable = sum(len(getattr(data, "unreadable", ())) for data in (train, test))
+    if unreadable:
+        print(f"{unreadable} unreadable images were skipped and named above")
 
 
 if __name__ == "__main__":

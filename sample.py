@@ -185,8 +185,9 @@ def write_reconstructed(path, model, cfg):
 def main():
     cfg = unified.parse(Config, __doc__.split("\n")[0])
     check(cfg)
+    device = unified.pick_device(cfg.device)
     model, config = unified.load_model(cfg.run)
-    model.to(cfg.device)
+    model.to(device)
     cfg.n = cfg.n or (6 if cfg.image else 64)
     labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
     path = target(cfg, "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples")

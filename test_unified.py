@@ -33,9 +33,15 @@ import unified
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = pathlib.Path(os.environ.get("UNIFIED_GOLDEN", HERE / "assets/golden"))
+PUBLISHED_FAKE_CLASS = 76                                               # id 1100 = 1024 codes + class 76, by an accident in the original
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # What the tests share: how near is near, the golden files, and networks small enough to run a hundred times
+
+
+@pytest.fixture(autouse=True)
+def the_same_draws_every_time():
+    torch.manual_seed(0)
 
 
 def assert_close(ours, theirs, rtol=1e-4):
@@ -62,8 +68,9 @@ def golden_mage():
     """The golden file, our model with its weights, and the names it holds that our model does not have."""
     g = golden("mage")
     config, state, dead = unified.published_mage(g.state_dict, heads=(g.config["num_heads"], g.config["decoder_num_heads"]))
-    if g.config["fake_class_label"] != 1100:                                                # 1100 is what published_mage must know itself
-        config["fake_class"] = g.config["fake_class_label"] - g.config["codebook_size"]
+    fake = g.config["fake_class_label"] - g.config["codebook_size"]
+    if fake != PUBLISHED_FAKE_CLASS:                                                        # else published_mage must know it by itself
+        config["fake_class"] = fake
     model = unified.build(config)
     model.load_state_dict(state)
     return g, model.eval(), dead
@@ -122,27 +129,28 @@ def test_unified_needs_four_packages_only():
 # 1. Attention
 
 
-def both_attentions(x, **options):
-    """Output and gradients of the fused attention and of the equation, with the same weights."""
-    for fused in (True, False):
-        torch.manual_seed(0)
-        layer, x = unified.Attention(x.size(-1), 4, fused=fused, **options), x.detach().requires_grad_()
-        y = layer(x)
-        yield [y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), [x, *layer.parameters()])]
-
-
 def test_fused_attention_is_the_equation():
-    for fused, spelled_out in zip(*both_attentions(torch.randn(2, 9, 32))):
-        assert_close(fused, spelled_out, 1e-5)
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)                                            # the same weights and input
+        layer, x, weight = unified.Attention(32, 4, fused=fused), torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 32)
+        y = layer(x)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])])
+    for ours, spelled_out in zip(*results):
+        assert_close(ours, spelled_out, 1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="bfloat16 attention on a GPU needs a GPU")
-def test_attention_in_bfloat16_on_a_gpu_is_the_equation_in_float32():
-    layer, x = unified.Attention(128, 4).cuda(), torch.randn(4, 257, 128, device="cuda")
-    with torch.autocast("cuda", torch.bfloat16):
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this kernel runs on a GPU, and there is none")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_fused_attention_in_bfloat16_is_the_equation_in_float32(device):
+    layer, x = unified.Attention(128, 4).to(device), torch.randn(4, 257, 128).to(device)
+    with torch.autocast(device, torch.bfloat16):
         fused = layer(x)
     layer.fused = False
-    assert_close(fused, layer(x), 2e-2)
+    assert fused.dtype == torch.bfloat16
+    assert_close(fused, layer(x), 1e-2)                                 # a bfloat16 has three digits
 
 
 def test_attention_refuses_a_width_that_heads_do_not_divide():
@@ -151,7 +159,6 @@ def test_attention_refuses_a_width_that_heads_do_not_divide():
 
 
 def test_a_block_does_not_know_the_order_of_its_tokens():
-    torch.manual_seed(0)
     block, x, order = unified.Block(32, 4), torch.randn(2, 9, 32), torch.randperm(9)
     assert_close(block(x)[:, order], block(x[:, order]), 1e-5)
 
@@ -221,7 +228,6 @@ def test_golden_reconstruction_error_is_what_the_tokenizer_trains_on():
 
 
 def test_where_the_width_changes_the_output_goes_through_the_shortcut():
-    torch.manual_seed(0)
     same, wider, x = unified.ResBlock(8, 8, 4), unified.ResBlock(8, 16, 4), torch.randn(2, 8, 5, 5)
     branch = [b.conv2(F.silu(b.norm2(b.conv1(F.silu(b.norm1(x)))))) for b in (same, wider)]
     assert_close(same(x), branch[0] + x, 1e-6)
@@ -265,7 +271,7 @@ def test_entropy_gap_lies_between_minus_ln_k_and_zero():
     K = 16
     undecided, all_the_same = torch.zeros(64, K), F.one_hot(torch.zeros(64).long(), K) * -1.0
     each_its_own = F.one_hot(torch.arange(64) % K, K) * -1.0
-    assert abs(unified.entropy_gap(undecided)) < 1e-3                  # no position is sure
+    assert abs(unified.entropy_gap(undecided)) < 1e-3                  # no position is sure. (1e-3: there is a 1e-5 inside the log.)
     assert abs(unified.entropy_gap(all_the_same)) < 1e-3               # all are sure of the same code
     assert abs(unified.entropy_gap(each_its_own) + math.log(K)) < 1e-3                      # sure, and all codes in use: the best
     assert -math.log(K) < unified.entropy_gap(torch.rand(64, K) * 0.05) < 0
@@ -284,18 +290,17 @@ def test_commitment_moves_the_encoder_and_the_codebook_term_moves_the_codes():
 def test_generator_and_discriminator_do_not_touch_each_other():
     training = unified.TokenizerTraining(tokenizer())
     logs = training(some_pictures(), adversarial=0.8)[1]
-    names = [k for k, _ in training.named_parameters()]
-    for term, owner in [("generator", "vqgan."), ("discriminator", "discriminator.")]:
-        grads = torch.autograd.grad(logs[term], list(training.parameters()), retain_graph=True, allow_unused=True)
-        touched = {k.split(".")[0] + "." for k, g in zip(names, grads) if g is not None and g.abs().max() > 0}
-        assert touched == {owner}
+    names, parameters = zip(*training.named_parameters())
+    for term, owner in [("generator", "vqgan"), ("discriminator", "discriminator")]:
+        grads = torch.autograd.grad(logs[term], parameters, retain_graph=True, allow_unused=True)
+        assert {k.split(".")[0] for k, g in zip(names, grads) if g is not None and g.abs().max() > 0} == {owner}
 
 
 def test_the_adversarial_gradient_is_as_long_as_the_reconstructions():
     training = unified.TokenizerTraining(tokenizer())
     logs, last = training(some_pictures(), adversarial=0.8)[1], training.vqgan.decoder.conv_out.weight
     lengths = [torch.autograd.grad(t, last, retain_graph=True)[0].norm() for t in (logs["generator"], logs["l1"] + logs["l2"])]
-    assert_close(*lengths, 1e-2)
+    assert_close(*lengths, 1e-3)                                        # not equal: 1e-4 keeps the ratio finite
 
 
 def test_the_tokenizers_loss_is_the_weighted_sum_of_its_terms():
@@ -493,7 +498,7 @@ def test_golden_gradient_norms():
 def test_golden_parameters_without_gradient():
     g, _, grads, dead = golden_gradients()
     dead = [k for k in dead if g.state_dict[k].is_floating_point()]                         # position_ids is a buffer, no parameter
-    assert set(dead) <= set(unified.DEAD)
+    assert set(dead) <= set(OFFICIAL_DEAD)
     assert sorted([k for k, grad in grads.items() if grad is None] + dead) == sorted(g.outputs["params_without_grad"])
 
 
@@ -549,7 +554,6 @@ def test_the_smallest_noise_is_hidden_and_a_share_is_drawn_if_none_is_given():
     model, noise = mage(), some_noise(4, 16)
     mask = model.hide(some_ids(model), 0.5, noise)[1]
     assert (noise.masked_fill(~mask, -1).amax(1) < noise.masked_fill(mask, 2).amin(1)).all()
-    torch.manual_seed(0)
     counts = [model.hide(some_ids(model))[1].sum(1).unique() for _ in range(200)]
     assert all(len(c) == 1 for c in counts)                             # one share for the batch
     assert set(torch.cat(counts).tolist()) == set(range(9, 17))         # ceil(16 r), 0.5 < r < 1
@@ -607,6 +611,18 @@ def test_an_image_size_that_the_stride_does_not_divide_is_refused():
         mage(18)
 
 
+def test_fresh_weights_are_drawn_as_the_authors_drew_them():
+    vqgan = tokenizer()
+    before = {k: v.clone() for k, v in vqgan.state_dict().items()}
+    model = mage(vqgan=vqgan)
+    qkv, words = model.blocks[0].attn.qkv, model.token_emb.word_embeddings.weight
+    assert 0.95 < qkv.weight.abs().max() / math.sqrt(6 / (32 + 3 * 32)) <= 1                # Xavier; q, k and v are one matrix
+    assert abs(words.std() - 0.02) < 0.002 and abs(model.decoder_pos_embed_learned.std() - 0.02) < 0.002
+    biases = [m.bias for m in model.modules() if isinstance(m, nn.Linear)] + [model.mlm_layer.bias]
+    assert not any(b.any() for b in biases)
+    assert all(v.equal(before[k]) for k, v in model.vqgan.state_dict().items())             # the tokenizer keeps its own
+
+
 def test_the_vocabulary_is_codes_classes_fake_class_and_mask():
     model = mage(classes=3)
     assert (model.codes, model.fake_id, model.mask_id) == (32, 35, 36)
@@ -622,7 +638,6 @@ def test_the_vocabulary_is_codes_classes_fake_class_and_mask():
 def test_labels_are_hidden_from_a_tenth_of_the_pictures_in_training_only():
     model, n = mage(classes=3), 4000
     ids, labels, mask = torch.zeros(n, 16, dtype=torch.long), torch.arange(n) % 3, torch.zeros(n, 16, dtype=torch.bool)
-    torch.manual_seed(0)
     assert model.words(ids, mask, labels)[:, 0].equal(model.codes + labels)
     share = (model.train().words(ids, mask, labels)[:, 0] == model.fake_id).float().mean().item()
     assert abs(share - 0.1) < 0.02
@@ -834,25 +849,22 @@ def golden_head():
     g, model, _ = golden_mage()
     classes, dim = g.inputs["probe_head_weight"].shape
     head = probe.ProbeHead(dim, classes)
-    norm, linear = (next(m for m in head.modules() if isinstance(m, kind)) for kind in (nn.BatchNorm1d, nn.Linear))
-    for module, prefix, names in [(linear, "probe_head_", ("weight", "bias")), (norm, "probe_bn_", ("running_mean", "running_var"))]:
-        for name in names:
-            getattr(module, name).data.copy_(g.inputs[prefix + name])
-    return g, model.embed(g.inputs["image"]), head, norm
+    head.linear.load_state_dict({k: g.inputs[f"probe_head_{k}"] for k in ("weight", "bias")})
+    head.norm.load_state_dict({k: g.inputs[f"probe_bn_{k}"] for k in ("running_mean", "running_var")}, strict=False)
+    return g, model.embed(g.inputs["image"]), head
 
 
 def test_golden_probe_in_evaluation():
-    g, features, head, _ = golden_head()
+    g, features, head = golden_head()
     assert_close(head.eval()(features), g.outputs["probe_logits"])
+    assert [name for name, _ in head.named_parameters()] == ["linear.weight", "linear.bias"]                    # all that is trained
 
 
 def test_golden_probe_in_training():
-    g, features, head, norm = golden_head()
-    # Two samples: BatchNorm divides by a difference as small as its eps here and there, which makes this the sharpest test of both.
+    g, features, head = golden_head()
     assert_close(head.train()(features), g.outputs["probe_logits_train_bn"])
-    assert_close(norm.running_mean, g.outputs["probe_bn_running_mean_after"])
-    assert_close(norm.running_var, g.outputs["probe_bn_running_var_after"])
-    assert [k for k, _ in norm.named_parameters()] == []
+    assert_close(head.norm.running_mean, g.outputs["probe_bn_running_mean_after"])
+    assert_close(head.norm.running_var, g.outputs["probe_bn_running_var_after"])
 
 
 def test_golden_lars():
@@ -877,6 +889,13 @@ def test_features_have_the_shapes_that_layers_promises():
     assert swapped[0].equal(maps[2]) and swapped[1].equal(maps[0])
     assert model.features(x)[0].equal(maps[model.best_layer - 1]) and model.best_layer == 2
     assert [model.mirror(b) for b in model.layers] == [4, 3, 2, 1]
+
+
+def test_the_head_reads_its_logits_off_the_last_layer():
+    model, ids, noise = mage(), some_ids(mage()), some_noise(4, 16)
+    hidden = unified.ranks(noise) < 8
+    last = model.features(ids, 0.5, layers=[max(model.layers)], noise=noise)[0]
+    assert_close(model.head(last.flatten(2).mT), model.logits(ids, hidden), 1e-5)
 
 
 def test_no_block_after_the_last_layer_asked_for_runs():
@@ -908,7 +927,6 @@ def test_t_hides_the_share_asked_for():
         base = model.features(ids, t, noise=noise)[0]
         matters = (model.features(changed, t, noise=noise.expand(16, -1))[0] - base).abs().amax((1, 2, 3)) > 1e-4
         assert matters.equal(unified.ranks(noise)[0] >= math.ceil(16 * t))
-    torch.manual_seed(0)
     assert not model.features(ids, 0.5)[0].equal(model.features(ids, 0.5)[0])               # drawn if not given
 
 
@@ -1077,13 +1095,13 @@ def test_published_tokenizer_files_load_strictly(tmp_path, key):
     with torch.device("meta"):
         vqgan, config = unified.load_tokenizer(tmp_path / "vqgan.ckpt")
     shapes = {k: tuple(p.shape) for k, p in vqgan.named_parameters()}
-    assert (count(shapes, "encoder."), count(shapes, "decoder."), count(shapes, "quantize."))== (23_775_104, 30_478_339, 262_144)
+    assert (count(shapes, "encoder."), count(shapes, "decoder."), count(shapes, "quantize.")) == (23_775_104, 30_478_339, 262_144)
     assert config == {**unified.TOKENIZERS["base"], "ch_mult": [1, 1, 2, 2, 4]} and vqgan.stride == 16
 
 
 def test_golden_file_on_disk_samples_and_gives_features(tmp_path, monkeypatch):
     g, model, _ = golden_mage()
-    if g.config["fake_class_label"] != g.config["codebook_size"] + 76:
+    if g.config["fake_class_label"] != g.config["codebook_size"] + PUBLISHED_FAKE_CLASS:
         pytest.skip("a file with another fake class than the published ones cannot say so by itself")
     monkeypatch.setitem(unified.PUBLISHED_HEADS, g.config["embed_dim"], (g.config["num_heads"], g.config["decoder_num_heads"]))
     torch.save({"model": g.state_dict}, tmp_path / "mage.pth")
@@ -1119,9 +1137,14 @@ class Options:
     compile: bool = unified.option(True, "compile or not")
 
 
-def test_a_dataclass_is_a_command_line():
+def test_a_dataclass_is_a_command_line(capsys):
     assert unified.parse(Options, "", []) == Options("out", 64, "a", True)
     assert unified.parse(Options, "", ["here", "--batch-size", "8", "--kind=b", "--no-compile"]) == Options("here", 8, "b", False)
+    with pytest.raises(SystemExit) as stop:
+        unified.parse(Options, "", ["-h"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(words in said for words in ("run", "--batch-size", "--kind {a,b}", "--no-compile", "images a step [64]"))
 
 
 @pytest.mark.parametrize("words, blamed", [("--bach-size 8", "--bach-size"), ("--batch-size many", "many"), ("--kind c", "'c'"),
@@ -1141,6 +1164,13 @@ def test_a_users_mistake_ends_in_one_line_and_exit_code_2_a_bug_of_ours_does_not
     assert capsys.readouterr().err.endswith("take another --out-dir\n")
     with pytest.raises(ZeroDivisionError):
         unified.run_script(lambda: 1 / 0)
+
+
+def test_a_device_that_is_not_there_is_named():
+    assert unified.pick_device("cpu") == torch.device("cpu")
+    for name in ["toaster"] + ["cuda"] * (not torch.cuda.is_available()):
+        with pytest.raises(unified.UserError, match=name):
+            unified.pick_device(name)
 
 
 def test_a_checkpoint_comes_back_and_the_previous_one_is_kept(tmp_path):
@@ -1193,17 +1223,29 @@ def test_loading_executes_nothing(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_foreign_dict_is_refused(tmp_path):
-    missing = {k: v for k, v in hollow(official_mage(768, 12)).items() if k != "norm.weight"}
-    odd_width = hollow(official_mage(768, 12)) | {"token_emb.word_embeddings.weight": torch.zeros(()).expand(2025, 512)}
-    for state in ({"weights": torch.zeros(3)}, {"model": {"fc.weight": torch.zeros(3)}}, {"model": 3}, {"model": odd_width}):
-        torch.save(state, tmp_path / "foreign.pt")
-        for load in (unified.load_model, unified.load_tokenizer):
-            with pytest.raises(unified.UserError, match="foreign.pt"):
-                load(tmp_path / "foreign.pt")
-    torch.save({"model": missing}, tmp_path / "foreign.pt")
-    with torch.device("meta"), pytest.raises(unified.UserError, match="norm.weight"):
-        unified.load_model(tmp_path / "foreign.pt", tell=lambda line: None)
+FOREIGN = {"a dict": {"weights": torch.zeros(3)},
+           "another model": {"model": {"fc.weight": torch.zeros(3)}},
+           "no weights": {"model": 3, "state_dict": 3},
+           "only a codebook": {"quantize.embedding.weight": torch.zeros(4, 4)},
+           "only words": {"token_emb.word_embeddings.weight": torch.zeros(4, 4)},
+           "unknown width": {"model": hollow(official_mage(512, 2))}}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_dict_is_refused(tmp_path, kind):
+    torch.save(FOREIGN[kind], tmp_path / "foreign.pt")
+    for load in (unified.load_model, unified.load_tokenizer):
+        with pytest.raises(unified.UserError, match="foreign.pt"):
+            load(tmp_path / "foreign.pt")
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+@pytest.mark.parametrize("lost", ["norm.weight", "decoder_pos_embed_learned", "vqgan.encoder.conv_in.weight", "vqgan.decoder.conv_in.bias"])
+def test_a_published_file_that_lacks_a_weight_is_refused_and_the_weight_named(tmp_path, lost):
+    state = hollow(official_mage(768, 12))
+    torch.save({"model": {k: v for k, v in state.items() if k != lost}}, tmp_path / "lacking.pth")
+    with torch.device("meta"), pytest.raises(unified.UserError, match=f"lacking.pth.*{lost.removeprefix('vqgan.')}"):
+        unified.load_model(tmp_path / "lacking.pth", tell=lambda line: None)
 
 
 def test_a_run_of_ours_is_loaded_from_its_folder(tmp_path):
@@ -1288,6 +1330,13 @@ def test_a_chart_draws_its_curves():
 # 10. Data sets
 
 
+def test_fold_tells_every_combination_apart():
+    a, b = torch.arange(100)[:, None], torch.arange(100)
+    both = unified.fold(7, a, b)
+    assert len(both.unique()) == 100 * 100 and not both.equal(both.T)   # the order of the values counts
+    assert both[3, 5] == unified.fold(7, 3, 5) and not both.equal(unified.fold(8, a, b))    # plain integers give the same
+
+
 def test_a_crop_is_decided_by_its_number():
     crops = unified.fold(torch.arange(1000)[:, None], torch.arange(2)).flatten()
     boxes = unified.crop_boxes(crops, 40, 30, (0.2, 1.0))
@@ -1295,7 +1344,7 @@ def test_a_crop_is_decided_by_its_number():
     assert all(a[7:8].equal(b) for a, b in zip(boxes, alone))
     left, top, w, h, flip = boxes
     assert (left >= 0).all() and (top >= 0).all() and (left + w <= 40.001).all() and (top + h <= 30.001).all()
-    assert (w * h >= 0.2 * 40 * 30 * 0.7).all() and (w * h).std() > 50  # clipping takes some of the area, never more than a quarter
+    assert (w * h).min() / 1200 == pytest.approx(0.2, abs=0.01) and 0.9 < (w * h).max() / 1200 <= 1
     inner = (w < 40) & (h < 30)
     assert ((w / h)[inner] >= 0.7499).all() and ((w / h)[inner] <= 1.3334).all()
     assert abs(flip.float().mean() - 0.5) < 0.05

@@ -34,6 +34,7 @@ class Config:
     size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet", choices=["tiny", "small", "base", "large"])
     image_size: int = option(None, "side in pixels; 32, or 256 on folders")
     ids: int = option(None, "ids an image; 16 on shapes, else 64 below 128 pixels and 256 from there on")
+    codes: int = option(None, "entries of the codebook; 256 on shapes, else 1024")
     steps: int = option(None, "optimizer steps of the model; or say --epochs")
     epochs: float = option(None, "the same in passes over the training set")
     tokenizer_steps: int = option(None, "optimizer steps of the tokenizer")
@@ -58,10 +59,10 @@ class Config:
 
 
 # Defaults by data set. The folder rows are the papers' recipes: MAGE's for the model, MaskGIT's for the tokenizer.
-SHAPES = dict(size="tiny", image_size=32, ids=16, steps=4000, batch_size=64, lr=4e-3, views=1, tokenizer_steps=800, tokenizer_batch=32,
-              tokenizer_lr=2e-3, log_every=50, eval_every=1000, save_every=500)
-CIFAR10 = dict(SHAPES, ids=64, steps=4000, views=4, tokenizer_steps=3000, tokenizer_batch=16)
-FOLDER = dict(size="base", image_size=256, ids=None, epochs=1600, batch_size=4096, lr=1.5e-4, views=10, tokenizer_steps=1_000_000,
+SHAPES = dict(size="tiny", image_size=32, ids=16, codes=256, steps=2500, batch_size=64, lr=6e-3, views=1, tokenizer_steps=3000,
+              tokenizer_batch=16, tokenizer_lr=4e-3, log_every=50, eval_every=1000, save_every=500)
+CIFAR10 = dict(SHAPES, ids=64, codes=1024, steps=4000, views=4)
+FOLDER = dict(size="base", image_size=256, ids=None, codes=1024, epochs=1600, batch_size=4096, lr=1.5e-4, views=10, tokenizer_steps=1_000_000,
               tokenizer_batch=256, tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every", "resume"}
 
@@ -78,7 +79,7 @@ def settle(cfg):
     cfg.adversarial = (0.8 if cfg.image_size >= 256 else 0.0) if cfg.adversarial is None else cfg.adversarial
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
     cfg.out_dir = cfg.out_dir or f"out/{pathlib.Path(cfg.dataset).name}-{cfg.model}"
-    for name in ("image_size", "ids", "batch_size", "steps", "tokenizer_steps", "epochs", "micro_batch", "log_every", "save_every"):
+    for name in ("image_size", "ids", "codes", "batch_size", "steps", "tokenizer_steps", "epochs", "micro_batch", "log_every", "save_every"):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
     side = math.isqrt(cfg.ids)
@@ -99,7 +100,7 @@ class Run:
     """What every part of a run needs to know: flags, folder, device, place among the processes, and whether to stop."""
 
     def __init__(self, cfg, recipe):
-        self.cfg, self.recipe, self.folder, self.device = cfg, recipe, pathlib.Path(cfg.out_dir), torch.device(cfg.device)
+        self.cfg, self.recipe, self.folder, self.device = cfg, recipe, pathlib.Path(cfg.out_dir), unified.pick_device(cfg.device)
         self.world, self.rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
         if self.world > 1:
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -360,7 +361,7 @@ def get_tokenizer(run, train, test):
             raise UserError(f"--tokenizer {cfg.tokenizer} needs an --image-size that is a multiple of {vqgan.stride}, not {cfg.image_size}")
         return vqgan.to(run.device), arch
     torch.manual_seed(cfg.seed)
-    arch = unified.tokenizer_config(cfg.size, cfg.image_size // math.isqrt(cfg.ids))
+    arch = unified.tokenizer_config(cfg.size, cfg.image_size // math.isqrt(cfg.ids), cfg.codes)
     net = unified.TokenizerTraining(unified.VQGAN(**arch))
     batch, steps = run.recipe["tokenizer_batch"], cfg.tokenizer_steps
 

@@ -233,6 +233,7 @@ class VQGAN(nn.Module):
         self.encoder = Encoder(ch, ch_mult, blocks, codebook_dim, groups)
         self.decoder = Decoder(ch, ch_mult, blocks, codebook_dim, groups)
         self.quantize = Codebook(codebook_size, codebook_dim)
+        self.to(memory_format=torch.channels_last)                                          # the layout that convolutions are fastest in
 
     def encode(self, x):
         """Pixels (B, 3, S, S) in [0, 1] -> ids (B, h, w). S must be a multiple of the stride."""
@@ -429,12 +430,13 @@ class Decoding(typing.NamedTuple):
 
 
 def initialise(module):
-    """Xavier-uniform matrices (the fused qkv counts as one), zero biases, N(0, 0.02) embeddings: MAE's and MAGE's start."""
+    """Xavier-uniform matrices (the fused qkv counts as one), zero biases, N(0, 0.02) embeddings: MAE's and MAGE's start. 0.02 belongs to
+    width 768: the words are also the output matrix, and narrower ones of that size could not make a logit larger than 2."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02 * 768 / module.embedding_dim)
 
 
 class MAGE(nn.Module):
@@ -464,7 +466,7 @@ class MAGE(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, decoder_width)
-        self.decoder_pos_embed_learned = nn.Parameter(torch.randn(1, 1 + self.length, decoder_width) * 0.02)
+        self.decoder_pos_embed_learned = nn.Parameter(torch.randn(1, 1 + self.length, decoder_width) * 0.02 * 768 / decoder_width)
         self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads, dropout) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.mlm_layer = Head(decoder_width, width, self.mask_id + 1)
@@ -709,14 +711,14 @@ def info_nce(z, temperature=0.2):
 # files store none, so their sizes are read off the shapes of their tensors. Base and large are the papers' sizes.
 
 TOKENIZERS = {
-    "tiny":  dict(codebook_size=1024, codebook_dim=16, ch=32, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),
-    "small": dict(codebook_size=1024, codebook_dim=32, ch=64, ch_mult=(1, 1, 2, 2, 4), blocks=2, groups=8),
-    "base":  dict(codebook_size=1024, codebook_dim=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2),
+    "tiny":  dict(codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),
+    "small": dict(codebook_dim=32, ch=64, ch_mult=(1, 1, 2, 2, 4), blocks=2, groups=8),
+    "base":  dict(codebook_dim=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2),
 }
 TOKENIZERS["large"] = TOKENIZERS["base"]
 
 MAGE_SIZES = {
-    "tiny":  dict(width=192, depth=6, heads=6, decoder_width=192, decoder_depth=2, decoder_heads=6),
+    "tiny":  dict(width=128, depth=4, heads=4, decoder_width=128, decoder_depth=2, decoder_heads=4, dropout=0.0),
     "small": dict(width=384, depth=12, heads=6, decoder_width=384, decoder_depth=4, decoder_heads=6),
     "base":  dict(width=768, depth=12, heads=12, decoder_width=768, decoder_depth=8, decoder_heads=16),
     "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, decoder_depth=8, decoder_heads=16),
@@ -737,9 +739,9 @@ MODELS = {
 }
 
 
-def tokenizer_config(size, stride):
+def tokenizer_config(size, stride, codes=1024):
     """VQGAN arguments of a preset, cut down to the levels that a stride of 2, 4, 8 or 16 needs."""
-    config = dict(TOKENIZERS[size])
+    config = dict(TOKENIZERS[size], codebook_size=codes)
     config["ch_mult"] = list(config["ch_mult"][:int(math.log2(stride)) + 1])
     return config
 
@@ -816,6 +818,14 @@ def run_script(main):
     except UserError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def pick_device(name):
+    """'cpu', 'cuda', 'cuda:1', ... -> torch.device. UserError if there is none of this name here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not to be had here; --device cpu always is")
 
 
 def option(default, help, **more):
@@ -1111,8 +1121,8 @@ SHAPES = {
     "star":     lambda x, y, r: star(x, y, r),
     "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
 }
-PALETTE = torch.tensor([[214, 60, 50], [46, 134, 72], [40, 90, 200], [236, 160, 30], [140, 70, 170], [30, 160, 175]])
-GROUND = torch.tensor([242, 240, 232])
+GROUND = torch.tensor([128.0, 128.0, 128.0])
+PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])             # red, teal, blue, amber
 
 
 def box(x, y, w, h):
@@ -1129,10 +1139,10 @@ def star(x, y, r):
 
 def draw_shapes(seeds, size):
     """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 27 to 40 % of the side, always wholly visible."""
-    kind, color, radius, cx, cy, turn = uniform(seeds, 0, 6)[:, :, None, None].unbind(1)
-    radius = size * (0.27 + 0.13 * radius)
-    cx, cy = (radius + c * (size - 2 * radius) for c in (cx, cy))
-    turn = 2 * math.pi * turn
+    kind, color, radius, cx, cy, turn, wobble = uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
+    radius = size / 32 * (10.5 + 2.5 * radius)
+    cx, cy = (size / 32 * (14 + 4 * c) for c in (cx, cy))
+    turn = math.pi / 4 * ((8 * turn).floor() + 0.2 * (wobble - 0.5))
     row = torch.arange(size) + 0.5
     x, y = (row - cx) / radius, (row[:, None] - cy) / radius                                # (B, 1, S), (B, S, 1)
     x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
