@@ -27,13 +27,13 @@ class Config:
     run: str = option(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
     n: int = option(None, "pictures; 64, or 6 for each --image")
     batch: int = option(64, "pictures computed at once")
-    steps: int = option(12, "rounds of decoding")
-    temperature: float = option(4.5, "of the noise on the confidence; more is more varied, less is cleaner")
+    steps: int = option(None, "rounds of decoding; 20, or fewer if there are fewer ids")
+    temperature: float = option(None, "of the noise on the confidence; more is more varied, less is cleaner; 6 for 256 ids")
     seed: int = option(0, "another one gives other pictures")
     label: str = option("", "class name or number; several with commas take turns, all takes every class in turn")
     guidance: float = option(1.0, "how much to exaggerate what the label changes; 1 is not at all")
-    image: str = option([], "pictures to paint into, centre-cropped to the model's size", nargs="+")
-    box: str = option([], "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
+    image: str = option((), "pictures to paint into, centre-cropped to the model's size", nargs="+")
+    box: str = option((), "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
     outside: bool = option(False, "keep the box and paint all around it")
     reconstruct: bool = option(False, "only send each --image through the tokenizer and back")
     gif: bool = option(False, "also write the decoding as a film")
@@ -108,7 +108,7 @@ def generate(model, cfg, index, labels=None, **known):
     index = index.to(cfg.device)
     seeds = (cfg.seed << 32) + index
     labels = None if labels is None else labels.to(cfg.device)[index % len(labels)]
-    return model.sample_steps(len(index), cfg.steps, temperature=cfg.temperature, guidance=cfg.guidance, labels=labels, seeds=seeds, **known)
+    return model.sample_steps(len(index), steps=cfg.steps, temperature=cfg.temperature, guidance=cfg.guidance, labels=labels, seeds=seeds, **known)
 
 
 def pictures(model, cfg, index, labels):
@@ -167,7 +167,7 @@ def write_painted(path, model, cfg, labels):
         states = list(generate(model, cfg, part, labels, known=known[part.to(cfg.device)], mask=holes[part.to(cfg.device)]))
         films.append(torch.stack([model.render(s).cpu() for s in (states if cfg.gif else states[-1:])]))
     film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                                # (steps, images, n, 3, S, S)
-    left = torch.stack([x, torch.where(mask[:, None], 0.5, x)], 1).cpu()
+    left = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()
     frames = [torch.cat([left, frame], 1).flatten(0, 1) for frame in film]
     unified.grid(frames[-1], cfg.n + 2).save(path)
     if cfg.gif:

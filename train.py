@@ -32,15 +32,15 @@ class Config:
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
     model: str = option("mage", "what to train", choices=list(unified.MODELS))
     size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet", choices=["tiny", "small", "base", "large"])
-    image_size: int = option(None, "side in pixels; 32, or 256 on folders")
+    image_size: int = option(None, "side in pixels; 32, or on folders 256, 64 for tiny and small")
     ids: int = option(None, "ids an image; 16 on shapes, else 64 below 128 pixels and 256 from there on")
-    codes: int = option(None, "entries of the codebook; 256 on shapes, else 1024")
+    codes: int = option(None, "entries of the codebook; 128 on shapes, else 1024")
     steps: int = option(None, "optimizer steps of the model; or say --epochs")
     epochs: float = option(None, "the same in passes over the training set")
     tokenizer_steps: int = option(None, "optimizer steps of the tokenizer")
     adversarial: float = option(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0")
     tokenizer: str = option("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
-    views: int = option(None, "random crops of each image kept as ids; 0 tokenises fresh crops in every step")
+    views: int = option(None, "random crops of each image kept as ids; 1 keeps the whole picture, 0 tokenises fresh crops in every step")
     labels: bool = option(False, "condition on class labels, so that sample.py --label works")
     batch_size: int = option(None, "images an optimizer step, all devices and accumulated micro-batches together")
     micro_batch: int = option(None, "images that one device computes at once; as many as fit, if not given")
@@ -58,18 +58,19 @@ class Config:
     save_every: int = option(None, "steps between checkpoints")
 
 
-# Defaults by data set. The folder rows are the papers' recipes: MAGE's for the model, MaskGIT's for the tokenizer.
-SHAPES = dict(size="tiny", image_size=32, ids=16, codes=256, steps=2500, batch_size=64, lr=6e-3, views=1, tokenizer_steps=3000,
-              tokenizer_batch=16, tokenizer_lr=4e-3, log_every=50, eval_every=1000, save_every=500)
-CIFAR10 = dict(SHAPES, ids=64, codes=1024, steps=4000, views=4)
+# Defaults by data set. FOLDER is the papers' recipe: MAGE's for the model, MaskGIT's for the tokenizer.
+SHAPES = dict(size="tiny", image_size=32, ids=16, codes=128, steps=3000, batch_size=64, lr=6e-3, views=1, tokenizer_size="toy",
+              tokenizer_steps=2000, tokenizer_batch=16, tokenizer_lr=4e-3, log_every=50, eval_every=1000, save_every=500)
+CIFAR10 = dict(SHAPES, ids=64, codes=1024, steps=4000, views=4, tokenizer_size=None, tokenizer_steps=4500)
 FOLDER = dict(size="base", image_size=256, ids=None, codes=1024, epochs=1600, batch_size=4096, lr=1.5e-4, views=10, tokenizer_steps=1_000_000,
               tokenizer_batch=256, tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
+SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)                                       # with --size tiny or small
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every", "resume"}
 
 
 def settle(cfg):
     """Fill in what was not said on the command line; refuse what cannot be."""
-    recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, FOLDER)
+    recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, SMALL_FOLDER if cfg.size in ("tiny", "small") else FOLDER)
     if cfg.steps and cfg.epochs:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
     for name, value in recipe.items():
@@ -83,9 +84,10 @@ def settle(cfg):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
     side = math.isqrt(cfg.ids)
-    if side ** 2 != cfg.ids or cfg.image_size % side or cfg.image_size // side not in (2, 4, 8, 16):
+    if not cfg.tokenizer and (side ** 2 != cfg.ids or cfg.image_size % side or cfg.image_size // side not in (2, 4, 8, 16)):
         fit = ", ".join(str((cfg.image_size // s) ** 2) for s in (16, 8, 4, 2) if cfg.image_size % s == 0)
-        raise UserError(f"--ids {cfg.ids} does not fit --image-size {cfg.image_size}; " + (f"take one of {fit}" if fit else "take a multiple of 16"))
+        raise UserError(f"--ids {cfg.ids} does not fit --image-size {cfg.image_size}; " +
+                        (f"take one of {fit}" if fit else "take a multiple of 16"))
     if unified.MODELS[cfg.model].views == 2 and cfg.views == 1 and cfg.dataset != "shapes":
         raise UserError(f"{cfg.model} compares two crops of an image; --views 1 keeps one; take 0 or 2 and more")
     if cfg.dataset == "shapes" and unified.MODELS[cfg.model].views == 2:
@@ -108,6 +110,9 @@ class Run:
                 self.device = torch.device("cuda", local)
                 torch.cuda.set_device(self.device)
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+        if cfg.batch_size % ((cfg.micro_batch or 1) * self.world):
+            raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of " + (f"--micro-batch {cfg.micro_batch} x " if cfg.micro_batch else "")
+                            + f"{self.world} process{'es' * (self.world > 1)}")
         self.stop = None                                                                    # number of the signal that asks us to
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
@@ -136,14 +141,12 @@ class Run:
             unified.save_checkpoint(self.folder / name, state)
 
     def micro_batch(self, batch, image_bytes):
-        """Images computed at once: what was asked for, else the largest divisor of the batch of which 60 % of the memory holds the activations."""
+        """Images computed at once: what was asked for, else the largest divisor of the batch whose activations fill at most 60 % of the memory."""
         share, rest = divmod(batch, self.world)
         if rest:
             raise UserError(f"a batch of {batch} cannot be shared by {self.world} processes; take a multiple of {self.world}")
         if self.cfg.micro_batch:
-            if share % min(self.cfg.micro_batch, share):
-                raise UserError(f"a batch of {batch} is not a multiple of --micro-batch {self.cfg.micro_batch} x {self.world} processes")
-            return min(self.cfg.micro_batch, share)
+            return math.gcd(self.cfg.micro_batch, share)
         memory = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else 2 << 30
         return next(m for m in range(share, 0, -1) if share % m == 0 and (m * image_bytes <= 0.6 * memory or m == 1))
 
@@ -175,13 +178,13 @@ def permutation(n, seed, epoch):
 
 
 def plan(n, seed, views, batch, micro, rank, world, start, steps):
-    """Which images, in which crops, each micro-batch of this process holds: yields index (B,), crops (B, views). All of it follows
-    from the step, so it is the same after an interruption and, taken together, for any number of processes."""
+    """Which images, in which crops, each micro-batch of this process holds: yields index (B,), crops (B, views), or None for whole
+    pictures if views is 0. All of it follows from the step, so it is the same after an interruption and, taken together, for any number of processes."""
     for step in range(start, steps):
         for first in range(rank * micro, batch, world * micro):
             p = step * batch + first + torch.arange(micro)
             index = torch.cat([permutation(n, seed, e)[p[p // n == e] % n] for e in (p // n).unique().tolist()])
-            yield index, unified.fold(seed, p[:, None], torch.arange(views))
+            yield index, unified.fold(seed, p[:, None], torch.arange(views)) if views else None
 
 
 def cached_batches(ids, labels, plan):
@@ -211,7 +214,7 @@ class Stage:
     arch: dict                      # joins the flags in the checkpoint's config
     batches: callable               # plan -> yields x, labels
     images: int                     # in the training set
-    views: int                      # crops of each image in a batch
+    views: int                      # crops of each image in a batch; 0 for the whole picture
     steps: int
     batch: int
     micro: int
@@ -246,20 +249,24 @@ class Meter:
 
     def __init__(self, run, stage, step):
         self.run, self.stage, self.logs, self.count, self.since, self.seen = run, stage, {}, 0, time.time(), step
-        self.bar = tqdm.tqdm(total=stage.steps, initial=step, desc=stage.name, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+        self.bar = tqdm.tqdm(total=stage.steps, initial=step, desc=stage.name, unit=" steps", disable=run.rank > 0, dynamic_ncols=True)
 
     def add(self, loss, logs):
+        """Losses of one micro-batch: scalars on the device."""
         for name, value in {"loss": loss, **logs}.items():
             self.logs[name] = self.logs.get(name, 0) + value.detach()
         self.count += 1
 
     def step(self, step, norm, lr):
+        """One optimizer step is done: write a row, evaluate, if it is time to. norm: of the gradient."""
         self.bar.update()
+        self.norm = norm
         if step % self.run.cfg.log_every == 0 or step == self.stage.steps:
             means = self.check(step)
             rate = (step - self.seen) * self.stage.batch / (time.time() - self.since)
             memory = torch.cuda.max_memory_allocated(self.run.device) / 2**30 if self.run.device.type == "cuda" else None
-            self.run.log(stage=self.stage.name, step=step, **means, lr=lr, grad_norm=norm.item(), images_per_second=rate, memory_gib=memory)
+            self.run.log(stage=self.stage.name, step=step, **means, lr=lr, grad_norm=norm.item(), images_per_second=rate,
+                         memory_gib=memory)
             self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
             self.logs, self.count, self.since, self.seen = {}, 0, time.time(), step
         every = self.run.cfg.eval_every
@@ -278,8 +285,8 @@ class Meter:
             if self.run.world > 1:
                 torch.distributed.all_reduce(value)
             means[name] = value.item() / self.run.world
-        if not all(map(math.isfinite, means.values())):
-            raise UserError(f"the loss is not finite at step {step}; {self.run.folder} keeps the last good checkpoint; a lower --lr may help")
+        if not all(map(math.isfinite, [*means.values(), self.norm.item()])):
+            raise UserError(f"the loss or its gradient is not finite at step {step}; {self.run.folder} keeps the last good checkpoint; a lower --lr may help")
         return means
 
 
@@ -305,7 +312,8 @@ def fit(run, stage):
             last = micro == accumulate - 1
             with contextlib.nullcontext() if last or run.world == 1 else ddp.no_sync():
                 with run.autocast():
-                    loss, logs = ddp(x.to(run.device, non_blocking=True).squeeze(1), labels.to(run.device) if cfg.labels else None, **stage.extra(step))
+                    x = x.to(run.device, non_blocking=True).squeeze(1)                      # one view needs no axis
+                    loss, logs = ddp(x, labels.to(run.device) if cfg.labels else None, **stage.extra(step))
                 (loss / accumulate).backward()
             meter.add(loss, logs)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
@@ -328,7 +336,7 @@ def fit(run, stage):
 def reconstruct(run, vqgan, x):
     """Pixels (B, 3, S, S) -> what is left of them after a round trip through ids, and the ids (B, h, w)."""
     with torch.no_grad(), run.autocast():
-        ids = vqgan.encode(x.to(run.device))
+        ids = vqgan.encode(x)
         return vqgan.decode(ids).float().clamp(0, 1), ids
 
 
@@ -340,16 +348,17 @@ def measure_tokenizer(run, vqgan, data, count):
     def squared_error(x):
         y, ids = reconstruct(run, vqgan, x)
         used[ids.unique().cpu()] = True
-        return (y - x.to(run.device)).square().mean((1, 2, 3))
-    error, _ = unified.map_pictures(squared_error, data, count, workers=run.cfg.workers)
+        return (y - x).square().mean((1, 2, 3))
+    error, _ = unified.map_pictures(squared_error, data, count, workers=run.cfg.workers, device=run.device, name="PSNR" if count > 1000 else None)
     return {"psnr": -10 * math.log10(error.mean().item()), "codes_used": used.float().mean().item()}
 
 
 def draw_reconstructions(run, vqgan, data):
-    """reconstructions.png: 32 test pictures, each row of originals above the row of what the ids keep of them."""
+    """reconstructions.png: at most 32 test pictures, each row of originals above the row of what the ids keep of them."""
     x, _ = unified.map_pictures(lambda x: x, data, 32, workers=run.cfg.workers)
-    y, _ = reconstruct(run, vqgan, x)
-    unified.grid(torch.stack([x.unflatten(0, (-1, 8)), y.cpu().unflatten(0, (-1, 8))], 1).flatten(0, 2)).save(run.folder / "reconstructions.png")
+    y, _ = reconstruct(run, vqgan, x.to(run.device))
+    rows = [part for pair in zip(x.split(8), y.cpu().split(8)) if len(pair[0]) == min(8, len(x)) for part in pair]
+    unified.grid(torch.cat(rows)).save(run.folder / "reconstructions.png")
 
 
 def get_tokenizer(run, train, test):
@@ -361,7 +370,7 @@ def get_tokenizer(run, train, test):
             raise UserError(f"--tokenizer {cfg.tokenizer} needs an --image-size that is a multiple of {vqgan.stride}, not {cfg.image_size}")
         return vqgan.to(run.device), arch
     torch.manual_seed(cfg.seed)
-    arch = unified.tokenizer_config(cfg.size, cfg.image_size // math.isqrt(cfg.ids), cfg.codes)
+    arch = unified.tokenizer_config(run.recipe.get("tokenizer_size") or cfg.size, cfg.image_size // math.isqrt(cfg.ids), cfg.codes)
     net = unified.TokenizerTraining(unified.VQGAN(**arch))
     batch, steps = run.recipe["tokenizer_batch"], cfg.tokenizer_steps
 
@@ -369,7 +378,8 @@ def get_tokenizer(run, train, test):
         draw_reconstructions(run, net.vqgan, test)
         return measure_tokenizer(run, net.vqgan, test, 500)
     image_bytes = 8 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"] * 12
-    fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch}, lambda plan: train.batches(plan, cfg.workers), len(train), 1, steps, batch,
+    views = 0 if isinstance(train, unified.Pictures) else 1                                 # enlarged crops of 32 pixels are all blur
+    fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch}, lambda plan: train.batches(plan, cfg.workers), len(train), views, steps, batch,
                    run.micro_batch(batch, image_bytes), run.recipe["tokenizer_lr"], (0.9, 0.99), 0.0,
                    lambda step: {"adversarial": cfg.adversarial * (step >= steps // 5)}, evaluate))
     return net.vqgan, arch
@@ -406,18 +416,19 @@ def get_model(run, vqgan, arch, train, test):
     micro = run.micro_batch(cfg.batch_size, image_bytes)
     peak = cfg.lr * cfg.batch_size / 256
     run.tell(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, {model.length} ids an image, "
-             f"{steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}; the loss starts near ln {model.codes} = {math.log(model.codes):.2f}")
+             f"{steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}; "
+             f"the loss starts near ln {model.codes} = {math.log(model.codes):.2f}")
     if method.views == 2 and micro * run.world < cfg.batch_size:
         run.tell(f"the contrastive term compares {micro * run.world} of the {cfg.batch_size} images with each other: those computed at once")
-    held, labels = unified.map_pictures(model.to_ids, test, 512, workers=cfg.workers)
+    held, labels = unified.map_pictures(model.to_ids, test, 512, workers=cfg.workers, device=run.device)
 
     def evaluate():
         unified.grid(sample_grid(run, model)).save(run.folder / "samples.png")
         torch.manual_seed(0)
         with torch.no_grad(), run.autocast():
             return {"held_out": model(held.to(run.device), labels.to(run.device) if cfg.labels else None)[1]["masked"].item()}
-    fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, model.vqgan, train), len(train), method.views, steps, cfg.batch_size, micro, peak,
-                   (0.9, 0.95), 0.05, evaluate=evaluate))
+    fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, model.vqgan, train), len(train), method.views,
+                   steps, cfg.batch_size, micro, peak, (0.9, 0.95), 0.05, evaluate=evaluate))
     return model
 
 
@@ -447,10 +458,14 @@ def report(run, vqgan, model, train, test):
     fresh.vqgan.load_state_dict(vqgan.state_dict())
     pixels = torch.nn.AdaptiveAvgPool2d(min(32, run.cfg.image_size))
     top1 = {}
-    for name, embed in (("features", model.embed), ("the same network untrained", fresh.to(run.device).eval().embed), ("raw pixels", lambda x: pixels(x).flatten(1))):
-        parts = [unified.map_pictures(embed, data, count, workers=run.cfg.workers) for data, count in ((train, 10_000), (test, 10_000))]
+    for name, embed in (("features", model.embed), ("the same network untrained", fresh.to(run.device).eval().embed),
+                        ("raw pixels", lambda x: pixels(x).flatten(1))):
+        parts = [unified.map_pictures(embed, data, 10_000, workers=run.cfg.workers, device=run.device, name=name) for data in (train, test)]
         top1[name] = unified.ridge_probe(*parts[0], *parts[1])
     run.log(stage="report", step=0, **figures, probe=top1)
+    for data in (train, test):
+        if getattr(data, "unreadable", None):
+            run.tell(f"{len(data.unreadable)} images of {data.root} could not be read and were skipped")
     run.tell(f"""
 tokenizer   {figures['psnr']:.2f} dB PSNR on {len(test)} test pictures, {figures['codes_used']:.0%} of the codes used       {run.folder}/reconstructions.png
 samples     {run.folder}/samples.png, losses in {run.folder}/loss.png

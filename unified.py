@@ -285,7 +285,7 @@ class PatchDiscriminator(nn.Module):
 class TokenizerTraining(nn.Module):
     """The tokenizer, the discriminator that it is trained against, and their loss as one module.
 
-    vqgan    the VQGAN to train        weights  of the terms: dict with the keys of WEIGHTS
+    vqgan  the VQGAN to train; WEIGHTS are those of the terms
     forward(x (B, 3, S, S) in [0, 1], adversarial) -> (scalar loss, dict of its terms). The adversarial weight is an argument since
     it is 0 during a warm-up; 0.8 is [VQGAN]'s. Generator and discriminator terms do not touch each other's parameters, so one
     backward pass and one optimizer step serve both.
@@ -431,12 +431,12 @@ class Decoding(typing.NamedTuple):
 
 def initialise(module):
     """Xavier-uniform matrices (the fused qkv counts as one), zero biases, N(0, 0.02) embeddings: MAE's and MAGE's start. 0.02 belongs to
-    width 768: the words are also the output matrix, and narrower ones of that size could not make a logit larger than 2."""
+    width 768; scaled like this, the logits of fresh weights spread alike at any width, since the words are also the output matrix."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02 * 768 / module.embedding_dim)
+        nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
 
 
 class MAGE(nn.Module):
@@ -466,7 +466,7 @@ class MAGE(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, decoder_width)
-        self.decoder_pos_embed_learned = nn.Parameter(torch.randn(1, 1 + self.length, decoder_width) * 0.02 * 768 / decoder_width)
+        self.decoder_pos_embed_learned = nn.Parameter(torch.randn(1, 1 + self.length, decoder_width) * 0.02 * (768 / decoder_width) ** 0.5)
         self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads, dropout) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.mlm_layer = Head(decoder_width, width, self.mask_id + 1)
@@ -578,16 +578,19 @@ class MAGE(nn.Module):
         return self.to_ids(known.masked_fill(mask[:, None], 0.0)), hidden
 
     @torch.no_grad()
-    def sample_steps(self, n, steps=12, temperature=4.5, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
+    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
         """Parallel decoding [MaskGIT, section 3.2]: guess every hidden id, keep the guesses that the network is surest of, hide
         the rest again, repeat. Noise on the confidence, fading with the steps, keeps the pictures from all turning out alike.
 
-        n, steps      pictures, rounds            temperature  of the noise on the confidence, at the first step
-        labels        int (n,) or None            guidance     1: as trained; more: exaggerates what the label changes, linearly over the steps
+        n, steps      pictures, rounds; 20 as published, or fewer if there are fewer ids
+        temperature   of the noise on the confidence at the first step; 6 as published for a grid of 16 x 16, less for smaller ones (ours)
+        labels        int (n,) or None            guidance  1: as trained; more: exaggerates what the label changes, linearly over the steps
         known, mask   pixels (n, 3, S, S) and bool (n, S, S), True = to be painted; each picture may have its own hole
         seeds         int64 (n,), all that a picture depends on besides the weights; 0 .. n-1 if None
         yields        a Decoding after each step; nothing is hidden in the last one
         """
+        steps = steps or min(20, self.length)
+        temperature = 6.0 * self.grid / 16 if temperature is None else temperature
         ids, hidden = self.start(n, known, mask)
         seeds = torch.arange(n, device=ids.device) if seeds is None else seeds
         initial = hidden.sum(1)
@@ -601,18 +604,18 @@ class MAGE(nn.Module):
                 hidden = torch.zeros_like(hidden)               # the schedule hides one id to the last; its guess is as good as any
             yield Decoding(ids, hidden, known, mask)
 
-    def sample(self, n, steps=12, **options):
+    def sample(self, n, **options):
         """Pictures (n, 3, S, S) in [0, 1]. Options as for sample_steps."""
-        for state in self.sample_steps(n, steps, **options):
+        for state in self.sample_steps(n, **options):
             pass
         return self.render(state)
 
     @torch.no_grad()
     def render(self, state):
-        """Decoding -> pixels (n, 3, S, S) in [0, 1]: grey where ids are hidden, the known pixels where there are any."""
+        """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where ids are hidden, the known pixels where there are any."""
         x = self.vqgan.decode(state.ids.unflatten(1, (self.grid, self.grid))).clamp(0, 1)
         cells = state.hidden.unflatten(1, (1, self.grid, self.grid)).float()
-        x = torch.where(F.interpolate(cells, scale_factor=float(self.vqgan.stride)) > 0, 0.5, x)
+        x = torch.where(F.interpolate(cells, scale_factor=float(self.vqgan.stride)) > 0, 0.2, x)
         return x if state.known is None else torch.where(state.mask[:, None], x, state.known)
 
     # ---- representation
@@ -711,7 +714,8 @@ def info_nce(z, temperature=0.2):
 # files store none, so their sizes are read off the shapes of their tensors. Base and large are the papers' sizes.
 
 TOKENIZERS = {
-    "tiny":  dict(codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),
+    "toy":   dict(codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),     # enough for shapes in flat colours
+    "tiny":  dict(codebook_dim=16, ch=32, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),
     "small": dict(codebook_dim=32, ch=64, ch_mult=(1, 1, 2, 2, 4), blocks=2, groups=8),
     "base":  dict(codebook_dim=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2),
 }
@@ -818,6 +822,8 @@ def run_script(main):
     except UserError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def pick_device(name):
@@ -843,7 +849,7 @@ def parse(cls, description, argv=None):
     for field in dataclasses.fields(cls):
         more = dict(field.metadata)
         name = field.name if more.pop("positional", False) else "--" + field.name.replace("_", "-")
-        more["help"] += "" if field.default in (None, "", False, dataclasses.MISSING) else f" [{field.default}]"
+        more["help"] += "" if field.default in (None, "", (), False, dataclasses.MISSING) else f" [{field.default}]"
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument(name, default=field.default, **kind, **more)
     return cls(**vars(parser.parse_args(argv)))
@@ -910,7 +916,9 @@ def load_model(path, tell=print):
         config, weights, dead = published_mage(weights)
     except KeyError as error:
         raise UserError(f"{path} looks like a MAGE file but lacks, or has at an unknown width, {error}")
-    tell(f"{path.name}: published layout; not read by anything: {', '.join(dead) or 'nothing'}")
+    unknown = [name for name in dead if name not in DEAD]
+    tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n in DEAD) or 'nothing'}"
+         + (f"; unknown to MAGE, left out too: {', '.join(unknown)}" if unknown else ""))
     return load_strictly(build(config), weights, path).eval(), {"arch": config}
 
 
@@ -926,7 +934,10 @@ def load_tokenizer(path):
         weights = state.get("state_dict", state)
         if not isinstance(weights, dict) or "quantize.embedding.weight" not in weights:
             raise UserError(f"{path} is neither a tokenizer of train.py nor a published one: it has no quantize.embedding.weight")
-        config = published_tokenizer(weights)
+        try:
+            config = published_tokenizer(weights)
+        except KeyError as error:
+            raise UserError(f"{path} looks like a tokenizer but lacks {error}")
     return load_strictly(VQGAN(**config), weights, path).eval(), config
 
 
@@ -1141,8 +1152,8 @@ def draw_shapes(seeds, size):
     """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 27 to 40 % of the side, always wholly visible."""
     kind, color, radius, cx, cy, turn, wobble = uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
-    cx, cy = (size / 32 * (14 + 4 * c) for c in (cx, cy))
-    turn = math.pi / 4 * ((8 * turn).floor() + 0.2 * (wobble - 0.5))
+    cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
+    turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
     row = torch.arange(size) + 0.5
     x, y = (row - cx) / radius, (row[:, None] - cy) / radius                                # (B, 1, S), (B, S, 1)
     x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
@@ -1266,9 +1277,13 @@ def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     """
     folder, mark = pathlib.Path(folder), {"fingerprint": fingerprint(vqgan, data, views, size), "done": 0}
     shape, state = (len(data), views, (size // vqgan.stride) ** 2), folder / "ids.json"
-    if state.exists() and (old := json.loads(state.read_text()))["fingerprint"] == mark["fingerprint"]:
-        mark = old
+    try:
+        old = json.loads(state.read_text())
+        mark = old if old["fingerprint"] == mark["fingerprint"] else mark
+    except (OSError, ValueError, KeyError):                                                 # none yet, or its writing was cut off
+        pass
     mode = "r+" if mark["done"] else "w+"
+    state.write_text(json.dumps(mark))                                                      # first: what is overwritten must not count as done
     ids = numpy.lib.format.open_memmap(folder / "ids.npy", mode, numpy.uint16, shape)
     labels = numpy.lib.format.open_memmap(folder / "labels.npy", mode, numpy.int64, shape[:1])
     parts = torch.arange(mark["done"], len(data)).split(batch) if mark["done"] < len(data) else ()
@@ -1285,8 +1300,8 @@ def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     return ids, torch.from_numpy(numpy.array(labels))
 
 
-def map_pictures(function, data, count=None, batch=250, workers=0, name=None):
-    """function(x (B, 3, S, S)) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, without gradient.
+def map_pictures(function, data, count=None, batch=250, workers=0, device="cpu", name=None):
+    """function(x (B, 3, S, S) on device) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, without gradient.
 
     A part is taken at random, the same one every time. name: shows a progress bar. Returns results (count, ...), labels (count,), on the CPU.
     """
@@ -1297,7 +1312,7 @@ def map_pictures(function, data, count=None, batch=250, workers=0, name=None):
     results, labels = [], []
     with torch.no_grad():
         for x, y in tqdm.tqdm(data.batches(((part, None) for part in parts), workers), name, len(parts), disable=name is None):
-            results.append(function(x).cpu())
+            results.append(function(x.to(device)).cpu())
             labels.append(y)
     return torch.cat(results), torch.cat(labels)
 
