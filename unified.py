@@ -883,7 +883,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; python train.py makes one")
     except Exception as error:                                                              # torch raises half a dozen kinds here
-        raise UserError(f"{path} is no checkpoint that can be read, or it was cut off ({(str(error) or type(error).__name__).splitlines()[0][:80]})")
+        raise UserError(f"{path} is no checkpoint that can be read, or it was cut off ({type(error).__name__})")
     if not isinstance(state, dict):
         raise UserError(f"{path} holds {type(state).__name__}, not the dict of a checkpoint")
     return state
@@ -1249,7 +1249,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False):
         return Pictures(*shapes(train, size), (0.5, 1.0), device)
     if dataset == "cifar10":
         if size != 32:
-            raise UserError(f"CIFAR-10 has 32 x 32 pixels; --image-size {size} does not fit")
+            raise UserError(f"CIFAR-10 has 32 x 32 pixels, which does not fit a model or --image-size of {size}")
         if not data_dir:
             download_cifar10(root)
         return Pictures(*cifar10(root, train), (0.2, 1.0), device)
