@@ -938,10 +938,14 @@ def test_t_hides_the_share_asked_for():
 
 def test_embed_is_the_normed_mean_of_the_features():
     model, x = mage(), some_pictures()
-    pooled = model.features(x)[0].mean((2, 3))
-    assert_close(model.embed(x), (pooled - pooled.mean(1, keepdim=True)) / pooled.std(1, keepdim=True, correction=0), 1e-4)
     words = model.words(model.to_ids(x), torch.zeros(4, 16, dtype=torch.bool))
     assert model.embed(x, pool="class").equal(model.encode(words)[:, 0])
+    features = model.features(x)[0]
+    for size in (1, 1e-3):                                              # features so small that the norm's eps of 1e-6 shows
+        model.features = lambda x: [size * features]
+        pooled = size * features.mean((2, 3))
+        pooled = pooled - pooled.mean(1, keepdim=True)
+        assert_close(model.embed(x), pooled / (pooled.square().mean(1, keepdim=True) + 1e-6).sqrt(), 1e-5)
 
 
 def test_features_can_be_learned_through():
