@@ -3,7 +3,7 @@
     python train.py                                          shapes drawn on the fly, on a CPU, in minutes
     python train.py --dataset cifar10                        the same on CIFAR-10
     python train.py --dataset imagenet --tokenizer vqgan_jax_strongaug.ckpt         the paper's recipe
-    torchrun --standalone --nproc-per-node 8 train.py ...    the same on 8 GPUs, with the same result
+    torchrun --standalone --nproc-per-node 8 train.py ...    the same flags on 8 GPUs
 
 A run is a folder, out/<dataset>-<model>: tokenizer.pt, ids.npy, model.pt, log.jsonl, loss.png, reconstructions.png, samples.png.
 """
