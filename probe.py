@@ -93,14 +93,14 @@ def numbers(text, kind, flag):
 
 def places(model, cfg):
     """All combinations of --layers, --t and --pool. The class position is only read where the model itself would."""
-    best, pools = model.best_layer, cfg.pool.split(",")
+    best, pools, (least, most, meaning) = model.best_layer, cfg.pool.split(","), model.t_range
     layers, levels = numbers(cfg.layers, int, "--layers") or [best], numbers(cfg.t, float, "--t") or [0.0]
     for layer in layers:
         if layer not in model.layers:
             raise UserError(f"this model has no layer {layer}; --layers takes {min(model.layers)} to {max(model.layers)}")
     for t in levels:
-        if not 0 <= t < 1:
-            raise UserError(f"--t {t:g} is out of range; it is the hidden share, at least 0 and below 1")
+        if not least <= t <= most or (isinstance(most, int) and t != int(t)):
+            raise UserError(f"--t {t:g} does not fit this model; it is {meaning}, {least} to {most}")
     for pool in pools:
         if pool not in ("mean", "class"):
             raise UserError(f"there is no pooling {pool!r}; --pool takes mean, class or mean,class")
@@ -120,8 +120,7 @@ def vectors(model, wanted, x, index, seed=0):
     found = {place: model.embed(x, **own[place]) for place in wanted if place in own}
     for t in sorted({place.t for place in wanted if place not in own}):
         layers = sorted({place.layer for place in wanted if place.t == t and place not in own})
-        _, h, w = model.layers[model.best_layer]
-        noise = unified.uniform(unified.fold(seed, index), 0, h * w).to(x.device) if t else None
+        noise = model.noise(unified.fold(seed, index).to(x.device)) if t else None
         for layer, m in zip(layers, model.features(x, t, layers, noise=noise)):
             found[Place(layer, t, "mean")] = F.layer_norm(m.mean((2, 3)), m.shape[1:2], eps=1e-6)
     return found

@@ -11,7 +11,7 @@ Read from the top; nothing is used before it has been explained.
 
     1  attention and blocks          every token reads from every other token
     2  pictures <-> ids              the VQ tokenizer: a picture becomes a short sequence of integers, and back
-    3  what is hidden                how many ids, which ids, and random numbers that can be asked for by name
+    3  what is hidden, what is noised    how many ids, which ids; how much noise, and the way back; random numbers that can be asked for
     4  MAGE                          guess the hidden ids; train, generate, inpaint, represent
     5  MAGE-C                        the same network also learns which two crops show the same image
     9  presets, published weights    sizes, and how files of the original authors are read
@@ -24,7 +24,8 @@ Everything random can be passed in: a function that draws says which argument re
 
 Papers     [MAGE] Li et al. 2022, arXiv 2211.09117      [MaskGIT] Chang et al. 2022, 2202.04200     [VQGAN] Esser et al. 2020, 2012.09841
            [MAE] He et al. 2021, 2111.06377             [ViT] Dosovitskiy et al. 2020, 2010.11929   [Attention] Vaswani et al. 2017, 1706.03762
-           [SimCLR] Chen et al. 2020, 2002.05709        [VQ-VAE] van den Oord et al. 2017, 1711.00937
+           [SimCLR] Chen et al. 2020, 2002.05709        [VQ-VAE] van den Oord et al. 2017, 1711.00937     [DDPM] Ho et al. 2020, 2006.11239
+           [iDDPM] Nichol and Dhariwal 2021, 2102.09672    [DDIM] Song et al. 2020, 2010.02502
 """
 import argparse
 import dataclasses
@@ -324,7 +325,7 @@ class TokenizerTraining(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# 3. What is hidden
+# 3. What is hidden, what is noised
 #
 # Which ids are hidden is decided by ranking uniform noise: the n positions of smallest noise. How many is a matter of purpose.
 # In training the hidden share is drawn from a normal law around 55 %, cut off to [50 %, 100 %]: at 55 % there is enough left
@@ -375,10 +376,100 @@ def gumbel(u):
     return -(-u.log()).log()
 
 
+def normal(u):
+    """Uniform numbers in (0, 1) -> standard normal ones, by inverting the distribution function."""
+    return math.sqrt(2) * torch.erfinv(2 * u - 1)
+
+
 def categorical(p, u):
     """One category a row by inverting the distribution function: p (..., K) sums to 1, u (...) in (0, 1) -> int64 (...)."""
     cdf = p.cumsum(-1)
     return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1).clamp(max=p.size(-1) - 1)
+
+
+# Noise hides pixels as a mask hides ids, only by degrees. What is left of a picture at step t is one number, abar_t, falling from
+# nearly 1 to nearly 0 over T steps:
+#
+#     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps ~ N(0, 1)                                   [DDPM, eq. 4]
+#
+# A network that guesses eps from x_t guesses x_0 with it. Generation starts at noise and goes to ever larger abar: guess x_0, then
+# put back as much noise as the next step has. Below, abar is a float64 tensor (B,) or (), and pixels are in [-1, 1].
+
+
+def alpha_bar(schedule, steps=1000):
+    """abar of steps 0 .. T-1, float64 (T,): 'linear' betas [DDPM] or the 'cosine' law, which keeps more of a small picture [iDDPM, eq. 17]."""
+    if schedule == "linear":
+        beta = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+    else:
+        left = (((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008) * math.pi / 2).cos() ** 2
+        beta = (1 - left[1:] / left[:-1]).clamp(max=0.999)
+    return (1 - beta).cumprod(0)
+
+
+def spread(a, x):
+    """A float64 number a picture, (B,) or (), in the shape and precision of pixels x (B, 3, S, S)."""
+    return a.to(x.device, x.dtype).view(-1, 1, 1, 1)
+
+
+def q_sample(x0, abar, noise):
+    """The noised picture x_t, the equation above; noise like x0."""
+    return spread(abar.sqrt(), x0) * x0 + spread((1 - abar).sqrt(), x0) * noise
+
+
+def x0_from_noise(x, abar, eps):
+    """The same equation solved for x_0."""
+    return spread(abar.rsqrt(), x) * x - spread((1 / abar - 1).sqrt(), x) * eps
+
+
+def ddim_step(x, x0, abar, abar_next, eta=0.0, noise=0.0, std=None):
+    """One step from x at abar to abar_next, believing in x0 [DDIM, eq. 12 and 16].
+
+    eta 0: no noise is added, the noise seen is kept; 1: as much as an ancestral step of DDPM adds; noise like x. std (like x): what
+    scales the noise instead, if the network has learned it. abar_next 1 gives x0 itself; abar_next < abar goes backwards, into noise.
+    """
+    eps = (spread(abar.rsqrt(), x) * x - x0) / spread((1 / abar - 1).sqrt(), x)
+    variance = eta ** 2 * (1 - abar_next) / (1 - abar) * (1 - abar / abar_next).clamp(min=0)
+    std = spread(variance.sqrt(), x) if std is None else std * spread(torch.as_tensor(abar_next < 1), x)
+    return spread(abar_next.sqrt(), x) * x0 + spread((1 - abar_next - variance).sqrt(), x) * eps + std * noise
+
+
+def denoise(guess, noise, abar, eta=1.0, known=None, mask=None):
+    """Pictures from noise: yields x (n, 3, S, S) after each step; the last one is clean.
+
+    guess        x, step -> x0 in [-1, 1], and what scales the noise (see ddim_step) or None
+    noise        draw -> standard normal numbers (n, 3, S, S): 0 is the start, 2 step + 1 is added by that step, 2 step + 2 is put on known
+    abar         float64 (steps,), ascending: how noisy x is when each step begins
+    known, mask  pixels in [-1, 1] and bool (n, S, S), True = to be painted: at every step the rest is what is known, made as noisy as x
+    """
+    x = noise(0)
+    for step, (now, after) in enumerate(zip(abar, [*abar[1:], torch.ones((), dtype=abar.dtype)])):
+        if known is not None:
+            x = torch.where(mask[:, None], x, q_sample(known, now, noise(2 * step + 2)))
+        x0, std = guess(x, step)
+        x = ddim_step(x, x0, now, after, eta, noise(2 * step + 1), std)
+        yield x
+
+
+def kept_steps(steps, counts):
+    """A shorter process: the 0 .. steps - 1 in as many equal sections as there are counts, of each section that many, evenly spread.
+    Returns them ascending. ValueError if a section has fewer steps than asked for. (Official file: respace.py.)"""
+    kept, start = [], 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (i < steps % len(counts))
+        if count > size:
+            raise ValueError(f"{count} steps do not fit into a section of {size}")
+        stride, at = (size - 1) / max(1, count - 1), 0.0
+        for _ in range(count):
+            kept.append(start + round(at))                                                  # added up as the official code does: ties
+            at += stride                                                                    # fall the same way
+        start += size
+    return kept
+
+
+def angles(t, width, last):
+    """t as width / 2 phases at frequencies from 1 down to about 1 / 10000: (B,) -> (B, width / 2), float32. The frequencies are
+    10000 ** (-j / last), j = 0 .. width / 2 - 1."""
+    return t.float()[:, None] * (-math.log(10000) / last * torch.arange(width // 2, device=t.device)).exp()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -631,6 +722,12 @@ class MAGE(nn.Module):
         """The layer that the paper reads: the encoder's last."""
         return len(self.blocks)
 
+    t_range = (0.0, 1.0, "the share of ids that is hidden")          # of features(t=)
+
+    def noise(self, seeds):
+        """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> (B, L)."""
+        return uniform(seeds, 0, self.length)
+
     def mirror(self, layer):
         """The layer at equal distance from the other end, to which feedback heads feed a layer back."""
         return len(self.layers) + 1 - layer
@@ -639,7 +736,7 @@ class MAGE(nn.Module):
         """Block outputs as maps, before any final norm, without the class position; no block after the last one asked for runs.
 
         x       pixels (B, 3, S, S) or ids (B, L)          layers  which blocks; [best_layer] if None
-        t       hidden share in [0, 1), 0 for the whole picture; noise (B, L) says which are hidden, drawn if None
+        t       hidden share in [0, 1], 0 for the whole picture; noise (B, L) says which are hidden, drawn if None
         add     {layer: map (B, C, h, w)} added to the output of that layer
         returns [map (B, C, h, w) for each of layers]
         """
