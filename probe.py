@@ -29,8 +29,8 @@ class Config:
     run: str = option(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
     head: str = option("ridge", "what reads the features", choices=["ridge", "linear", "knn", "fewshot", "finetune"])
     layers: str = option("", "blocks to read, counted from 1, such as 2,4,6; the one that the paper reads, if not given")
-    t: str = option("0", "how corrupted the pictures are, such as 0,0.3; for MAGE the hidden share")
-    pool: str = option("mean", "mean: average over the picture; class: the class position; mean,class: the better one")
+    t: str = option("", "how corrupted the pictures are: for MAGE the hidden share, such as 0,0.3; for models of noise the step, such as 0,50; as in the paper, if not given")
+    pool: str = option("", "mean: average over the picture; class: the class position; mean,class: the better one; as in the paper, if not given")
     dataset: str = option("", "shapes, cifar10, imagenet, or a folder with train/<class>/* and val/<class>/*; else the run's own")
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
     limit: int = option(None, "training images used at most")
@@ -65,7 +65,7 @@ def settle(cfg):
         raise UserError(f"--augment belongs to --head linear, not to {cfg.head}")
     if cfg.limit is not None and cfg.limit < 20:
         raise UserError(f"--limit must be at least 20, since a tenth of the training images is held out, not {cfg.limit}")
-    if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "0", "mean"):
+    if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; leave --layers, --t and --pool out")
     if cfg.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {cfg.workers}")
@@ -93,8 +93,9 @@ def numbers(text, kind, flag):
 
 def places(model, cfg):
     """All combinations of --layers, --t and --pool. The class position is only read where the model itself would."""
-    best, pools, (least, most, meaning) = model.best_layer, cfg.pool.split(","), model.t_range
-    layers, levels = numbers(cfg.layers, int, "--layers") or [best], numbers(cfg.t, float, "--t") or [0.0]
+    best, (least, most, meaning) = model.best_layer, model.t_range
+    layers, levels = numbers(cfg.layers, int, "--layers") or [best], numbers(cfg.t, float, "--t") or [float(model.best_t)]
+    pools = cfg.pool.split(",") if cfg.pool else ["mean"] if cfg.layers or cfg.t else [model.pools[0]]
     for layer in layers:
         if layer not in model.layers:
             raise UserError(f"this model has no layer {layer}; --layers takes {min(model.layers)} to {max(model.layers)}")
@@ -102,12 +103,12 @@ def places(model, cfg):
         if not least <= t <= most or (isinstance(most, int) and t != int(t)):
             raise UserError(f"--t {t:g} does not fit this model; it is {meaning}, {least} to {most}")
     for pool in pools:
-        if pool not in ("mean", "class"):
-            raise UserError(f"there is no pooling {pool!r}; --pool takes mean, class or mean,class")
-    if pools == ["class"] and (layers != [best] or levels != [0.0]):
-        raise UserError(f"--pool class reads layer {best} of the whole picture; leave --layers and --t out")
+        if pool not in model.pools:
+            raise UserError(f"there is no pooling {pool!r}; for this model --pool takes {' or '.join([*model.pools, ','.join(model.pools)][:1 + len(model.pools)])}")
+    if pools == ["class"] and (layers != [best] or levels != [model.best_t]):
+        raise UserError(f"--pool class reads layer {best} at t {model.best_t:g}; leave --layers and --t out")
     grid = [Place(layer, t, "mean") for t in levels for layer in layers if "mean" in pools]
-    return list(dict.fromkeys(grid + [Place(best, 0.0, "class")] * ("class" in pools)))
+    return list(dict.fromkeys(grid + [Place(best, float(model.best_t), "class")] * ("class" in pools)))
 
 
 def vectors(model, wanted, x, index, seed=0):
@@ -116,11 +117,11 @@ def vectors(model, wanted, x, index, seed=0):
     What the model itself calls its embedding is model.embed; the mean at other places is normalised alike. What t hides depends on the
     seed and on the pictures' numbers, index (B,), so that the same picture always looks the same.
     """
-    own = {Place(model.best_layer, 0.0, "mean"): {}, Place(model.best_layer, 0.0, "class"): {"pool": "class"}}
-    found = {place: model.embed(x, **own[place]) for place in wanted if place in own}
+    noise = model.noise(unified.fold(seed, index).to(x.device))
+    own = {Place(model.best_layer, float(model.best_t), pool) for pool in model.pools}
+    found = {place: model.embed(x, noise=noise, pool=place.pool) for place in wanted if place in own}
     for t in sorted({place.t for place in wanted if place not in own}):
         layers = sorted({place.layer for place in wanted if place.t == t and place not in own})
-        noise = model.noise(unified.fold(seed, index).to(x.device)) if t else None
         for layer, m in zip(layers, model.features(x, t, layers, noise=noise)):
             found[Place(layer, t, "mean")] = F.layer_norm(m.mean((2, 3)), m.shape[1:2], eps=1e-6)
     return found
@@ -211,6 +212,16 @@ def knn(x, y, x_test, y_test, k=20, temperature=0.07):
         winner = (votes[nearest] * (cosine / temperature).exp()[..., None]).sum(1).argmax(1)
         hits += (winner == answer).sum().item()
     return hits / len(y_test)
+
+
+def fewshot_scores(x, y, x_test, classes, penalty=1024.0):
+    """Scores (M, classes) of ridge regression on +-1 targets as UMD is judged by: standardised features and a column of 100
+    (official file: evaluators/fewshot_lsr.py). x (N, C), y (N,), x_test (M, C)."""
+    mean, std = x.mean(0), x.std(0, correction=0) + 1e-5
+    x, x_test = (F.pad((v - mean) / std, (0, 1), value=100.0).double() for v in (x, x_test))
+    target = 2.0 * F.one_hot(y, classes).double() - 1
+    gram = x.T @ x + penalty * torch.eye(x.size(1), dtype=x.dtype, device=x.device)
+    return (x_test @ torch.linalg.solve(gram, x.T @ target)).float()
 
 
 def few_ridge(x, y, x_test, y_test, penalties=(1e-3, 1e-2, 1e-1, 1.0, 10.0)):

@@ -27,15 +27,15 @@ class Config:
     run: str = option(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
     n: int = option(None, "pictures; 64, or 6 for each --image")
     batch: int = option(64, "pictures computed at once")
-    steps: int = option(None, "rounds of decoding; 20, or fewer if there are fewer ids")
-    temperature: float = option(None, "of the noise on the confidence; more is more varied, less is cleaner; 6 for 256 ids")
+    steps: int = option(None, "rounds of decoding; 20, or fewer if there are fewer ids; from noise, 125")
+    temperature: float = option(None, "more is more varied, less is cleaner: of the noise on the confidence, 6 for 256 ids; from noise it is DDIM's eta, 1")
     seed: int = option(0, "another one gives other pictures")
     label: str = option("", "class name or number; several with commas take turns, all takes every class in turn")
     guidance: float = option(1.0, "how much to exaggerate what the label changes; 1 is not at all")
     image: str = option((), "pictures to paint into, centre-cropped to the model's size", nargs="+")
     box: str = option((), "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
     outside: bool = option(False, "keep the box and paint all around it")
-    reconstruct: bool = option(False, "only send each --image through the tokenizer and back")
+    reconstruct: bool = option(False, "only send each --image through the tokenizer and back; without one, hide most of it and guess it")
     gif: bool = option(False, "also write the decoding as a film")
     npz: str = option("", "also write all pictures to this file, as arr_0, uint8 (N, S, S, 3)")
     png_dir: str = option("", "also write each picture to this folder; one that is half full is continued")
@@ -120,6 +120,11 @@ def pictures(model, cfg, index, labels):
             bar.update(len(part))
 
 
+def thinned(states):
+    """At most 25 of them, evenly spread, the last one included."""
+    return states[::-1][::-(-len(states) // -25) or 1][::-1] if len(states) > 25 else states
+
+
 def write_film(path, frames, columns):
     """Frames (n, 3, S, S) in [0, 1] -> a GIF of the grid, three frames a second, the last one held."""
     sheets = [unified.grid(x, columns, 512) for x in frames]
@@ -131,8 +136,8 @@ def write_grid(path, model, cfg, labels):
     x = torch.cat([x for _, x in pictures(model, cfg, torch.arange(min(cfg.n, GRID)), labels)])
     unified.grid(x).save(path)
     if cfg.gif:
-        states = generate(model, cfg, torch.arange(min(cfg.n, GRID)), labels)
-        write_film(path.with_suffix(".gif"), [model.render(s).cpu() for s in states], 8)
+        states = list(generate(model, cfg, torch.arange(min(cfg.n, GRID)), labels))
+        write_film(path.with_suffix(".gif"), [model.render(s).cpu() for s in thinned(states)], 8)
 
 
 def write_npz(path, model, cfg, labels):
@@ -165,7 +170,7 @@ def write_painted(path, model, cfg, labels):
     rows, films = [], []
     for part in tqdm.tqdm(torch.arange(len(known)).split(cfg.batch), unit="batch", dynamic_ncols=True):
         states = list(generate(model, cfg, part, labels, known=known[part.to(cfg.device)], mask=holes[part.to(cfg.device)]))
-        films.append(torch.stack([model.render(s).cpu() for s in (states if cfg.gif else states[-1:])]))
+        films.append(torch.stack([model.render(s).cpu() for s in (thinned(states) if cfg.gif else states[-1:])]))
     film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                                # (steps, images, n, 3, S, S)
     left = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()
     frames = [torch.cat([left, frame], 1).flatten(0, 1) for frame in film]
@@ -175,19 +180,21 @@ def write_painted(path, model, cfg, labels):
 
 
 def write_reconstructed(path, model, cfg):
-    """Each --image beside what its ids keep of it."""
+    """Each --image beside what the model's reconstruct() makes of it."""
     x = torch.stack([unified.read_image(p, model.image_size) for p in cfg.image])
-    with torch.no_grad():
-        y = model.vqgan.decode(model.vqgan.encode(x.to(cfg.device))).clamp(0, 1).cpu()
-    unified.grid(torch.stack([x, y], 1).flatten(0, 1), 2).save(path)
+    torch.manual_seed(cfg.seed)
+    row = [x, *(y.cpu() for y in model.reconstruct(x.to(cfg.device)))]
+    unified.grid(torch.stack(row, 1).flatten(0, 1), len(row)).save(path)
 
 
 def main():
     cfg = unified.parse(Config, __doc__.split("\n")[0])
     check(cfg)
     device = unified.pick_device(cfg.device)
-    model, config = unified.load_model(cfg.run)
+    model, config = unified.load_model(cfg.run, ema=True)
     model.to(device)
+    if not model.generates and not cfg.image:
+        raise UserError(f"{cfg.run} has learned to fill holes, not to start from nothing; add --image FILE --box x0,y0,x1,y1")
     cfg.n = cfg.n or (6 if cfg.image else 64)
     labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
     path = target(cfg, "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples")

@@ -1014,6 +1014,401 @@ def test_two_views_of_pixels_are_two_views_of_ids():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# 7. UMD: the golden files. The authors' code is in JAX: names, layouts and the order of axes (channels last) differ
+
+
+def flax_slots(model, of=lambda p: p.data):
+    """(flax name, layer or None, our tensor, flax tensor -> our layout) for every parameter; of(parameter) may also be its gradient."""
+    def matrix(name, weight, bias, layer=None):
+        yield f"{name}/kernel", layer, weight, lambda w: w.reshape(weight.mT.shape).mT
+        yield f"{name}/bias", layer, bias, lambda w: w.reshape(bias.shape)
+
+    def dense(name, linear, layer=None):
+        yield from matrix(name, of(linear.weight), of(linear.bias), layer)
+
+    def norm(name, module, layer=None):
+        yield from ((f"{name}/{theirs}", layer, of(p), lambda w: w) for theirs, p in (("scale", module.weight), ("bias", module.bias)))
+    for stack, blocks, last in (("Encoder", model.blocks, model.norm), ("Decoder", model.decoder_blocks, model.decoder_norm)):
+        yield from norm(f"{stack}/encoder_norm", last)
+        for i, block in enumerate(blocks):
+            name = f"{stack}/ScanCheckpointEncoder1DBlock_0"
+            for j, (module, linear) in enumerate(((block.norm1, block.mlp.fc1), (block.norm2, block.mlp.fc2))):
+                yield from norm(f"{name}/LayerNorm_{j}", module, i)
+                yield from dense(f"{name}/MlpBlock_0/Dense_{j}", linear, i)
+            yield from dense(f"{name}/Dense_0", block.modulation, i)
+            attention = f"{name}/MultiHeadDotProductAttention_0"
+            for part, weight, bias in zip(("query", "key", "value"), of(block.attn.qkv.weight).chunk(3), of(block.attn.qkv.bias).chunk(3)):
+                yield from matrix(f"{attention}/{part}", weight, bias, i)
+            yield from dense(f"{attention}/out", block.attn.proj, i)
+    for trunk, (first, second) in (("time", model.time_embed[::2]), ("label", model.label_embed[1::2])):
+        yield from dense(f"{trunk}_trunk/Dense_0", first)
+        yield from dense(f"{trunk}_trunk/Dense_1", second)
+    yield from dense("final_modulation", model.decoder_modulation)
+    for name, p in (("cls", model.cls_token), ("pos_embedding", model.pos_embed), ("dec_pos_embedding", model.decoder_pos_embed),
+                    ("image_mask_embedding", model.mask_token), ("label_emb/embedding/embedding", model.label_embed[0].weight),
+                    ("embedding/bias", model.patch_embed.bias), ("final_conv/bias", model.to_pixels.bias)):
+        yield name, None, of(p), lambda w: w
+    yield "embedding/kernel", None, of(model.patch_embed.weight), lambda w: w.permute(3, 2, 0, 1)
+    yield "final_conv/kernel", None, of(model.to_pixels.weight), lambda w: w.flip(0, 1).permute(2, 3, 0, 1)         # flax does not turn it round
+
+
+def golden_umd(preset="umd"):
+    """The golden file, our model with its weights, the inputs and the outputs of one preset."""
+    g, p = golden("umd"), golden("umd").config["presets"][preset]
+    sizes = g.config["model"]
+    patch, = set(sizes["patch_size"])
+    model = unified.UMD(sizes["img_size"], sizes["img_size"] // patch, sizes["width"], sizes["depth"], sizes["num_heads"], sizes["dec_depth"],
+                        p["no_noise_prob"], p["mask_ratio_no_noise"], p["mask_ratio"], sizes["num_classes"], g.config["num_cls"])
+    left = dict(g.state_dict)
+    for name, layer, ours, convert in flax_slots(model):
+        theirs = left.pop(name) if layer is None else g.state_dict[name][layer]
+        ours.copy_(convert(theirs))
+        left = {k: v for k, v in left.items() if k != name}
+    assert not left                                                                         # every one of theirs has its place
+    return g, model.eval(), g.inputs["presets"][preset], g.outputs["presets"][preset]
+
+
+def first(x):
+    """Pixels or predictions with channels last -> with channels first."""
+    return x.movedim(-1, -3)
+
+
+def golden_draws(g, given, theirs):
+    """The arguments of our forward that repeat the golden draws."""
+    noised, B = len(given["t"]), len(g.inputs["images"])
+    rows = [given.get(f"{part}_mask_uniform", torch.zeros(n, (g.config["model"]["img_size"] // g.config["model"]["patch_size"][0]) ** 2))
+            for part, n in (("noised", noised), ("clean", B - noised))]
+    return dict(t=given["t"] + 1, noise=first(given["eps"]), mask_noise=torch.cat(rows),
+                keep_label=~given["noised_label_drop"] if "noised_label_drop" in given else None)
+
+
+PRESETS = ("umd", "mae", "dit", "maskdit", "finetune")
+
+
+@functools.cache
+def golden_umd_gradients(preset):
+    """Loss, its terms and our model after the backward pass of one preset, every guess that predict() made, and what it made it from."""
+    g, model, given, theirs = golden_umd(preset)
+    calls, predict = [], model.predict
+    model.predict = lambda x, t, labels, visible, keep: calls.append((x, t, labels, visible, keep, predict(x, t, labels, visible, keep))) or calls[-1][-1]
+    labels = g.inputs["labels"] if g.config["presets"][preset]["use_labels"] else None
+    loss, logs = model((first(g.inputs["images"]) + 1) / 2, labels, **golden_draws(g, given, theirs))
+    loss.backward()
+    return g, model, theirs, loss.detach(), {k: v.detach() for k, v in logs.items()}, calls
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_golden_umd_corruption_and_guesses(preset):
+    g, model, theirs, _, _, calls = golden_umd_gradients(preset)
+    parts = [part for part in ("noised", "clean") if f"{part}_pred" in theirs]
+    assert len(parts) == len(calls)
+    for part, (x, t, labels, visible, keep, guess) in zip(parts, calls):
+        assert_close(x, first(theirs["x_t"]) if part == "noised" else first(g.inputs["images"][len(g.inputs["images"]) - len(x):]))
+        assert_close(torch.cat(guess, 1), first(theirs[f"{part}_pred"]))
+        latent = model.encode(x, model.condition(t, labels, keep), visible)
+        assert_close(latent[:, :g.config["num_cls"]].mean(1), theirs[f"{part}_features"])
+        if f"{part}_image_mask" in theirs:
+            assert model.hidden_pixels(visible, len(x)).equal(first(theirs[f"{part}_image_mask"]).bool())
+        else:
+            assert visible is None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_golden_umd_losses(preset):
+    g, _, theirs, loss, logs, _ = golden_umd_gradients(preset)
+    assert_close(loss, theirs["loss"])
+    if "x0_clean" in logs:
+        assert_close(logs["x0_clean"], theirs["mae_loss"])
+    else:
+        assert theirs["mae_loss"] == 0
+    if "eps" in logs:
+        assert_close((logs["x0"] + logs["eps"]) / 2, theirs["dit_loss"])
+    for ours, name in (("x0", "x0_loss"), ("eps", "eps_loss")):
+        if name in theirs:
+            assert_close(logs[ours], theirs[name])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_golden_umd_gradient_norms(preset):
+    _, model, theirs, _, _, _ = golden_umd_gradients(preset)
+    squares = {}
+    for name, _, grad, _ in flax_slots(model, lambda p: torch.zeros_like(p) if p.grad is None else p.grad):
+        squares[name] = squares.get(name, 0.0) + grad.double().square().sum().item()
+    largest = max(theirs["grad_norms"].values())
+    assert squares.keys() == theirs["grad_norms"].keys()
+    for name, norm in theirs["grad_norms"].items():                     # a key's bias has no gradient but rounding, hence the second bound
+        assert abs(squares[name] ** 0.5 - norm) <= max(1e-4 * norm, 1e-7 * largest), name
+
+
+def test_golden_umd_probe_features():
+    g, model, _, _ = golden_umd("umd")
+    x = (first(g.inputs["images"]) + 1) / 2
+    assert_close(model.embed(x), g.outputs["probe_features"])
+    t = torch.zeros(len(x), dtype=torch.long)
+    assert_close(torch.cat(model.predict(2 * x - 1, t), 1), first(g.outputs["clean_unmasked_pred"]))
+    _, noisy, _, _ = golden_umd("dit")                                  # no clean part: index 50, which the network knows as 51
+    assert noisy.best_t == 51
+    assert_close(noisy.embed(x, noise=first(g.inputs["probe_noise"])), g.outputs["probe_features_noised_t50"])
+
+
+def test_golden_umd_sampling_step():
+    g, model, _, _ = golden_umd("umd")
+    given, theirs, how = g.inputs["sampling"], g.outputs["sampling"], g.config["sampling"]
+    x, t = first(given["x"]), torch.full((len(given["x"]),), how["t"] + 1)
+    now, after = model.abar[how["t"] + 1], model.abar[how["t_next"] + 1]
+    with torch.no_grad():
+        assert_close(torch.cat(model.predict(x, t, given["y"]), 1), first(theirs["model_pred"]))
+        x0, eps = model.guided(x, t, given["y"], how["cfg_scale"])
+    assert_close(torch.cat([x0, eps], 1), first(theirs["model_pred_cfg"]))
+    for name, believed in (("eps", unified.x0_from_noise(x, now, eps)), ("x0", x0)):
+        believed = believed.clamp(-1, 1)
+        assert_close(believed, first(theirs[f"step_{name}_pred_x0"]))
+        ours = unified.ddim_step(x, believed, now, after, how["eta"], first(given["step_noise"]))
+        assert_close(ours, first(theirs[f"step_{name}_sample"]))
+    assert_close(eps, first(theirs["step_eps_model_eps"]))
+
+
+def test_golden_umd_sampling_loop(monkeypatch):
+    g, model, _, _ = golden_umd("umd")
+    given, theirs, how = g.inputs["sampling"], g.outputs["sampling"], g.config["sampling"]
+    noise = {0: given["loop_init_noise"], **{2 * i + 1: z for i, z in enumerate(given["loop_step_noise"])}}
+    monkeypatch.setattr(model, "noise", lambda seeds, draw: first(noise[draw]))
+    times, predict = [], model.predict
+    monkeypatch.setattr(model, "predict", lambda x, t, *more: times.append(t[0].item() - 1) or predict(x, t, *more))
+    *_, last = model.sample_steps(len(given["y"]), how["sampling_steps"], how["eta"], how["cfg_scale"], given["y"])
+    assert_close(last.x, first(theirs["loop_sample"]), 1e-3)                                # random weights amplify rounding
+    assert times[::2] == theirs["loop_timesteps"].tolist()                                  # each twice: with the label and without
+
+
+def test_golden_umd_lists_of_steps(monkeypatch):
+    g, model, _, _ = golden_umd("umd")
+    visited = {}
+    monkeypatch.setattr(unified, "denoise", lambda guess, noise, abar, *rest: visited.setdefault("abar", abar) * 0)
+    for steps, theirs in g.outputs["ddim_timesteps"].items():
+        visited.clear()
+        list(model.sample_steps(1, int(steps)))
+        assert visited["abar"].equal(model.abar[torch.as_tensor(theirs) + 1])
+    assert_close(model.abar[1:], g.outputs["alphas_cumprod"])
+
+
+def test_golden_fewshot():
+    for case in golden("umd").__dict__["fewshot"]:
+        x, y, x_test, y_test = (case["inputs"][k] for k in ("x", "y", "x_test", "y_test"))
+        scores = probe.fewshot_scores(x, y, x_test, case["config"]["num_classes"], case["config"]["l2_reg"])
+        assert_close(scores, case["outputs"]["scores"], 1e-3)           # the column of 100s costs float32 a digit
+        assert (scores.argmax(1) == y_test).float().mean().item() == pytest.approx(float(case["outputs"]["accuracy"]), abs=1e-6)
+
+
+def test_golden_dit_schedule():
+    g = golden("dit")
+    abar = unified.alpha_bar("linear", len(g.outputs["alphas_cumprod_linear"]))
+    assert_close(abar, g.outputs["alphas_cumprod_linear"])
+    kept = unified.kept_steps(len(abar), [len(g.outputs["respaced_betas"])])
+    short = abar[kept]
+    assert_close(1 - short / torch.cat([torch.ones(1), short[:-1]]), g.outputs["respaced_betas"])
+    for name, theirs in g.outputs["timestep_maps"].items():
+        if not name.startswith("ddim"):
+            assert unified.kept_steps(len(abar), [int(name)]) == list(theirs)
+    x_t = unified.q_sample(g.inputs["train_x0"], abar[g.inputs["train_t"]], g.inputs["train_noise"])
+    assert_close(x_t, g.outputs["train_x_t"])
+    theirs = g.outputs["timestep_embedding"]
+    phases = unified.angles(g.inputs["t"], theirs.size(1), theirs.size(1) // 2)
+    assert_close(torch.cat([phases.cos(), phases.sin()], 1), theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 7. UMD, MAE, MaskDiT and DiT: what they have in common, and what tells them apart
+
+
+def umd(clean=0.5, hidden_clean=0.75, hidden_noised=0.375, seed=1, told=True, **options):
+    """A small UMD in eval mode, 4 x 4 patches of 4 pixels. told: with random modulation, so that t and label matter."""
+    torch.manual_seed(seed)
+    sizes = dict(image_size=16, grid=4, width=32, depth=2, heads=4, decoder_depth=1)
+    model = unified.UMD(**{**sizes, **options}, clean=clean, hidden_clean=hidden_clean, hidden_noised=hidden_noised).eval()
+    for name, p in model.named_parameters():
+        if told and "modulation" in name:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_umd_without_noise_is_mae():
+    x, u = some_pictures(), some_noise(4, 16)
+    clean, _ = umd()(x, clean=4, mask_noise=u)
+    alone, logs = umd(clean=1.0)(x, mask_noise=u)
+    assert clean.equal(alone) and list(logs) == ["x0_clean"]
+    visible = u.argsort(1)[:, :4]                                       # written out: a quarter is seen, the error counts on the rest
+    guess, _ = umd().predict(2 * x - 1, torch.zeros(4, dtype=torch.long), visible=visible)
+    hidden = torch.ones(4, 16).scatter(1, visible, 0.0).view(4, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert_close(alone, ((guess - (2 * x - 1)).square() * hidden).mean() / hidden.mean(), 1e-5)
+
+
+def test_umd_without_mask_is_dit():
+    x, t, noise = some_pictures(), torch.tensor([1, 20, 400, 1000]), torch.randn(4, 3, 16, 16)
+    model = umd(clean=0.0, hidden_noised=0.0)
+    loss, _ = model(x, t=t, noise=noise)
+    x0, eps = model.predict(unified.q_sample(2 * x - 1, model.abar[t], noise), t)
+    assert_close(loss, (F.mse_loss(eps, noise) + F.mse_loss(x0, 2 * x - 1)) / 2, 1e-5)
+
+
+def test_a_part_of_the_batch_stays_clean_and_both_parts_count_by_their_size():
+    x = some_pictures(5)
+    model = umd(clean=0.5)
+    draws = dict(t=torch.tensor([3, 500, 900]), noise=torch.randn(3, 3, 16, 16), mask_noise=some_noise(5, 16))
+    loss, logs = model(x, **draws)                                      # int(5 x 0.5) = 2 clean ones, the last
+    assert_close(loss, 0.6 * (logs["x0"] + logs["eps"]) / 2 + 0.4 * logs["x0_clean"], 1e-6)
+    changed = x.clone()
+    changed[3:] = 0.5
+    assert model(changed, **draws)[1]["eps"].equal(logs["eps"])
+
+
+def test_what_is_hidden_and_what_is_noise_are_never_read():
+    model, visible = umd(), torch.tensor([[0, 5, 10, 15]])
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([7])
+    hidden = model.hidden_pixels(visible, 1)
+    for ours, theirs in zip(model.predict(x, t, visible=visible), model.predict(torch.where(hidden, 9.0, x), t, visible=visible)):
+        assert ours.equal(theirs)
+
+
+def test_noise_is_learned_where_it_is_seen_and_pixels_where_they_are_hidden():
+    model, visible = umd(), torch.tensor([[0, 1, 2, 3]])
+    hidden = model.hidden_pixels(visible, 1)
+    x0, noise, u = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), torch.arange(16.0)[None]
+    guesses = []
+    model.predict = lambda *args: guesses.extend(torch.zeros(1, 3, 16, 16, requires_grad=True) for _ in range(2)) or guesses[-2:]
+    sum(model.errors(x0, torch.tensor([9]), noise, u, 0.75)).backward()
+    assert (guesses[0].grad != 0).equal(hidden.expand(1, 3, 16, 16)) and (guesses[1].grad != 0).equal(~hidden.expand(1, 3, 16, 16))
+
+
+def test_a_fresh_model_does_not_know_the_time():
+    model, x = umd(told=False), torch.randn(2, 3, 16, 16)
+    early, late = (model.predict(x, torch.full((2,), t)) for t in (0, 900))
+    assert all(a.equal(b) for a, b in zip(early, late))
+    told = umd()
+    assert not told.predict(x, torch.full((2,), 0))[0].allclose(told.predict(x, torch.full((2,), 900))[0])
+
+
+def test_at_time_0_nothing_is_noised():
+    model, x = umd(), some_pictures()
+    read, _ = model.noised(x, 0, torch.randn_like(x))
+    assert read.equal(2 * x - 1)
+
+
+def test_classes_are_hidden_from_a_tenth_of_the_pictures_in_training_only():
+    model = umd(classes=3)
+    t, labels = torch.full((2000,), 5), torch.ones(2000, dtype=torch.long)
+    free = model.condition(t[:1])
+    assert not model.condition(t, labels).isclose(free).all(1).any()
+    dropped = model.train().condition(t, labels).isclose(free).all(1).float().mean()
+    assert 0.07 < dropped < 0.13
+
+
+def test_guidance_1_is_the_conditional_model():
+    model, x, t, labels = umd(classes=3), torch.randn(2, 3, 16, 16), torch.tensor([5, 5]), torch.tensor([0, 2])
+    shown, free, more = model.predict(x, t, labels)[0], model.predict(x, t)[0], model.guided(x, t, labels, 3.0)[0]
+    assert model.guided(x, t, labels, 1.0)[0].equal(shown)
+    assert_close(more - free, 3 * (shown - free), 1e-4)
+
+
+def test_ddim_is_deterministic_and_inverts_for_constant_noise():
+    abar, eps, x0 = unified.alpha_bar("cosine")[::100], torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    x = x0
+    for now, after in zip(abar, abar[1:]):                              # into the noise ...
+        x = unified.ddim_step(x, unified.x0_from_noise(x, now, eps), now, after) if x is not x0 else unified.q_sample(x0, after, eps)
+    assert_close(x, unified.q_sample(x0, abar[-1], eps), 1e-4)
+    guess = lambda x, step: (unified.x0_from_noise(x, abar.flip(0)[step], eps), None)       # noqa: E731
+    *_, back = unified.denoise(guess, {0: x, **dict.fromkeys(range(1, 99), torch.zeros(()))}.get, abar.flip(0), eta=0.0)
+    assert_close(back, x0, 1e-3)                                        # ... and out of it
+
+
+def test_ancestral_noise_is_what_the_posterior_of_ddpm_has():
+    abar = unified.alpha_bar("linear")
+    now, after, x, x0, noise = abar[500], abar[400], torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    beta = 1 - now / after                                              # [DDPM, eq. 7]
+    mean = after.sqrt() * beta / (1 - now) * x0 + (1 - beta).sqrt() * (1 - after) / (1 - now) * x
+    assert_close(unified.ddim_step(x, x0, now, after, 1.0, noise), mean + (beta * (1 - after) / (1 - now)).sqrt() * noise, 1e-5)
+
+
+def test_diffusion_samples_depend_on_their_seed_and_not_on_their_company():
+    model = umd()
+    together = model.sample(3, steps=4, seeds=torch.tensor([5, 6, 7]))
+    assert_close(together[1:2], model.sample(1, steps=4, seeds=torch.tensor([6])), 1e-4)
+    assert not together[0].allclose(together[1])
+    assert together.min() >= 0 and together.max() <= 1
+
+
+def test_diffusion_paints_each_pictures_own_hole_and_nothing_else():
+    model, x, mask = umd(), some_pictures(2), torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[0, :8], mask[1, 4:8, 4:8] = True, True
+    y = model.sample(2, steps=4, known=x, mask=mask)
+    assert_close(torch.where(mask[:, None], x, y), x, 1e-6)
+    assert not torch.where(mask[:, None], y, x).allclose(x)
+
+
+def test_mae_fills_holes_and_says_that_it_cannot_start_from_nothing():
+    model, x, mask = umd(clean=1.0), some_pictures(2), torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[0, :8], mask[1, 5:7, 5:7] = True, True
+    y = model.sample(2, known=x, mask=mask)
+    assert_close(torch.where(mask[:, None], x, y), x, 1e-6)
+    assert_close(y[1:], model.sample(1, known=x[1:], mask=mask[1:]), 1e-5)
+    unseen = model.sample(2, known=x.masked_fill(mask[:, None], 0.0), mask=mask)
+    assert_close(torch.where(mask[:, None], y, 0.0), torch.where(mask[:, None], unseen, 0.0), 1e-6)     # what is in the hole is not read
+    with pytest.raises(ValueError, match="cannot start from nothing"):
+        model.sample(2)
+
+
+def test_a_reconstruction_keeps_what_was_seen():
+    model, x = umd(), some_pictures()
+    seen, rebuilt = model.reconstruct(x, some_noise(4, 16))
+    hidden = (seen == 0.2).all(1, keepdim=True)
+    assert hidden.float().mean() == 0.75
+    assert torch.where(hidden, x, rebuilt).equal(x) and not rebuilt.allclose(x)
+
+
+@pytest.mark.parametrize("t", [0, 300])
+def test_umd_features_are_the_block_outputs_and_added_maps_enter_after_their_layer(t):
+    model, x, noise = umd(), some_pictures(), torch.randn(4, 3, 16, 16)
+    maps = model.features(x, t, [1, 2, 3], noise=noise)
+    assert [m.shape[1:] for m in maps] == [model.layers[b] for b in (1, 2, 3)]
+    read, c = model.noised(x, t, noise)
+    latent = model.encode(read, c)
+    last = model.norm(maps[1].flatten(2).mT)
+    assert_close(last, latent[:, 4:], 1e-5)
+    zero, shift = {1: torch.zeros_like(maps[0])}, {1: torch.ones_like(maps[0], requires_grad=True)}
+    assert model.features(x, t, [3], zero, noise)[0].equal(maps[2])
+    moved, = model.features(x, t, [3], shift, noise)
+    assert not moved.allclose(maps[2])
+    moved.sum().backward()
+    assert shift[1].grad.abs().sum() > 0
+
+
+def test_umd_features_stop_early():
+    model = umd()
+    model.blocks[1].forward = model.decoder_blocks[0].forward = forbidden
+    model.features(some_pictures(), layers=[1])
+
+
+@pytest.mark.parametrize("clean, ratios", [(1.0, (0.75, 0.0)), (0.5, (0.75, 0.375)), (0.0, (0.75, 0.5)), (0.0, (0.75, 0.0))])
+def test_every_trainable_parameter_of_umd_gets_a_gradient(clean, ratios):
+    model = umd(clean, *ratios, classes=2)
+    model(some_pictures(), torch.tensor([0, 1, 0, 1]), t=torch.randint(1, 1001, (4 - int(4 * clean),)))[0].backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_umd_learns_one_batch():
+    model, x = umd(told=False).train(), some_pictures(8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    draws = dict(t=torch.tensor([100, 300, 500, 700]), noise=torch.randn(4, 3, 16, 16), mask_noise=some_noise(8, 16))
+    losses = []
+    for _ in range(2 + 20):
+        loss, logs = model(x, **draws)
+        losses.append(logs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(losses[-1][k] < losses[0][k] for k in ("x0", "eps", "x0_clean"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # 9. Presets and published weights
 
 

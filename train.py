@@ -33,7 +33,7 @@ class Config:
     model: str = option("mage", "what to train", choices=list(unified.MODELS))
     size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet", choices=["tiny", "small", "base", "large"])
     image_size: int = option(None, "side in pixels; 32, or on folders 256, 64 for tiny and small")
-    ids: int = option(None, "ids an image; 16 on shapes, else 64 below 128 pixels and 256 from there on")
+    ids: int = option(None, "ids, or patches of pixels, an image; 16 (patches 64) on shapes, else 64 below 128 pixels and 256 from there on")
     codes: int = option(None, "entries of the codebook; 128 on shapes, else 1024")
     steps: int = option(None, "optimizer steps of the model; or say --epochs")
     epochs: float = option(None, "the same in passes over the training set")
@@ -42,6 +42,8 @@ class Config:
     tokenizer: str = option("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
     views: int = option(None, "random crops of each image kept as ids; 1 keeps the whole picture, 0 tokenises fresh crops in every step")
     labels: bool = option(False, "condition on class labels, so that sample.py --label works")
+    init: str = option("", "a run of the same model and size to start from; with --labels, to teach it the classes")
+    init_encoder: str = option("", "a run whose encoder blocks, of the same width, to start from")
     batch_size: int = option(None, "images an optimizer step, all devices and accumulated micro-batches together")
     micro_batch: int = option(None, "images that one device computes at once; as many as fit, if not given")
     lr: float = option(None, "learning rate for 256 images a step; scaled with --batch-size")
@@ -65,14 +67,24 @@ CIFAR10 = dict(SHAPES, ids=64, codes=1024, steps=4000, views=4, tokenizer_size=N
 FOLDER = dict(size="base", image_size=256, ids=None, codes=1024, epochs=1600, batch_size=4096, lr=1.5e-4, views=10, tokenizer_steps=1_000_000,
               tokenizer_batch=256, tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
 SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)                                       # with --size tiny or small
+PIXELS = {"tiny": dict(ids=64)}                                                             # what differs for models without tokenizer
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every", "resume"}
+
+
+def recipe_of(cfg):
+    """How cfg.model is trained."""
+    method = unified.MODELS[cfg.model]
+    return method.tune_recipe if cfg.init and cfg.labels else method.recipe
 
 
 def settle(cfg):
     """Fill in what was not said on the command line; refuse what cannot be."""
+    method = unified.MODELS[cfg.model]
     recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, SMALL_FOLDER if cfg.size in ("tiny", "small") else FOLDER)
     if cfg.steps and cfg.epochs:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
+    if not method.tokenizer:
+        recipe = {**recipe, **PIXELS.get(cfg.size or recipe["size"], {}), "views": 0 if cfg.dataset == "shapes" else 1}
     for name, value in recipe.items():
         if getattr(cfg, name, 0) is None and not (name in ("steps", "epochs") and (cfg.steps or cfg.epochs)):
             setattr(cfg, name, value)
@@ -84,18 +96,19 @@ def settle(cfg):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
     side = math.isqrt(cfg.ids)
-    if not cfg.tokenizer and (side ** 2 != cfg.ids or cfg.image_size % side or cfg.image_size // side not in (2, 4, 8, 16)):
+    if not method.tokenizer and (side ** 2 != cfg.ids or cfg.image_size % side):
+        raise UserError(f"--ids {cfg.ids} does not cut --image-size {cfg.image_size} into square patches; take the square of a divisor of it")
+    if method.tokenizer and not cfg.tokenizer and (side ** 2 != cfg.ids or cfg.image_size % side or cfg.image_size // side not in (2, 4, 8, 16)):
         fit = ", ".join(str((cfg.image_size // s) ** 2) for s in (16, 8, 4, 2) if cfg.image_size % s == 0)
         raise UserError(f"--ids {cfg.ids} does not fit --image-size {cfg.image_size}; " +
                         (f"take one of {fit}" if fit else "take a multiple of 16"))
-    if unified.MODELS[cfg.model].views == 2 and cfg.views == 1 and cfg.dataset != "shapes":
+    if not method.tokenizer and cfg.views > 1:
+        raise UserError(f"{cfg.model} reads one crop of an image, fresh in every step: --views {cfg.views} is for models that read ids; take 1, or 0 for no crop")
+    if method.views == 2 and cfg.views == 1 and cfg.dataset != "shapes":
         raise UserError(f"{cfg.model} compares two crops of an image; --views 1 keeps one; take 0 or 2 and more")
-    if cfg.dataset == "shapes" and unified.MODELS[cfg.model].views == 2:
+    if cfg.dataset == "shapes" and method.views == 2:
         cfg.views = max(cfg.views, 4) if cfg.views else 0
     return cfg, recipe
-
-
-CLIP, WARMUP = 3.0, 0.025               # gradient norm; share of the steps in which the learning rate rises: 40 of MAGE's 1600 epochs
 
 
 class Run:
@@ -197,13 +210,26 @@ def cached_batches(ids, labels, plan):
         yield ids[where[:, None], view.to(ids.device)].int() & 0xFFFF, labels[index]        # uint16 in the file, int16 in torch
 
 
-def optimizer_of(net, lr, betas, decay):
-    """AdamW; matrices and tables decay, biases and other vectors do not (timm's rule, which MAE and MAGE use)."""
-    named = [(k, p) for k, p in net.named_parameters() if p.requires_grad]
-    plain = [p for k, p in named if p.dim() <= 1 or k.endswith(".bias")]
-    rest = [p for k, p in named if not (p.dim() <= 1 or k.endswith(".bias"))]
-    groups = [{"params": rest, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+def trainable(net):
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def optimizer_of(net, lr, recipe):
+    """AdamW as the recipe says; its plain(name, parameter) tells which parameters do not decay."""
+    groups = {True: [], False: []}
+    for name, p in trainable(net).items():
+        groups[recipe["plain"](name, p)].append(p)
+    groups = [{"params": params, "weight_decay": 0.0 if plain else recipe["decay"]} for plain, params in groups.items()]
+    return torch.optim.AdamW(groups, lr=lr, betas=recipe["betas"], fused=True)
+
+
+@contextlib.contextmanager
+def averaged(net, ema):
+    """For a while the weights are their average ema, {name: tensor}, if there is one."""
+    own = {name: p.detach().clone() for name, p in trainable(net).items()} if ema else {}
+    net.load_state_dict(ema or {}, strict=False)
+    yield
+    net.load_state_dict(own, strict=False)
 
 
 @dataclasses.dataclass
@@ -219,9 +245,8 @@ class Stage:
     batch: int
     micro: int
     peak: float                     # learning rate
-    betas: tuple
-    decay: float
-    extra: callable = lambda step: {}                   # more arguments of net.forward
+    recipe: dict                    # of unified.MODELS: optimizer, clipping, warm-up, averaging
+    extra: callable = lambda step, first: {}            # more arguments of net.forward, for a micro-batch that begins at image first of the batch
     evaluate: callable = lambda: {}                     # -> held-out figures, drawing pictures on the way
 
 
@@ -229,13 +254,15 @@ class Stopped(Exception):
     """A signal asked for the end; everything is saved."""
 
 
-def restore(run, stage, optimizer):
+def restore(run, stage, optimizer, ema):
     """Load NAME.pt if it is there, drop the log's rows that came after it, and return the step to go on from."""
     path, step = run.folder / f"{stage.name}.pt", 0
     if path.exists() or path.with_name(path.name + ".prev").exists():
         state = unified.load_checkpoint(path)
         unified.load_strictly(stage.net, state["model"], path)
         optimizer.load_state_dict(state["optimizer"])
+        for name, average in ema.items():
+            average.copy_(state["ema"][name])
         step = state["step"]
     rows = run.rows()
     kept = [r for r in rows if r["stage"] != stage.name or r["step"] <= step]
@@ -257,8 +284,8 @@ class Meter:
             self.logs[name] = self.logs.get(name, 0) + value.detach()
         self.count += 1
 
-    def step(self, step, norm, lr):
-        """One optimizer step is done: write a row, evaluate, if it is time to. norm: of the gradient."""
+    def step(self, step, norm, lr, ema):
+        """One optimizer step is done: write a row, evaluate, if it is time to. norm: of the gradient; ema: averaged weights."""
         self.bar.update()
         self.norm = norm
         if step % self.run.cfg.log_every == 0 or step == self.stage.steps:
@@ -273,7 +300,8 @@ class Meter:
         if every and (step % every == 0 or step == self.stage.steps):
             if self.run.rank == 0:
                 self.stage.net.eval()
-                self.run.log(stage=self.stage.name, step=step, **self.stage.evaluate())
+                with averaged(self.stage.net, ema):
+                    self.run.log(stage=self.stage.name, step=step, **self.stage.evaluate())
                 self.stage.net.train()
             self.since, self.seen = time.time(), step
 
@@ -292,42 +320,48 @@ class Meter:
 
 def fit(run, stage):
     """Train stage.net from its checkpoint, or from the start, to its last step; leave the finished checkpoint behind."""
-    cfg, net = run.cfg, stage.net.to(run.device)
-    optimizer = optimizer_of(net, stage.peak, stage.betas, stage.decay)
-    step = restore(run, stage, optimizer)
+    cfg, net, recipe = run.cfg, stage.net.to(run.device), stage.recipe
+    optimizer = optimizer_of(net, stage.peak, recipe)
+    weights = trainable(net)
+    ema = {name: p.detach().clone() for name, p in weights.items()} if recipe["ema"] else {}
+    step = restore(run, stage, optimizer, ema)
     if cfg.compile:
-        for block in getattr(net, "blocks", []):
+        for block in (*getattr(net, "blocks", ()), *getattr(net, "decoder_blocks", ())):
             block.compile()
-    ddp = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=stage.name == "tokenizer") if run.world > 1 else net
+    ddp = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=stage.name == "tokenizer" or bool(cfg.init)) if run.world > 1 else net
     accumulate = stage.batch // (stage.micro * run.world)
     batches = stage.batches(plan(stage.images, cfg.seed, stage.views, stage.batch, stage.micro, run.rank, run.world, step, stage.steps))
     meter = Meter(run, stage, step)
     net.train()
     while step < stage.steps:
         for group in optimizer.param_groups:
-            group["lr"] = unified.learning_rate(step + 1, WARMUP * stage.steps, stage.steps + 1, stage.peak)
+            group["lr"] = unified.learning_rate(step + 1, recipe["warmup"] * stage.steps, stage.steps + 1, stage.peak)
         for micro in range(accumulate):
             x, labels = next(batches)
-            torch.manual_seed(unified.fold(cfg.seed, len(stage.name), step, micro * run.world + run.rank))
-            last = micro == accumulate - 1
-            with contextlib.nullcontext() if last or run.world == 1 else ddp.no_sync():
+            place = micro * run.world + run.rank
+            torch.manual_seed(unified.fold(cfg.seed, len(stage.name), step, place))
+            with contextlib.nullcontext() if micro == accumulate - 1 or run.world == 1 else ddp.no_sync():
                 with run.autocast():
-                    x = x.to(run.device, non_blocking=True).squeeze(1)                      # one view needs no axis
-                    loss, logs = ddp(x, labels.to(run.device) if cfg.labels else None, **stage.extra(step))
+                    x = x.to(run.device, non_blocking=True)
+                    loss, logs = ddp(x.squeeze(1) if stage.views == 1 else x, labels.to(run.device) if cfg.labels else None,
+                                     **stage.extra(step, place * stage.micro))
                 (loss / accumulate).backward()
             meter.add(loss, logs)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        meter.step(step, norm, group["lr"])
+        if ema:                                                                             # follows faster at first, or it would show the start
+            torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - min(recipe["ema"], (1 + step) / (10 + step)))
+        meter.step(step, norm, group["lr"], ema)
         if step % cfg.save_every == 0 or step == stage.steps or run.stop:
             meter.check(step)
-            run.save(f"{stage.name}.pt", model=net.state_dict(), ema=None, optimizer=optimizer.state_dict(), stage=stage.name, step=step,
+            run.save(f"{stage.name}.pt", model=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), stage=stage.name, step=step,
                      config={**dataclasses.asdict(cfg), **stage.arch})
         if run.stop:
             raise Stopped(f"stopped at step {step} of the {stage.name}; everything is saved, --resume goes on")
     net.eval()
+    return ema
 
 
 # What the run does with these: the tokenizer, the model, and what is shown of them.
@@ -353,12 +387,17 @@ def measure_tokenizer(run, vqgan, data, count):
     return {"psnr": -10 * math.log10(error.mean().item()), "codes_used": used.float().mean().item()}
 
 
-def draw_reconstructions(run, vqgan, data):
-    """reconstructions.png: at most 32 test pictures, each row of originals above the row of what the ids keep of them."""
+def draw_reconstructions(run, reconstruct, data):
+    """reconstructions.png: at most 32 test pictures, each row of originals above the rows that reconstruct(x) makes of them."""
     x, _ = unified.map_pictures(lambda x: x, data, 32, workers=run.cfg.workers)
-    y, _ = reconstruct(run, vqgan, x.to(run.device))
-    rows = [part for pair in zip(x.split(8), y.cpu().split(8)) if len(pair[0]) == min(8, len(x)) for part in pair]
+    torch.manual_seed(0)
+    with run.autocast():
+        columns = [x, *(y.cpu() for y in reconstruct(x.to(run.device)))]
+    rows = [part for rows in zip(*(c.split(8) for c in columns)) if len(rows[0]) == min(8, len(x)) for part in rows]
     unified.grid(torch.cat(rows)).save(run.folder / "reconstructions.png")
+
+
+TOKENIZER_RECIPE = dict(unified.MAGE_RECIPE, betas=(0.9, 0.99), decay=0.0)
 
 
 def get_tokenizer(run, train, test):
@@ -375,20 +414,20 @@ def get_tokenizer(run, train, test):
     batch, steps = run.recipe["tokenizer_batch"], cfg.tokenizer_steps
 
     def evaluate():
-        draw_reconstructions(run, net.vqgan, test)
+        draw_reconstructions(run, lambda x: reconstruct(run, net.vqgan, x)[:1], test)
         return measure_tokenizer(run, net.vqgan, test, 500)
     image_bytes = 8 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"] * 12
     views = 0 if isinstance(train, unified.Pictures) else 1                                 # enlarged crops of 32 pixels are all blur
     fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch}, lambda plan: train.batches(plan, cfg.workers), len(train), views, steps, batch,
-                   run.micro_batch(batch, image_bytes), run.recipe["tokenizer_lr"], (0.9, 0.99), 0.0,
-                   lambda step: {"adversarial": cfg.adversarial * (step >= steps // 5)}, evaluate))
+                   run.micro_batch(batch, image_bytes), run.recipe["tokenizer_lr"], TOKENIZER_RECIPE,
+                   lambda step, first: {"adversarial": cfg.adversarial * (step >= steps // 5)}, evaluate))
     return net.vqgan, arch
 
 
 def get_ids(run, vqgan, train):
-    """plan -> batches of the model's training: crops tokenised in every step (--views 0), or cached ids."""
+    """plan -> batches of the model's training: pixels, to be tokenised in every step if the model wants ids (--views 0), or cached ids."""
     cfg = run.cfg
-    if cfg.views == 0:
+    if cfg.views == 0 or vqgan is None:
         return lambda plan: train.batches(plan, cfg.workers)
     shared = pathlib.Path(cfg.tokenizer)
     folder = shared if cfg.tokenizer and shared.is_dir() else run.folder
@@ -403,33 +442,57 @@ def get_ids(run, vqgan, train):
     return lambda plan: cached_batches(ids, labels, plan)
 
 
+def start_from(run, model):
+    """Weights of other runs, as --init and --init-encoder ask. What only labels need starts afresh."""
+    for path, wanted in ((run.cfg.init, ("",)), (run.cfg.init_encoder, ("patch_embed", "pos_embed", "cls_token", "token_emb", "blocks"))):
+        if path:
+            there, ours = unified.load_model(path)[0].state_dict(), model.state_dict()
+            state = {k: v for k, v in there.items() if k.startswith(wanted) and k in ours and v.shape == ours[k].shape}
+            lost = [k for k in ours if k not in state and k.startswith(wanted) and not k.startswith("label_embed")]
+            if not state or (path == run.cfg.init and lost):
+                raise UserError(f"{path} does not fit --model {run.cfg.model} --size {run.cfg.size}: it has no {(lost or ['encoder block'])[0]} of this shape")
+            model.load_state_dict(state, strict=False)
+            run.tell(f"{len(state)} tensors from {path}; fresh: {', '.join(sorted({k.split('.')[0] for k in lost})) or 'none'}")
+
+
 def get_model(run, vqgan, arch, train, test):
-    """The trained model."""
+    """The trained model, and its averaged weights, if it has any."""
     cfg, method = run.cfg, unified.MODELS[run.cfg.model]
     torch.manual_seed(cfg.seed + 1)
-    arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, arch, len(train.classes) if cfg.labels else 0)
+    arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, math.isqrt(cfg.ids), arch, len(train.classes) if cfg.labels else 0,
+                                tune=bool(cfg.init and cfg.labels))
     model = unified.build(arch)
-    model.vqgan.load_state_dict(vqgan.state_dict())
+    if vqgan:
+        model.vqgan.load_state_dict(vqgan.state_dict())
+    start_from(run, model)
     model.to(run.device)
     steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     image_bytes = sum(60 * c * h * w for c, h, w in model.layers.values()) * (2 if cfg.dtype == "float32" else 1) * method.views
     micro = run.micro_batch(cfg.batch_size, image_bytes)
     peak = cfg.lr * cfg.batch_size / 256
-    run.tell(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, {model.length} ids an image, "
-             f"{steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}; "
-             f"the loss starts near ln {model.codes} = {math.log(model.codes):.2f}")
+    run.tell(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in trainable(model).values()):,} parameters, {model.length} tokens an image, "
+             f"{steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}"
+             + (f"; the loss starts near ln {model.codes} = {math.log(model.codes):.2f}" if vqgan else ""))
     if method.views == 2 and micro * run.world < cfg.batch_size:
         run.tell(f"the contrastive term compares {micro * run.world} of the {cfg.batch_size} images with each other: those computed at once")
-    held, labels = unified.map_pictures(model.to_ids, test, 512, workers=cfg.workers, device=run.device)
+    held, labels = unified.map_pictures(model.to_ids if vqgan else lambda x: x, test, 512, workers=cfg.workers, device=run.device)
 
     def evaluate():
-        unified.grid(sample_grid(run, model)).save(run.folder / "samples.png")
+        draw_what_it_does(run, model, test)
         torch.manual_seed(0)
         with torch.no_grad(), run.autocast():
-            return {"held_out": model(held.to(run.device), labels.to(run.device) if cfg.labels else None)[1]["masked"].item()}
-    fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, model.vqgan, train), len(train), method.views,
-                   steps, cfg.batch_size, micro, peak, (0.9, 0.95), 0.05, evaluate=evaluate))
-    return model
+            return {"held_out": model(held.to(run.device), labels.to(run.device) if cfg.labels else None)[0].item()}
+    ema = fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, vqgan and model.vqgan, train), len(train),
+                         method.views if vqgan else cfg.views, steps, cfg.batch_size, micro, peak, recipe_of(cfg), lambda step, first: model.draws(first, micro), evaluate))
+    return model, ema
+
+
+def draw_what_it_does(run, model, test):
+    """samples.png, if the model can start from nothing; reconstructions.png, if it rebuilds what is hidden of a picture."""
+    if model.generates:
+        unified.grid(sample_grid(run, model)).save(run.folder / "samples.png")
+    if getattr(model, "clean", 0):
+        draw_reconstructions(run, model.reconstruct, test)
 
 
 def sample_grid(run, model, n=64):
@@ -449,46 +512,49 @@ def draw_losses(run):
             yield unified.chart(curves, f"{stage}: loss by step")
 
 
-def report(run, vqgan, model, train, test):
+def report(run, vqgan, model, ema, train, test):
     """What has been learned, in figures and pictures, and what to type next."""
-    figures = measure_tokenizer(run, vqgan, test, len(test))
-    charts = list(draw_losses(run))
-    unified.stack(charts).save(run.folder / "loss.png")
-    fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"])
-    fresh.vqgan.load_state_dict(vqgan.state_dict())
-    pixels = torch.nn.AdaptiveAvgPool2d(min(32, run.cfg.image_size))
-    top1 = {}
-    for name, embed in (("features", model.embed), ("the same network untrained", fresh.to(run.device).eval().embed),
-                        ("raw pixels", lambda x: pixels(x).flatten(1))):
-        parts = [unified.map_pictures(embed, data, 10_000, workers=run.cfg.workers, device=run.device, name=name) for data in (train, test)]
+    cfg, figures, top1 = run.cfg, measure_tokenizer(run, vqgan, test, len(test)) if vqgan else {}, {}
+    with averaged(model, ema):
+        draw_what_it_does(run, model, test)
+    unified.stack(list(draw_losses(run))).save(run.folder / "loss.png")
+    fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"]).to(run.device).eval()
+    if vqgan:
+        fresh.vqgan.load_state_dict(vqgan.state_dict())
+    pixels = torch.nn.AdaptiveAvgPool2d(min(32, cfg.image_size))
+    torch.manual_seed(0)
+    for name, embed in (("features", model.embed), ("the same network untrained", fresh.embed), ("raw pixels", lambda x: pixels(x).flatten(1))):
+        parts = [unified.map_pictures(embed, data, 10_000, workers=cfg.workers, device=run.device, name=name) for data in (train, test)]
         top1[name] = unified.ridge_probe(*parts[0], *parts[1])
     run.log(stage="report", step=0, **figures, probe=top1)
     for data in (train, test):
         if getattr(data, "unreadable", None):
             run.tell(f"{len(data.unreadable)} images of {data.root} could not be read and were skipped")
-    run.tell(f"""
-tokenizer   {figures['psnr']:.2f} dB PSNR on {len(test)} test pictures, {figures['codes_used']:.0%} of the codes used       {run.folder}/reconstructions.png
-samples     {run.folder}/samples.png, losses in {run.folder}/loss.png
+    if vqgan:
+        run.tell(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test)} test pictures, {figures['codes_used']:.0%} of the codes used")
+    made = ", ".join(f"{run.folder}/{name}.png" for name in ("samples", "reconstructions", "loss") if (run.folder / f"{name}.png").exists())
+    run.tell(f"""pictures    {made}
 linear probe (ridge, {min(len(train), 10_000)} training pictures), accuracy on the test set
     {top1['features']:6.1%}  features of this model
     {top1['the same network untrained']:6.1%}  the same network untrained
     {top1['raw pixels']:6.1%}  raw pixels
-next
-    python sample.py {run.folder} --n 64 --gif                 more pictures, and how they come about
-    python probe.py {run.folder} --head knn                    other ways to read the features
-""")
+next""")
+    if model.generates:
+        run.tell(f"    python sample.py {run.folder} --n 64 --gif                 more pictures, and how they come about")
+    run.tell(f"    python probe.py {run.folder} --head knn                    other ways to read the features\n")
 
 
 def main():
     cfg, recipe = settle(unified.parse(Config, __doc__.split("\n")[0]))
     run = Run(cfg, recipe)
     try:
-        train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images) for part in (True, False))
+        train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images, recipe_of(cfg)["crop"])
+                       for part in (True, False))
         open_run(run)
-        vqgan, arch = get_tokenizer(run, train, test)
-        model = get_model(run, vqgan, arch, train, test)
+        vqgan, arch = get_tokenizer(run, train, test) if unified.MODELS[cfg.model].tokenizer else (None, None)
+        model, ema = get_model(run, vqgan, arch, train, test)
         if run.rank == 0:
-            report(run, model.vqgan, model, train, test)
+            report(run, vqgan, model, ema, train, test)
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory; try --micro-batch {max(1, (cfg.micro_batch or cfg.batch_size // run.world) // 2)}")
     except Stopped as reason:

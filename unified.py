@@ -86,27 +86,54 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an exact (erf) GELU between them, applied to each token alone. (B, L, C) -> (B, L, C)."""
+    """Two linear layers with a GELU between them, exact ("none") or by "tanh", applied to each token alone. (B, L, C) -> (B, L, C)."""
 
-    def __init__(self, dim, hidden, dropout=0.0):
+    def __init__(self, dim, hidden, dropout=0.0, gelu="none"):
         super().__init__()
-        self.fc1, self.fc2, self.dropout = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(dropout)
+        self.fc1, self.fc2, self.dropout, self.gelu = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(dropout), gelu
 
     def forward(self, x):
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x), approximate=self.gelu))))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block [ViT]: x + attention(norm(x)), then x + mlp(norm(x)). (B, L, C) -> (B, L, C)."""
 
-    def __init__(self, dim, heads, dropout=0.0):
+    def __init__(self, dim, heads, dropout=0.0, gelu="none"):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads, dropout)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, 4 * dim, dropout)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, 4 * dim, dropout, gelu)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+def take(x, index):
+    """Tokens (B, L, C) at the positions index, int (B, M) -> (B, M, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.size(2)))
+
+
+def put(into, index, x):
+    """The inverse: a copy of into (B, L, C) with x (B, M, C) at the positions index."""
+    return into.scatter(1, index[..., None].expand(-1, -1, x.size(2)), x)
+
+
+def run_blocks(x, blocks, first, layers, add, maps, front, *condition):
+    """Run blocks, numbered from first on, but none beyond the last of layers.
+
+    x, front    tokens (B, front + h * w, C); the first front of them belong to no place in the picture
+    layers      numbers of the blocks whose outputs are put into the dict maps, as (B, C, h, w), h = w
+    add         {number: map (B, C, h, w)} added to that block's output
+    """
+    grid = math.isqrt(x.size(1) - front)
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            x = torch.cat([x[:, :front], x[:, front:] + add[b].flatten(2).mT], 1)
+        if b in layers:
+            maps[b] = x[:, front:].mT.unflatten(2, (grid, grid))
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -472,6 +499,42 @@ def angles(t, width, last):
     return t.float()[:, None] * (-math.log(10000) / last * torch.arange(width // 2, device=t.device)).exp()
 
 
+class Denoising(typing.NamedTuple):
+    """Pictures on their way out of the noise, (n, 3, S, S) in [-1, 1]; the pixels known beforehand, if any, and where they are not."""
+    x: torch.Tensor
+    known: torch.Tensor = None
+    mask: torch.Tensor = None
+
+
+class Model(nn.Module):
+    """What all models share. Each adds forward(x, labels) -> loss, logs; sample_steps() -> states; features(), embed() and layers."""
+
+    generates = True                    # it can start from nothing
+
+    def sample(self, n, **options):
+        """Pictures (n, 3, S, S) in [0, 1]. Options as for sample_steps."""
+        for state in self.sample_steps(n, **options):
+            pass
+        return self.render(state)
+
+    def render(self, state):
+        """Denoising -> pixels (n, 3, S, S) in [0, 1]."""
+        x = (state.x + 1) / 2 if state.known is None else (torch.where(state.mask[:, None], state.x, state.known) + 1) / 2
+        return x.clamp(0, 1)
+
+    def noise(self, seeds, draw=0):
+        """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
+        return normal(uniform(seeds, draw, 3 * self.image_size ** 2)).view(-1, 3, self.image_size, self.image_size)
+
+    def draws(self, first, count):
+        """What forward() must be told of pictures first .. first + count - 1 of a whole batch when it sees only them."""
+        return {}
+
+    def mirror(self, layer):
+        """The layer at equal distance from the other end: to it a second pass can be fed what the first found at this layer [DifFeed]."""
+        return len(self.layers) + 1 - layer
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # 4. MAGE: guess the hidden ids
 #
@@ -530,7 +593,7 @@ def initialise(module):
         nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
 
 
-class MAGE(nn.Module):
+class MAGE(Model):
     """Masked generative encoder (official files: models_mage.py, models_vit_mage.py, gen_img_uncond.py).
 
     vqgan           the frozen tokenizer, part of this module and of its checkpoint
@@ -623,7 +686,7 @@ class MAGE(nn.Module):
         """Words (B, 1 + L), of which only the class and the positions in keep (B, M) enter -> latent (B, 1 + M, C)."""
         x = self.token_emb(words)
         if keep is not None:
-            x = torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.size(2)))], 1)
+            x = torch.cat([x[:, :1], take(x[:, 1:], keep)], 1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -639,7 +702,7 @@ class MAGE(nn.Module):
         """Tokens back in their places; the class output, which summarises this picture, wherever a token is dropped or hidden."""
         x = self.decoder_embed(latent)                                                      # (B, 1 + M, C')
         front = x[:, :1].expand(-1, self.length, -1)
-        seen = x[:, 1:] if keep is None else front.scatter(1, keep[..., None].expand(-1, -1, x.size(2)), x[:, 1:])
+        seen = x[:, 1:] if keep is None else put(front, keep, x[:, 1:])
         x = torch.cat([x[:, :1], torch.where(mask[..., None], front, seen)], 1)
         return x + self.decoder_pos_embed_learned                                           # (B, 1 + L, C')
 
@@ -695,12 +758,6 @@ class MAGE(nn.Module):
                 hidden = torch.zeros_like(hidden)               # the schedule hides one id to the last; its guess is as good as any
             yield Decoding(ids, hidden, known, mask)
 
-    def sample(self, n, **options):
-        """Pictures (n, 3, S, S) in [0, 1]. Options as for sample_steps."""
-        for state in self.sample_steps(n, **options):
-            pass
-        return self.render(state)
-
     @torch.no_grad()
     def render(self, state):
         """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where ids are hidden, the known pixels where there are any."""
@@ -708,6 +765,11 @@ class MAGE(nn.Module):
         cells = state.hidden.unflatten(1, (1, self.grid, self.grid)).float()
         x = torch.where(F.interpolate(cells, scale_factor=float(self.vqgan.stride)) > 0, 0.2, x)
         return x if state.known is None else torch.where(state.mask[:, None], x, state.known)
+
+    @torch.no_grad()
+    def reconstruct(self, x):
+        """What the ids keep of pixels (B, 3, S, S), in a tuple of one."""
+        return self.vqgan.decode(self.vqgan.encode(x)).float().clamp(0, 1),
 
     # ---- representation
 
@@ -722,15 +784,12 @@ class MAGE(nn.Module):
         """The layer that the paper reads: the encoder's last."""
         return len(self.blocks)
 
-    t_range = (0.0, 1.0, "the share of ids that is hidden")          # of features(t=)
+    t_range, best_t = (0.0, 1.0, "the share of ids that is hidden"), 0.0                    # of features(t=); embed's
+    pools = ("mean", "class")                                                               # of embed(pool=); the paper's first
 
     def noise(self, seeds):
         """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> (B, L)."""
         return uniform(seeds, 0, self.length)
-
-    def mirror(self, layer):
-        """The layer at equal distance from the other end, to which feedback heads feed a layer back."""
-        return len(self.layers) + 1 - layer
 
     def features(self, x, t=0.0, layers=None, add={}, noise=None):
         """Block outputs as maps, before any final norm, without the class position; no block after the last one asked for runs.
@@ -746,19 +805,12 @@ class MAGE(nn.Module):
         if t:
             noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
             mask = ranks(noise) < math.ceil(t * self.length)
-        x = self.token_emb(self.words(ids, mask))
-        for b, block in enumerate([*self.blocks, *self.decoder_blocks], 1):
-            if b == len(self.blocks) + 1:
-                x = self.decoder_input(self.norm(x), mask)
-            x = block(x)
-            if b in add:
-                x = torch.cat([x[:, :1], x[:, 1:] + add[b].flatten(2).mT], 1)
-            if b in layers:
-                maps[b] = x[:, 1:].mT.unflatten(2, (self.grid, self.grid))
-            if b == max(layers):
-                return [maps[b] for b in layers]
+        x = run_blocks(self.token_emb(self.words(ids, mask)), self.blocks, 1, layers, add, maps, 1)
+        if max(layers) > len(self.blocks):
+            run_blocks(self.decoder_input(self.norm(x), mask), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, 1)
+        return [maps[b] for b in layers]
 
-    def embed(self, x, pool="mean"):
+    def embed(self, x, noise=None, pool="mean"):
         """The vector the paper probes: (B, C). Nothing is hidden; 'mean': the encoder's last outputs averaged over the picture, without
         its final norm, then normalised; 'class': the normed output at the class position."""
         if pool == "mean":
@@ -805,6 +857,283 @@ def info_nce(z, temperature=0.2):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# 7. UMD, with MAE and DiT as its ends: hide, or add noise, or both
+#
+#     clean part    a share q of the batch, t = 0, much hidden:    (x0' - x0)^2 on what is hidden                  [MAE]
+#     noised part   the rest, t >= 1, less or nothing hidden:      half (eps' - eps)^2 on what is seen,
+#                                                                  half (x0' - x0)^2 on what is hidden             [UMD, section 3]
+#
+# Here nothing is tokenised: a token is a patch of pixels. Hiding patches teaches what pictures look like at large, removing noise
+# teaches every scale of detail, and both are the same act, corrupting and undoing. If clean is called t = 0, with abar_0 = 1, then
+# q_sample covers both parts and three numbers tell four methods apart:
+#
+#                 share of clean pictures    hidden if clean    hidden if noised
+#     UMD                  0.5                    0.75               0.375
+#     MAE                  1                      0.75                 -
+#     MaskDiT              0                       -                  0.5
+#     DiT                  0                       -                   0
+#
+# The ends are UMD's own: the published MAE and DiT are other networks (fixed positions, a narrow decoder, targets normalised patch
+# by patch there; latents, no decoder, a learned variance here), and their weights do not fit.
+
+
+class ConditionedBlock(Block):
+    """A Block that is told something, here t and the label: shift, scale and gate of both halves follow from a condition c (B, C)
+    (adaLN-Zero [DiT, section 3.2]). All of them start at 0, so a fresh block passes x (B, L, C) on unchanged."""
+
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads, gelu="tanh")
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class UMD(Model):
+    """Unified masked diffusion (official files: models/ae.py, trainers/train_ae.py of small-vision; there in JAX).
+
+    image_size, grid                            S, and patches along a side; S a multiple of grid, else ValueError
+    width, depth, heads, decoder_depth          both stacks have the same width and heads
+    clean, hidden_clean, hidden_noised          the three numbers of the table above
+    classes                                     0, or the number of labels it can be conditioned on
+
+    Time t, everywhere: 0 for clean pictures, 1 .. T for noised ones.
+    """
+
+    def __init__(self, image_size, grid, width, depth, heads, decoder_depth, clean, hidden_clean, hidden_noised, classes=0, class_tokens=4):
+        super().__init__()
+        if image_size % grid:
+            raise ValueError(f"image size {image_size} is not a multiple of the grid, {grid}")
+        self.image_size, self.grid, self.length, self.classes = image_size, grid, grid ** 2, classes
+        self.clean, self.hidden_clean, self.hidden_noised, patch = clean, hidden_clean, hidden_noised, image_size // grid
+        self.register_buffer("abar", torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar("cosine")]), persistent=False)    # (1 + T,)
+        self.t_range = (0, len(self.abar) - 1, "the noise step, 0 for none")
+        self.generates = clean < 1
+        self.best_t = 0 if clean else 51                # where nothing clean was ever seen, a little noise serves best [official default]
+
+        self.time_embed = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        if classes:
+            self.label_embed = nn.Sequential(nn.Embedding(classes + 1, width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        self.pos_embed, self.decoder_pos_embed = (nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5) for _ in range(2))
+        self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))      # equal at the start and so for ever: one token that counts four times
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=clean * hidden_clean + hidden_noised > 0)
+        self.blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(decoder_depth))
+        self.decoder_norm, self.decoder_modulation = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 2 * width)
+        self.to_pixels = nn.ConvTranspose2d(width, 6, patch, patch)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """The authors' start: Xavier-uniform matrices (q, k and v one by one), LeCun-normal embeddings of pixels, time and label, no modulation."""
+        for block in (*self.blocks, *self.decoder_blocks):
+            for weight in (*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight):
+                nn.init.xavier_uniform_(weight)
+            for bias in (block.attn.qkv.bias, block.attn.proj.bias, block.modulation.weight, block.modulation.bias):
+                nn.init.zeros_(bias)
+            for bias in (block.mlp.fc1.bias, block.mlp.fc2.bias):
+                nn.init.normal_(bias, std=1e-6)
+        for layer in (self.patch_embed, *self.time_embed, *(self.label_embed if self.classes else ())):
+            if isinstance(layer, nn.Embedding):
+                nn.init.normal_(layer.weight, std=layer.embedding_dim ** -0.5)
+            elif not isinstance(layer, nn.SiLU):
+                std = layer.weight[0].numel() ** -0.5 / 0.8796          # 0.8796: what cutting off at two deviations leaves of one
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.to_pixels.weight, std=0.02)
+        for zero in (self.decoder_modulation.weight, self.decoder_modulation.bias, self.to_pixels.bias):
+            nn.init.zeros_(zero)
+
+    # ---- training
+
+    def draws(self, first, count):
+        """How many of these pictures stay clean, so that the share is right in the whole batch."""
+        return {"clean": int((first + count) * self.clean) - int(first * self.clean)}
+
+    def forward(self, x, labels=None, *, clean=None, t=None, noise=None, mask_noise=None, keep_label=None):
+        """Loss of one batch.
+
+        x           pixels (B, 3, S, S) in [0, 1]           labels  int (B,) in 0 .. classes - 1, or None; the clean part never sees them
+        clean       how many, the last ones, stay clean; int(B * share) if None. The rest, N of them, are noised:
+        t, noise    int (N,) in 1 .. T and (N, 3, S, S), standard normal
+        mask_noise  (B, L), the largest are hidden          keep_label  bool (N,): which labels are shown. All drawn if None
+        returns     scalar loss, dict of its terms
+        """
+        x0, B = 2 * x - 1, len(x)
+        N = B - (int(B * self.clean) if clean is None else clean)
+        t = torch.randint(1, len(self.abar), (N,), device=x.device) if t is None else t
+        noise = torch.randn_like(x0[:N]) if noise is None else noise
+        mask_noise = torch.rand(B, self.length, device=x.device) if mask_noise is None else mask_noise
+        loss, logs = 0, {}
+        if N:
+            logs["x0"], logs["eps"] = self.errors(x0[:N], t, noise, mask_noise[:N], self.hidden_noised,
+                                                  None if labels is None else labels[:N], keep_label)
+            loss = N / B * (logs["x0"] + logs["eps"]) / 2
+        if N < B:
+            logs["x0_clean"], _ = self.errors(x0[N:], t.new_zeros(B - N), torch.zeros_like(x0[N:]), mask_noise[N:], self.hidden_clean)
+            loss = loss + (B - N) / B * logs["x0_clean"]
+        return loss, logs
+
+    def errors(self, x0, t, noise, mask_noise, ratio, labels=None, keep_label=None):
+        """Mean squared errors of x0, where it was hidden, and of the noise, where it could be seen; everywhere if nothing is hidden."""
+        visible = self.visible(mask_noise, ratio) if ratio else None
+        guess = self.predict(q_sample(x0, self.abar[t], noise), t, labels, visible, keep_label)
+        hidden = self.hidden_pixels(visible, len(x0))
+        return tuple(((ours - target).square() * where).sum() / (3 * where.sum())
+                     for ours, target, where in zip(guess, (x0, noise), (hidden, ~hidden if ratio else hidden)))
+
+    def visible(self, mask_noise, ratio):
+        """The patches of smallest noise (B, L), so many that a share ratio is hidden: int (B, M)."""
+        return mask_noise.argsort(dim=1, stable=True)[:, :int(self.length * (1 - ratio))]
+
+    def hidden_pixels(self, visible, n):
+        """Visible patches, int (n, M), or None for all -> bool (n, 1, S, S), True = hidden; True everywhere for None."""
+        hidden = torch.ones(n, self.length, dtype=torch.bool, device=self.abar.device)
+        hidden = hidden if visible is None else hidden.scatter(1, visible, False)
+        patch = self.image_size // self.grid
+        return hidden.view(n, 1, self.grid, self.grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+    def predict(self, x, t, labels=None, visible=None, keep_label=None):
+        """Pixels (B, 3, S, S) in about [-1, 1], noised to t (B,) -> guesses of x0 and of the noise, each (B, 3, S, S).
+
+        visible  int (B, M): the patches that the network sees, all if None        labels, keep_label as for forward
+        """
+        c = self.condition(t, labels, keep_label)
+        return self.decode(self.encode(x, c, visible), c, visible)
+
+    def condition(self, t, labels=None, keep_label=None):
+        """What every block is told: (B, C). In training one label in ten is left out, which guidance needs."""
+        phases = angles(t, self.norm.weight.numel(), self.norm.weight.numel() / 2 - 1)
+        c = self.time_embed(torch.cat([phases.sin(), phases.cos()], 1))
+        if self.classes:
+            if labels is not None and keep_label is None:
+                keep_label = torch.rand(labels.shape, device=t.device) >= (0.1 if self.training else 0.0)
+            none = torch.full_like(t, self.classes)
+            c = c + self.label_embed(none if labels is None else torch.where(keep_label, labels, none))
+        return F.silu(c)
+
+    def encode(self, x, c, visible=None):
+        """Noised pixels -> class tokens, then the visible patches: (B, 4 + M, C)."""
+        x = self.tokens(x)
+        x = x if visible is None else take(x, visible)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.norm(x)
+
+    def tokens(self, x):
+        """A token a patch, which knows its place: (B, 3, S, S) -> (B, L, C)."""
+        return self.patch_embed(x).flatten(2).mT + self.pos_embed
+
+    def decode(self, latent, c, visible=None):
+        """Latent (B, 4 + M, C) -> guesses of x0 and of the noise, each (B, 3, S, S)."""
+        x = self.decoder_input(latent, visible)
+        for block in self.decoder_blocks:
+            x = block(x, c)
+        shift, scale = self.decoder_modulation(c)[:, None].chunk(2, -1)
+        x = self.decoder_norm(x)[:, 1:] * (1 + scale) + shift
+        return self.to_pixels(x.mT.unflatten(2, (self.grid, self.grid))).float().chunk(2, 1)
+
+    def decoder_input(self, latent, visible=None):
+        """The mean of the class tokens, all that the decoder learns of the picture as a whole; then patches in their places, the
+        mask token in every gap: (B, 1 + L, C)."""
+        front, x = latent[:, :self.cls_token.size(1)].mean(1, keepdim=True), latent[:, self.cls_token.size(1):]
+        x = x if visible is None else put(self.mask_token.to(x.dtype).expand(len(x), self.length, -1), visible, x)
+        return torch.cat([front, x + self.decoder_pos_embed], 1)
+
+    # ---- generation
+
+    def guided(self, x, t, labels=None, guidance=1.0):
+        """predict(), with what the label changes exaggerated."""
+        if labels is None or guidance == 1:
+            return self.predict(x, t, labels)
+        return tuple(free + guidance * (ours - free) for ours, free in zip(self.predict(x, t, labels), self.predict(x, t)))
+
+    @torch.no_grad()
+    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
+        """From noise to pictures: yields a Denoising after each step.
+
+        n, steps      pictures; evaluations of the network, 125 as published, one more or less where T / steps is not whole
+        temperature   eta of ddim_step: 1 as published (DDPM), 0 for DDIM, which adds no noise on the way
+        labels, guidance, known, mask, seeds        as for MAGE.sample_steps; guidance is the same at every step
+        ValueError    if it was trained on clean pictures only (MAE) and there is nothing known: it fills holes, in one step
+        """
+        if self.clean == 1:
+            yield self.fill(known, mask)
+            return
+        T = len(self.abar) - 1
+        t = torch.tensor([*range(T, 1, -math.ceil(T / (steps or 125))), 1], device=self.abar.device)
+        seeds = torch.arange(n, device=t.device) if seeds is None else seeds
+        known = None if known is None else 2 * known - 1
+
+        def guess(x, step):
+            _, eps = self.guided(x, t[step].expand(n), labels, guidance)
+            return x0_from_noise(x, self.abar[t[step]], eps).clamp(-1, 1), None
+        eta = 1.0 if temperature is None else temperature
+        for x in denoise(guess, lambda draw: self.noise(seeds, draw), self.abar[t], eta, known, mask):
+            yield Denoising(x, known, mask)
+
+    def fill(self, known, mask):
+        """MAE's way to inpaint: patches that the mask touches are hidden, and guessed at once from the rest."""
+        if known is None:
+            raise ValueError("this model has seen clean pictures only: it fills holes, but cannot start from nothing")
+        hidden = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1) > 0
+        x0 = [self.predict(2 * x[None] - 1, torch.zeros(1, dtype=torch.long, device=x.device), visible=(~gaps).nonzero().T)[0]
+              for x, gaps in zip(known, hidden)]                                            # one by one: holes differ in size
+        return Denoising(torch.cat(x0).clamp(-1, 1), 2 * known - 1, mask)
+
+    @torch.no_grad()
+    def reconstruct(self, x, mask_noise=None):
+        """How MAE is looked at: pixels (B, 3, S, S) -> the same with the clean part's share hidden, and with the network's guess there."""
+        mask_noise = torch.rand(len(x), self.length, device=x.device) if mask_noise is None else mask_noise
+        visible = self.visible(mask_noise, self.hidden_clean)
+        hidden = self.hidden_pixels(visible, len(x))
+        guess = (self.predict(2 * x - 1, torch.zeros(len(x), dtype=torch.long, device=x.device), visible=visible)[0] + 1) / 2
+        return torch.where(hidden, 0.2, x), torch.where(hidden, guess.clamp(0, 1), x)
+
+    # ---- representation
+
+    @property
+    def layers(self):
+        """{layer: (channels, h, w)}, encoder first, counted from 1."""
+        return {b: (self.norm.weight.numel(), self.grid, self.grid) for b in range(1, len(self.blocks) + len(self.decoder_blocks) + 1)}
+
+    @property
+    def best_layer(self):
+        """The encoder's last."""
+        return len(self.blocks)
+
+    def noised(self, x, t, noise=None):
+        """Pixels (B, 3, S, S) in [0, 1] -> what the network reads at time t, and its condition (B, C)."""
+        noise = torch.randn_like(x) if noise is None else noise
+        t = torch.full((len(x),), int(t), device=x.device)
+        return q_sample(2 * x - 1, self.abar[t], noise), self.condition(t)
+
+    def features(self, x, t=0, layers=None, add={}, noise=None):
+        """Block outputs as maps; arguments as for MAGE.features, with t from 0 (clean) to T and noise (B, 3, S, S)."""
+        layers, maps = layers or [self.best_layer], {}
+        x, c = self.noised(x, t, noise)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.tokens(x)], 1)
+        x = run_blocks(x, self.blocks, 1, layers, add, maps, self.cls_token.size(1), c)
+        if max(layers) > len(self.blocks):
+            run_blocks(self.decoder_input(self.norm(x)), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, 1, c)
+        return [maps[b] for b in layers]
+
+    pools = ("class", "mean")
+
+    def embed(self, x, noise=None, pool="class"):
+        """The vector the paper probes: (B, C). 'class': the mean of the normed class tokens; 'mean': of the last encoder layer over the
+        picture, normalised. At t = best_t: clean, or for a model that never saw clean pictures with a little noise (B, 3, S, S)."""
+        if pool == "mean":
+            return F.layer_norm(self.features(x, self.best_t, noise=noise)[0].mean((2, 3)), self.norm.normalized_shape, eps=1e-6)
+        return self.encode(*self.noised(x, self.best_t, noise))[:, :self.cls_token.size(1)].mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # 9. Presets, and weights of the original authors
 #
 # A model is a name and a dict of plain numbers; a checkpoint stores that dict, build() turns it back into a model. Published
@@ -826,17 +1155,57 @@ MAGE_SIZES = {
 }
 
 
+UMD_SIZES = {
+    "tiny":  dict(width=128, depth=4, heads=4, decoder_depth=2),
+    "small": dict(width=384, depth=12, heads=6, decoder_depth=4),
+    "base":  dict(width=768, depth=12, heads=12, decoder_depth=4),
+    "large": dict(width=1024, depth=24, heads=16, decoder_depth=8),
+}
+
+
+def timm_plain(name, p):
+    """Parameters without weight decay in MAE and MAGE: all vectors."""
+    return p.dim() <= 1 or name.endswith(".bias")
+
+
+def umd_plain(name, p):
+    """The same in UMD: norms decay there, tokens do not."""
+    return name.endswith("bias") or name in ("cls_token", "mask_token")
+
+
+# How each is trained: AdamW with these; clip is of the gradient's norm, warmup a share of the steps, crop the share of a picture that is
+# kept at least. ema is how slowly the averaged weights, which sampling then reads, follow; 0 for none.
+MAGE_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=timm_plain, clip=3.0, warmup=0.025, crop=0.2, ema=0.0)
+UMD_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=umd_plain, clip=1.0, warmup=0.05, crop=0.8, ema=0.9999)
+TUNE_RECIPE = dict(UMD_RECIPE, betas=(0.9, 0.999), decay=0.0, crop=0.95)
+
+
 class Method(typing.NamedTuple):
-    """A row of MODELS: the class, its constructor's arguments by size, those that make it this method, crops it reads of an image."""
+    """A row of MODELS: the class, its constructor's arguments by size, and those that make it this method."""
     model: type
     sizes: dict
     options: dict
-    views: int
+    tune: dict = {}                     # what changes when a trained model learns to be conditioned on labels
+    tokenizer: bool = True              # reads ids; else pixels
+    views: int = 1                      # crops it reads of an image
+    recipe: dict = MAGE_RECIPE
+    tune_recipe: dict = MAGE_RECIPE
+
+
+def umd_method(clean, hidden_clean, hidden_noised):
+    """UMD with these three numbers. Learning labels it sees noised pictures whole, and a few clean ones, so as not to forget them."""
+    options = dict(clean=clean, hidden_clean=hidden_clean, hidden_noised=hidden_noised)
+    return Method(UMD, UMD_SIZES, options, dict(clean=0.05 if clean else 0.0, hidden_noised=0.0), False, 1,
+                  dict(UMD_RECIPE, ema=0.9999 if clean < 1 else 0.0), TUNE_RECIPE)
 
 
 MODELS = {
-    "mage":   Method(MAGE, MAGE_SIZES, {}, 1),
-    "mage-c": Method(MAGE, MAGE_SIZES, {"contrastive": 0.1}, 2),
+    "mage":    Method(MAGE, MAGE_SIZES, {}),
+    "mage-c":  Method(MAGE, MAGE_SIZES, {"contrastive": 0.1}, views=2),
+    "umd":     umd_method(0.5, 0.75, 0.375),
+    "mae":     umd_method(1.0, 0.75, 0.0),
+    "maskdit": umd_method(0.0, 0.0, 0.5),
+    "dit":     umd_method(0.0, 0.0, 0.0),
 }
 
 
@@ -847,10 +1216,12 @@ def tokenizer_config(size, stride, codes=1024):
     return config
 
 
-def model_config(name, size, image_size, tokenizer, classes=0):
-    """Everything build() needs, as plain values. tokenizer: VQGAN arguments; classes > 0: conditioned on labels."""
+def model_config(name, size, image_size, grid, tokenizer=None, classes=0, tune=False):
+    """Everything build() needs, as plain values. grid: patches along a side, for models that read pixels; tokenizer: VQGAN arguments,
+    for those that read ids; classes > 0: conditioned on labels; tune: starting from a trained model."""
     method = MODELS[name]
-    return {"model": name, "tokenizer": tokenizer, "image_size": image_size, "classes": classes, **method.options, **method.sizes[size]}
+    source = {"tokenizer": tokenizer} if method.tokenizer else {"grid": grid}
+    return {"model": name, "image_size": image_size, **source, "classes": classes, **method.sizes[size], **method.options, **(method.tune if tune else {})}
 
 
 def build(config):
@@ -858,7 +1229,9 @@ def build(config):
     if "model" not in config:
         return VQGAN(**config)
     rest = {k: v for k, v in config.items() if k not in ("model", "tokenizer")}
-    return MODELS[config["model"]].model(VQGAN(**config["tokenizer"]), **rest)
+    if "tokenizer" in config:
+        rest["vqgan"] = VQGAN(**config["tokenizer"])
+    return MODELS[config["model"]].model(**rest)
 
 
 def published_tokenizer(state):
@@ -995,17 +1368,17 @@ def load_strictly(model, state, path):
     return model
 
 
-def load_model(path, tell=print):
+def load_model(path, ema=False, tell=print):
     """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE.
 
-    tell  called with one line about parameters that the file carries and nothing reads
+    ema   the averaged weights, where a checkpoint has them        tell  called with one line about parameters that nothing reads
     """
     path = pathlib.Path(path)
     path = path / "model.pt" if path.is_dir() else path
     state = load_checkpoint(path)
     if isinstance(state.get("config"), dict) and "arch" in state["config"]:
         config = state["config"]["arch"]
-        return load_strictly(build(config), state["model"], path).eval(), state["config"]
+        return load_strictly(build(config), {**state["model"], **(ema and state["ema"] or {})}, path).eval(), state["config"]
     weights = state.get("model", state)
     if not isinstance(weights, dict) or "token_emb.word_embeddings.weight" not in weights or "vqgan.quantize.embedding.weight" not in weights:
         raise UserError(f"{path} is neither a checkpoint of train.py nor a published MAGE file: it has no token_emb and vqgan weights")
@@ -1336,21 +1709,22 @@ def folder_classes(root):
     return names["train"]
 
 
-def open_data(dataset, data_dir, size, train, device="cpu", strict=False):
+def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0.2):
     """A data set by name: 'shapes', 'cifar10', 'imagenet', or the path of a tree in the layout of ImageNet.
 
     data_dir  where it lies, '' for ./data/<name>        size  S        train  True: training part        strict  see Folder
+    crop      share of the area that a crop keeps at least; one half and more of shapes, since less may show none
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":
-        return Pictures(*shapes(train, size), (0.5, 1.0), device)
+        return Pictures(*shapes(train, size), (max(crop, 0.5), 1.0), device)
     if dataset == "cifar10":
         if size != 32:
             raise UserError(f"CIFAR-10 has 32 x 32 pixels, which does not fit a model or --image-size of {size}")
         if not data_dir:
             download_cifar10(root)
-        return Pictures(*cifar10(root, train), (0.2, 1.0), device)
-    return Folder(root / ("train" if train else "val"), folder_classes(root), size, (0.2, 1.0), strict)
+        return Pictures(*cifar10(root, train), (crop, 1.0), device)
+    return Folder(root / ("train" if train else "val"), folder_classes(root), size, (crop, 1.0), strict)
 
 
 # Ids on disk. Tokenising costs more than a small model's whole training step, so every image is tokenised once, in K crops.
