@@ -478,7 +478,7 @@ def get_model(run, vqgan, arch, train, test):
     held, labels = unified.map_pictures(model.to_ids if vqgan else lambda x: x, test, 512, workers=cfg.workers, device=run.device)
 
     def evaluate():
-        draw_what_it_does(run, model, test)
+        draw_what_it_does(run, model, test, steps=None if vqgan else 20)
         torch.manual_seed(0)
         with torch.no_grad(), run.autocast():
             return {"held_out": model(held.to(run.device), labels.to(run.device) if cfg.labels else None)[0].item()}
@@ -487,19 +487,19 @@ def get_model(run, vqgan, arch, train, test):
     return model, ema
 
 
-def draw_what_it_does(run, model, test):
+def draw_what_it_does(run, model, test, steps=None):
     """samples.png, if the model can start from nothing; reconstructions.png, if it rebuilds what is hidden of a picture."""
     if model.generates:
-        unified.grid(sample_grid(run, model)).save(run.folder / "samples.png")
+        unified.grid(sample_grid(run, model, steps)).save(run.folder / "samples.png")
     if getattr(model, "clean", 0):
         draw_reconstructions(run, model.reconstruct, test)
 
 
-def sample_grid(run, model, n=64):
+def sample_grid(run, model, steps, n=64):
     """n pictures of fixed seeds; with labels, a column a class."""
     labels = torch.arange(n, device=run.device) % 8 % model.classes if run.cfg.labels else None
     with run.autocast():
-        return model.sample(n, labels=labels).float().cpu()
+        return model.sample(n, steps=steps, labels=labels).float().cpu()
 
 
 def draw_losses(run):

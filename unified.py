@@ -6,23 +6,29 @@ it is a representation; undoing it step by step, starting from nothing, is gener
     method   what it reads   how that was corrupted                       what it predicts
     MAGE     token ids       a random share hidden (70 % on average)      the hidden ids
     MAGE-C   the same, of two crops of an image                           + which crops belong together
+    UMD      pixels      half: 75 % of patches hidden; half: noise added      pixels where hidden, noise where seen
+                         and 37.5 % hidden. Its ends: MAE, MaskDiT, DiT
 
 Read from the top; nothing is used before it has been explained.
 
     1  attention and blocks          every token reads from every other token
     2  pictures <-> ids              the VQ tokenizer: a picture becomes a short sequence of integers, and back
-    3  what is hidden, what is noised    how many ids, which ids; how much noise, and the way back; random numbers that can be asked for
+    3  what is hidden or noised      how many ids, which ids; how much noise, and the way back; random numbers by name
     4  MAGE                          guess the hidden ids; train, generate, inpaint, represent
     5  MAGE-C                        the same network also learns which two crops show the same image
+    7  UMD, MAE, MaskDiT, DiT        hide patches, or add noise to them, or both
     9  presets, published weights    sizes, and how files of the original authors are read
     10 pictures, runs and files      data sets, the id cache, PNG grids, ridge regression, checkpoints
 
-Letters    B images    L tokens of an image    C width    n heads    d = C / n    K codebook entries    S image side in pixels
-           x pixels    z encoder output, before it is rounded to the codebook    h x w the token grid, h * w = L
+Letters    B images    L tokens of an image    M of them that an encoder reads    C width    C' the decoder's    n heads    d = C / n
+           K codebook entries    W words    V crops of an image    S image side in pixels    h x w the token grid, h * w = L
+           x pixels    z encoder output, before it is rounded to the codebook    t, T noise step, their number
+In generation n is the number of pictures to make.
 Pixels are floats in [0, 1] wherever a function is public. Masks are boolean and True means hidden, everywhere.
 Everything random can be passed in: a function that draws says which argument replaces the draw.
 
-Papers     [MAGE] Li et al. 2022, arXiv 2211.09117      [MaskGIT] Chang et al. 2022, 2202.04200     [VQGAN] Esser et al. 2020, 2012.09841
+Papers     [UMD] Hansen-Estruch et al. 2024, arXiv 2406.17688    [DiT] Peebles and Xie 2022, 2212.09748    [MaskDiT] Zheng et al. 2023, 2306.09305
+           [MAGE] Li et al. 2022, arXiv 2211.09117      [MaskGIT] Chang et al. 2022, 2202.04200     [VQGAN] Esser et al. 2020, 2012.09841
            [MAE] He et al. 2021, 2111.06377             [ViT] Dosovitskiy et al. 2020, 2010.11929   [Attention] Vaswani et al. 2017, 1706.03762
            [SimCLR] Chen et al. 2020, 2002.05709        [VQ-VAE] van den Oord et al. 2017, 1711.00937     [DDPM] Ho et al. 2020, 2006.11239
            [iDDPM] Nichol and Dhariwal 2021, 2102.09672    [DDIM] Song et al. 2020, 2010.02502
@@ -55,7 +61,7 @@ import tqdm
 #     A = softmax(Q K^T / sqrt(d)) V          Q, K, V: (B, n, L, d)                                    [Attention, eq. 1]
 #
 # A block lets the tokens exchange information (attention) and then thinks about each of them alone (MLP). Both only add to
-# what is already there, so a deep stack starts out close to the identity.
+# what is already there, so the gradient finds a straight way down through any number of blocks.
 
 
 class Attention(nn.Module):
@@ -240,7 +246,7 @@ class Codebook(nn.Module):
 
     def distances(self, z):
         """Squared distance of every position to every code, in float32: (B, dim, h, w) -> (B * h * w, K), row by row."""
-        with torch.autocast(z.device.type, enabled=False):                                  # bfloat16 would flip ids
+        with torch.autocast(z.device.type, enabled=False):                                  # sums over the width need it
             z, e = z.movedim(1, -1).flatten(0, -2).float(), self.embedding.weight
             return (z * z).sum(1, keepdim=True) + (e * e).sum(1) - 2 * z @ e.T
 
@@ -288,7 +294,8 @@ def straight_through(z, codes):
 
 
 def entropy_gap(distances, temperature=0.01):
-    """Mean entropy of a position minus entropy of the mean, of softmax(-distances / temperature). (N, K) -> scalar in [-ln K, 0]."""
+    """Mean entropy of a position minus entropy of the mean, of softmax(-distances / temperature): (N, K) -> scalar in [-ln K, 0].
+    The temperature is MaskGIT's."""
     logp = (-distances / temperature).log_softmax(1)
     p, mean = logp.exp(), logp.exp().mean(0)
     return -(p * logp).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
@@ -313,7 +320,7 @@ class PatchDiscriminator(nn.Module):
 class TokenizerTraining(nn.Module):
     """The tokenizer, the discriminator that it is trained against, and their loss as one module.
 
-    vqgan  the VQGAN to train; WEIGHTS are those of the terms
+    vqgan  the VQGAN to train; WEIGHTS are those of the terms, ours but for the commitment's [VQ-VAE]
     forward(x (B, 3, S, S) in [0, 1], adversarial) -> (scalar loss, dict of its terms). The adversarial weight is an argument since
     it is 0 during a warm-up; 0.8 is [VQGAN]'s. Generator and discriminator terms do not touch each other's parameters, so one
     backward pass and one optimizer step serve both.
@@ -336,7 +343,7 @@ class TokenizerTraining(nn.Module):
                 "coverage": F.mse_loss(self.vqgan.quantize.embedding.weight, nearest), "entropy": entropy_gap(distances)}
         loss = sum(self.WEIGHTS[k] * v for k, v in logs.items())
         if adversarial:
-            logs["generator"], logs["discriminator"] = self.adversarial(x, y, logs["l1"] + logs["l2"])
+            logs["generator"], logs["discriminator"] = self.adversarial(x, y, logs["l1"] + logs["l2"])        # their bare sum sets the scale
             loss = loss + adversarial * logs["generator"] + logs["discriminator"]
         return loss, logs
 
@@ -352,12 +359,12 @@ class TokenizerTraining(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# 3. What is hidden, what is noised
+# 3. What is hidden or noised
 #
-# Which ids are hidden is decided by ranking uniform noise: the n positions of smallest noise. How many is a matter of purpose.
-# In training the hidden share is drawn from a normal law around 55 %, cut off to [50 %, 100 %]: at 55 % there is enough left
-# to understand the picture, at 100 % nothing, which is where generation starts [MAGE, section 3]. In generation the share
-# falls from 1 to 0 along a cosine: few ids at first, when nearly everything is a guess, many at the end [MaskGIT, eq. 3].
+# Which ids are hidden is decided by ranking: of uniform noise in training, of the network's confidence in generation; the smallest
+# are hidden. How many is a matter of purpose. In training the hidden share is drawn from N(0.55, 0.25^2) cut off to [0.5, 1], mean
+# 0.69: enough is left to understand the picture, or nothing, which is where generation starts [MAGE, section 3]. In generation the
+# share falls from 1 to 0 along a cosine: few ids are filled in at first, when all is guesswork, many at the end [MaskGIT, eq. 3].
 
 
 def truncated_normal(u, mean=0.55, std=0.25, low=0.5, high=1.0):
@@ -372,15 +379,16 @@ def ranks(noise):
 
 
 def hidden_left(initial, hidden, step, steps):
-    """How many ids of each picture stay hidden after step 0 .. steps - 1: the cosine's share of those hidden at the start, but at
+    """How many ids of each picture stay hidden after a step, counted from 0: the cosine's share of those hidden at the start, but at
     least one less than before, and at least one as long as there is any. initial, hidden: int (B,) -> int (B,)."""
     share = math.cos(math.pi / 2 * (step + 1) / steps)
     left = (initial.double() * share).floor().long()
     return left.minimum(hidden - 1).clamp(min=1).minimum(hidden)
 
 
-# Random numbers by name. In generation, a number depends on (the picture's seed, which draw, which position) and on nothing else:
-# the same picture comes out alone or in a batch of a thousand, on any device. An integer hash does it (MurmurHash3's last mix).
+# Random numbers by name. In generation, a number depends on (the picture's seed, which draw, which position) and on nothing else: it
+# is the same for a picture made alone or among a thousand, on any device. (The pictures agree but for rounding, which may tip a
+# close choice.) An integer hash does it, MurmurHash3's last mix.
 
 
 def mix(x):
@@ -539,13 +547,15 @@ class Model(nn.Module):
 # 4. MAGE: guess the hidden ids
 #
 #     loss = mean over hidden positions i of  -log p(id_i | the ids that are not hidden)                [MAGE, eq. 1]
+#     (with label smoothing 0.1)
 #
 # An encoder reads what is left, a decoder puts the result back into place, fills every gap with the encoder's summary of THIS
 # picture (its output at position 0), and predicts the gaps. As in MAE the encoder is spared most of the gaps: half of all
-# positions, always hidden ones, never enter it. That half is fixed, so that shapes are static; the hidden ids beyond it enter as
-# the word [MASK]. Hiding much teaches features, hiding all teaches generation: one network, one loss, both uses.
+# positions, always hidden ones but other ones in every picture, never enter it; since their number is fixed, shapes are static. The
+# hidden ids beyond them enter as the word [MASK], and the decoder overwrites their outputs as well. In generation and for features
+# nothing is dropped. Hiding much teaches features, hiding all teaches generation: one network, one loss, both uses.
 #
-# Position 0 holds no patch but a "class": a label if there is one, else the "fake class" that stands for any picture.
+# Position 0 holds a class word instead of a patch: a label if there is one, else the "fake class", which means any picture.
 
 
 class TokenEmbedding(nn.Module):
@@ -561,9 +571,9 @@ class TokenEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits over words: the output matrix is the table of input words, cut off from the gradient.
+    """Logits over words: the output matrix is the table of input words, cut off from the gradient as in the official code.
 
-    forward(x (B, L, C'), words (V, C)) -> (B, L, V)
+    forward(x (B, L, C'), words (W, C)) -> (B, L, W)
     """
 
     def __init__(self, inp, dim, words):
@@ -576,7 +586,8 @@ class Head(nn.Module):
 
 
 class Decoding(typing.NamedTuple):
-    """A picture being decoded: its ids (n, L), of which some are still hidden (n, L); the pixels known beforehand, if any."""
+    """Pictures being decoded: ids (n, L), of which some are still hidden (n, L); if pixels were known beforehand, these (n, 3, S, S) and
+    where they are not, bool (n, S, S)."""
     ids: torch.Tensor
     hidden: torch.Tensor
     known: torch.Tensor = None
@@ -636,8 +647,8 @@ class MAGE(Model):
 
         x           pixels (B, 3, S, S) in [0, 1] or ids (B, L); with two views: (B, 2, 3, S, S) or (B, 2, L)
         labels      int (B,) in 0 .. classes - 1, or None
-        rate        hidden share in [0.5, 1], one for the batch (as official); noise (B, L): the smallest are hidden; keep_label
-                    bool (B,): which labels are shown. All drawn if None
+        rate        hidden share in [0.5, 1], one for the batch (as official); noise (B, L), (2B, L) with two views: the smallest are
+                    hidden; keep_label bool (B,): which labels are shown. All drawn if None
         returns     scalar loss, dict of its terms
         """
         pair = x.dim() == (5 if x.is_floating_point() else 3)
@@ -722,7 +733,7 @@ class MAGE(Model):
         return free + guidance * (one(labels) - free)
 
     def start(self, n, known=None, mask=None):
-        """Nothing known: all hidden. Else the hole is blackened before the picture is tokenised, since neighbouring ids would leak
+        """-> ids, hidden, both (n, L). Nothing known: all hidden. Else the hole is blackened before the picture is tokenised, since neighbouring ids would leak
         its content, and its ids are hidden together with a ring of one around, since those describe the blackness."""
         device = self.norm.weight.device
         if known is None:
@@ -755,7 +766,7 @@ class MAGE(Model):
             noise = temperature * (1 - progress) * gumbel(uniform(seeds, 2 * step + 1, self.length))
             ids, hidden = demask(logits, ids, hidden, left, uniform(seeds, 2 * step, self.length), noise)
             if step + 1 == steps:
-                hidden = torch.zeros_like(hidden)               # the schedule hides one id to the last; its guess is as good as any
+                hidden = torch.zeros_like(hidden)               # hidden_left() never returns 0; here every guess is kept
             yield Decoding(ids, hidden, known, mask)
 
     @torch.no_grad()
@@ -1277,8 +1288,8 @@ def published_mage(state, heads=None):
 # ---------------------------------------------------------------------------------------------------------------------------
 # 10. Pictures, runs and files
 #
-# From here on there is no idea, only care: pictures are checked when they are read, files are written under another name and
-# then renamed, loads execute nothing, and a user's mistake ends in one sentence.
+# Nothing from here on is about images. Files are checked when they are read, checkpoints are written under another name and then
+# renamed, loads execute nothing, and a user's mistake ends in one sentence.
 
 
 class UserError(Exception):
@@ -1589,8 +1600,21 @@ def image_files(folder):
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in Folder.SUFFIXES) if folder.is_dir() else []
 
 
-# The set that needs no download: eight shapes at a random place, size and turn, in six colours on a plain ground. Colour says
+# The set that needs no download: eight shapes in four colours on a plain ground; place, size and turn vary a little. Colour says
 # nothing about the class, so shape is what there is to learn. Each is a signed distance: negative inside, in units of its radius.
+
+
+def box(x, y, w, h):
+    """Distance to a rectangle of half sides w and h."""
+    return (x.abs() - w).maximum(y.abs() - h)
+
+
+def star(x, y, r):
+    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36 degrees."""
+    fifth = 2 * math.pi / 5
+    angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
+    return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
+
 
 SHAPES = {
     "circle":   lambda x, y, r: r - 0.85,
@@ -1606,20 +1630,9 @@ GROUND = torch.tensor([128.0, 128.0, 128.0])
 PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])             # red, teal, blue, amber
 
 
-def box(x, y, w, h):
-    """Distance to a rectangle of half sides w and h."""
-    return (x.abs() - w).maximum(y.abs() - h)
-
-
-def star(x, y, r):
-    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36 degrees."""
-    fifth = 2 * math.pi / 5
-    angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
-    return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
-
-
 def draw_shapes(seeds, size):
-    """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 27 to 40 % of the side, always wholly visible."""
+    """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side, turned by quarters
+    give or take 9 degrees, always wholly visible."""
     kind, color, radius, cx, cy, turn, wobble = uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
     cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
@@ -1743,7 +1756,7 @@ def fingerprint(vqgan, data, views, size):
 def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     """Ids of every image, (N, K, L) uint16 memmap in folder/ids.npy, and the labels (N,) that belong to them.
 
-    views  K crops of each image; 1 on a set drawn at random means the whole picture.
+    views  K crops of each image; 1 means the whole picture.
     A finished cache with the same fingerprint is read; an unfinished one is continued where it stopped.
     """
     folder, mark = pathlib.Path(folder), {"fingerprint": fingerprint(vqgan, data, views, size), "done": 0}
@@ -1799,7 +1812,7 @@ def learning_rate(position, warmup, total, peak, least=0.0):
 
 
 def moments(x, y, mean, std, classes):
-    """Sums over pictures that ridge regression needs, in float64, a chunk at a time since a copy of x in float64 may not fit:
+    """Sums over pictures that ridge regression needs, in float64, a chunk at a time, since a copy of x in float64 may not fit:
     features with themselves (C + 1, C + 1), features with one-hot labels (C + 1, classes); a 1 is appended as last feature."""
     gram, cross = 0, 0
     for x, y in zip(x.split(2048), y.split(2048)):
@@ -1809,7 +1822,7 @@ def moments(x, y, mean, std, classes):
 
 
 def ridge(gram, cross, penalty):
-    """Least squares with an L2 penalty from moments() -> weight (C + 1, classes), the last row the bias."""
+    """Least squares with an L2 penalty a picture (gram[-1, -1] of them) from moments() -> weight (C + 1, classes), the last row the bias."""
     diagonal = penalty * gram[-1, -1] * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + diagonal)).float()
 
