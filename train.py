@@ -8,8 +8,10 @@
 A run is a folder, out/<dataset>-<model>: tokenizer.pt, ids.npy, model.pt, log.jsonl, loss.png, reconstructions.png, samples.png.
 """
 import contextlib
+import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import time
 import torch
 import torch.distributed
 import tqdm
+from torch.utils.flop_counter import FlopCounterMode
 
 import unified
 from unified import UserError, option
@@ -53,6 +56,7 @@ class Config:
     compile: bool = option(torch.cuda.is_available(), "compile the blocks")
     workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
     strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
+    benchmark: bool = option(False, "measure the speed of training on random data, and leave")
     out_dir: str = option("", "the run's folder, if not out/<dataset>-<model>")
     resume: bool = option(False, "go on where the run in this folder stopped; same flags, more --steps if you like")
     log_every: int = option(None, "steps between rows of log.jsonl")
@@ -318,42 +322,55 @@ class Meter:
         return means
 
 
+def compile_blocks(net):
+    """Block by block: all have the same shapes, so one is compiled and the others follow; sampling and features profit too."""
+    for block in (*getattr(net, "blocks", ()), *getattr(net, "decoder_blocks", ())):
+        block.compile()
+
+
+def update(run, stage, net, optimizer, weights, ema, step, batches, add):
+    """One optimizer step over as many micro-batches as make a batch: add(loss, logs) is told the losses of each; nothing here waits for
+    the device. Returns the gradient's norm, still there, and the learning rate."""
+    accumulate, recipe = stage.batch // (stage.micro * run.world), stage.recipe
+    rate = unified.learning_rate(step + 1, recipe["warmup"] * stage.steps, stage.steps + 1, stage.peak)
+    for micro in range(accumulate):
+        x, labels = next(batches)
+        place = micro * run.world + run.rank
+        torch.manual_seed(unified.fold(run.cfg.seed, len(stage.name), step, place))
+        with contextlib.nullcontext() if micro == accumulate - 1 or run.world == 1 else net.no_sync():
+            with run.autocast():
+                x = x.to(run.device, non_blocking=True)
+                loss, logs = net(x.squeeze(1) if stage.views == 1 else x, labels.to(run.device) if run.cfg.labels else None,
+                                 **stage.extra(step, place * stage.micro))
+            (loss / accumulate).backward()
+        add(loss, logs)
+    norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["clip"])
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if ema:                                                                                 # follows faster at first, or it would show the start
+        torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - min(recipe["ema"], (2 + step) / (11 + step)))
+    return norm, rate
+
+
 def fit(run, stage):
     """Train stage.net from its checkpoint, or from the start, to its last step; leave the finished checkpoint behind."""
-    cfg, net, recipe = run.cfg, stage.net.to(run.device), stage.recipe
-    optimizer = optimizer_of(net, stage.peak, recipe)
+    cfg, net = run.cfg, stage.net.to(run.device)
+    optimizer = optimizer_of(net, stage.peak, stage.recipe)
     weights = trainable(net)
-    ema = {name: p.detach().clone() for name, p in weights.items()} if recipe["ema"] else {}
+    ema = {name: p.detach().clone() for name, p in weights.items()} if stage.recipe["ema"] else {}
     step = restore(run, stage, optimizer, ema)
     if cfg.compile:
-        for block in (*getattr(net, "blocks", ()), *getattr(net, "decoder_blocks", ())):
-            block.compile()
+        compile_blocks(net)
     ddp = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=stage.name == "tokenizer" or bool(cfg.init)) if run.world > 1 else net
-    accumulate = stage.batch // (stage.micro * run.world)
     batches = stage.batches(plan(stage.images, cfg.seed, stage.views, stage.batch, stage.micro, run.rank, run.world, step, stage.steps))
     meter = Meter(run, stage, step)
     net.train()
     while step < stage.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = unified.learning_rate(step + 1, recipe["warmup"] * stage.steps, stage.steps + 1, stage.peak)
-        for micro in range(accumulate):
-            x, labels = next(batches)
-            place = micro * run.world + run.rank
-            torch.manual_seed(unified.fold(cfg.seed, len(stage.name), step, place))
-            with contextlib.nullcontext() if micro == accumulate - 1 or run.world == 1 else ddp.no_sync():
-                with run.autocast():
-                    x = x.to(run.device, non_blocking=True)
-                    loss, logs = ddp(x.squeeze(1) if stage.views == 1 else x, labels.to(run.device) if cfg.labels else None,
-                                     **stage.extra(step, place * stage.micro))
-                (loss / accumulate).backward()
-            meter.add(loss, logs)
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["clip"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm, rate = update(run, stage, ddp, optimizer, weights, ema, step, batches, meter.add)
         step += 1
-        if ema:                                                                             # follows faster at first, or it would show the start
-            torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - min(recipe["ema"], (1 + step) / (10 + step)))
-        meter.step(step, norm, group["lr"], ema)
+        meter.step(step, norm, rate, ema)
         if step % cfg.save_every == 0 or step == stage.steps or run.stop:
             meter.check(step)
             run.save(f"{stage.name}.pt", model=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), stage=stage.name, step=step,
@@ -416,10 +433,10 @@ def get_tokenizer(run, train, test):
     def evaluate():
         draw_reconstructions(run, lambda x: reconstruct(run, net.vqgan, x)[:1], test)
         return measure_tokenizer(run, net.vqgan, test, 500)
-    image_bytes = 8 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"] * 12
+    bytes_each = 8 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"] * 12
     views = 0 if isinstance(train, unified.Pictures) else 1                                 # enlarged crops of 32 pixels are all blur
     fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch}, lambda plan: train.batches(plan, cfg.workers), len(train), views, steps, batch,
-                   run.micro_batch(batch, image_bytes), run.recipe["tokenizer_lr"], TOKENIZER_RECIPE,
+                   run.micro_batch(batch, bytes_each), run.recipe["tokenizer_lr"], TOKENIZER_RECIPE,
                    lambda step, first: {"adversarial": cfg.adversarial * (step >= steps // 5)}, evaluate))
     return net.vqgan, arch
 
@@ -431,11 +448,7 @@ def get_ids(run, vqgan, train):
         return lambda plan: train.batches(plan, cfg.workers)
     shared = pathlib.Path(cfg.tokenizer)
     folder = shared if cfg.tokenizer and shared.is_dir() else run.folder
-    for rank in range(run.world):                                                           # one at a time: the first makes them, the others read
-        if rank == run.rank:
-            ids, labels = unified.cache_ids(folder, vqgan, train, cfg.views, cfg.image_size, cfg.workers)
-        if run.world > 1:
-            torch.distributed.barrier()
+    ids, labels = unified.cache_ids(folder, vqgan, train, cfg.views, cfg.image_size, cfg.workers)
     ids = torch.from_numpy(ids.view("int16"))
     if run.device.type == "cuda" and ids.nbytes < torch.cuda.mem_get_info(run.device)[0] / 4:
         ids = ids.to(run.device)
@@ -455,6 +468,11 @@ def start_from(run, model):
             run.tell(f"{len(state)} tensors from {path}; fresh: {', '.join(sorted({k.split('.')[0] for k in lost})) or 'none'}")
 
 
+def image_bytes(cfg, model):
+    """Memory that one image takes in a training step, roughly."""
+    return sum(60 * c * h * w for c, h, w in model.layers.values()) * (2 if cfg.dtype == "float32" else 1) * unified.MODELS[cfg.model].views
+
+
 def get_model(run, vqgan, arch, train, test):
     """The trained model, and its averaged weights, if it has any."""
     cfg, method = run.cfg, unified.MODELS[run.cfg.model]
@@ -467,8 +485,7 @@ def get_model(run, vqgan, arch, train, test):
     start_from(run, model)
     model.to(run.device)
     steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
-    image_bytes = sum(60 * c * h * w for c, h, w in model.layers.values()) * (2 if cfg.dtype == "float32" else 1) * method.views
-    micro = run.micro_batch(cfg.batch_size, image_bytes)
+    micro = run.micro_batch(cfg.batch_size, image_bytes(cfg, model))
     peak = cfg.lr * cfg.batch_size / 256
     run.tell(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in trainable(model).values()):,} parameters, {model.length} tokens an image, "
              f"{steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}"
@@ -544,9 +561,102 @@ next""")
     run.tell(f"    python probe.py {run.folder} --head knn                    other ways to read the features\n")
 
 
+# How fast it is: --benchmark. Rates are of whole steps, optimizer included, on random data; operations are those of the model, counted once.
+
+
+def count_operations(model, x):
+    """Floating-point operations of a training step on a batch like x, forward and backward, counted without computing anything. Of
+    making ids only the encoder's convolutions count, as in the papers."""
+    model, x = copy.deepcopy(model).to("meta"), x.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        if hasattr(model, "vqgan") and x.is_floating_point():
+            x = model.vqgan.encoder(x.flatten(0, -4))[:, 0].flatten(1).long().view(*x.shape[:-3], -1)
+        model(x)[0].backward()
+    return counter.get_total_flops()
+
+
+def seconds_of(run, function, least=3.0):
+    """Seconds a call, over at least so many seconds of calls after a few that do not count."""
+    def wait():
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+    for _ in range(10 if run.device.type == "cuda" else 2):
+        function()
+    wait()
+    calls, started = 0, time.perf_counter()
+    while calls < 3 or time.perf_counter() - started < least:
+        for _ in range(50 if run.device.type == "cuda" else 1):
+            function()
+            calls += 1
+        wait()
+    return (time.perf_counter() - started) / calls
+
+
+def machine_rates(run):
+    """What the device can do, measured now: a large matrix product (FLOP/s) in the run's precision, and a copy (bytes/s)."""
+    n = 8192 if run.device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=run.device, dtype=getattr(torch, run.cfg.dtype))
+    b = torch.randn(64 * n * n // 64, device=run.device)
+    return 2 * n ** 3 / seconds_of(run, lambda: a @ a, 1.0), 2 * b.nbytes / seconds_of(run, b.clone, 1.0)
+
+
+def benchmark(run):
+    """Print the speed of training: of this model as train.py runs it, on ids made in every step too if it reads ids, and as plain as
+    can be: float32, attention written out, nothing compiled, and a wait for the device in every step."""
+    cfg, method = run.cfg, unified.MODELS[run.cfg.model]
+    stride = cfg.image_size // math.isqrt(cfg.ids)
+    torch.manual_seed(cfg.seed)
+    tokenizer = unified.tokenizer_config(run.recipe.get("tokenizer_size") or cfg.size, stride, cfg.codes) if method.tokenizer else None
+    model = unified.build(unified.model_config(cfg.model, cfg.size, cfg.image_size, math.isqrt(cfg.ids), tokenizer)).to(run.device)
+    batch = cfg.micro_batch or run.micro_batch(cfg.batch_size, image_bytes(cfg, model))
+    pixels = torch.rand(batch, method.views, 3, cfg.image_size, cfg.image_size, device=run.device)
+    inputs = {"pixels": pixels}
+    if method.tokenizer:
+        inputs = {"cached ids": torch.randint(model.codes, (batch, method.views, model.length), device=run.device), "ids made in every step": pixels}
+    product, copying = machine_rates(run)
+    print(f"{cfg.model} {cfg.size}, {cfg.image_size} pixels, {batch} images a step, {cfg.dtype} on {run.device}"
+          f"\nmeasured here: matrix product {product / 1e12:.3g} TFLOP/s, copy {copying / 1e9:.3g} GB/s")
+    seconds = {}
+    for name, x in inputs.items():
+        operations = count_operations(model, x.squeeze(1))
+        for plain in (False, True) if name == next(iter(inputs)) else (False,):
+            title = name + ", plain path" * plain
+            seconds[title], loss = time_training(run, copy.deepcopy(model), x, method, plain)
+            rate = operations / seconds[title]
+            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if run.device.type == "cuda" else ""
+            print(f"{title:40s} {batch / seconds[title]:9.1f} images/s  {rate / 1e12:8.3f} TFLOP/s  {rate / product:4.0%} of the product  loss {loss:.4f}{memory}")
+    first, *others = seconds
+    print("; ".join(f"{other}: {seconds[other] / seconds[first]:.2f} times as long" for other in others))
+
+
+def time_training(run, model, x, method, plain):
+    """Seconds of an optimizer step on the batch x, and the loss before it, on draws that are the same for every path. plain: see benchmark()."""
+    stage = Stage("model", model.train(), {}, None, len(x), method.views, 10**6, len(x), len(x), 1e-4, method.recipe, lambda step, first: model.draws(first, len(x)))
+    run = copy.copy(run)
+    run.world = 1
+    if plain:
+        run.autocast = contextlib.nullcontext
+        for module in model.modules():
+            if isinstance(module, unified.Attention):
+                module.fused = False
+    elif run.cfg.compile:
+        compile_blocks(model)
+    optimizer, weights = optimizer_of(model, stage.peak, method.recipe), trainable(model)
+    ema = {name: p.detach().clone() for name, p in weights.items()} if method.recipe["ema"] else {}
+    labels = torch.zeros(len(x), dtype=torch.long)
+    torch.manual_seed(0)
+    with torch.no_grad(), run.autocast():
+        loss = model.eval()(x.squeeze(1), **stage.extra(0, 0))[0].item()
+    model.train()
+    add = (lambda loss, logs: loss.item()) if plain else lambda loss, logs: None
+    return seconds_of(run, lambda: update(run, stage, model, optimizer, weights, ema, 0, itertools.repeat((x, labels)), add)), loss
+
+
 def main():
     cfg, recipe = settle(unified.parse(Config, __doc__.split("\n")[0]))
     run = Run(cfg, recipe)
+    if cfg.benchmark:
+        return benchmark(run)
     try:
         train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images, recipe_of(cfg)["crop"])
                        for part in (True, False))

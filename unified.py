@@ -755,13 +755,15 @@ class MAGE(Model):
         yields        a Decoding after each step; nothing is hidden in the last one
         """
         steps = steps or min(20, self.length)
+        alike = known is None and labels is None
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
         ids, hidden = self.start(n, known, mask)
         seeds = torch.arange(n, device=ids.device) if seeds is None else seeds
         initial = hidden.sum(1)
         for step in range(steps):
             progress = (step + 1) / steps
-            logits = self.logits(ids, hidden, labels, 1 + (guidance - 1) * progress)
+            first = 1 if alike and step == 0 else n             # from nothing, all pictures begin with the same guesses: one pass will do
+            logits = self.logits(ids[:first], hidden[:first], labels, 1 + (guidance - 1) * progress).expand(n, -1, -1)
             left = hidden_left(initial, hidden.sum(1), step, steps)
             noise = temperature * (1 - progress) * gumbel(uniform(seeds, 2 * step + 1, self.length))
             ids, hidden = demask(logits, ids, hidden, left, uniform(seeds, 2 * step, self.length), noise)
@@ -1753,34 +1755,50 @@ def fingerprint(vqgan, data, views, size):
     return digest.hexdigest()[:16]
 
 
+def processes():
+    """Rank of this process and their number; 0 and 1 without torchrun."""
+    there = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
+
+
+def open_cache(folder, mark, shape):
+    """ids.npy and labels.npy of a folder, writable. Begun anew, with label -1 for every image still to do, unless ids.json bears the mark."""
+    state, paths = folder / "ids.json", (folder / "ids.npy", folder / "labels.npy")
+    try:
+        fits = json.loads(state.read_text()) == mark
+    except (OSError, ValueError):                                                           # none yet, or its writing was cut off
+        fits = False
+    rank, world = processes()
+    if rank == 0 and not fits:
+        state.unlink(missing_ok=True)                                                       # first: what is overwritten must not be taken for done
+        numpy.lib.format.open_memmap(paths[0], "w+", numpy.uint16, shape)
+        numpy.lib.format.open_memmap(paths[1], "w+", numpy.int64, shape[:1])[:] = -1
+        state.write_text(json.dumps(mark))
+    if world > 1:
+        torch.distributed.barrier()
+    return (numpy.lib.format.open_memmap(path, "r+") for path in paths)
+
+
 def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     """Ids of every image, (N, K, L) uint16 memmap in folder/ids.npy, and the labels (N,) that belong to them.
 
     views  K crops of each image; 1 means the whole picture.
-    A finished cache with the same fingerprint is read; an unfinished one is continued where it stopped.
+    A finished cache of the same tokenizer, data and crops is read, an unfinished one continued; several processes share the work.
     """
-    folder, mark = pathlib.Path(folder), {"fingerprint": fingerprint(vqgan, data, views, size), "done": 0}
-    shape, state = (len(data), views, (size // vqgan.stride) ** 2), folder / "ids.json"
-    try:
-        old = json.loads(state.read_text())
-        mark = old if old["fingerprint"] == mark["fingerprint"] else mark
-    except (OSError, ValueError, KeyError):                                                 # none yet, or its writing was cut off
-        pass
-    mode = "r+" if mark["done"] else "w+"
-    state.write_text(json.dumps(mark))                                                      # first: what is overwritten must not count as done
-    ids = numpy.lib.format.open_memmap(folder / "ids.npy", mode, numpy.uint16, shape)
-    labels = numpy.lib.format.open_memmap(folder / "labels.npy", mode, numpy.int64, shape[:1])
-    parts = torch.arange(mark["done"], len(data)).split(batch) if mark["done"] < len(data) else ()
+    folder, device, (rank, world) = pathlib.Path(folder), next(vqgan.parameters()).device, processes()
+    mark = {"fingerprint": fingerprint(vqgan, data, views, size)}
+    ids, labels = open_cache(folder, mark, (len(data), views, (size // vqgan.stride) ** 2))
+    missing = torch.from_numpy(labels < 0).nonzero().flatten()
+    parts = missing.split(batch)[rank::world] if len(missing) else ()
     plan = ((part, None if views == 1 else fold(part[:, None], torch.arange(views))) for part in parts)
-    device = next(vqgan.parameters()).device
-    for part, (x, y) in zip(tqdm.tqdm(parts, "ids of every image", unit=" batches", disable=not parts), data.batches(plan, workers)):
+    for part, (x, y) in zip(tqdm.tqdm(parts, "ids of every image", unit=" batches", disable=rank > 0 or not parts), data.batches(plan, workers)):
         with torch.no_grad():
             z = torch.cat([vqgan.encode(chunk.to(device)).flatten(1) for chunk in x.flatten(0, -4).split(batch)])
-        rows = slice(part[0].item(), part[-1].item() + 1)
-        ids[rows], labels[rows] = z.cpu().numpy().reshape(-1, *shape[1:]), y.numpy()
-        if rows.stop == len(data) or rows.start // batch % 100 == 99:
-            ids.flush(), labels.flush()
-            state.write_text(json.dumps({**mark, "done": rows.stop}))
+        ids[part.numpy()] = z.cpu().numpy().reshape(-1, *ids.shape[1:])
+        ids.flush()                                                                         # before the labels, which say that it is done
+        labels[part.numpy()] = y.numpy()
+    if world > 1:
+        torch.distributed.barrier()
     return ids, torch.from_numpy(numpy.array(labels))
 
 
