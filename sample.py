@@ -41,7 +41,10 @@ class Config:
     png_dir: str = option("", "also write each picture to this folder; one that is half full is continued")
     out: str = option("", "the PNG to write, if not samples-<seed>.png in the run's folder")
     overwrite: bool = option(False, "replace files that are there")
+    benchmark: bool = option(False, "measure the speed of sampling, and leave")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "of activations", choices=["float32", "bfloat16"])
+    compile: bool = option(False, "compile the blocks: slower to start, then faster")
 
 
 GRID = 64                                                                                   # pictures in the PNG and the film
@@ -187,14 +190,35 @@ def write_reconstructed(path, model, cfg):
     unified.grid(torch.stack(row, 1).flatten(0, 1), len(row)).save(path)
 
 
+def benchmark(model, cfg, device):
+    """Print how fast pictures are made, decoding included: --batch at once, one alone, and --batch with attention written out."""
+    product, _ = unified.machine_rates(device, torch.float32)
+    print(f"matrix product measured here: {product / 1e12:.3g} TFLOP/s")
+    for title, n, plain in ((f"{cfg.batch} at once", cfg.batch, False), ("one alone", 1, False), (f"{cfg.batch} at once, attention written out", cfg.batch, True)):
+        if plain:
+            unified.write_out_attention(model)
+        seconds = unified.seconds_of(device, lambda: model.sample(n, steps=cfg.steps))
+        rate = unified.count_operations(model, lambda model: model.sample(n, steps=cfg.steps)) / seconds
+        print(f"{title:40s} {n / seconds:8.2f} images/s  {1000 * seconds:8.0f} ms a call  {rate / 1e12:8.3f} TFLOP/s  {rate / product:4.0%} of the product")
+
+
 def main():
     cfg = unified.parse(Config, __doc__.split("\n")[0])
     check(cfg)
-    device = unified.pick_device(cfg.device)
+    with torch.autocast(unified.pick_device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+        run(cfg, torch.device(cfg.device))
+
+
+def run(cfg, device):
+    """All that is asked for."""
     model, config = unified.load_model(cfg.run, ema=True)
     model.to(device)
+    if cfg.compile:
+        unified.compile_blocks(model)
     if not model.generates and not cfg.image:
         raise UserError(f"{cfg.run} has learned to fill holes, not to start from nothing; add --image FILE --box x0,y0,x1,y1")
+    if cfg.benchmark:
+        return benchmark(model, cfg, device)
     cfg.n = cfg.n or (6 if cfg.image else 64)
     labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
     path = target(cfg, "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples")

@@ -2401,10 +2401,10 @@ def test_operations_are_those_of_the_formulas(name, size, pixels, formula, publi
     with torch.device("meta"):
         model = unified.build(unified.model_config(name, size, pixels, 16, unified.tokenizer_config("base", 16) if method.tokenizer else None))
         x = torch.zeros(2, 256, dtype=torch.long) if method.tokenizer else torch.zeros(2, 3, pixels, pixels)
-    counted = train.count_operations(model, x) / 2
+    counted = train.step_operations(model, x) / 2
     assert counted == pytest.approx(formula, rel=0.01) and counted == pytest.approx(published, rel=0.03)
     if (name, size) == ("mage", "base"):                                # with the tokenizer's encoder in every step
-        assert train.count_operations(model, torch.zeros(2, 3, 256, 256, device="meta")) / 2 - counted == pytest.approx(128.6e9, rel=0.01)
+        assert train.step_operations(model, torch.zeros(2, 3, 256, 256, device="meta")) / 2 - counted == pytest.approx(128.6e9, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["mage", "umd"])
@@ -2413,6 +2413,11 @@ def test_the_benchmark_compares_with_the_plain_path(name):
     assert "of the product" in printed and "plain path" in printed and "times as long" in printed
     losses = [float(line.split("loss")[1].split()[0]) for line in printed.splitlines() if "loss" in line and "every step" not in line]
     assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+def test_the_benchmark_of_sampling_counts_every_step(finished):
+    printed = script("sample.py", finished[0], "--benchmark", "--batch", 4, "--steps", 3, "--device", "cpu")
+    assert printed.count("of the product") == 3 and "one alone" in printed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -23,7 +23,6 @@ import time
 import torch
 import torch.distributed
 import tqdm
-from torch.utils.flop_counter import FlopCounterMode
 
 import unified
 from unified import UserError, option
@@ -322,12 +321,6 @@ class Meter:
         return means
 
 
-def compile_blocks(net):
-    """Block by block: all have the same shapes, so one is compiled and the others follow; sampling and features profit too."""
-    for block in (*getattr(net, "blocks", ()), *getattr(net, "decoder_blocks", ())):
-        block.compile()
-
-
 def update(run, stage, net, optimizer, weights, ema, step, batches, add):
     """One optimizer step over as many micro-batches as make a batch: add(loss, logs) is told the losses of each; nothing here waits for
     the device. Returns the gradient's norm, still there, and the learning rate."""
@@ -362,7 +355,7 @@ def fit(run, stage):
     ema = {name: p.detach().clone() for name, p in weights.items()} if stage.recipe["ema"] else {}
     step = restore(run, stage, optimizer, ema)
     if cfg.compile:
-        compile_blocks(net)
+        unified.compile_blocks(net)
     ddp = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=stage.name == "tokenizer" or bool(cfg.init)) if run.world > 1 else net
     batches = stage.batches(plan(stage.images, cfg.seed, stage.views, stage.batch, stage.micro, run.rank, run.world, step, stage.steps))
     meter = Meter(run, stage, step)
@@ -564,40 +557,15 @@ next""")
 # How fast it is: --benchmark. Rates are of whole steps, optimizer included, on random data; operations are those of the model, counted once.
 
 
-def count_operations(model, x):
-    """Floating-point operations of a training step on a batch like x, forward and backward, counted without computing anything. Of
-    making ids only the encoder's convolutions count, as in the papers."""
-    model, x = copy.deepcopy(model).to("meta"), x.to("meta")
-    with FlopCounterMode(display=False) as counter:
+def step_operations(model, x):
+    """Floating-point operations of a training step on a batch like x; of making ids only the encoder's convolutions count, as in the papers."""
+    def step(model):
+        ids = x.to("meta")
         if hasattr(model, "vqgan") and x.is_floating_point():
-            x = model.vqgan.encoder(x.flatten(0, -4))[:, 0].flatten(1).long().view(*x.shape[:-3], -1)
-        model(x)[0].backward()
-    return counter.get_total_flops()
-
-
-def seconds_of(run, function, least=3.0):
-    """Seconds a call, over at least so many seconds of calls after a few that do not count."""
-    def wait():
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-    for _ in range(10 if run.device.type == "cuda" else 2):
-        function()
-    wait()
-    calls, started = 0, time.perf_counter()
-    while calls < 3 or time.perf_counter() - started < least:
-        for _ in range(50 if run.device.type == "cuda" else 1):
-            function()
-            calls += 1
-        wait()
-    return (time.perf_counter() - started) / calls
-
-
-def machine_rates(run):
-    """What the device can do, measured now: a large matrix product (FLOP/s) in the run's precision, and a copy (bytes/s)."""
-    n = 8192 if run.device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=run.device, dtype=getattr(torch, run.cfg.dtype))
-    b = torch.randn(64 * n * n // 64, device=run.device)
-    return 2 * n ** 3 / seconds_of(run, lambda: a @ a, 1.0), 2 * b.nbytes / seconds_of(run, b.clone, 1.0)
+            z = model.vqgan.encoder(ids.flatten(0, -4))
+            ids = z[:, 0].flatten(1).long().view(*x.shape[:-3], -1)
+        model(ids)[0].backward()
+    return unified.count_operations(model, step)
 
 
 def benchmark(run):
@@ -613,12 +581,12 @@ def benchmark(run):
     inputs = {"pixels": pixels}
     if method.tokenizer:
         inputs = {"cached ids": torch.randint(model.codes, (batch, method.views, model.length), device=run.device), "ids made in every step": pixels}
-    product, copying = machine_rates(run)
+    product, copying = unified.machine_rates(run.device, getattr(torch, cfg.dtype))
     print(f"{cfg.model} {cfg.size}, {cfg.image_size} pixels, {batch} images a step, {cfg.dtype} on {run.device}"
           f"\nmeasured here: matrix product {product / 1e12:.3g} TFLOP/s, copy {copying / 1e9:.3g} GB/s")
     seconds = {}
     for name, x in inputs.items():
-        operations = count_operations(model, x.squeeze(1))
+        operations = step_operations(model, x.squeeze(1))
         for plain in (False, True) if name == next(iter(inputs)) else (False,):
             title = name + ", plain path" * plain
             seconds[title], loss = time_training(run, copy.deepcopy(model), x, method, plain)
@@ -636,11 +604,9 @@ def time_training(run, model, x, method, plain):
     run.world = 1
     if plain:
         run.autocast = contextlib.nullcontext
-        for module in model.modules():
-            if isinstance(module, unified.Attention):
-                module.fused = False
+        unified.write_out_attention(model)
     elif run.cfg.compile:
-        compile_blocks(model)
+        unified.compile_blocks(model)
     optimizer, weights = optimizer_of(model, stage.peak, method.recipe), trainable(model)
     ema = {name: p.detach().clone() for name, p in weights.items()} if method.recipe["ema"] else {}
     labels = torch.zeros(len(x), dtype=torch.long)
@@ -649,7 +615,7 @@ def time_training(run, model, x, method, plain):
         loss = model.eval()(x.squeeze(1), **stage.extra(0, 0))[0].item()
     model.train()
     add = (lambda loss, logs: loss.item()) if plain else lambda loss, logs: None
-    return seconds_of(run, lambda: update(run, stage, model, optimizer, weights, ema, 0, itertools.repeat((x, labels)), add)), loss
+    return unified.seconds_of(run.device, lambda: update(run, stage, model, optimizer, weights, ema, 0, itertools.repeat((x, labels)), add)), loss
 
 
 def main():

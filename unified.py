@@ -34,6 +34,7 @@ Papers     [UMD] Hansen-Estruch et al. 2024, arXiv 2406.17688    [DiT] Peebles a
            [iDDPM] Nichol and Dhariwal 2021, 2102.09672    [DDIM] Song et al. 2020, 2010.02502
 """
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -43,6 +44,7 @@ import pathlib
 import pickle
 import sys
 import tarfile
+import time
 import typing
 import urllib.request
 
@@ -54,6 +56,7 @@ import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 import tqdm
+from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # 1. Attention: every token reads from every other token
@@ -1824,6 +1827,53 @@ def learning_rate(position, warmup, total, peak, least=0.0):
     if position < warmup:
         return peak * position / warmup
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
+
+
+# How fast something is. Random data, since zeros are faster; operations are those of the model, counted once, whatever is done twice.
+
+
+def count_operations(model, function):
+    """Floating-point operations that function(model) takes, found on a copy of the model that computes nothing."""
+    with FlopCounterMode(display=False) as counter:
+        function(copy.deepcopy(model).to("meta"))
+    return counter.get_total_flops()
+
+
+def seconds_of(device, function, least=3.0):
+    """Seconds a call of function(), over at least so many seconds of calls, after a few that do not count."""
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    for _ in range(10 if device.type == "cuda" else 2):
+        function()
+    wait()
+    calls, started = 0, time.perf_counter()
+    while calls < 3 or time.perf_counter() - started < least:
+        for _ in range(50 if device.type == "cuda" else 1):
+            function()
+            calls += 1
+        wait()
+    return (time.perf_counter() - started) / calls
+
+
+def machine_rates(device, dtype):
+    """What the device can do, measured now: a large matrix product, in operations a second, and a copy, in bytes read and written a second."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n * n, device=device)
+    return 2 * n ** 3 / seconds_of(device, lambda: a @ a, 1.0), 2 * b.nbytes / seconds_of(device, b.clone, 1.0)
+
+
+def compile_blocks(model):
+    """torch.compile block by block: all have the same shapes, so one is compiled and the others follow, in training and in sampling."""
+    for block in (*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())):
+        block.compile()
+
+
+def write_out_attention(model):
+    """From now on the readable equation instead of the fused kernel."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused = False
 
 
 # The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set.
