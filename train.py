@@ -3,6 +3,7 @@
     python train.py                                          shapes drawn on the fly, on a CPU, in minutes
     python train.py --dataset cifar10                        the same on CIFAR-10
     python train.py --dataset imagenet --tokenizer vqgan_jax_strongaug.ckpt         the paper's recipe
+    python train.py --model addp --predictor out/shapes-mage                        ADDP, which learns from a trained MAGE
     torchrun --standalone --nproc-per-node 8 train.py ...    the same flags on 8 GPUs
 
 A run is a folder, out/<dataset>-<model>: tokenizer.pt, ids.npy, model.pt, log.jsonl, loss.png, reconstructions.png, samples.png.
@@ -40,6 +41,7 @@ class Config:
     tokenizer_steps: int = option(None, "optimizer steps of the tokenizer")
     adversarial: float = option(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0")
     tokenizer: str = option("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
+    predictor: str = option("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a checkpoint or a published file")
     views: int = option(None, "random crops of each image kept as ids; 1 keeps the whole picture, 0 tokenises fresh crops in every step")
     labels: bool = option(False, "condition on class labels, so that sample.py --label works")
     batch_size: int = option(None, "images an optimizer step, all devices and accumulated micro-batches together")
@@ -64,13 +66,15 @@ SHAPES = dict(size="tiny", image_size=32, ids=16, codes=128, steps=3000, batch_s
 CIFAR10 = dict(SHAPES, ids=64, codes=1024, steps=4000, views=4, tokenizer_size=None, tokenizer_steps=4500)
 FOLDER = dict(size="base", image_size=256, ids=None, codes=1024, epochs=1600, batch_size=4096, lr=1.5e-4, views=10, tokenizer_steps=1_000_000,
               tokenizer_batch=256, tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
+ADDP_FOLDER = dict(FOLDER, lr=1e-4)
 SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)                                       # with --size tiny or small
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every", "resume"}
 
 
 def settle(cfg):
     """Fill in what was not said on the command line; refuse what cannot be."""
-    recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, SMALL_FOLDER if cfg.size in ("tiny", "small") else FOLDER)
+    folder = SMALL_FOLDER if cfg.size in ("tiny", "small") else ADDP_FOLDER if cfg.model == "addp" else FOLDER
+    recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, folder)
     if cfg.steps and cfg.epochs:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
     for name, value in recipe.items():
@@ -83,6 +87,14 @@ def settle(cfg):
     for name in ("image_size", "ids", "codes", "batch_size", "steps", "tokenizer_steps", "epochs", "micro_batch", "log_every", "save_every"):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
+    teacher = unified.MODELS[cfg.model].predictor
+    if teacher and not cfg.predictor:
+        data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset}"
+        raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} --model {teacher}, then this with "
+                        f"--predictor out/{pathlib.Path(cfg.dataset).name}-{teacher}")
+    if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
+        raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings along, nor --labels go with it")
+    cfg.tokenizer = cfg.tokenizer or cfg.predictor
     side = math.isqrt(cfg.ids)
     if not cfg.tokenizer and (side ** 2 != cfg.ids or cfg.image_size % side or cfg.image_size // side not in (2, 4, 8, 16)):
         fit = ", ".join(str((cfg.image_size // s) ** 2) for s in (16, 8, 4, 2) if cfg.image_size % s == 0)
@@ -361,9 +373,15 @@ def draw_reconstructions(run, vqgan, data):
     unified.grid(torch.cat(rows)).save(run.folder / "reconstructions.png")
 
 
-def get_tokenizer(run, train, test):
-    """The tokenizer of this run and its VQGAN arguments: the one named by --tokenizer, or one trained here."""
+def get_frozen(run, train, test):
+    """What the model is built on, and its config: the MAGE named by --predictor, or the tokenizer named by --tokenizer, or one trained here."""
     cfg = run.cfg
+    if cfg.predictor:
+        predictor, config = unified.load_model(cfg.predictor, run.tell)
+        if type(predictor) is not unified.MAGE or predictor.image_size != cfg.image_size:
+            raise UserError(f"--predictor {cfg.predictor} is a {config['arch']['model']} of {predictor.image_size} pixels; "
+                            f"{cfg.model} learns from a mage of --image-size {cfg.image_size}")
+        return predictor, config["arch"]
     if cfg.tokenizer:
         vqgan, arch = unified.load_tokenizer(cfg.tokenizer)
         if cfg.image_size % vqgan.stride:
@@ -403,13 +421,13 @@ def get_ids(run, vqgan, train):
     return lambda plan: cached_batches(ids, labels, plan)
 
 
-def get_model(run, vqgan, arch, train, test):
-    """The trained model."""
+def get_model(run, frozen, arch, train, test):
+    """The trained model. frozen: the tokenizer or the predictor it is built on, and arch its config."""
     cfg, method = run.cfg, unified.MODELS[run.cfg.model]
     torch.manual_seed(cfg.seed + 1)
     arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, arch, len(train.classes) if cfg.labels else 0)
     model = unified.build(arch)
-    model.vqgan.load_state_dict(vqgan.state_dict())
+    (model.token_predictor if cfg.predictor else model.vqgan).load_state_dict(frozen.state_dict())
     model.to(run.device)
     steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     image_bytes = sum(60 * c * h * w for c, h, w in model.layers.values()) * (2 if cfg.dtype == "float32" else 1) * method.views
@@ -485,8 +503,7 @@ def main():
     try:
         train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images) for part in (True, False))
         open_run(run)
-        vqgan, arch = get_tokenizer(run, train, test)
-        model = get_model(run, vqgan, arch, train, test)
+        model = get_model(run, *get_frozen(run, train, test), train, test)
         if run.rank == 0:
             report(run, model.vqgan, model, train, test)
     except torch.OutOfMemoryError:
