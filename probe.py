@@ -129,7 +129,7 @@ def vectors(model, wanted, x, index, seed=0):
 
 def tokens(model, x):
     """What a token model makes of pictures first, so that it is done once for several places or networks; pictures for all others."""
-    return model.to_ids(x) if hasattr(model, "to_ids") else x
+    return model.to_ids(x) if getattr(model, "reads_ids", False) else x
 
 
 def pixels(x):
@@ -390,7 +390,7 @@ def finetune(net, data, index, test, decay, title, cfg):
 
     def logits(x):
         with autocast(cfg):
-            return head(net.features(x.to(cfg.device))[0].mean((2, 3))).float()
+            return head(net.features(x.to(cfg.device), finetune=True)[0].mean((2, 3))).float()
     embedding = getattr(net, "token_emb", nn.Identity()).train()
     with tqdm.tqdm(total=cfg.epochs * steps, desc=title, unit="step", dynamic_ncols=True) as bar:
         for epoch in range(cfg.epochs):

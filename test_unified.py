@@ -1,7 +1,7 @@
 """The proof of unified.py, in the same order: read the two side by side. A test is named after the sentence that it proves.
 
-Tests with `golden` in their names compare with numbers that the authors' own code computed on tiny networks: assets/golden/mage.pt
-and vqgan.pt, or files of the same form in the folder $UNIFIED_GOLDEN. All sizes come from the file, none from here.
+Tests with `golden` in their names compare with numbers that the authors' own code computed on tiny networks: assets/golden/mage.pt,
+vqgan.pt and addp.pt, or files of the same form in the folder $UNIFIED_GOLDEN. All sizes come from the file, none from here.
 The other tests need nothing but this folder: no data, no network, no GPU.  Run: python -m pytest -q
 """
 import argparse
@@ -693,24 +693,31 @@ def test_demask_keeps_known_ids_and_hides_the_least_certain():
     assert unified.demask(p.log(), ids, ~ids.eq(9), torch.tensor([1, 1]), u, noise)[1].nonzero().tolist() == [[0, 0], [1, 0]]
 
 
-@pytest.fixture
-def decoding(monkeypatch):
-    """The golden run of the decoding loop, replayed by our sample_steps with its draws: file, model, records of each step, states.
+def replayed(monkeypatch, sampled, gumbel):
+    """Make the decoding loop draw these ids (steps, n, L) and this Gumbel noise; returns a list that fills with records of its steps.
 
     The ids that the official sampler drew go back in through the front door, as the middle of each one's slice of (0, 1).
     """
-    (g, model, _), demask, steps = golden_mage(), unified.demask, []
+    demask, steps = unified.demask, []
     names = ("logits", "ids", "hidden", "left", "u", "noise", "sampled", "again")           # what demask() reads, what it answers
 
     def recorded(logits, ids, hidden, left, u, noise):
-        drawn = g.inputs["gen_categorical_samples"][len(steps)][..., None]
+        drawn = sampled[len(steps)][..., None]
         cdf = F.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
         before = logits, ids, hidden, left, ((cdf.gather(-1, drawn) + cdf.gather(-1, drawn + 1)) / 2)[..., 0].float(), noise
         after = demask(*before)
         steps.append(types.SimpleNamespace(**dict(zip(names, before + after))))
         return after
     monkeypatch.setattr(unified, "demask", recorded)
-    monkeypatch.setattr(unified, "gumbel", lambda u: g.inputs["gen_gumbel"][len(steps)].float())
+    monkeypatch.setattr(unified, "gumbel", lambda u: gumbel[len(steps)].float())
+    return steps
+
+
+@pytest.fixture
+def decoding(monkeypatch):
+    """The golden run of the decoding loop, replayed by our sample_steps with its draws: file, model, records of each step, states."""
+    g, model, _ = golden_mage()
+    steps = replayed(monkeypatch, g.inputs["gen_categorical_samples"], g.inputs["gen_gumbel"])
     n, rounds = g.inputs["gen_gumbel"].size(1), g.inputs["gen_num_iter"]
     states = list(model.sample_steps(n, rounds, temperature=g.inputs["gen_choice_temperature"]))
     assert len(states) == len(steps) == rounds
@@ -1013,6 +1020,533 @@ def test_two_views_of_pixels_are_two_views_of_ids():
     assert model(x, **options)[0].equal(model(ids, **options)[0])
     assert "contrast" not in model(x[:, 0], labels=options["labels"])[1]                    # one view: plain MAGE
     assert "contrast" not in mage()(x)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 6. ADDP
+
+
+def golden_addp():
+    """The golden file, our model with its weights, and the names it holds that our model does not have."""
+    g = golden("addp")
+    c = g.config
+    config, state, dead = unified.published_addp(g.state_dict, (c["num_heads"], c["decoder_num_heads"]), (c["mage_num_heads"], c["mage_decoder_num_heads"]))
+    fake = c["fake_class_label"] - c["codebook_size"]
+    if fake != PUBLISHED_FAKE_CLASS:                                                        # else published_mage must know it by itself
+        config["predictor"]["fake_class"] = fake
+    model = unified.build(config)
+    model.load_state_dict(state)
+    return g, model.eval(), dead
+
+
+def assert_near(ours, theirs):
+    """Same shape, no element further off than the 1e-4 that tells a wrong eps of a norm from rounding."""
+    assert ours.shape == theirs.shape
+    assert torch.allclose(ours.detach().double(), theirs.double(), rtol=0, atol=1e-4), (ours - theirs).abs().max()
+
+
+def recorded(module, call):
+    """call(), and what the module read meanwhile."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    result = call()
+    handle.remove()
+    return result, seen
+
+
+def test_golden_addp_sizes_are_read_off_the_file():
+    g, model, dead = golden_addp()
+    c, predictor = g.config, model.token_predictor
+    side = c["img_size"] // c["patch_size"]
+    assert [model.image_size, model.vqgan.stride, model.grid, model.length] == [c["img_size"], c["patch_size"], side, c["num_tokens"]]
+    assert [model.codes, predictor.fake_id, predictor.mask_id] == [c[k] for k in ("codebook_size", "fake_class_label", "mask_token_label")]
+    assert model.token_emb.weight.shape == (c["vocab_size"], c["embed_dim"])
+    assert list(model.layers.values()) == [(c["embed_dim"], side, side)] * c["depth"] + [(c["decoder_embed_dim"], side, side)] * c["decoder_depth"]
+    for net, of in ((model, ""), (predictor, "mage_")):
+        heads = [block.attn.heads for block in [*net.blocks, *net.decoder_blocks]]
+        assert heads == [c[of + "num_heads"]] * c[of + "depth"] + [c[of + "decoder_num_heads"]] * c[of + "decoder_depth"]
+    assert predictor.vqgan is model.vqgan and set(dead) | model.state_dict().keys() == g.state_dict.keys()
+
+
+def test_golden_addp_constants_are_those_written_into_unified():
+    written = dict(label_smoothing=0.1, mask_ratio_min=0.5, mask_ratio_max=1.0, mask_ratio_mu=0.55, mask_ratio_std=0.25, mask_grid_steps=100, mlp_ratio=4)
+    assert {k: golden("addp").config[k] for k in written} == written
+
+
+def test_golden_addp_shares():
+    theirs = golden("addp").outputs["mask_schedule"]
+    share, weight = unified.nested_shares()
+    assert share.tolist() == pytest.approx(theirs["ratios"].tolist(), abs=1e-7)
+    assert weight.tolist() == pytest.approx(theirs["probs"].tolist(), rel=1e-6)             # theirs are of ratios in float32
+
+
+TRAINING = ["train", "train_all_masked"]
+
+
+def addp_step(case):
+    """A golden training step: model, official numbers, and what hide() answers."""
+    g, model, _ = golden_addp()
+    given = g.inputs[case]
+    return model, g.outputs[case], *model.hide(given["image"], given["mask_ratio_index"], given["index_offset"], given["noise"])
+
+
+def addp_loss(model, given):
+    return model(given["image"], index=given["mask_ratio_index"], gap=given["index_offset"], noise=given["noise"])[0]
+
+
+def code_map(model, tokens):
+    """(B, L, C) -> (B, C, h, w), the layout of the official tensors."""
+    return tokens.mT.unflatten(2, (model.grid, model.grid))
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_golden_addp_ids_and_masks(case):
+    model, theirs, ids, mask, earlier, seen = addp_step(case)
+    assert ids.equal(theirs["token_ids"])
+    assert mask.equal(theirs["mask_t"].bool()) and earlier.equal(theirs["mask_t_next"].bool())
+    assert set((~mask).sum(1).tolist()) == {seen}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_golden_addp_guesses_of_the_predictor(case):
+    model, theirs, ids, mask, earlier, _ = addp_step(case)
+    codes = model.vqgan.quantize.embedding.weight
+    assert_near(code_map(model, model.token_predictor.logits(ids, earlier).softmax(-1) @ codes), theirs["soft_tokens"])
+    assert_near(code_map(model, model.token_predictor.logits(ids, mask).softmax(-1)), theirs["target"])
+    assert_near(code_map(model, codes[ids]), theirs["z0"])
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_golden_addp_picture(case):
+    model, theirs, ids, mask, earlier, _ = addp_step(case)
+    x, z = recorded(model.vqgan.decoder, lambda: model.paint(ids, mask, model.token_predictor.logits(ids, earlier)))
+    assert_near(torch.cat(z), theirs["z_t"])
+    assert_near(x, theirs["x_t"])
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_golden_addp_latent_and_logits(case):
+    model, theirs, ids, mask, _, seen = addp_step(case)
+    assert_near(model.patches(theirs["x_t"]), theirs["encoder_input"])
+    latent = model.encode(theirs["x_t"])
+    assert_near(latent, theirs["latent"])
+    x = model.decoder_input(latent, ids, mask, seen)
+    for block in model.decoder_blocks:
+        x = block(x)
+    everything = model.head(x, len(model.token_emb.weight))                                 # all words, appended tokens too
+    assert_near(everything[..., :model.codes], theirs["logits_codebook"])
+    assert_near(everything[..., -1], theirs["logits_mask_label"])
+    assert_near(everything.logsumexp(-1), theirs["logits_logsumexp"])
+    assert_close(model.decode(latent, ids, mask, seen), everything[:, 1:1 + model.length, :model.codes], 1e-5)
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_golden_addp_loss_through_the_whole_step(case):
+    g, model, _ = golden_addp()
+    theirs = g.outputs[case]
+    loss, seen = recorded(model.patch_embed["proj"], lambda: addp_loss(model, g.inputs[case]))
+    assert_near(loss, theirs["loss"])
+    assert_near(seen[0] * model.color_std + model.color_mean, theirs["x_t"].clamp(0, 1))    # it is this picture that enters the encoder
+
+
+def test_golden_addp_gradients():
+    g, model, dead = golden_addp()
+    theirs = dict(g.outputs["train"]["grads"])
+    addp_loss(model, g.inputs["train"]).backward()
+    ours = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+    rows = ours["token_emb.weight"].abs().sum(1).nonzero().flatten()
+    assert rows.equal(theirs.pop("token_emb.weight:rows"))
+    assert_near(ours["token_emb.weight"][rows], theirs.pop("token_emb.weight:values"))
+    for name, grad in theirs.items():
+        assert_near(ours[name], grad)
+    without = [k for k, grad in ours.items() if grad is None] + [k for k in dead if not k.startswith("token_predictor.") and k != "decoder_pos_embed"]
+    assert sorted(without) == sorted(g.outputs["train"]["params_without_grad"])             # decoder_pos_embed was frozen
+
+
+@pytest.mark.parametrize("case", ["sample_cosine", "sample_linear"])
+def test_golden_addp_decoding(case, monkeypatch):
+    g, model, _ = golden_addp()
+    given, theirs = g.inputs[case], g.outputs[case]
+    steps, rounds = replayed(monkeypatch, given["sampled_ids"], given["gumbel"]), int(given["num_iter"])
+    options = dict(temperature=given["choice_temperature"].item(), schedule=given["schedule"])
+    states, z = recorded(model.vqgan.decoder, lambda: list(model.sample_steps(given["gumbel"].size(1), rounds, **options)))
+    assert len(states) == len(steps) == len(z) == rounds
+    for i, (step, state) in enumerate(zip(steps, states)):
+        assert step.hidden.equal(theirs["mask_in"][i]) and step.again.equal(theirs["mask_next"][i])
+        assert_near(step.logits, theirs["logits"][i])
+        assert step.sampled.equal(theirs["tokens"][i]) and state.ids.equal(theirs["tokens"][i])
+        assert_near(step.noise, given["gumbel"][i].float() * options["temperature"] * (1 - (i + 1) / rounds))
+        assert_near(z[i], theirs["z_q"][i])
+        assert_near(state.x, theirs["images"][i])
+    assert states[-1].ids.equal(theirs["final_tokens"]) and not states[-1].hidden.any()
+    assert_near(model.render(states[-1]), theirs["final_image"].clamp(0, 1))
+
+
+def test_golden_addp_features():
+    g, model, _ = golden_addp()
+    x, theirs = g.inputs["features"]["image"], g.outputs["features"]
+    latent, seen = recorded(model.patch_embed["proj"], lambda: model.encode(x))
+    assert_near(seen[0], theirs["normalized_image"])
+    assert_near(model.patches(x), theirs["pretrain_encoder_input"])
+    assert_near(latent, theirs["pretrain_encoder_output"])
+    assert_near(model.embed(x), theirs["pretrain_pooled"])
+    assert_near(model.embed(x, pool="class"), theirs["pretrain_encoder_output"][:, 0])
+    assert_near(model.norm(model.features(x)[0].flatten(2).mT), theirs["pretrain_encoder_output"][:, 1:])
+
+
+@pytest.mark.parametrize("case", ["finetune", "finetune_interp"])
+def test_golden_addp_finetuning(case):
+    g, model, _ = golden_addp()
+    x, theirs, head = g.inputs[case]["image"], g.outputs[case], g.inputs["finetune_head"]
+    [tokens], seen = recorded(model.patch_embed["proj"], lambda: model.features(x, finetune=True))
+    assert_near(seen[0], theirs["normalized_image"])
+    assert_near(model.positions(tokens.size(-1)), theirs["pos_embed"])
+    assert_near(tokens.flatten(2).mT, theirs["tokens"][:, 1:])
+    assert_near(tokens.mean((2, 3)), theirs["pooled"])
+    tuned = F.layer_norm(tokens.mean((2, 3)), tokens.shape[1:2], head["fc_norm.weight"], head["fc_norm.bias"], eps=1e-6)
+    assert_near(tuned, theirs["pre_logits"])
+    assert_near(F.linear(tuned, head["head.weight"], head["head.bias"]), theirs["logits"])
+
+
+def addp(image_size=16, predictor=None, sharp=False, **options):
+    """A fresh ADDP in eval mode; 4 x 4 ids below 32 unless said otherwise. sharp: larger words, so that its guesses differ."""
+    predictor = predictor or mage(image_size, sharp=sharp)
+    torch.manual_seed(1)
+    sizes = dict(width=32, depth=2, heads=4, decoder_depth=2, decoder_heads=4)
+    model = unified.ADDP(predictor, image_size, **{**sizes, **options}).eval()
+    if sharp:
+        nn.init.normal_(model.token_emb.weight)
+    return model
+
+
+def half_hidden(model, n=4):
+    return unified.ranks(some_noise(n, model.length)) < model.length // 2
+
+
+def test_what_was_hidden_earlier_is_what_is_hidden_now_and_more():
+    model, ids = addp(64), some_ids(addp(64), 2)
+    share = unified.nested_shares()[0]
+    for index, gap in ((0, 1), (30, 5), (64, 1), (65, 3)):
+        _, mask, earlier, seen = model.hide(ids, index, gap, some_noise(2, 256))
+        assert (mask <= earlier).all() and seen == 256 - mask[0].sum()
+        assert mask.sum(1).tolist() == [math.ceil(256 * share[index])] * 2 and earlier.sum(1).tolist() == [math.ceil(256 * share[min(65, index + gap)])] * 2
+    counts = [math.ceil(256 * s) for s in share]
+    assert counts[:8] == [131, 134, 138, 141, 144, 148, 151, 154] and counts[-12:] == [252, 253, 253, 254, 254, 255, 255, 256, 256, 256, 256, 256]
+
+
+def test_drawn_shares_follow_their_weights():
+    model, share = addp(64), unified.nested_shares()[0]
+    ids = some_ids(model, 1)
+    hidden, earlier = torch.tensor([[m.sum() for m in model.hide(ids)[1:3]] for _ in range(3000)]).T / 256
+    assert abs(hidden.mean() - 0.747) < 0.01 and abs(earlier.mean() - 0.775) < 0.01          # as drawn by the official function, rounded up
+    assert 0.17 < (hidden > 0.9).float().mean() < 0.24 and hidden.min() >= share[0]
+
+
+def test_pixels_and_their_cached_ids_give_the_same_loss_in_addp():
+    model, x, draws = addp(), some_pictures(), dict(index=12, gap=2, noise=some_noise(4, 16))
+    loss = model(x, **draws)[0]
+    assert model(model.to_ids(x).int(), **draws)[0].equal(loss)                             # nothing but the ids is read
+    assert not model(some_ids(model), **draws)[0].equal(loss)
+    torch.manual_seed(0)
+    one = model(x)[0]
+    assert not model(x)[0].equal(one)                                                       # drawn if not given
+
+
+def test_the_predictor_guesses_both_in_one_batch():
+    model, calls = addp(), []
+    logits = model.token_predictor.logits
+    model.token_predictor.logits = lambda *args: calls.append(args) or logits(*args)
+    model(some_ids(model), index=12, gap=5, noise=some_noise(4, 16))
+    (ids, hidden), = calls
+    assert ids[:4].equal(ids[4:]) and (hidden[4:] < hidden[:4]).any() and (hidden[4:] <= hidden[:4]).all()
+
+
+def test_predictor_and_tokenizer_are_one_network_each_and_stay_as_they_are():
+    model = addp().train()
+    assert model.vqgan is model.token_predictor.vqgan and model.blocks[0].training
+    assert not any(m.training for m in model.token_predictor.modules())                     # the official one drops out here
+    model(some_ids(model), index=12)[0].backward()
+    for name, p in model.named_parameters():
+        if name.startswith(("vqgan.", "token_predictor.")):
+            assert not p.requires_grad and p.grad is None
+        elif name != "token_emb.weight":
+            assert p.grad.abs().max() > 0, name
+    draws = dict(index=12, gap=2, noise=some_noise(4, 16))
+    still = addp(dropout=0.0).train()
+    assert still(some_ids(still), **draws)[0].equal(still(some_ids(still), **draws)[0])
+    still.token_predictor.train()                                                           # the official way: its guesses differ each time
+    assert not still(some_ids(still), **draws)[0].equal(still(some_ids(still), **draws)[0])
+
+
+def test_every_parameter_takes_part_even_if_all_is_hidden():
+    model = addp()
+    model(some_ids(model), index=65)[0].backward()                                          # several processes would wait for a missing one
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert not any(p.grad.any() for p in model.blocks.parameters())                         # the picture says nothing then
+
+
+def test_one_batch_is_learned_by_addp():
+    model, losses = addp(sharp=True), []
+    ids, draws = some_ids(model, 8), dict(index=3, gap=2, noise=some_noise(8, 16))
+    target = model.token_predictor.logits(ids, model.hide(ids, **draws)[1]).softmax(-1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(80):
+        loss, _ = model(ids, **draws)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    words = len(model.token_emb.weight)
+    smoothed = F.pad(0.9 * target, (0, words - model.codes)) + 0.1 / words
+    entropy = -(smoothed * smoothed.log()).sum(-1)[model.hide(ids, **draws)[1]].mean()
+    assert losses[-1] - entropy < 0.3 * (losses[0] - entropy)                               # what is left to learn, mostly is
+
+
+def test_only_known_ids_and_the_latent_beside_them_reach_the_guesses():
+    model, ids, hidden = addp(sharp=True), some_ids(addp()), half_hidden(addp())
+    latent = model.encode(some_pictures())
+
+    def guesses(latent, ids):
+        return model.decode(latent, ids, hidden, model.length // 2)
+    base = guesses(latent, ids)
+    other = torch.cat([latent[:, :1] + 1, torch.where(hidden[..., None], 1.0, latent[:, 1:])], 1)           # position 0 does not count either
+    assert guesses(other, torch.where(hidden, (ids + 1) % model.codes, ids)).equal(base)
+    for j in range(model.length):
+        nudge = torch.zeros_like(latent)
+        nudge[:, 1 + j] = 1
+        assert guesses(latent + nudge, ids).isclose(base).all((1, 2)).equal(hidden[:, j])
+        changed = torch.where(torch.arange(model.length) == j, (ids + 1) % model.codes, ids)
+        assert guesses(latent, changed).isclose(base).all((1, 2)).equal(hidden[:, j])
+
+
+def test_while_all_is_hidden_no_picture_is_read_and_none_would_matter():
+    model, ids = addp(sharp=True), some_ids(addp())
+    hidden = torch.ones_like(ids, dtype=torch.bool)
+    skipped = model.logits(ids, hidden)
+    for x in (some_pictures(), torch.zeros(4, 3, 16, 16)):
+        assert_close(model.decode(model.encode(x), ids, hidden, 0), skipped, 1e-6)
+    model.encode = forbidden
+    states = model.sample_steps(2, steps=16)
+    assert [next(states).hidden.sum(1).tolist() for _ in range(2)] == [[16, 16]] * 2        # rounded up: the first steps keep nothing
+    with pytest.raises(AssertionError):
+        list(states)
+
+
+def test_addp_generates_without_its_predictor():
+    model = addp(sharp=True)
+    model.token_predictor.logits = forbidden
+    states = list(model.sample_steps(3, steps=6))
+    seen = [unified.Decoding(torch.zeros(3, 16).long(), torch.ones(3, 16).bool()), *states]
+    for before, after in zip(seen, seen[1:]):
+        assert not (after.hidden & ~before.hidden).any() and before.ids[~before.hidden].equal(after.ids[~before.hidden])
+    assert not states[-1].hidden.any()
+    frames = [model.render(s) for s in states]
+    assert all(f.shape == (3, 3, 16, 16) and f.min() >= 0 and f.max() <= 1 for f in frames)
+    assert not any(a.equal(b) for a, b in zip(frames, frames[1:])) and model.sample(3, steps=6).equal(frames[-1])
+
+
+def test_a_linear_schedule_ends_with_one_by_one():
+    model = addp(sharp=True)
+    assert [s.hidden.sum(1).tolist()[0] for s in model.sample_steps(1, steps=16, schedule="linear")] == [*range(15, 0, -1), 0]
+    assert [s.hidden.sum(1).tolist()[0] for s in mage(sharp=True).sample_steps(1, steps=16, schedule="linear")] == [*range(15, 0, -1), 0]
+
+
+def test_an_addp_picture_depends_on_its_seed_and_not_on_its_company():
+    model = addp(sharp=True)
+    together = list(model.sample_steps(3, steps=5, seeds=torch.tensor([3, 8, 3])))
+    for a, b in zip(together, model.sample_steps(1, steps=5, seeds=torch.tensor([8]))):
+        assert a.ids[1].equal(b.ids[0]) and a.hidden[1].equal(b.hidden[0])
+        assert_close(a.x[1], b.x[0], 1e-5)
+    assert together[-1].ids[0].equal(together[-1].ids[2]) and not together[-1].ids[0].equal(together[-1].ids[1])
+
+
+def test_addp_fills_holes_of_any_size_and_nothing_else():
+    model, known, (mask, counts) = addp(32, sharp=True), some_pictures(4, 32), holes()
+    ids, hidden = model.start(4, known, mask)
+    assert hidden.sum(1).tolist() == counts
+    states = list(model.sample_steps(4, steps=4, known=known, mask=mask))
+    for s in states:
+        assert s.ids[~hidden].equal(ids[~hidden]) and not (s.hidden & ~hidden).any()
+    x = model.render(states[-1])
+    assert x.movedim(1, -1)[~mask].equal(known.movedim(1, -1)[~mask]) and x[3].equal(known[3])
+    assert not x.movedim(1, -1)[mask].allclose(known.movedim(1, -1)[mask])
+    for i in range(4):                                                  # a hole alone, in a batch where no count differs
+        alone = list(model.sample_steps(1, steps=4, known=known[i:i + 1], mask=mask[i:i + 1], seeds=torch.tensor([i])))
+        assert alone[-1].ids.equal(states[-1].ids[i:i + 1])
+        assert_close(alone[-1].x, states[-1].x[i:i + 1], 1e-5)
+    other = torch.where(mask[:, None], 1 - known, known)                                    # what is in the hole never reaches the network
+    assert model.sample(4, steps=4, known=other, mask=mask).movedim(1, -1)[mask].equal(x.movedim(1, -1)[mask])
+
+
+def test_a_hole_begins_with_what_the_predictor_expects_in_it():
+    model, known, (mask, _) = addp(32, sharp=True), some_pictures(4, 32), holes()
+    ids, hidden = model.start(4, known, mask)
+    picture = model.paint(ids, hidden, model.token_predictor.logits(ids, hidden))
+    assert model.logits(ids, hidden).equal(model.logits(ids, hidden, x=picture))
+    assert not model.logits(ids, hidden).allclose(model.logits(ids, hidden, x=known))
+
+
+def test_addp_features_are_of_pixels_and_have_the_shapes_that_layers_promises():
+    model, x = addp(), some_pictures()
+    assert probe.tokens(model, x) is x and probe.tokens(mage(), x).equal(mage().to_ids(x))
+    assert model.layers == {b: (32, 4, 4) for b in (1, 2, 3, 4)} and model.best_layer == 2
+    maps = model.features(x, layers=[4, 1, 2, 3])
+    assert [tuple(m.shape) for m in maps] == [(4, 32, 4, 4)] * 4
+    assert model.features(x)[0].equal(maps[2])
+    ids = model.to_ids(x)
+    assert model.features(ids)[0].equal(model.features(model.vqgan.decode(ids.unflatten(1, (4, 4))))[0])
+    assert model.embed(ids).equal(model.embed(model.to_pixels(ids))) and not model.embed(ids).allclose(model.embed(x))
+    logits = model.decode(model.encode(x), ids, torch.zeros(4, 16, dtype=torch.bool), 16)
+    assert_close(model.head(maps[0].flatten(2).mT), logits, 1e-5)                           # the decoder's maps are of the picture, all known
+    with pytest.raises(ValueError, match="0.5"):
+        model.features(x, t=0.5)
+
+
+def test_addp_features_stop_early_take_maps_and_pass_gradients():
+    for stop, block in [(1, "blocks.1"), (2, "decoder_blocks.0"), (3, "decoder_blocks.1")]:
+        model = addp()
+        model.get_submodule(block).forward = forbidden
+        model.features(some_pictures(), layers=[stop])
+        with pytest.raises(AssertionError):
+            model.features(some_pictures(), layers=[stop + 1])
+    model, x, extra = addp(), some_pictures(), torch.randn(4, 32, 4, 4, requires_grad=True)
+    for b in (1, 3):                                                    # 3: in the decoder, which has the known ids behind the picture
+        assert_close(model.features(x, layers=[b], add={b: extra})[0], model.features(x, layers=[b])[0] + extra, 1e-6)
+    model.features(x, layers=[4], add={3: extra})[0].square().sum().backward()
+    assert (extra.grad != 0).any(1).all() and model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+
+
+def test_finetuning_reads_without_clamp_and_norm_and_at_any_size():
+    model, x = addp(), 2 * some_pictures() - 0.5
+    assert model.features(x)[0].equal(model.features(x.clamp(0, 1))[0])
+    assert not model.features(x, finetune=True)[0].allclose(model.features(x.clamp(0, 1), finetune=True)[0])
+    nn.init.zeros_(model.tokenizer_norm.weight)
+    before = model.features(x, finetune=True)[0]
+    nn.init.ones_(model.tokenizer_norm.weight)
+    assert model.features(x, finetune=True)[0].equal(before)
+    assert model.features(some_pictures(2, 24), finetune=True)[0].shape == (2, 32, 6, 6)
+    assert mage().features(x, finetune=True)[0].equal(mage().features(x)[0])                # MAGE has one path only
+
+
+def test_addp_refuses_a_predictor_of_another_size():
+    with pytest.raises(ValueError, match="32.*16"):
+        addp(32, predictor=mage(16))
+
+
+def test_addp_has_the_words_of_its_predictor():
+    assert len(addp().token_emb.weight) == 32 + 2 and len(addp(predictor=mage(classes=5, fake_class=2)).token_emb.weight) == 32 + 5 + 1
+    assert addp(predictor=mage(classes=5)).classes == 0
+
+
+def test_fresh_addp_weights_are_drawn_as_the_authors_drew_them():
+    predictor = mage()
+    before = {k: v.clone() for k, v in predictor.state_dict().items()}
+    model = addp(predictor=predictor)
+    for name in ("pos_embed", "decoder_pos_embed_learned", "decoder_pos_mask_embed", "decoder_pos_token_embed", "token_emb.weight"):
+        assert abs(model.state_dict()[name].std() / (0.02 * (768 / 32) ** 0.5) - 1) < 0.15, name
+    patch = model.patch_embed["proj"].weight                            # Xavier on the matrix of a patch, not on the convolution
+    assert 0.95 < patch.abs().max() / math.sqrt(6 / (32 + 3 * 4 * 4)) <= 1
+    assert not model.mlm_layer.bias.any() and model.mlm_layer.bias.size(2) == len(model.token_emb.weight)
+    assert all(v.equal(before[k]) for k, v in model.token_predictor.state_dict().items())   # the predictor keeps its own
+
+
+ADDP_DEAD = {"decoder_pos_embed": (1, 257, 0), "pos_token_embed": (1, 257, 0), "pos_mask_embed": (1, 257, 0),
+             "decoder_pred.weight": (768, 0), "decoder_pred.bias": (768,)}                  # 0 stands for the width
+
+
+def official_addp(width, depth):
+    """Names and shapes in addp-vit-base or -large, from the authors' table, none from our code."""
+    shapes = {f"token_predictor.{k}": v for k, v in official_mage(width, depth).items()}
+    shapes |= {f"vqgan.{k}": v for k, v in official_tokenizer().items()} | {k: tuple(n or width for n in v) for k, v in ADDP_DEAD.items()}
+    shapes |= {"cls_token": (1, 1, width), "mask_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,),
+               "token_emb.weight": (2025, width), "mlm_layer.bias": (1, 1, 2025)}
+    shapes |= {name: (1, 257, width) for name in ("pos_embed", "decoder_pos_embed_learned", "decoder_pos_mask_embed", "decoder_pos_token_embed")}
+    for linear in ("decoder_embed", "mlm_layer.fc"):
+        shapes |= {f"{linear}.weight": (width, width), f"{linear}.bias": (width,)}
+    for norm in ("tokenizer_norm", "norm", "decoder_norm", "mlm_layer.ln"):
+        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+    for name, blocks in [("blocks", depth), ("decoder_blocks", 8)]:
+        for i in range(blocks):
+            shapes |= official_transformer(f"{name}.{i}", width)
+    return shapes
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+@pytest.mark.parametrize("width, depth, heads, used, encoder", [(768, 12, (12, 16), 145.88, 85.85), (1024, 24, (16, 16), 409.10, 303.37)], ids=["base", "large"])
+def test_published_addp_files_load_strictly(tmp_path, width, depth, heads, used, encoder):
+    torch.save({"model": hollow(official_addp(width, depth)), "args": argparse.Namespace(blr=1e-4)}, tmp_path / "addp.pth")
+    said = []
+    with torch.device("meta"):                                          # shapes without memory
+        model, config = unified.load_model(tmp_path / "addp.pth", tell=said.append)
+    assert isinstance(model, unified.ADDP) and not model.training and len(said) == 1 and "unknown" not in said[0]
+    assert all(name in said[0] for name in [*ADDP_DEAD, *(f"token_predictor.{name}" for name in OFFICIAL_DEAD)])
+    assert len(model.token_emb.weight) == 2025 and (model.token_predictor.fake_id, model.token_predictor.mask_id, model.image_size) == (1100, 2024, 256)
+    for net in (model, model.token_predictor):
+        assert (net.blocks[0].attn.heads, net.decoder_blocks[0].attn.heads) == heads
+    shapes = {k: tuple(p.shape) for k, p in model.named_parameters() if p.requires_grad}
+    assert round(count(shapes, "") / 1e6, 2) == used
+    assert round(count(shapes, "cls_token", "pos_embed", "patch_embed.", "tokenizer_norm.", "blocks.", "norm.") / 1e6, 2) == encoder
+    ours = unified.model_config("addp", "large" if depth == 24 else "base", 256, unified.tokenizer_config("base", 16))
+    assert all(config["arch"][k] == v for k, v in ours.items() if k != "predictor")         # our sizes are the published ones
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_a_published_addp_file_that_lacks_a_weight_is_refused(tmp_path):
+    state = hollow(official_addp(768, 12))
+    for lost in ("decoder_pos_token_embed", "token_predictor.norm.weight", "token_emb.weight"):
+        torch.save({"model": {k: v for k, v in state.items() if k != lost}}, tmp_path / "lacking.pth")
+        with torch.device("meta"), pytest.raises(unified.UserError, match=f"lacking.pth.*{lost}"):
+            unified.load_model(tmp_path / "lacking.pth", tell=lambda line: None)
+
+
+def test_golden_addp_file_on_disk_samples_and_gives_features(tmp_path, monkeypatch):
+    g, model, _ = golden_addp()
+    c = g.config
+    if c["fake_class_label"] != c["codebook_size"] + PUBLISHED_FAKE_CLASS:
+        pytest.skip("a file with another fake class than the published ones cannot say so by itself")
+    predictor = (c["mage_num_heads"], c["mage_decoder_num_heads"])
+    published = unified.published_addp                                  # two widths may be alike here, which is why heads are passed by hand
+    monkeypatch.setattr(unified, "published_addp", lambda state: published(state, (c["num_heads"], c["decoder_num_heads"]), predictor))
+    torch.save({"model": g.state_dict}, tmp_path / "addp.pth")
+    loaded, config = unified.load_model(tmp_path / "addp.pth", tell=lambda line: None)
+    assert_near(loaded.embed(g.inputs["features"]["image"]), g.outputs["features"]["pretrain_pooled"])
+    assert loaded.sample(2, steps=2).equal(model.sample(2, steps=2))
+    unified.build(json.loads(json.dumps(config["arch"]))).load_state_dict(loaded.state_dict())
+
+
+def test_a_run_of_addp_is_loaded_from_its_folder_predictor_included(tmp_path):
+    arch = unified.model_config("addp", "tiny", 16, unified.tokenizer_config("toy", 4, 32))
+    model = unified.build(arch)
+    unified.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "config": {"arch": arch}})
+    loaded, _ = unified.load_model(tmp_path)
+    assert loaded.vqgan is loaded.token_predictor.vqgan and not loaded.training
+    assert loaded.sample(2, steps=3).equal(model.eval().sample(2, steps=3))
+    draws = dict(index=12, gap=2, noise=some_noise(2, 16))
+    assert loaded(some_pictures(2), **draws)[0].equal(model(some_pictures(2), **draws)[0])  # the predictor's weights are those stored
+
+
+def test_addp_trains_on_the_ids_of_its_predictor_then_samples_and_is_probed(photos, finished, tmp_path):
+    run, before = tmp_path / "run", (finished[0] / "ids.npy").read_bytes()
+    printed = script("train.py", *flags(photos, run, "--model", "addp", "--predictor", finished[0], "--micro-batch", 4))
+    assert "untrained" in printed and not (run / "ids.npy").exists() and not (run / "tokenizer.pt").exists()
+    assert (finished[0] / "ids.npy").read_bytes() == before
+    ours, theirs = (unified.load_checkpoint(folder / "model.pt")["model"] for folder in (run, finished[0]))
+    assert all(ours[f"token_predictor.{k}"].equal(v) for k, v in theirs.items())            # learned from, not changed
+    assert '"held_out"' in (run / "log.jsonl").read_text()
+    script("sample.py", run, "--image", next((photos / "val" / "cat").iterdir()), "--box", "4,4,12,12", "--n", 1, "--gif", "--steps", 4)
+    assert PIL.Image.open(run / "painted-0.gif").n_frames == 4
+    script("probe.py", run, "--head", "finetune", "--epochs", 1, "--batch-size", 16, "--workers", 0)
+    assert json.loads((run / "probe.jsonl").read_text())["head"] == "finetune"
+
+
+def test_a_predictor_that_is_missing_or_unfit_ends_in_one_sentence(photos, finished, tmp_path):
+    def refused(*more):
+        printed = script("train.py", *flags(photos, tmp_path / "run", "--model", "addp", *more), expect=2)
+        assert printed.count("\n") == 1
+        return printed
+    assert f"run python train.py --dataset {photos} --model mage, then this with --predictor out/{photos.name}-mage" in refused()
+    assert "--image-size 64" in refused("--predictor", finished[0], "--image-size", 64)
+    assert "belongs to --model addp" in refused("--predictor", finished[0], "--labels")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1542,8 +2076,8 @@ def test_every_preset_can_be_built_from_plain_values(name, tokenizer_size):
         config = json.loads(json.dumps(config))                         # plain values survive this
         with torch.device("meta"):
             model = unified.build(config)
-            assert isinstance(unified.build(config["tokenizer"]), unified.VQGAN)
-        assert (model.vqgan.stride, model.length, model.classes) == (stride, 256, 10)
+            assert isinstance(unified.build(config.get("predictor", config)["tokenizer"]), unified.VQGAN)
+        assert (model.vqgan.stride, model.length, model.classes) == (stride, 256, 0 if "predictor" in config else 10)
         assert (model.contrastive > 0) == (unified.MODELS[name].views == 2)
 
 

@@ -3,6 +3,7 @@
     python train.py                                          shapes drawn on the fly, on a CPU, in minutes
     python train.py --dataset cifar10                        the same on CIFAR-10
     python train.py --dataset imagenet --tokenizer vqgan_jax_strongaug.ckpt         the paper's recipe
+    python train.py --model addp --predictor out/shapes-mage                        ADDP, which learns from a trained MAGE
     torchrun --standalone --nproc-per-node 8 train.py ...    the same flags on 8 GPUs
 
 A run is a folder, out/<dataset>-<model>: tokenizer.pt, ids.npy, model.pt, log.jsonl, loss.png, reconstructions.png, samples.png.
@@ -42,6 +43,7 @@ class Config:
     tokenizer_steps: int = option(None, "optimizer steps of the tokenizer")
     adversarial: float = option(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0")
     tokenizer: str = option("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
+    predictor: str = option("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a checkpoint or a published file")
     views: int = option(None, "random crops of each image kept as ids; 1 keeps the whole picture, 0 tokenises fresh crops in every step")
     labels: bool = option(False, "condition on class labels, so that sample.py --label works")
     init: str = option("", "a run of the same model and size to start from; with --labels, to teach it the classes")
@@ -69,6 +71,7 @@ SHAPES = dict(size="tiny", image_size=32, ids=16, codes=128, steps=3000, batch_s
 CIFAR10 = dict(SHAPES, ids=64, codes=1024, steps=4000, views=4, tokenizer_size=None, tokenizer_steps=4500)
 FOLDER = dict(size="base", image_size=256, ids=None, codes=1024, epochs=1600, batch_size=4096, lr=1.5e-4, views=10, tokenizer_steps=1_000_000,
               tokenizer_batch=256, tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
+ADDP_FOLDER = dict(FOLDER, lr=1e-4)
 SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)                                       # with --size tiny or small
 PIXELS = {"tiny": dict(ids=64)}                                                             # what differs for models without tokenizer
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every", "resume"}
@@ -83,7 +86,8 @@ def recipe_of(cfg):
 def settle(cfg):
     """Fill in what was not said on the command line; refuse what cannot be."""
     method = unified.MODELS[cfg.model]
-    recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, SMALL_FOLDER if cfg.size in ("tiny", "small") else FOLDER)
+    folder = SMALL_FOLDER if cfg.size in ("tiny", "small") else ADDP_FOLDER if cfg.model == "addp" else FOLDER
+    recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, folder)
     if cfg.steps and cfg.epochs:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
     if not method.tokenizer:
@@ -98,6 +102,14 @@ def settle(cfg):
     for name in ("image_size", "ids", "codes", "batch_size", "steps", "tokenizer_steps", "epochs", "micro_batch", "log_every", "save_every"):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
+    teacher = unified.MODELS[cfg.model].predictor
+    if teacher and not cfg.predictor:
+        data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset}"
+        raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} --model {teacher}, then this with "
+                        f"--predictor out/{pathlib.Path(cfg.dataset).name}-{teacher}")
+    if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
+        raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings along, nor --labels go with it")
+    cfg.tokenizer = cfg.tokenizer or cfg.predictor
     side = math.isqrt(cfg.ids)
     if not method.tokenizer and (side ** 2 != cfg.ids or cfg.image_size % side):
         raise UserError(f"--ids {cfg.ids} does not cut --image-size {cfg.image_size} into square patches; take the square of a divisor of it")
@@ -410,9 +422,15 @@ def draw_reconstructions(run, reconstruct, data):
 TOKENIZER_RECIPE = dict(unified.MAGE_RECIPE, betas=(0.9, 0.99), decay=0.0)
 
 
-def get_tokenizer(run, train, test):
-    """The tokenizer of this run and its VQGAN arguments: the one named by --tokenizer, or one trained here."""
+def get_frozen(run, train, test):
+    """What the model is built on, and its config: the MAGE named by --predictor, or the tokenizer named by --tokenizer, or one trained here."""
     cfg = run.cfg
+    if cfg.predictor:
+        predictor, config = unified.load_model(cfg.predictor, tell=run.tell)
+        if type(predictor) is not unified.MAGE or predictor.image_size != cfg.image_size:
+            raise UserError(f"--predictor {cfg.predictor} is a {config['arch']['model']} of {predictor.image_size} pixels; "
+                            f"{cfg.model} learns from a mage of --image-size {cfg.image_size}")
+        return predictor, config["arch"]
     if cfg.tokenizer:
         vqgan, arch = unified.load_tokenizer(cfg.tokenizer)
         if cfg.image_size % vqgan.stride:
@@ -466,15 +484,15 @@ def image_bytes(cfg, model):
     return sum(60 * c * h * w for c, h, w in model.layers.values()) * (2 if cfg.dtype == "float32" else 1) * unified.MODELS[cfg.model].views
 
 
-def get_model(run, vqgan, arch, train, test):
-    """The trained model, and its averaged weights, if it has any."""
+def get_model(run, frozen, arch, train, test):
+    """The trained model, and its averaged weights, if it has any. frozen: the tokenizer or predictor it is built on, and arch its config."""
     cfg, method = run.cfg, unified.MODELS[run.cfg.model]
     torch.manual_seed(cfg.seed + 1)
     arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, math.isqrt(cfg.ids), arch, len(train.classes) if cfg.labels else 0,
                                 tune=bool(cfg.init and cfg.labels))
     model = unified.build(arch)
-    if vqgan:
-        model.vqgan.load_state_dict(vqgan.state_dict())
+    if frozen:
+        (model.token_predictor if method.predictor else model.vqgan).load_state_dict(frozen.state_dict())
     start_from(run, model)
     model.to(run.device)
     steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
@@ -482,18 +500,18 @@ def get_model(run, vqgan, arch, train, test):
     peak = cfg.lr * cfg.batch_size / 256
     run.tell(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in trainable(model).values()):,} parameters, {model.length} tokens an image, "
              f"{steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}"
-             + (f"; the loss starts near ln {model.codes} = {math.log(model.codes):.2f}" if vqgan else ""))
+             + (f"; the loss starts near ln {model.codes} = {math.log(model.codes):.2f}" if method.tokenizer else ""))
     if method.views == 2 and micro * run.world < cfg.batch_size:
         run.tell(f"the contrastive term compares {micro * run.world} of the {cfg.batch_size} images with each other: those computed at once")
-    held, labels = unified.map_pictures(model.to_ids if vqgan else lambda x: x, test, 512, workers=cfg.workers, device=run.device)
+    held, labels = unified.map_pictures(model.to_ids if method.tokenizer else lambda x: x, test, 512, workers=cfg.workers, device=run.device)
 
     def evaluate():
-        draw_what_it_does(run, model, test, steps=None if vqgan else 20)
+        draw_what_it_does(run, model, test, steps=None if method.tokenizer else 20)
         torch.manual_seed(0)
         with torch.no_grad(), run.autocast():
             return {"held_out": model(held.to(run.device), labels.to(run.device) if cfg.labels else None)[0].item()}
-    ema = fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, vqgan and model.vqgan, train), len(train),
-                         method.views if vqgan else cfg.views, steps, cfg.batch_size, micro, peak, recipe_of(cfg), lambda step, first: model.draws(first, micro), evaluate))
+    ema = fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, getattr(model, "vqgan", None), train), len(train),
+                         method.views if method.tokenizer else cfg.views, steps, cfg.batch_size, micro, peak, recipe_of(cfg), lambda step, first: model.draws(first, micro), evaluate))
     return model, ema
 
 
@@ -522,9 +540,10 @@ def draw_losses(run):
             yield unified.chart(curves, f"{stage}: loss by step")
 
 
-def report(run, vqgan, model, ema, train, test):
+def report(run, model, ema, train, test):
     """What has been learned, in figures and pictures, and what to type next."""
-    cfg, figures, top1 = run.cfg, measure_tokenizer(run, vqgan, test, len(test)) if vqgan else {}, {}
+    cfg, vqgan, top1 = run.cfg, getattr(model, "vqgan", None), {}
+    figures = measure_tokenizer(run, vqgan, test, len(test)) if vqgan else {}
     with averaged(model, ema):
         draw_what_it_does(run, model, test)
     unified.stack(list(draw_losses(run))).save(run.folder / "loss.png")
@@ -627,10 +646,9 @@ def main():
         train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images, recipe_of(cfg)["crop"])
                        for part in (True, False))
         open_run(run)
-        vqgan, arch = get_tokenizer(run, train, test) if unified.MODELS[cfg.model].tokenizer else (None, None)
-        model, ema = get_model(run, vqgan, arch, train, test)
+        model, ema = get_model(run, *(get_frozen(run, train, test) if unified.MODELS[cfg.model].tokenizer else (None, None)), train, test)
         if run.rank == 0:
-            report(run, vqgan, model, ema, train, test)
+            report(run, model, ema, train, test)
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory; try --micro-batch {max(1, (cfg.micro_batch or cfg.batch_size // run.world) // 2)}")
     except Stopped as reason:

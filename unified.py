@@ -6,6 +6,7 @@ it is a representation; undoing it step by step, starting from nothing, is gener
     method   what it reads   how that was corrupted                       what it predicts
     MAGE     token ids       a random share hidden (70 % on average)      the hidden ids
     MAGE-C   the same, of two crops of an image                           + which crops belong together
+    ADDP     pixels      painted from ids, hidden ones guessed                what a frozen MAGE holds possible
     UMD      pixels      half: 75 % of patches hidden; half: noise added      pixels where hidden, noise where seen
                          and 37.5 % hidden. Its ends: MAE, MaskDiT, DiT
 
@@ -16,6 +17,7 @@ Read from the top; nothing is used before it has been explained.
     3  what is hidden or noised      how many ids, which ids; how much noise, and the way back; random numbers by name
     4  MAGE                          guess the hidden ids; train, generate, inpaint, represent
     5  MAGE-C                        the same network also learns which two crops show the same image
+    6  ADDP                          the encoder reads pixels, the decoder guesses ids; a trained MAGE teaches both
     7  UMD, MAE, MaskDiT, DiT        hide patches, or add noise to them, or both
     9  presets, published weights    sizes, and how files of the original authors are read
     10 pictures, runs and files      data sets, the id cache, PNG grids, ridge regression, checkpoints
@@ -31,7 +33,7 @@ Papers     [UMD] Hansen-Estruch et al. 2024, arXiv 2406.17688    [DiT] Peebles a
            [MAGE] Li et al. 2022, arXiv 2211.09117      [MaskGIT] Chang et al. 2022, 2202.04200     [VQGAN] Esser et al. 2020, 2012.09841
            [MAE] He et al. 2021, 2111.06377             [ViT] Dosovitskiy et al. 2020, 2010.11929   [Attention] Vaswani et al. 2017, 1706.03762
            [SimCLR] Chen et al. 2020, 2002.05709        [VQ-VAE] van den Oord et al. 2017, 1711.00937     [DDPM] Ho et al. 2020, 2006.11239
-           [iDDPM] Nichol and Dhariwal 2021, 2102.09672    [DDIM] Song et al. 2020, 2010.02502
+           [iDDPM] Nichol and Dhariwal 2021, 2102.09672    [DDIM] Song et al. 2020, 2010.02502          [ADDP] Tian et al. 2023, 2306.05423
 """
 import argparse
 import copy
@@ -128,20 +130,20 @@ def put(into, index, x):
     return into.scatter(1, index[..., None].expand(-1, -1, x.size(2)), x)
 
 
-def run_blocks(x, blocks, first, layers, add, maps, front, *condition):
+def run_blocks(x, blocks, first, layers, add, maps, places, *condition):
     """Run blocks, numbered from first on, but none beyond the last of layers.
 
-    x, front    tokens (B, front + h * w, C); the first front of them belong to no place in the picture
-    layers      numbers of the blocks whose outputs are put into the dict maps, as (B, C, h, w), h = w
-    add         {number: map (B, C, h, w)} added to that block's output
+    x, places   tokens (B, ., C); those at places, a slice, are the patches of the picture, h x h of them, row by row
+    layers      numbers of the blocks whose outputs are put into the dict maps, as (B, C, h, h)
+    add         {number: map (B, C, h, h)} added to that block's output
     """
-    grid = math.isqrt(x.size(1) - front)
+    side = math.isqrt(places.stop - places.start)
     for b, block in enumerate(blocks[:max(layers) - first + 1], first):
         x = block(x, *condition)
         if b in add:
-            x = torch.cat([x[:, :front], x[:, front:] + add[b].flatten(2).mT], 1)
+            x = torch.cat([x[:, :places.start], x[:, places] + add[b].flatten(2).mT, x[:, places.stop:]], 1)
         if b in layers:
-            maps[b] = x[:, front:].mT.unflatten(2, (grid, grid))
+            maps[b] = x[:, places].mT.unflatten(2, (side, side))
     return x
 
 
@@ -381,12 +383,13 @@ def ranks(noise):
     return noise.argsort(stable=True, dim=1).argsort(1)
 
 
-def hidden_left(initial, hidden, step, steps):
-    """How many ids of each picture stay hidden after a step, counted from 0: the cosine's share of those hidden at the start, but at
-    least one less than before, and at least one as long as there is any. initial, hidden: int (B,) -> int (B,)."""
-    share = math.cos(math.pi / 2 * (step + 1) / steps)
-    left = (initial.double() * share).floor().long()
-    return left.minimum(hidden - 1).clamp(min=1).minimum(hidden)
+def hidden_left(initial, hidden, step, steps, schedule="cosine", up=False):
+    """How many ids of each picture stay hidden after a step, counted from 0: a share of those hidden at the start, which falls along a
+    cosine, or a straight line (schedule "linear"). Rounded down and at least one less than before, or rounded up; and at least one as
+    long as there is any. initial, hidden: int (B,) -> int (B,)."""
+    left = initial.double() * (math.cos(math.pi / 2 * (step + 1) / steps) if schedule == "cosine" else 1 - (step + 1) / steps)
+    left = left.ceil().long() if up else left.floor().long().minimum(hidden - 1)
+    return left.clamp(min=1).minimum(hidden)
 
 
 # Random numbers by name. In generation, a number depends on (the picture's seed, which draw, which position) and on nothing else: it
@@ -590,11 +593,21 @@ class Head(nn.Module):
 
 class Decoding(typing.NamedTuple):
     """Pictures being decoded: ids (n, L), of which some are still hidden (n, L); if pixels were known beforehand, these (n, 3, S, S) and
-    where they are not, bool (n, S, S)."""
+    where they are not, bool (n, S, S); the pictures so far (n, 3, S, S), if the model paints them in every step."""
     ids: torch.Tensor
     hidden: torch.Tensor
     known: torch.Tensor = None
     mask: torch.Tensor = None
+    x: torch.Tensor = None
+
+    def with_known(self, x):
+        """Pixels x (n, 3, S, S) with the known ones put back."""
+        return x if self.known is None else torch.where(self.mask[:, None], x, self.known)
+
+
+def learned(length, dim):
+    """A learned table of vectors (1, length, dim), drawn like the embeddings below."""
+    return nn.Parameter(torch.randn(1, length, dim) * 0.02 * (768 / dim) ** 0.5)
 
 
 def initialise(module):
@@ -634,7 +647,7 @@ class MAGE(Model):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, decoder_width)
-        self.decoder_pos_embed_learned = nn.Parameter(torch.randn(1, 1 + self.length, decoder_width) * 0.02 * (768 / decoder_width) ** 0.5)
+        self.decoder_pos_embed_learned = learned(1 + self.length, decoder_width)
         self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads, dropout) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.mlm_layer = Head(decoder_width, width, self.mask_id + 1)
@@ -726,8 +739,11 @@ class MAGE(Model):
 
     # ---- generation
 
-    def logits(self, ids, hidden, labels=None, guidance=1.0):
-        """Logits (n, L, K) of partly hidden ids; nothing is dropped here, so the encoder reads every [MASK]."""
+    rounds_up = False                                           # see hidden_left
+
+    def logits(self, ids, hidden, labels=None, guidance=1.0, x=None):
+        """Logits (n, L, K) of partly hidden ids; nothing is dropped here, so the encoder reads every [MASK]. x, the picture so far, is
+        for models that read pixels."""
         def one(labels):
             return self.decode(self.encode(self.words(ids, hidden, labels)), hidden)
         if labels is None or guidance == 1:
@@ -745,8 +761,11 @@ class MAGE(Model):
         hidden = F.max_pool2d(touched, 3, 1, 1).flatten(1) > 0
         return self.to_ids(known.masked_fill(mask[:, None], 0.0)), hidden
 
+    def paint(self, ids, hidden, logits):
+        """The picture so far, where the model itself reads it; MAGE reads ids, and the film is painted by render()."""
+
     @torch.no_grad()
-    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
+    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None, schedule="cosine"):
         """Parallel decoding [MaskGIT, section 3.2]: guess every hidden id, keep the guesses that the network is surest of, hide
         the rest again, repeat. Noise on the confidence, fading with the steps, keeps the pictures from all turning out alike.
 
@@ -755,6 +774,7 @@ class MAGE(Model):
         labels        int (n,) or None            guidance  1: as trained; more: exaggerates what the label changes, linearly over the steps
         known, mask   pixels (n, 3, S, S) and bool (n, S, S), True = to be painted; each picture may have its own hole
         seeds         int64 (n,), all that a picture depends on besides the weights; 0 .. n-1 if None
+        schedule      how the hidden share falls: "cosine", or "linear", as published for ADDP with 256 steps
         yields        a Decoding after each step; nothing is hidden in the last one
         """
         steps = steps or min(20, self.length)
@@ -762,25 +782,25 @@ class MAGE(Model):
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
         ids, hidden = self.start(n, known, mask)
         seeds = torch.arange(n, device=ids.device) if seeds is None else seeds
-        initial = hidden.sum(1)
+        initial, x = hidden.sum(1), None
         for step in range(steps):
             progress = (step + 1) / steps
             first = 1 if alike and step == 0 else n             # from nothing, all pictures begin with the same guesses: one pass will do
-            logits = self.logits(ids[:first], hidden[:first], labels, 1 + (guidance - 1) * progress).expand(n, -1, -1)
-            left = hidden_left(initial, hidden.sum(1), step, steps)
+            logits = self.logits(ids[:first], hidden[:first], labels, 1 + (guidance - 1) * progress, x).expand(n, -1, -1)
+            left = hidden_left(initial, hidden.sum(1), step, steps, schedule, self.rounds_up)
             noise = temperature * (1 - progress) * gumbel(uniform(seeds, 2 * step + 1, self.length))
             ids, hidden = demask(logits, ids, hidden, left, uniform(seeds, 2 * step, self.length), noise)
+            x = self.paint(ids, hidden, logits)
             if step + 1 == steps:
                 hidden = torch.zeros_like(hidden)               # hidden_left() never returns 0; here every guess is kept
-            yield Decoding(ids, hidden, known, mask)
+            yield Decoding(ids, hidden, known, mask, x)
 
     @torch.no_grad()
     def render(self, state):
         """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where ids are hidden, the known pixels where there are any."""
         x = self.vqgan.decode(state.ids.unflatten(1, (self.grid, self.grid))).clamp(0, 1)
         cells = state.hidden.unflatten(1, (1, self.grid, self.grid)).float()
-        x = torch.where(F.interpolate(cells, scale_factor=float(self.vqgan.stride)) > 0, 0.2, x)
-        return x if state.known is None else torch.where(state.mask[:, None], x, state.known)
+        return state.with_known(torch.where(F.interpolate(cells, scale_factor=float(self.vqgan.stride)) > 0, 0.2, x))
 
     @torch.no_grad()
     def reconstruct(self, x):
@@ -802,28 +822,34 @@ class MAGE(Model):
 
     t_range, best_t = (0.0, 1.0, "the share of ids that is hidden"), 0.0                    # of features(t=); embed's
     pools = ("mean", "class")                                                               # of embed(pool=); the paper's first
+    reads_ids = True                                                                        # features and embed may be given ids
 
     def noise(self, seeds):
         """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> (B, L)."""
         return uniform(seeds, 0, self.length)
 
-    def features(self, x, t=0.0, layers=None, add={}, noise=None):
+    def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
         """Block outputs as maps, before any final norm, without the class position; no block after the last one asked for runs.
 
         x       pixels (B, 3, S, S) or ids (B, L)          layers  which blocks; [best_layer] if None
         t       hidden share in [0, 1], 0 for the whole picture; noise (B, L) says which are hidden, drawn if None
         add     {layer: map (B, C, h, w)} added to the output of that layer
+        finetune  makes no difference here: MAGE is fine-tuned as it was trained
         returns [map (B, C, h, w) for each of layers]
         """
-        layers, maps = layers or [self.best_layer], {}
         ids = self.to_ids(x)
         mask = torch.zeros_like(ids, dtype=torch.bool)
         if t:
             noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
             mask = ranks(noise) < math.ceil(t * self.length)
-        x = run_blocks(self.token_emb(self.words(ids, mask)), self.blocks, 1, layers, add, maps, 1)
+        return self.maps(self.token_emb(self.words(ids, mask)), lambda latent: self.decoder_input(latent, mask), layers, add)
+
+    def maps(self, x, middle, layers, add):
+        """features() from the first block's input x (B, 1 + L, C) on. middle: latent -> the first decoder block's input."""
+        layers, maps, places = layers or [self.best_layer], {}, slice(1, x.size(1))
+        x = run_blocks(x, self.blocks, 1, layers, add, maps, places)
         if max(layers) > len(self.blocks):
-            run_blocks(self.decoder_input(self.norm(x), mask), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, 1)
+            run_blocks(middle(self.norm(x)), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, places)
         return [maps[b] for b in layers]
 
     def embed(self, x, noise=None, pool="mean"):
@@ -870,6 +896,198 @@ def info_nce(z, temperature=0.2):
     similarity = views @ everyone.T / temperature                                           # (2B, 2B * processes)
     similarity = similarity.scatter(1, me[:, None], -math.inf)                              # nobody is their own partner
     return F.cross_entropy(similarity, me ^ 1)                                              # neighbours 2i and 2i + 1 belong together
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 6. ADDP: read pixels, guess ids
+#
+#     x_t = D(z)       z_i = e_(id_i) where the id is known, sum_k r_i(k) e_k where it is hidden          r: MAGE's guess from fewer ids
+#     loss = mean over hidden positions i of  -sum_k q_i(k) log p_i(k | x_t, the known ids)             q: MAGE's guess from the known ids
+#                                                                                                          [ADDP, figure 4]
+#
+# Ids are good to generate with; to recognise with, pixels are better, since rounding loses what may matter. ADDP has an encoder of
+# pixels and a decoder of ids, and generation alternates: guess the ids from the picture, keep the surest, paint the next picture, in
+# which a known id is its code and a hidden one the mean of all codes, weighted by how likely they are. In training, a frozen MAGE
+# shows how such half-known pictures look: its guess r, from even fewer ids than are known, is what an earlier step would have painted.
+# It is the teacher too: where MAGE's target is one id, here it is q, all that MAGE holds possible. No step number enters the
+# network; it can see how far the picture is.
+#
+# What is not written below is MAGE's: blocks, ranks of noise, the loop of decoding, the choice of what to keep.
+
+
+def nested_shares():
+    """Hidden shares of training, ascending, and how often each is drawn: float64 (66,) each. Of the cosine's 101 values at 0, 0.01 .. 1
+    those in [0.5, 1), with the weights of MAGE's normal law. As the values lie closest near 1, more is hidden than in MAGE: 74.5 % on
+    average. (Official file: utils.py.)"""
+    share = (math.pi / 2 * torch.arange(100, -1, -1, dtype=torch.float64) / 100).cos()
+    share = share[(share >= 0.5) & (share < 1)]
+    weight = (-((share - 0.55) / 0.25) ** 2 / 2).exp()
+    return share, weight / weight.sum()
+
+
+class ADDP(MAGE):
+    """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py, models_vit.py).
+
+    predictor       a trained MAGE. It is frozen, and its tokenizer is this model's. It has no part in generating from nothing
+    image_size      S, which must be the predictor's, else ValueError
+    width, depth, heads, decoder_depth, decoder_heads       of the two stacks, of one width since words enter both ends
+
+    It has as many words as the predictor. Only codes are ever read or guessed, but the softmax of the loss runs over all words. That loss
+    is smoothed, known ids enter the decoder as words too, and a painting is 1 to 5 steps behind: so the code, not the paper's figure.
+    """
+
+    def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
+        if image_size != predictor.image_size:
+            raise ValueError(f"image size {image_size} is not the predictor's {predictor.image_size}")
+        super().__init__(predictor.vqgan, image_size, width, depth, heads, width, decoder_depth, decoder_heads, dropout=dropout)
+        words, patch = predictor.mask_id + 1, self.vqgan.stride
+        self.token_emb, self.mlm_layer = nn.Embedding(words, width), Head(width, width, words)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})       # one patch is one id's place
+        self.token_emb.apply(initialise), self.mlm_layer.apply(initialise)
+        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))            # it is a linear layer on patches
+        self.cls_token, self.mask_token, self.pos_embed = learned(1, width), learned(1, width), learned(1 + self.length, width)
+        self.decoder_pos_mask_embed, self.decoder_pos_token_embed = learned(1 + self.length, width), learned(1 + self.length, width)
+        self.tokenizer_norm, self.dropout = nn.LayerNorm(width, eps=1e-6), nn.Dropout(dropout)
+        self.register_buffer("color_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)     # ImageNet's
+        self.register_buffer("color_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.token_predictor = predictor.requires_grad_(False)
+
+    def train(self, mode=True):
+        """The predictor stays in eval mode. In the official training model.train() reached it too, so that its guesses, pictures and
+        targets alike, had dropout 0.1; model.token_predictor.train() afterwards gives that."""
+        super().train(mode)
+        self.token_predictor.eval()
+        return self
+
+    # ---- training
+
+    def forward(self, x, labels=None, *, index=None, gap=None, noise=None):
+        """Loss of one batch.
+
+        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L); labels are not read
+        index, gap  which of nested_shares() is hidden, one for the batch (as official), and how many entries more were hidden when the
+                    picture was painted, 1 .. 5; noise (B, L): the smallest are hidden. All drawn if None
+        returns     scalar loss, dict of its terms
+        """
+        ids, mask, earlier, seen = self.hide(x, index, gap, noise)
+        with torch.no_grad():
+            painted, target = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([earlier, mask])).chunk(2)
+            x = self.paint(ids, mask, painted)
+        logits = self.decode(self.encode(x), ids, mask, seen, rows=len(self.token_emb.weight))
+        target = F.pad(target.softmax(-1), (0, logits.size(2) - self.codes))
+        nll = F.cross_entropy(logits.transpose(1, 2), target.transpose(1, 2), label_smoothing=0.1, reduction="none")    # (B, L)
+        loss = (nll * mask).sum() / mask.sum()                                              # only hidden positions count
+        return loss, {"masked": loss}
+
+    def hide(self, x, index=None, gap=None, noise=None):
+        """Pixels or ids -> ids (B, L); which are hidden, and which were a few steps earlier, those and more: bool (B, L) each; and how
+        many of each picture are not hidden: int."""
+        ids = self.to_ids(x)
+        if noise is None:
+            noise = torch.rand(ids.shape, device=ids.device)
+        share, weight = nested_shares()                                                     # on the CPU: the number decides shapes
+        index = int(categorical(weight, torch.rand((), dtype=torch.float64)) if index is None else index)
+        gap = int(torch.randint(1, 6, ()) if gap is None else gap)
+        few, more = (math.ceil(self.length * share[min(i, len(share) - 1)].item()) for i in (index, index + gap))
+        order = ranks(noise)
+        return ids, order < few, order < more, self.length - few
+
+    def paint(self, ids, hidden, logits):
+        """The picture x_t (n, 3, S, S), not clamped: known ids as their codes, hidden ones as the mean of all codes, weighted by softmax(logits)."""
+        codes = self.vqgan.quantize.embedding.weight
+        z = torch.where(hidden[..., None], logits.softmax(-1) @ codes, codes[ids]).mT.unflatten(2, (self.grid, self.grid))
+        return torch.cat([self.vqgan.decoder(part) for part in z.split(max(1, 2**22 // self.image_size ** 2))])     # a few GiB at a time
+
+    def patches(self, x, finetune=False):
+        """Pixels (B, 3, S, S) -> what the encoder's blocks read (B, 1 + L, C). Fine-tuning goes without the clamp and tokenizer_norm."""
+        x = ((x if finetune else x.clamp(0, 1)) - self.color_mean) / self.color_std
+        x = self.patch_embed["proj"](x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1) + self.positions(x.size(-1))
+        return x if finetune else self.dropout(self.tokenizer_norm(x))
+
+    def positions(self, side):
+        """Position table for side x side patches (1, 1 + side * side, C), resized if these are not as many as in training."""
+        if side == self.grid:
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))
+        grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
+
+    def encode(self, x):
+        """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters: hidden ids show as blurred patches."""
+        x = self.patches(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def decode(self, latent, ids, mask, seen, rows=None):
+        """Latent (B, 1 + L, C) -> logits over the first rows words, the K codes if None, at every position (B, L, rows)."""
+        x = self.decoder_input(latent, ids, mask, seen)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.head(x[:, 1:1 + self.length], rows)
+
+    def decoder_input(self, latent, ids, mask, seen):
+        """The latent, a learned token where an id is hidden and, unlike in MAGE, at position 0; behind it the words of the seen ids, as
+        many in each picture: (B, 1 + L + seen, C). Each of the three kinds of tokens has positions of its own."""
+        x = torch.cat([self.mask_token.expand(len(ids), -1, -1), self.decoder_embed(latent[:, 1:])], 1) + self.decoder_pos_embed_learned
+        x = torch.where(F.pad(mask, (1, 0))[..., None], self.mask_token + self.decoder_pos_mask_embed, x)
+        words = self.token_emb(ids) + self.decoder_pos_token_embed[:, 1:]
+        return torch.cat([x, take(words, mask.int().argsort(stable=True, dim=1)[:, :seen])], 1)      # the seen ones, row by row
+
+    def head(self, x, rows=None):
+        """As MAGE's."""
+        return self.mlm_layer(self.decoder_norm(x), self.token_emb.weight[:rows or self.codes])
+
+    # ---- generation
+
+    rounds_up = True                                            # the first step may keep nothing
+
+    def logits(self, ids, hidden, labels=None, guidance=1.0, x=None):
+        """Logits (n, L, K) from the picture so far and the known ids. Labels are not read. While all is hidden, no picture is needed: the
+        decoder overwrites whatever the encoder says. A hole begins with what the predictor expects in it."""
+        if hidden.all():
+            latent = self.cls_token.expand(len(ids), 1 + self.length, -1)
+        else:
+            latent = self.encode(self.paint(ids, hidden, self.token_predictor.logits(ids, hidden)) if x is None else x)
+        counts, logits = hidden.sum(1), torch.empty(*ids.shape, self.codes, device=ids.device)
+        for count in counts.unique().tolist():                  # holes may differ in size, and words are appended in equal numbers only
+            rows = counts == count
+            logits[rows] = self.decode(latent[rows], ids[rows], hidden[rows], self.length - count).float()
+        return logits
+
+    def render(self, state):
+        """Decoding -> pixels (n, 3, S, S) in [0, 1]: the picture so far. In the last one a single id is still a mean of codes, as official."""
+        return state.with_known(state.x.clamp(0, 1))
+
+    # ---- representation
+
+    reads_ids = False                                           # ids would only be decoded, and that is not the picture they came from
+    t_range, best_t = (0, 0, "always 0, since no step number enters the network"), 0
+
+    def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
+        """As MAGE's, of pixels (B, 3, S, S), or of ids (B, L), decoded. t must be 0, else ValueError. Decoder layers see all ids.
+
+        finetune  True: as the authors fine-tuned it, without clamp and tokenizer_norm, though pre-trained with them; S may then be another
+        """
+        if t:
+            raise ValueError(f"ADDP has no t but 0, not {t}")
+        x = self.to_pixels(x)
+
+        def middle(latent):
+            ids = self.to_ids(x)
+            return self.decoder_input(latent, ids, torch.zeros_like(ids, dtype=torch.bool), self.length)
+        return self.maps(self.patches(x, finetune), middle, layers, add)
+
+    @torch.no_grad()
+    def to_pixels(self, x):
+        """Ids (B, L) -> pixels (B, 3, S, S); pixels stay pixels."""
+        return x if x.is_floating_point() else self.vqgan.decode(x.long().unflatten(1, (self.grid, self.grid)))
+
+    def embed(self, x, noise=None, pool="mean"):
+        """A vector for a frozen probe: (B, C). 'mean': the encoder's normed outputs averaged over the picture; 'class': at position 0."""
+        latent = self.encode(self.to_pixels(x))
+        return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1129,14 +1347,15 @@ class UMD(Model):
         t = torch.full((len(x),), int(t), device=x.device)
         return q_sample(2 * x - 1, self.abar[t], noise), self.condition(t)
 
-    def features(self, x, t=0, layers=None, add={}, noise=None):
+    def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
         """Block outputs as maps; arguments as for MAGE.features, with t from 0 (clean) to T and noise (B, 3, S, S)."""
         layers, maps = layers or [self.best_layer], {}
         x, c = self.noised(x, t, noise)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.tokens(x)], 1)
-        x = run_blocks(x, self.blocks, 1, layers, add, maps, self.cls_token.size(1), c)
+        x = run_blocks(x, self.blocks, 1, layers, add, maps, slice(self.cls_token.size(1), x.size(1)), c)
         if max(layers) > len(self.blocks):
-            run_blocks(self.decoder_input(self.norm(x)), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, 1, c)
+            places = slice(1, 1 + self.length)
+            run_blocks(self.decoder_input(self.norm(x)), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, places, c)
         return [maps[b] for b in layers]
 
     pools = ("class", "mean")
@@ -1169,6 +1388,7 @@ MAGE_SIZES = {
     "base":  dict(width=768, depth=12, heads=12, decoder_width=768, decoder_depth=8, decoder_heads=16),
     "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, decoder_depth=8, decoder_heads=16),
 }
+ADDP_SIZES = {size: {k: v for k, v in args.items() if k != "decoder_width"} for size, args in MAGE_SIZES.items()}
 
 
 UMD_SIZES = {
@@ -1203,6 +1423,7 @@ class Method(typing.NamedTuple):
     options: dict
     tune: dict = {}                     # what changes when a trained model learns to be conditioned on labels
     tokenizer: bool = True              # reads ids; else pixels
+    predictor: str = ""                 # the row of the trained model that it learns from
     views: int = 1                      # crops it reads of an image
     recipe: dict = MAGE_RECIPE
     tune_recipe: dict = MAGE_RECIPE
@@ -1211,13 +1432,14 @@ class Method(typing.NamedTuple):
 def umd_method(clean, hidden_clean, hidden_noised):
     """UMD with these three numbers. Learning labels it sees noised pictures whole, and a few clean ones, so as not to forget them."""
     options = dict(clean=clean, hidden_clean=hidden_clean, hidden_noised=hidden_noised)
-    return Method(UMD, UMD_SIZES, options, dict(clean=0.05 if clean else 0.0, hidden_noised=0.0), False, 1,
-                  dict(UMD_RECIPE, ema=0.9999 if clean < 1 else 0.0), TUNE_RECIPE)
+    return Method(UMD, UMD_SIZES, options, dict(clean=0.05 if clean else 0.0, hidden_noised=0.0), tokenizer=False,
+                  recipe=dict(UMD_RECIPE, ema=0.9999 if clean < 1 else 0.0), tune_recipe=TUNE_RECIPE)
 
 
 MODELS = {
     "mage":    Method(MAGE, MAGE_SIZES, {}),
     "mage-c":  Method(MAGE, MAGE_SIZES, {"contrastive": 0.1}, views=2),
+    "addp":    Method(ADDP, ADDP_SIZES, {}, predictor="mage"),
     "umd":     umd_method(0.5, 0.75, 0.375),
     "mae":     umd_method(1.0, 0.75, 0.0),
     "maskdit": umd_method(0.0, 0.0, 0.5),
@@ -1233,38 +1455,52 @@ def tokenizer_config(size, stride, codes=1024):
 
 
 def model_config(name, size, image_size, grid, tokenizer=None, classes=0, tune=False):
-    """Everything build() needs, as plain values. grid: patches along a side, for models that read pixels; tokenizer: VQGAN arguments,
-    for those that read ids; classes > 0: conditioned on labels; tune: starting from a trained model."""
+    """Everything build() needs, as plain values.
+
+    grid       patches along a side, for models that read pixels
+    tokenizer  VQGAN arguments, for models that read ids; or the config of the predictor, which is one of the same size if not given
+    classes    > 0: conditioned on labels, which models with a predictor are not        tune  True: starting from a trained model
+    """
     method = MODELS[name]
-    source = {"tokenizer": tokenizer} if method.tokenizer else {"grid": grid}
-    return {"model": name, "image_size": image_size, **source, "classes": classes, **method.sizes[size], **method.options, **(method.tune if tune else {})}
+    if method.predictor:
+        source = {"predictor": tokenizer if "model" in tokenizer else model_config(method.predictor, size, image_size, grid, tokenizer)}
+    else:
+        source = {"tokenizer": tokenizer, "classes": classes} if method.tokenizer else {"grid": grid, "classes": classes}
+    return {"model": name, "image_size": image_size, **source, **method.sizes[size], **method.options, **(method.tune if tune else {})}
 
 
 def build(config):
     """Config -> model with fresh weights. A config without 'model' is a tokenizer's."""
     if "model" not in config:
         return VQGAN(**config)
-    rest = {k: v for k, v in config.items() if k not in ("model", "tokenizer")}
-    if "tokenizer" in config:
-        rest["vqgan"] = VQGAN(**config["tokenizer"])
-    return MODELS[config["model"]].model(**rest)
+    rest = {k: v for k, v in config.items() if k not in ("model", "tokenizer", "predictor")}
+    frozen = [build(config[k]) for k in ("tokenizer", "predictor") if k in config]
+    return MODELS[config["model"]].model(*frozen, **rest)
+
+
+def parts(state, prefix):
+    """A state dict's part whose names begin with prefix, which is cut off."""
+    return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def count(state, prefix):
+    """How many blocks the state dict has under prefix."""
+    return len({k.split(".")[0] for k in parts(state, prefix)})
 
 
 def published_tokenizer(state):
     """VQGAN arguments read off a state dict with the official names (vqgan_jax_strongaug.ckpt)."""
-    def count(prefix):
-        return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
     ch = state["encoder.conv_in.weight"].size(0)
-    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].size(0) for i in range(count("encoder.down."))]
+    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].size(0) for i in range(count(state, "encoder.down."))]
     size, dim = state["quantize.embedding.weight"].shape
-    return dict(codebook_size=size, codebook_dim=dim, ch=ch, ch_mult=[w // ch for w in widths], blocks=count("encoder.down.0.block."))
+    return dict(codebook_size=size, codebook_dim=dim, ch=ch, ch_mult=[w // ch for w in widths], blocks=count(state, "encoder.down.0.block."))
 
 
-# What shapes cannot tell: heads of encoder and decoder by width. And what the published MAGE files carry although no line of
-# their code reads it: leftovers of MAE.
+# What shapes cannot tell: heads of encoder and decoder by width. And what the published MAGE and ADDP files carry although no line
+# of their code reads it: leftovers of MAE.
 PUBLISHED_HEADS = {768: (12, 16), 1024: (16, 16)}
 DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
-        "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids")
+        "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids", "pos_token_embed", "pos_mask_embed")
 
 
 def published_mage(state, heads=None):
@@ -1272,15 +1508,13 @@ def published_mage(state, heads=None):
 
     heads  (encoder, decoder); by default those of the published widths, 768 and 1024
     """
-    def depth(prefix):
-        return len({k.split(".")[1] for k in state if k.startswith(prefix + ".")})
-    tokenizer = published_tokenizer({k[6:]: v for k, v in state.items() if k.startswith("vqgan.")})
+    tokenizer = published_tokenizer(parts(state, "vqgan."))
     words, width = state["token_emb.word_embeddings.weight"].shape
     positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
     heads = heads or PUBLISHED_HEADS[width]
     config = {"model": "mage", "tokenizer": tokenizer, "image_size": math.isqrt(positions - 1) * 2 ** (len(tokenizer["ch_mult"]) - 1),
-              "width": width, "depth": depth("blocks"), "heads": heads[0], "decoder_width": decoder_width,
-              "decoder_depth": depth("decoder_blocks"), "decoder_heads": heads[1],
+              "width": width, "depth": count(state, "blocks."), "heads": heads[0], "decoder_width": decoder_width,
+              "decoder_depth": count(state, "decoder_blocks."), "decoder_heads": heads[1],
               "classes": words - tokenizer["codebook_size"] - 1, "fake_class": 76}
     with torch.device("meta"):
         ours = build(config).state_dict().keys()
@@ -1288,6 +1522,20 @@ def published_mage(state, heads=None):
     table = "token_emb.position_embeddings.weight"
     kept[table] = kept[table][:positions]                                                   # a longer table has rows never read
     return config, kept, sorted(state.keys() - ours)
+
+
+def published_addp(state, heads=None, predictor_heads=None):
+    """The same for an official ADDP state dict (addp-vit-*.pth), which holds its predictor and, twice, the tokenizer."""
+    predictor, kept, dead = published_mage(parts(state, "token_predictor."), predictor_heads)
+    own = {k: v for k, v in state.items() if not k.startswith("token_predictor.")}
+    width = own["token_emb.weight"].size(1)
+    heads = heads or PUBLISHED_HEADS[width]
+    config = {"model": "addp", "predictor": predictor, "image_size": predictor["image_size"], "width": width, "depth": count(own, "blocks."),
+              "heads": heads[0], "decoder_depth": count(own, "decoder_blocks."), "decoder_heads": heads[1]}
+    with torch.device("meta"):
+        ours = build(config).state_dict().keys()
+    kept = {**{k: v for k, v in own.items() if k in ours}, **{f"token_predictor.{k}": v for k, v in kept.items()}}
+    return config, kept, sorted(own.keys() - ours) + [f"token_predictor.{k}" for k in dead]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1385,7 +1633,7 @@ def load_strictly(model, state, path):
 
 
 def load_model(path, ema=False, tell=print):
-    """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE.
+    """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE or ADDP.
 
     ema   the averaged weights, where a checkpoint has them        tell  called with one line about parameters that nothing reads
     """
@@ -1396,15 +1644,16 @@ def load_model(path, ema=False, tell=print):
         config = state["config"]["arch"]
         return load_strictly(build(config), {**state["model"], **(ema and state["ema"] or {})}, path).eval(), state["config"]
     weights = state.get("model", state)
-    if not isinstance(weights, dict) or "token_emb.word_embeddings.weight" not in weights or "vqgan.quantize.embedding.weight" not in weights:
-        raise UserError(f"{path} is neither a checkpoint of train.py nor a published MAGE file: it has no token_emb and vqgan weights")
+    if not isinstance(weights, dict) or not any(k.endswith("token_emb.word_embeddings.weight") for k in weights) or "vqgan.quantize.embedding.weight" not in weights:
+        raise UserError(f"{path} is neither a checkpoint of train.py nor a published MAGE or ADDP file: it has no token_emb and vqgan weights")
+    name, read = ("ADDP", published_addp) if parts(weights, "token_predictor.") else ("MAGE", published_mage)
     try:
-        config, weights, dead = published_mage(weights)
+        config, weights, dead = read(weights)
     except KeyError as error:
-        raise UserError(f"{path} looks like a MAGE file but lacks, or has at an unknown width, {error}")
-    unknown = [name for name in dead if name not in DEAD]
-    tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n in DEAD) or 'nothing'}"
-         + (f"; unknown to MAGE, left out too: {', '.join(unknown)}" if unknown else ""))
+        raise UserError(f"{path} looks like a {name} file but lacks, or has at an unknown width, {error}")
+    unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
+    tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n not in unknown) or 'nothing'}"
+         + (f"; unknown to {name}, left out too: {', '.join(unknown)}" if unknown else ""))
     return load_strictly(build(config), weights, path).eval(), {"arch": config}
 
 
@@ -1415,7 +1664,7 @@ def load_tokenizer(path):
     state = load_checkpoint(path)
     if isinstance(state.get("config"), dict) and "tokenizer_arch" in state["config"]:
         config, weights = state["config"]["tokenizer_arch"], state["model"]
-        weights = {k[6:]: v for k, v in weights.items() if k.startswith("vqgan.")}
+        weights = parts(weights, "vqgan.")
     else:
         weights = state.get("state_dict", state)
         if not isinstance(weights, dict) or "quantize.embedding.weight" not in weights:
