@@ -331,7 +331,7 @@ class TokenizerTraining(nn.Module):
     backward pass and one optimizer step serve both.
     """
 
-    WEIGHTS = {"l1": 3.0, "l2": 10.0, "commitment": 0.25, "codebook": 1.0, "coverage": 0.5, "entropy": 0.05}
+    WEIGHTS = {"l1": 3.0, "l2": 10.0, "commitment": 0.25, "codebook": 1.0, "coverage": 0.5, "entropy": 0.03}
 
     def __init__(self, vqgan):
         super().__init__()
