@@ -8,7 +8,9 @@
 
 Picture i depends on the weights, --seed and i, not on --n or --batch.
 """
+import collections
 import dataclasses
+import itertools
 import os
 import pathlib
 import zipfile
@@ -16,6 +18,7 @@ import zipfile
 import numpy
 import PIL.Image
 import torch
+import torch.distributed
 import tqdm
 
 import unified
@@ -115,17 +118,25 @@ def generate(model, cfg, index, labels=None, **known):
 
 
 def pictures(model, cfg, index, labels):
-    """Pictures with the numbers index (n,), --batch at a time: yields their numbers and pixels (B, 3, S, S), on the CPU."""
-    with tqdm.tqdm(total=len(index), unit="picture", dynamic_ncols=True) as bar:
-        for part in index.split(cfg.batch):
-            *_, state = generate(model, cfg, part, labels)
-            yield part, model.render(state).cpu()
-            bar.update(len(part))
+    """Pictures with the numbers index (n,), --batch at a time and process: yields their numbers and uint8 (B, S, S, 3), to every process."""
+    rank, world = unified.processes()
+    parts = index.split(cfg.batch) if len(index) else ()
+    with tqdm.tqdm(total=len(index), unit="picture", dynamic_ncols=True, disable=rank > 0) as bar:
+        for first in range(0, len(parts), world):
+            mine, everyone = [], [None] * world
+            for part in parts[first + rank:first + rank + 1]:
+                *_, state = generate(model, cfg, part, labels)
+                mine.append((part, unified.to_uint8(model.render(state))))
+            if world > 1:
+                torch.distributed.all_gather_object(everyone, mine)
+            for part, x in itertools.chain(*everyone) if world > 1 else mine:
+                yield part, x
+                bar.update(len(part))
 
 
 def thinned(states):
     """At most 25 of them, evenly spread, the last one included."""
-    return states[::-1][::-(-len(states) // -25) or 1][::-1] if len(states) > 25 else states
+    return states[::-1][::-(-len(states) // 25)][::-1]
 
 
 def write_film(path, frames, columns):
@@ -134,31 +145,41 @@ def write_film(path, frames, columns):
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=[330] * (len(sheets) - 1) + [2500], loop=0)
 
 
-def write_grid(path, model, cfg, labels):
-    """The first pictures as one PNG, and with --gif their decoding."""
-    x = torch.cat([x for _, x in pictures(model, cfg, torch.arange(min(cfg.n, GRID)), labels)])
-    unified.grid(x).save(path)
-    if cfg.gif:
-        states = list(generate(model, cfg, torch.arange(min(cfg.n, GRID)), labels))
-        write_film(path.with_suffix(".gif"), [model.render(s).cpu() for s in thinned(states)], 8)
+def write_grid(path, made):
+    """One PNG of all pictures made."""
+    x = torch.cat([torch.from_numpy(x) for _, x in made])
+    unified.grid(x.movedim(-1, 1) / 255).save(path)
 
 
-def write_npz(path, model, cfg, labels):
+def write_decoding(path, model, cfg, labels):
+    """The film of the same pictures: how they came about."""
+    states = list(generate(model, cfg, torch.arange(min(cfg.n, GRID)), labels))
+    write_film(path, [model.render(s).cpu() for s in thinned(states)], 8)
+
+
+def write_npz(path, made, shape):
     """All pictures, streamed into an .npz, so that 50,000 need no memory; complete or not there."""
-    new, shape = path.with_name(path.name + ".tmp"), (cfg.n, model.image_size, model.image_size, 3)
+    new = path.with_name(path.name + ".tmp")
     with zipfile.ZipFile(new, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
         numpy.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for _, x in pictures(model, cfg, torch.arange(cfg.n), labels):
-            file.write(unified.to_uint8(x).tobytes())
+        for _, x in made:
+            file.write(x.tobytes())
     os.replace(new, path)
 
 
-def write_pngs(folder, model, cfg, labels):
-    """All pictures as 000000.png, 000001.png, ...; those that are there are kept."""
+def missing(folder, cfg):
+    """Numbers of the pictures that the folder lacks; all processes are told what the first one finds."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = torch.tensor([i for i in range(cfg.n) if cfg.overwrite or not (folder / f"{i:06d}.png").exists()], dtype=torch.long)
-    for index, x in pictures(model, cfg, missing, labels) if len(missing) else ():
-        for i, tile in zip(index.tolist(), unified.to_uint8(x)):
+    found = [torch.tensor([i for i in range(cfg.n) if cfg.overwrite or not (folder / f"{i:06d}.png").exists()], dtype=torch.long)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def write_pngs(folder, made):
+    """Each picture as 000000.png, 000001.png, ...; none is ever half written."""
+    for index, x in made:
+        for i, tile in zip(index.tolist(), x):
             PIL.Image.fromarray(tile).save(folder / "unfinished", "PNG")
             os.replace(folder / "unfinished", folder / f"{i:06d}.png")
 
@@ -205,8 +226,13 @@ def benchmark(model, cfg, device):
 def main():
     cfg = unified.parse(Config, __doc__.split("\n")[0])
     check(cfg)
-    with torch.autocast(unified.pick_device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-        run(cfg, torch.device(cfg.device))
+    device = unified.join_processes(unified.pick_device(cfg.device))
+    cfg.device = str(device)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            run(cfg, device)
+    finally:
+        unified.leave_processes()
 
 
 def run(cfg, device):
@@ -222,17 +248,28 @@ def run(cfg, device):
     cfg.n = cfg.n or (6 if cfg.image else 64)
     labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
     path = target(cfg, "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples")
-    if cfg.reconstruct:
+    first = unified.processes()[0] == 0
+    if cfg.reconstruct and first:
         write_reconstructed(path, model, cfg)
-    elif cfg.image:
+    elif cfg.image and first:
         write_painted(path, model, cfg, labels)
-    else:
-        write_grid(path, model, cfg, labels)
+    elif not cfg.image:
+        everything = torch.arange(cfg.n)
+        wanted = [(everything[:GRID], lambda made: write_grid(path, made))]
         if cfg.npz:
-            write_npz(pathlib.Path(cfg.npz), model, cfg, labels)
+            wanted.append((everything, lambda made: write_npz(pathlib.Path(cfg.npz), made, (cfg.n, model.image_size, model.image_size, 3))))
         if cfg.png_dir:
-            write_pngs(pathlib.Path(cfg.png_dir), model, cfg, labels)
-    print(f"wrote {path}" + (f", {path.with_suffix('.gif')}" if cfg.gif and not cfg.reconstruct else ""))
+            wanted.append((missing(pathlib.Path(cfg.png_dir), cfg), lambda made: write_pngs(pathlib.Path(cfg.png_dir), made)))
+        for index, write in wanted:
+            made = pictures(model, cfg, index, labels)
+            if first:
+                write(made)
+            else:
+                collections.deque(made, 0)                                                  # helps to make them, keeps none
+        if cfg.gif and first:
+            write_decoding(path.with_suffix(".gif"), model, cfg, labels)
+    if first:
+        print(f"wrote {path}" + (f", {path.with_suffix('.gif')}" if cfg.gif and not cfg.reconstruct else ""))
 
 
 if __name__ == "__main__":

@@ -2903,6 +2903,17 @@ def test_two_processes_share_the_ids_and_leave_one_run(photos, finished, tmp_pat
     assert (numpy.load(tmp_path / "run" / "ids.npy") == alone).all() and labels.equal(data.labels)
 
 
+def test_two_processes_make_the_pictures_of_one(finished, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "sample.py"]
+    flags = ["--n", 5, "--batch", 2, "--steps", 3, "--device", "cpu"]
+    done = subprocess.run([*command, *map(str, [finished[0], *flags, "--out", tmp_path / "two.png", "--npz", tmp_path / "two.npz", "--png-dir", tmp_path / "flat"])],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    script("sample.py", finished[0], *flags, "--out", tmp_path / "one.png", "--npz", tmp_path / "one.npz")
+    one, two = (numpy.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("one", "two"))
+    assert (one == two).all() and len(list((tmp_path / "flat").iterdir())) == 5
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Speed
 

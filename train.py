@@ -130,13 +130,9 @@ class Run:
     """What every part of a run needs to know: flags, folder, device, place among the processes, and whether to stop."""
 
     def __init__(self, cfg, recipe):
-        self.cfg, self.recipe, self.folder, self.device = cfg, recipe, pathlib.Path(cfg.out_dir), unified.pick_device(cfg.device)
-        self.world, self.rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-        if self.world > 1:
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", local)
-                torch.cuda.set_device(self.device)
+        self.cfg, self.recipe, self.folder = cfg, recipe, pathlib.Path(cfg.out_dir)
+        self.device = unified.join_processes(unified.pick_device(cfg.device))
+        self.rank, self.world = unified.processes()
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
         if cfg.batch_size % ((cfg.micro_batch or 1) * self.world):
             raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of " + (f"--micro-batch {cfg.micro_batch} x " if cfg.micro_batch else "")
@@ -655,8 +651,7 @@ def main():
         run.tell(str(reason))
         sys.exit(128 + run.stop)
     finally:
-        if run.world > 1:
-            torch.distributed.destroy_process_group()
+        unified.leave_processes()
 
 
 if __name__ == "__main__":

@@ -2007,6 +2007,21 @@ def fingerprint(vqgan, data, views, size):
     return digest.hexdigest()[:16]
 
 
+def join_processes(device):
+    """Meet the processes that torchrun started beside this one, if it did; returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+    return device
+
+
+def leave_processes():
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def processes():
     """Rank of this process and their number; 0 and 1 without torchrun."""
     there = torch.distributed.is_initialized()
