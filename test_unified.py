@@ -673,7 +673,7 @@ def test_guidance_exaggerates_what_the_label_changes():
 def test_guidance_grows_linearly_over_the_steps():
     model, used = mage(classes=3), []
     logits = model.logits
-    model.logits = lambda ids, hidden, labels, guidance: used.append(guidance) or logits(ids, hidden, labels, guidance)
+    model.logits = lambda ids, hidden, labels, guidance, x: used.append(guidance) or logits(ids, hidden, labels, guidance)
     model.sample(1, steps=4, guidance=3.0, labels=torch.tensor([1]))
     assert used == [1.5, 2.0, 2.5, 3.0]
 
