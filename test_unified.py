@@ -1070,7 +1070,10 @@ def test_golden_addp_sizes_are_read_off_the_file():
 
 def test_golden_addp_constants_are_those_written_into_unified():
     written = dict(label_smoothing=0.1, mask_ratio_min=0.5, mask_ratio_max=1.0, mask_ratio_mu=0.55, mask_ratio_std=0.25, mask_grid_steps=100, mlp_ratio=4)
-    assert {k: golden("addp").config[k] for k in written} == written
+    g, model, _ = golden_addp()
+    assert {k: g.config[k] for k in written} == written
+    eps = {k: m.eps for k, m in model.named_modules() if isinstance(m, nn.LayerNorm)}       # of most norms the numbers would not show it
+    assert {v for k, v in eps.items() if not k.endswith("mlm_layer.ln")} == {1e-6} and eps["mlm_layer.ln"] == 1e-5
 
 
 def test_golden_addp_shares():
@@ -1386,6 +1389,14 @@ def test_a_hole_begins_with_what_the_predictor_expects_in_it():
     assert not model.logits(ids, hidden).allclose(model.logits(ids, hidden, x=known))
 
 
+def test_many_pictures_are_painted_in_parts():
+    model, ids, hidden, logits = addp(), some_ids(addp()), half_hidden(addp()), torch.randn(4, 16, 32)
+    whole, model.image_size = model.paint(ids, hidden, logits), 2**11                       # as if a single one were all that fits
+    x, seen = recorded(model.vqgan.decoder, lambda: model.paint(ids, hidden, logits))
+    assert [len(z) for z in seen] == [1] * 4
+    assert_close(x, whole, 1e-5)
+
+
 def test_addp_features_are_of_pixels_and_have_the_shapes_that_layers_promises():
     model, x = addp(), some_pictures()
     assert probe.tokens(model, x) is x and probe.tokens(mage(), x).equal(mage().to_ids(x))
@@ -1486,7 +1497,7 @@ def test_published_addp_files_load_strictly(tmp_path, width, depth, heads, used,
     shapes = {k: tuple(p.shape) for k, p in model.named_parameters() if p.requires_grad}
     assert round(count(shapes, "") / 1e6, 2) == used
     assert round(count(shapes, "cls_token", "pos_embed", "patch_embed.", "tokenizer_norm.", "blocks.", "norm.") / 1e6, 2) == encoder
-    ours = unified.model_config("addp", "large" if depth == 24 else "base", 256, unified.tokenizer_config("base", 16))
+    ours = unified.model_config("addp", "large" if depth == 24 else "base", 256, 16, unified.tokenizer_config("base", 16))
     assert all(config["arch"][k] == v for k, v in ours.items() if k != "predictor")         # our sizes are the published ones
 
 
@@ -1515,7 +1526,7 @@ def test_golden_addp_file_on_disk_samples_and_gives_features(tmp_path, monkeypat
 
 
 def test_a_run_of_addp_is_loaded_from_its_folder_predictor_included(tmp_path):
-    arch = unified.model_config("addp", "tiny", 16, unified.tokenizer_config("toy", 4, 32))
+    arch = unified.model_config("addp", "tiny", 16, 4, unified.tokenizer_config("toy", 4, 32))
     model = unified.build(arch)
     unified.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "config": {"arch": arch}})
     loaded, _ = unified.load_model(tmp_path)

@@ -424,8 +424,8 @@ def get_frozen(run, train, test):
     if cfg.predictor:
         predictor, config = unified.load_model(cfg.predictor, tell=run.tell)
         if type(predictor) is not unified.MAGE or predictor.image_size != cfg.image_size:
-            raise UserError(f"--predictor {cfg.predictor} is a {config['arch']['model']} of {predictor.image_size} pixels; "
-                            f"{cfg.model} learns from a mage of --image-size {cfg.image_size}")
+            raise UserError(f"--predictor {cfg.predictor} holds {config['arch']['model']} at --image-size {predictor.image_size}; "
+                            f"{cfg.model} needs mage at --image-size {cfg.image_size}")
         return predictor, config["arch"]
     if cfg.tokenizer:
         vqgan, arch = unified.load_tokenizer(cfg.tokenizer)
