@@ -30,6 +30,7 @@ import torch.distributed
 import torch.multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.flop_counter
 
 import probe
 import unified
@@ -1014,6 +1015,373 @@ def test_two_views_of_pixels_are_two_views_of_ids():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# 8. ADM: the network
+
+
+def golden_unet(config, state):
+    """Our ADM with the weights of an official state dict; config: the official flags. What shapes cannot tell comes from there."""
+    ours, kept, dead = unified.published_adm(state, head=config["num_head_channels"])
+    model = unified.build({**ours, "image_size": config["image_size"], "schedule": config["noise_schedule"], "steps": config["diffusion_steps"]})
+    model.load_state_dict(kept)
+    assert not dead
+    return model.eval()
+
+
+def golden_adm():
+    g = golden("adm_unet")
+    return g, golden_unet(g.config, g.state_dict)
+
+
+def adm(image_size=16, steps=100, **options):
+    """A fresh ADM in eval mode, 9 blocks unless said otherwise; the layers that start at 0 are drawn, or nothing would depend on anything."""
+    torch.manual_seed(1)
+    sizes = dict(ch=8, ch_mult=(1, 2), blocks=1, attention=(2,), head=8, groups=4)
+    model = unified.ADM(image_size, steps=steps, **{**sizes, **options}).eval()
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def some_gauss(*shape, seed=5):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_golden_unet_sizes_are_read_off_the_shapes():
+    g, model = golden_adm()
+    ours, c = unified.published_adm(g.state_dict)[0], g.config
+    assert (ours["ch"], ours["blocks"]) == (c["num_channels"], c["num_res_blocks"])
+    assert ours["ch_mult"] == [float(m) for m in c["channel_mult"].split(",")]
+    assert ours["attention"] == sorted(c["attention_ds"]) == sorted(c["image_size"] // int(side) for side in c["attention_resolutions"].split(","))
+    assert sum(p.numel() for p in model.parameters()) == c["n_params"] and len(model.layers) == c["n_blocks"]
+    assert model.out[2].out_channels == c["out_channels"] and model.input_blocks[0][0].in_channels == c["in_channels"]
+
+
+def test_golden_unet_output():
+    g, model = golden_adm()
+    assert_close(model.predict(g.inputs["x"], g.inputs["t"]), g.outputs["forward"])
+    assert_close(model.predict(g.inputs["x_feat"], g.inputs["t_feat"]), g.outputs["forward_feat"])
+
+
+def test_golden_block_outputs():
+    g, model = golden_adm()
+    names = sorted(k for k in g.outputs if k.startswith("feature_"))
+    assert [int(k[8:]) for k in names] == list(model.layers)
+    for name, ours in zip(names, model.predict(g.inputs["x_feat"], g.inputs["t_feat"], list(model.layers))):
+        assert_close(ours, g.outputs[name])
+
+
+def test_golden_time_embedding():
+    (g, model), seen = golden_adm(), []
+    model.time_embed.register_forward_hook(lambda module, args, y: seen.append((*args, y)))
+    t = g.inputs["t_emb"]
+    model.predict(torch.zeros(len(t), 3, 8, 8), t)
+    assert_close(seen[0][0], g.outputs["timestep_embedding"])
+    assert_close(seen[0][1], g.outputs["time_embed"])
+
+
+def test_golden_residual_block_and_attention():
+    g = golden("adm_unet")
+    state, width = g.state_dict_unit_resblock, g.inputs["unit_emb"].size(1)
+    out, inp = state["in_layers.2.weight"].shape[:2]
+    block = unified.TimedResBlock(inp, out, width, groups=32, dropout=0.0)
+    block.load_state_dict(state)
+    assert_close(block(g.inputs["unit_res_x"], g.inputs["unit_emb"]), g.outputs["unit_res"])
+    attention = unified.MapAttention(g.inputs["unit_attn_x"].size(1), g.config["num_head_channels"], groups=32)
+    attention.load_state_dict(g.state_dict_unit_attention)
+    assert_close(attention(g.inputs["unit_attn_x"]), g.outputs["unit_attn_legacy"])
+
+
+def published_unet():
+    """The network for 256 pixels, shapes without memory."""
+    with torch.device("meta"):
+        return unified.build(unified.model_config("adm", "base", 256))
+
+
+def test_the_published_network_has_37_blocks_of_the_published_shapes():
+    model = published_unet()
+    widths = [256] * 7 + [512] * 6 + [1024] * 12 + [512] * 6 + [256] * 6
+    sides = [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3 + [16] * 3 + [8] * 6 + [16] * 3 + [32] * 3 + [64] * 3 + [128] * 3 + [256] * 4
+    assert model.layers == {b: (c, s, s) for b, (c, s) in enumerate(zip(widths, sides), 1)}
+    maps = model.predict(torch.empty(1, 3, 256, 256, device="meta"), torch.empty(1, device="meta"), list(model.layers))
+    assert [tuple(m.shape[1:]) for m in maps] == list(model.layers.values())
+    assert sum(p.numel() for p in model.parameters()) == 552_814_086 and len(model.state_dict()) == 566
+    assert (model.best_layer, model.best_t, model.t_range[:2]) == (24, 90, (0, 999))
+    alike = [b for b in model.layers if b > 19 and model.layers[b] == model.layers[model.mirror(b)]]
+    assert set(range(20, 38)) - set(alike) == {22, 25, 28, 31, 34} and model.mirror(19) == 19       # all but those that enlarge
+
+
+def test_reading_block_24_costs_29_percent_of_the_whole_network():
+    model, macs = published_unet(), []
+    for layers in ([24], None):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            model.predict(torch.empty(1, 3, 256, 256, device="meta"), torch.empty(1, device="meta"), layers)
+        macs.append(round(counter.get_total_flops() / 2e9, 1))
+    assert macs == [319.6, 1119.8]
+
+
+def test_a_fresh_network_guesses_no_noise_at_all():
+    model = unified.ADM(16, ch=8, ch_mult=(1, 2), blocks=1, attention=(2,), head=8, groups=4)
+    assert not model.predict(some_gauss(2, 3, 16, 16), torch.tensor([0, 7])).any()
+    noise = some_gauss(4, 3, 16, 16)
+    assert_close(model(some_pictures(), noise=noise)[1]["mse"], noise.square().mean(), 1e-6)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    for options, words in [(dict(image_size=18, ch_mult=(1, 1, 1)), "18"), (dict(head=12), "16.*12"), (dict(classes=3), "labels")]:
+        with pytest.raises(ValueError, match=words):
+            adm(**options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 8. ADM: noise, loss, generation
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_golden_noise_schedule(schedule):
+    g = golden("adm_unet")
+    abar, rows = unified.alpha_bar(schedule, g.config["diffusion_steps"]), g.inputs["schedule_index"]
+    before = F.pad(abar[:-1], (1, 0), value=1.0)
+    zero, one = torch.zeros(len(abar), 3, 1, 1, dtype=torch.float64), torch.ones(len(abar), 3, 1, 1, dtype=torch.float64)
+    mean = [unified.ddim_step(x, x0, abar, before, eta=1.0)[:, 0, 0, 0] for x, x0 in ((zero, one), (one, zero))]
+    small, large = unified.log_variances(abar)
+    for name, ours in [("alphas_cumprod", abar), ("betas", large.exp()), ("posterior_variance", unified.posterior_variance(abar, before)),
+                       ("posterior_log_variance_clipped", small), ("posterior_mean_coef1", mean[0]), ("posterior_mean_coef2", mean[1])]:
+        assert_close(ours[rows], g.outputs[f"{schedule}_{name}"], 1e-9)
+
+
+def test_golden_kept_steps():
+    g = golden("adm_unet")
+    for name in [k for k in g.outputs if k.startswith("space_timesteps_")]:
+        law, T = name.removeprefix("space_timesteps_"), g.config["diffusion_steps"]
+        ours = unified.strided_steps(T, int(law[4:])) if law.startswith("ddim") else unified.kept_steps(T, [int(n) for n in law.split(",")])
+        assert ours == g.outputs[name].tolist()
+
+
+def test_steps_are_kept_in_order_from_each_section_or_refused():
+    assert unified.kept_steps(10, [10]) == list(range(10))
+    assert unified.kept_steps(10, [2, 3]) == [0, 4, 5, 7, 9] and unified.kept_steps(11, [2, 1]) == [0, 5, 6]
+    with pytest.raises(ValueError, match="4 steps.*3"):
+        unified.kept_steps(6, [1, 4])
+    assert unified.strided_steps(10, 4) == [0, 3, 6, 9] and len(unified.strided_steps(10, 7)) == 5                # no stride gives 7
+
+
+def golden_losses(kept, t):
+    """mse and vb of the golden batch, at steps t of the process of the steps kept."""
+    g, model = golden_adm()
+    kept = torch.tensor(kept)
+    abar, x0, noise = model.abar[kept], g.inputs["x0"], g.inputs["noise_loss"]
+    xt = unified.q_sample(x0, abar[t], noise)
+    return g, model, xt, unified.hybrid_loss(model.predict(xt, kept[t]), x0, xt, noise, t, abar)
+
+
+def test_golden_loss_terms():
+    g, model, xt, (mse, vb) = golden_losses(range(golden("adm_unet").config["diffusion_steps"]), golden("adm_unet").inputs["t_loss"])
+    assert_close(xt, g.outputs["q_sample"])
+    for ours, name in [(mse, "mse"), (vb, "vb"), (mse + vb, "loss")]:
+        assert_close(ours, g.outputs[f"loss_hybrid_{name}"])
+        for one, official in zip(ours, g.outputs[f"loss_hybrid_{name}"]):                   # each on its own scale: t = 0 is far the largest
+            assert_close(one, official)
+    loss, logs = model((g.inputs["x0"] + 1) / 2, t=g.inputs["t_loss"], noise=g.inputs["noise_loss"])
+    assert_close(loss, g.outputs["loss_hybrid_loss"].mean())
+    assert_close(logs["mse"] + logs["vb"], loss, 1e-6)
+
+
+def test_golden_loss_of_a_shortened_process():
+    g, T = golden("adm_unet"), golden("adm_unet").config["diffusion_steps"]
+    _, _, _, (mse, vb) = golden_losses(unified.kept_steps(T, [250]), g.inputs["t_loss_respaced"])
+    assert_close(mse, g.outputs["loss_respaced250_mse"])
+    for ours, official in zip(vb, g.outputs["loss_respaced250_vb"]):
+        assert_close(ours * 250 / T, official)                          # that file rescales vb, which we do not
+
+
+def golden_step_back(clip=True):
+    """The golden single steps: file, log-variance, what ddim_step needs, model. In float64, for x_0 at t = 999 carries the network's rounding
+    error times 157, and that of the file alone takes up most of the tolerance."""
+    g, model = golden_adm()
+    x, t, model = g.inputs["x_t"].double(), g.inputs["t_step"], model.double()
+    eps, v = model.predict(x, t).chunk(2, 1)
+    now, after = model.abar[t], F.pad(model.abar, (1, 0), value=1.0)[t]
+    x0 = unified.x0_from_noise(x, now, eps)
+    return g, unified.learned_log_variance(v, t, model.abar), (x, x0.clamp(-1, 1) if clip else x0, now, after), model
+
+
+AMPLIFIED = 5e-4                        # the tolerance where t = 999 takes part
+
+
+def test_golden_ancestral_step():
+    g, log_var, step, _ = golden_step_back()
+    noise, std = g.inputs["noise_step"], (0.5 * log_var).exp()
+    for name, ours in [("p_mean_variance_pred_xstart", step[1]), ("p_sample_pred_xstart", step[1]), ("p_mean_variance_log_variance", log_var),
+                       ("p_mean_variance_variance", log_var.exp()), ("p_mean_variance_mean", unified.ddim_step(*step, eta=1.0)),
+                       ("p_sample", unified.ddim_step(*step, eta=1.0, noise=noise, std=std))]:
+        assert_close(ours, g.outputs[name], AMPLIFIED)
+    _, _, step, _ = golden_step_back(clip=False)
+    assert_close(unified.ddim_step(*step, eta=1.0, noise=noise, std=std), g.outputs["p_sample_noclip"], AMPLIFIED)
+
+
+def test_golden_ddim_steps():
+    g, _, (x, x0, now, after), model = golden_step_back()
+    for eta, name in [(0.0, "ddim_eta0"), (0.7, "ddim_eta07")]:
+        assert_close(unified.ddim_step(x, x0, now, after, eta, g.inputs["noise_step"]), g.outputs[name], AMPLIFIED)
+    noisier = F.pad(model.abar, (0, 1))[g.inputs["t_step"] + 1]
+    assert_close(unified.ddim_step(x, x0, now, noisier), g.outputs["ddim_reverse"], AMPLIFIED)
+
+
+@pytest.mark.parametrize("name, temperature", [("ddpm", None), ("ddim", 0.0)])
+def test_golden_sampling_loops(name, temperature):
+    (g, model), seen = golden_adm(), []
+    kept = g.outputs["loop_timestep_map" if name == "ddpm" else "loop_ddim_timestep_map"].tolist()
+    predict, start, noise = model.double().predict, g.inputs["loop_x_T"].double(), g.inputs["loop_noise"]
+    model.noise = lambda seeds, draw: noise[draw // 2] if draw else start
+    model.predict = lambda x, t: seen.append(t.unique().item()) or predict(x, t)
+    *_, state = model.sample_steps(1, steps=len(kept), temperature=temperature)
+    assert seen == kept[::-1]
+    assert_close(state.x, g.outputs[f"loop_{name}"], AMPLIFIED)
+
+
+def test_at_step_0_the_bytes_themselves_are_scored(monkeypatch):
+    model, x, noise = adm(), some_pictures(), some_gauss(4, 3, 16, 16)
+    monkeypatch.setattr(unified, "discretised_nll", lambda x, mean, log_std: torch.full_like(x, 7.0))
+    x0, xt, _ = model.noised(x, torch.tensor([0, 1, 0, 99]), noise)
+    vb = unified.hybrid_loss(model.predict(xt, torch.zeros(4)), x0, xt, noise, torch.tensor([0, 1, 0, 99]), model.abar)[1]
+    assert_close(vb[[0, 2]], torch.full((2,), 7 / math.log(2)), 1e-6)
+    assert (vb[[1, 3]] - 7 / math.log(2)).abs().min() > 0.1
+
+
+def test_discretised_nll_is_a_distribution_over_256_bytes():
+    bytes_ = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, std in [(0.1, 0.3), (-0.5, 0.02), (2.0, 1.0)]:
+        mass = (-unified.discretised_nll(bytes_, torch.tensor(mean), torch.tensor(std).double().log())).exp()
+        assert abs(mass.sum() - 1) < 1e-6
+        assert bytes_[mass.argmax()] == pytest.approx(max(-1, min(1, mean)), abs=1 / 127.5)
+
+
+def test_vb_teaches_the_variance_and_nothing_else():
+    model = adm()
+    _, logs = model(some_pictures(), t=torch.tensor([0, 5, 50, 99]))
+    last = model.out[2].weight                                          # rows 0 - 2 guess the noise, rows 3 - 5 are v
+    for term, rows in [("mse", slice(0, 3)), ("vb", slice(3, 6))]:
+        grad = torch.autograd.grad(logs[term], last, retain_graph=True)[0].flatten(1).abs().amax(1)
+        assert grad.nonzero().flatten().tolist() == list(range(6))[rows]
+
+
+def test_every_parameter_of_the_unet_gets_a_gradient_and_one_batch_is_learned():
+    model, x, t, noise, losses = adm(), some_pictures(8), torch.arange(5, 85, 10), some_gauss(8, 3, 16, 16), []
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(40):
+        loss, logs = model(x, t=t, noise=noise)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad.abs().max() > 0 for p in model.parameters())
+        optimizer.step()
+        losses.append(logs["mse"].item())
+    assert losses[-1] < 0.5 * losses[0] and losses[-1] < 0.5           # 1 without having learned anything
+
+
+def test_t_and_noise_are_drawn_if_not_given():
+    model, seen = adm(), []
+    predict = model.predict
+    model.predict = lambda x, t: seen.append(t) or predict(x, t)
+    losses = [model(some_pictures(64))[0].item() for _ in range(8)]
+    assert len(set(losses)) == 8 and torch.cat(seen).min() < 5 and torch.cat(seen).max() > 94
+    assert torch.cat(seen).bincount(minlength=100).max() < 20           # 512 draws from 100 steps
+
+
+def test_a_denoised_picture_depends_on_its_seed_and_not_on_its_company():
+    model = adm()
+    together = list(model.sample_steps(3, steps=5, seeds=torch.tensor([3, 8, 3])))
+    alone = list(model.sample_steps(1, steps=5, seeds=torch.tensor([8])))
+    assert len(together) == len(alone) == 5
+    for a, b in zip(together, alone):
+        assert_close(a.x[1:2], b.x, 1e-5)                               # a batch of another size may be summed in another order
+        assert_close(a.x[0], a.x[2], 1e-5)
+    x = model.sample(3, steps=5, seeds=torch.tensor([3, 8, 3]))
+    assert x.equal(model.render(together[-1])) and 0 <= x.min() and x.max() <= 1 and not x[0].allclose(x[1], atol=0.1)
+    assert [u.shape for u in model.noise(torch.arange(2)).unbind()] == [(3, 16, 16)] * 2
+
+
+def test_noise_of_temperature_0_is_added_in_no_step_and_of_1_in_all_but_the_last():
+    model, asked = adm(), []
+    noise = model.noise
+    for temperature, matters in [(0.0, []), (0.5, [1, 3, 5]), (None, [1, 3, 5])]:
+        pictures = []
+        for changed in (None, 1, 3, 5, 7):
+            model.noise = lambda seeds, draw: noise(seeds, draw) + (draw == changed)
+            pictures.append(model.sample(1, steps=4, temperature=temperature))
+        assert [draw for draw, x in zip((1, 3, 5, 7), pictures[1:]) if not x.equal(pictures[0])] == matters
+
+
+def test_diffusion_paints_each_pictures_own_hole_and_nothing_else():
+    model, known = adm(), some_pictures(4)
+    mask, _ = holes(16)
+    *_, state = model.sample_steps(4, steps=5, known=known, mask=mask)
+    x = model.render(state)
+    outside = ~mask[:, None].expand_as(x)
+    assert_close(x[outside], known[outside], 1e-6)
+    assert not x[~outside].allclose(known[~outside], atol=0.05)
+    other = model.sample(4, steps=5, known=torch.where(outside, 1 - known, known), mask=mask)
+    assert not other[~outside].allclose(x[~outside], atol=1e-3)         # what is around a hole decides what goes into it
+    hidden = model.sample(4, steps=5, known=torch.where(outside, known, 1 - known), mask=mask)
+    assert hidden.equal(x)                                              # and what was in it does not
+
+
+def test_at_every_step_what_is_known_is_as_noisy_as_the_rest():
+    model, known, mask = adm(), some_pictures(1), torch.zeros(1, 16, 16, dtype=torch.bool)
+    kept = unified.kept_steps(100, [5])[::-1]
+    for step, state in enumerate(model.sample_steps(1, steps=5, known=known, mask=mask)):
+        abar = model.abar[kept[step + 1]] if step < 4 else torch.ones((), dtype=torch.float64)
+        assert_close(state.x, unified.q_sample(2 * known - 1, abar, model.noise(torch.arange(1), 2 * step + 2)), 1e-6)
+
+
+def test_labels_are_refused():
+    with pytest.raises(ValueError, match="labels"):
+        adm().sample(2, labels=torch.tensor([0, 1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 8. ADM: representation
+
+
+def test_features_are_block_outputs_of_the_noised_picture():
+    model, x, noise = adm(), some_pictures(), some_gauss(4, 3, 16, 16)
+    xt = model.abar[30].sqrt().float() * (2 * x - 1) + (1 - model.abar[30]).sqrt().float() * noise
+    for layers in ([3], [9, 2]):                                        # in the order asked for
+        for ours, plain in zip(model.features(x, 30, layers, noise=noise), model.predict(xt, torch.full((4,), 30), layers)):
+            assert_close(ours, plain, 1e-5)
+    each = model.features(x, torch.tensor([30, 0, 30, 99]), [3], noise=noise)[0]
+    assert_close(each[::2], model.features(x, 30, [3], noise=noise)[0][::2], 1e-5)
+    assert not model.features(x, 30)[0].equal(model.features(x, 30)[0])                     # drawn if not given
+    assert [tuple(m.shape[1:]) for m in model.features(x, layers=list(model.layers))] == list(model.layers.values())
+    assert_close(model.embed(x, noise), model.features(x, 9, [model.best_layer], noise=noise)[0].mean((2, 3)), 1e-6)     # 9 of 100
+
+
+def test_no_block_of_the_unet_after_the_last_layer_asked_for_runs():
+    model = adm()
+    for b, block in enumerate(model.blocks, 1):
+        if b == 6:
+            block.forward = forbidden
+    model.features(some_pictures(), layers=[5])
+    with pytest.raises(AssertionError):
+        model.features(some_pictures(), layers=[6])
+
+
+def test_added_maps_reach_the_next_block_and_the_mirror():
+    model, x, noise, seen = adm(), some_pictures(), some_gauss(4, 3, 16, 16), []
+    zeros = {b: torch.zeros(4, *shape) for b, shape in model.layers.items()}
+    plain = model.features(x, 20, list(model.layers), noise=noise)
+    for ours, theirs in zip(model.features(x, 20, list(model.layers), add=zeros, noise=noise), plain):
+        assert ours.equal(theirs)                                       # zeros add nothing
+    extra = torch.randn(4, *model.layers[2], requires_grad=True)
+    model.blocks[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.blocks[model.mirror(2) - 1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.features(x, 20, [9], add={2: extra}, noise=noise)[0].square().sum().backward()
+    assert_close(seen[0], plain[1] + extra, 1e-6)
+    assert_close(seen[1][:, -len(extra[0]):], plain[1] + extra, 1e-6)   # there, what comes from the mirror is second
+    assert (extra.grad != 0).any(1).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # 9. Presets and published weights
 
 
@@ -1069,6 +1437,30 @@ def official_mage(width, depth):
     return shapes
 
 
+def official_unet(classes=0):
+    """Names and shapes in 256x256_diffusion_uncond.pt, or with its 1,000 classes, written down block by block."""
+    def layer(name, *weight):
+        return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
+
+    def residual(name, inp, out):
+        shapes = layer(f"{name}.in_layers.0", inp) | layer(f"{name}.in_layers.2", out, inp, 3, 3) | layer(f"{name}.emb_layers.1", 2 * out, 1024)
+        shapes |= layer(f"{name}.out_layers.0", out) | layer(f"{name}.out_layers.3", out, out, 3, 3)
+        return shapes | (layer(f"{name}.skip_connection", out, inp, 1, 1) if inp != out else {})
+
+    def attention(name, width):
+        return layer(f"{name}.norm", width) | layer(f"{name}.qkv", 3 * width, width, 1) | layer(f"{name}.proj_out", width, width, 1)
+    shapes = layer("time_embed.0", 1024, 256) | layer("time_embed.2", 1024, 1024) | layer("input_blocks.0.0", 256, 3, 3, 3)
+    shapes |= layer("out.0", 256) | layer("out.2", 6, 256, 3, 3) | ({"label_emb.weight": (classes, 1024)} if classes else {})
+    down = [(256, 256)] * 7 + [(256, 512)] + [(512, 512)] * 5 + [(512, 1024)] + [(1024, 1024)] * 4
+    up = [(2048, 1024)] * 5 + [(1536, 1024), (1536, 512)] + [(1024, 512)] * 4 + [(768, 512), (768, 256)] + [(512, 256)] * 5
+    for i, (inp, out) in enumerate(down[1:], 1):
+        shapes |= residual(f"input_blocks.{i}.0", inp, out) | (attention(f"input_blocks.{i}.1", out) if i in (10, 11, 13, 14, 16, 17) else {})
+    for i, (inp, out) in enumerate(up):
+        shapes |= residual(f"output_blocks.{i}.0", inp, out) | (attention(f"output_blocks.{i}.1", out) if i < 9 else {})
+        shapes |= residual(f"output_blocks.{i}.{2 if i < 9 else 1}", out, out) if i in (2, 5, 8, 11, 14) else {}
+    return shapes | residual("middle_block.0", 1024, 1024) | attention("middle_block.1", 1024) | residual("middle_block.2", 1024, 1024)
+
+
 def hollow(shapes):
     """A state dict of these shapes that takes no room: every tensor is one number seen many times."""
     return {k: torch.zeros((), dtype=torch.long if k.endswith("position_ids") else torch.float32).expand(v) for k, v in shapes.items()}
@@ -1098,6 +1490,22 @@ def test_published_mage_files_load_strictly(tmp_path, width, depth, heads, used,
 
 
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_the_published_unet_loads_strictly_and_one_with_classes_is_refused(tmp_path):
+    for classes in (0, 1000):
+        torch.save(hollow(official_unet(classes)), tmp_path / f"{classes}.pt")
+    with torch.device("meta"):
+        model, config = unified.load_model(tmp_path / "0.pt", tell=lambda line: None)
+    assert model.image_size == 256 and not model.training and model.blocks[23][1].heads == 16
+    preset = unified.model_config("adm", "base", 256)
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["arch"].items()} | {"classes": 0, "head": 64} == preset | {"head": 64}
+    with pytest.raises(unified.UserError, match="1000.pt.*class-conditional"):
+        unified.load_model(tmp_path / "1000.pt")
+    torch.save(hollow({k: v for k, v in official_unet().items() if k != "input_blocks.4.0.out_layers.3.weight"}), tmp_path / "lacking.pt")
+    with pytest.raises(unified.UserError, match="lacking.pt.*input_blocks.4.0.out_layers.3.weight"):
+        unified.load_model(tmp_path / "lacking.pt")
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
 @pytest.mark.parametrize("key", [None, "state_dict"])
 def test_published_tokenizer_files_load_strictly(tmp_path, key):
     state = hollow(official_tokenizer())
@@ -1122,7 +1530,7 @@ def test_golden_file_on_disk_samples_and_gives_features(tmp_path, monkeypatch):
     again.load_state_dict(loaded.state_dict())
 
 
-@pytest.mark.parametrize("name", list(unified.MODELS))
+@pytest.mark.parametrize("name", [name for name, method in unified.MODELS.items() if method.tokenizer])
 @pytest.mark.parametrize("tokenizer_size", list(unified.TOKENIZERS))
 def test_every_preset_can_be_built_from_plain_values(name, tokenizer_size):
     size = tokenizer_size if tokenizer_size in unified.MODELS[name].sizes else "tiny"
@@ -1134,6 +1542,15 @@ def test_every_preset_can_be_built_from_plain_values(name, tokenizer_size):
             assert isinstance(unified.build(config["tokenizer"]), unified.VQGAN)
         assert (model.vqgan.stride, model.length, model.classes) == (stride, 256, 10)
         assert (model.contrastive > 0) == (unified.MODELS[name].views == 2)
+
+
+@pytest.mark.parametrize("size, image_size, parameters", [("tiny", 32, 794_982), ("small", 32, 42_858_886), ("base", 256, 552_814_086)])
+def test_every_preset_without_a_tokenizer_can_be_built_from_plain_values(size, image_size, parameters):
+    config = json.loads(json.dumps(unified.model_config("adm", size, image_size, tokenizer={"never": "read"})))
+    with torch.device("meta"):
+        model = unified.build(config)
+    assert "tokenizer" not in config and sum(p.numel() for p in model.parameters()) == parameters
+    assert model.image_size == image_size and model.layers[1][1:] == (image_size, image_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ it is a representation; undoing it step by step, starting from nothing, is gener
     method   what it reads   how that was corrupted                       what it predicts
     MAGE     token ids       a random share hidden (70 % on average)      the hidden ids
     MAGE-C   the same, of two crops of an image                           + which crops belong together
+    ADM      pixels          noise                                        the noise, and its variance
 
 Read from the top; nothing is used before it has been explained.
 
@@ -14,6 +15,7 @@ Read from the top; nothing is used before it has been explained.
     3  what is hidden, what is noised    how many ids, which ids; how much noise, and the way back; random numbers that can be asked for
     4  MAGE                          guess the hidden ids; train, generate, inpaint, represent
     5  MAGE-C                        the same network also learns which two crops show the same image
+    8  ADM                           guess the noise with a U-Net; its blocks represent, too
     9  presets, published weights    sizes, and how files of the original authors are read
     10 pictures, runs and files      data sets, the id cache, PNG grids, ridge regression, checkpoints
 
@@ -25,10 +27,12 @@ Everything random can be passed in: a function that draws says which argument re
 Papers     [MAGE] Li et al. 2022, arXiv 2211.09117      [MaskGIT] Chang et al. 2022, 2202.04200     [VQGAN] Esser et al. 2020, 2012.09841
            [MAE] He et al. 2021, 2111.06377             [ViT] Dosovitskiy et al. 2020, 2010.11929   [Attention] Vaswani et al. 2017, 1706.03762
            [SimCLR] Chen et al. 2020, 2002.05709        [VQ-VAE] van den Oord et al. 2017, 1711.00937     [DDPM] Ho et al. 2020, 2006.11239
-           [iDDPM] Nichol and Dhariwal 2021, 2102.09672    [DDIM] Song et al. 2020, 2010.02502
+           [iDDPM] Nichol and Dhariwal 2021, 2102.09672    [DDIM] Song et al. 2020, 2010.02502     [RePaint] Lugmayr et al. 2022, 2201.09865
+           [ADM] Dhariwal and Nichol 2021, 2105.05233   [DiffSSL] Mukhopadhyay et al. 2023, 2307.08702 and 2311.17921
 """
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -421,6 +425,11 @@ def x0_from_noise(x, abar, eps):
     return spread(abar.rsqrt(), x) * x - spread((1 / abar - 1).sqrt(), x) * eps
 
 
+def posterior_variance(abar, abar_next):
+    """Variance of x at abar_next, given x at abar and x_0 [DDPM, eq. 7]: float64, 0 at abar_next 1."""
+    return (1 - abar_next) / (1 - abar) * (1 - abar / abar_next).clamp(min=0)
+
+
 def ddim_step(x, x0, abar, abar_next, eta=0.0, noise=0.0, std=None):
     """One step from x at abar to abar_next, believing in x0 [DDIM, eq. 12 and 16].
 
@@ -428,26 +437,32 @@ def ddim_step(x, x0, abar, abar_next, eta=0.0, noise=0.0, std=None):
     scales the noise instead, if the network has learned it. abar_next 1 gives x0 itself; abar_next < abar goes backwards, into noise.
     """
     eps = (spread(abar.rsqrt(), x) * x - x0) / spread((1 / abar - 1).sqrt(), x)
-    variance = eta ** 2 * (1 - abar_next) / (1 - abar) * (1 - abar / abar_next).clamp(min=0)
+    variance = eta ** 2 * posterior_variance(abar, abar_next)
     std = spread(variance.sqrt(), x) if std is None else std * spread(torch.as_tensor(abar_next < 1), x)
     return spread(abar_next.sqrt(), x) * x0 + spread((1 - abar_next - variance).sqrt(), x) * eps + std * noise
 
 
+class Denoising(typing.NamedTuple):
+    """Pictures on their way out of noise: x (n, 3, S, S), clean ones in [-1, 1]."""
+    x: torch.Tensor
+
+
 def denoise(guess, noise, abar, eta=1.0, known=None, mask=None):
-    """Pictures from noise: yields x (n, 3, S, S) after each step; the last one is clean.
+    """Pictures from noise: yields a Denoising after each step; the last one is clean.
 
     guess        x, step -> x0 in [-1, 1], and what scales the noise (see ddim_step) or None
     noise        draw -> standard normal numbers (n, 3, S, S): 0 is the start, 2 step + 1 is added by that step, 2 step + 2 is put on known
     abar         float64 (steps,), ascending: how noisy x is when each step begins
-    known, mask  pixels in [-1, 1] and bool (n, S, S), True = to be painted: at every step the rest is what is known, made as noisy as x
+    known, mask  pixels in [-1, 1] and bool (n, S, S), True = to be painted: after every step the rest is what is known, made as noisy as x
+                 [RePaint], in the end not at all
     """
     x = noise(0)
-    for step, (now, after) in enumerate(zip(abar, [*abar[1:], torch.ones((), dtype=abar.dtype)])):
-        if known is not None:
-            x = torch.where(mask[:, None], x, q_sample(known, now, noise(2 * step + 2)))
+    for step, (now, after) in enumerate(zip(abar, [*abar[1:], torch.ones_like(abar[0])])):
         x0, std = guess(x, step)
         x = ddim_step(x, x0, now, after, eta, noise(2 * step + 1), std)
-        yield x
+        if known is not None:
+            x = torch.where(mask[:, None], x, q_sample(known, after, noise(2 * step + 2)))
+        yield Denoising(x)
 
 
 def kept_steps(steps, counts):
@@ -464,6 +479,12 @@ def kept_steps(steps, counts):
             at += stride                                                                    # fall the same way
         start += size
     return kept
+
+
+def strided_steps(steps, count):
+    """The same with one whole stride, beginning at 0: what DDIM's results were made with ('ddimN' in respace.py, which refuses a count that
+    no stride gives; here it is the next smaller one that some stride gives)."""
+    return list(range(0, steps, -(-steps // count)))
 
 
 def angles(t, width, last):
@@ -722,7 +743,7 @@ class MAGE(nn.Module):
         """The layer that the paper reads: the encoder's last."""
         return len(self.blocks)
 
-    t_range = (0.0, 1.0, "the share of ids that is hidden")          # of features(t=)
+    best_t, t_range = 0.0, (0.0, 1.0, "the share of ids that is hidden")                    # of features(t=): what the paper reads, what there is
 
     def noise(self, seeds):
         """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> (B, L)."""
@@ -805,10 +826,285 @@ def info_nce(z, temperature=0.2):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# 8. ADM: guess the noise, pixel by pixel
+#
+#     loss = mean (eps - eps'(x_t, t))^2  +  vb            x_t as in section 3, t uniform              [DDPM, eq. 14] [iDDPM, eq. 16]
+#
+# The plainest way to undo noise: a network that looks at the noised picture and names the noise. It is a U-Net: residual blocks
+# on ever smaller maps, and back to ever larger ones, where each block also gets the map that the block opposite to it on the way
+# down has made. Nothing is hidden and nothing is tokenised; t is told to every block. Frozen, it can be read like any other network
+# [DiffSSL]: best soon after its middle, from a picture with a little noise. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
+
+
+def zero(module):
+    """The same layer with all weights 0: what ends a branch adds nothing at first, so every block starts as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class TimedResBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut; between them, emb scales and shifts every channel. Official name: ResBlock.
+
+    forward(x (B, inp, h, w), emb (B, E)) -> (B, out, h', w'). resize halves or doubles the map, before the first convolution and on
+    the shortcut alike.
+    """
+
+    def __init__(self, inp, out, emb, groups, dropout, resize=None):
+        super().__init__()
+        self.resize = resize or nn.Identity()
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, inp), nn.SiLU(), nn.Conv2d(inp, out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * out))
+        self.out_layers = nn.Sequential(nn.GroupNorm(groups, out), nn.SiLU(), nn.Dropout(dropout), zero(nn.Conv2d(out, out, 3, padding=1)))
+        self.skip_connection = nn.Identity() if inp == out else nn.Conv2d(inp, out, 1)
+
+    def forward(self, x, emb):
+        h = self.in_layers[2](self.resize(self.in_layers[:2](x)))
+        scale, shift = self.emb_layers(emb)[..., None, None].chunk(2, 1)
+        h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        return self.skip_connection(self.resize(x)) + h
+
+
+class MapAttention(nn.Module):
+    """Self-attention over the places of a map, heads of width head, no positions. (B, C, h, w) -> the same. Official name: AttentionBlock."""
+
+    def __init__(self, dim, head, groups):
+        super().__init__()
+        if dim % head:
+            raise ValueError(f"width {dim} is not a multiple of the head width {head}")
+        self.heads, self.norm = dim // head, nn.GroupNorm(groups, dim)
+        self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero(nn.Conv1d(dim, dim, 1))
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x.flatten(2))).unflatten(1, (self.heads, 3, -1))           # channels: q, k, v of head 0, then of head 1,
+        q, k, v = qkv.mT.unbind(2)                                                          # ... (the 'legacy order'); 3 x (B, n, L, d)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(y.mT.flatten(1, 2)).view(x.shape)
+
+
+class TimedBlock(nn.Sequential):
+    """The layers of one block; residual blocks are told the time. (B, C, h, w), (B, E) -> (B, C', h', w')."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, TimedResBlock) else layer(x)
+        return x
+
+
+# How much noise a step back puts in again need not be known beforehand. At least it is what would be right if x_0 were known,
+# at most what would be right if every picture were noise; the network says for every pixel where between the two, on a
+# logarithmic scale [iDDPM, eq. 15]. It learns that from the variational bound: how many bits, a pixel and color, are lost if
+# the step back is drawn from the network's normal distribution instead of the true one. In there eps' is detached: vb teaches the
+# variance alone. Its weight is 1: the paper's 0.001 stands before a sum over 1000 steps, of which one t drawn gives the mean.
+
+
+def log_variances(abar):
+    """Logarithms of the smallest and the largest variance of each step back: float64 (T,) -> twice (T,). The last step, to x_0, needs
+    none, and its logarithm would be infinite; it gets the smallest variance of its neighbour."""
+    before = F.pad(abar[:-1], (1, 0), value=1.0)
+    small = posterior_variance(abar, before)
+    return torch.cat([small[1:2], small[1:]]).log(), (1 - abar / before).log()
+
+
+def learned_log_variance(v, i, abar):
+    """The network's v (B, 3, S, S), about -1 .. 1, at steps i of the process abar (T,) -> log of the variance, like v."""
+    small, large = (spread(table[i], v) for table in log_variances(abar))
+    return (1 + v) / 2 * large + (1 - v) / 2 * small
+
+
+def discretised_nll(x, mean, log_std):
+    """-log of the mass, in nats, that a normal distribution puts on the byte that x in [-1, 1] stands for; the first and last byte take
+    all that lies beyond. Elementwise; its cdf is the usual approximation by tanh, as official (losses.py)."""
+    def cdf(z):
+        return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)).tanh())
+    below, above = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (-1, 1))
+    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return -mass.clamp(min=1e-12).log()
+
+
+def hybrid_loss(out, x0, xt, noise, i, abar):
+    """The two terms of the loss for each picture: squared error of the noise, and vb in bits. (B,) each.
+
+    out  (B, 6, S, S): guess of the noise, and v        x0, xt, noise  (B, 3, S, S), x0 in [-1, 1]
+    i    int (B,), steps of the process abar (T,), which may be one that kept_steps has shortened
+    """
+    eps, v = out.chunk(2, 1)
+    now, after = abar[i], F.pad(abar, (1, 0), value=1.0)[i]
+    true = ddim_step(xt, x0, now, after, eta=1.0)                                           # means of the two normal distributions
+    mean = ddim_step(xt, x0_from_noise(xt, now, eps.detach()), now, after, eta=1.0)
+    log_var, log_true = learned_log_variance(v, i, abar), spread(log_variances(abar)[0][i], v)
+    kl = 0.5 * (log_var - log_true - 1 + (log_true - log_var).exp() + (true - mean) ** 2 * (-log_var).exp())
+    nats = torch.where(i == 0, discretised_nll(x0, mean, 0.5 * log_var).mean((1, 2, 3)), kl.mean((1, 2, 3)))
+    return (noise - eps).square().mean((1, 2, 3)), nats / math.log(2)
+
+
+class ADM(nn.Module):
+    """Diffusion U-Net without labels.
+
+    image_size           S; a multiple of 2 ** (levels - 1), else ValueError
+    ch, ch_mult, blocks  width of level i is ch * ch_mult[i]; residual blocks a level, and one more on the way up
+    attention            how many times smaller than the picture the maps are that get attention; the middle always does
+    head                 width of an attention head        groups  of every GroupNorm; divides every width
+    schedule, steps      of the noise, see alpha_bar       classes  0: labels have no place here, else ValueError
+
+    Blocks are counted from 1: N on the way down, the middle N + 1, then those on the way up, of which number b also reads the map of
+    its mirror, 2N + 2 - b. What a block puts out is what all its layers have made, attention and change of size included.
+    """
+
+    def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32, schedule="linear", steps=1000, classes=0):
+        super().__init__()
+        if image_size % 2 ** (len(ch_mult) - 1):
+            raise ValueError(f"image size {image_size} cannot be halved {len(ch_mult) - 1} times")
+        if classes:
+            raise ValueError("this network takes no labels")
+        self.image_size, self.classes, self.layers = image_size, classes, {}                # layers: {block: (channels, h, w)}
+        self.register_buffer("abar", alpha_bar(schedule, steps), persistent=False)
+        self.time_embed = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
+        residual = functools.partial(TimedResBlock, emb=4 * ch, groups=groups, dropout=dropout)
+        widths = [int(ch * m) for m in ch_mult]
+
+        def attend(i):
+            return [MapAttention(widths[i], head, groups)] if 2 ** i in attention else []
+
+        def block(width, level, *layers):
+            self.layers[len(self.layers) + 1] = (width, image_size >> level, image_size >> level)
+            return TimedBlock(*layers)
+        c = widths[0]
+        self.input_blocks = nn.ModuleList([block(c, 0, nn.Conv2d(3, c, 3, padding=1))])
+        for i, width in enumerate(widths):
+            if i:
+                self.input_blocks.append(block(c, i, residual(c, c, resize=nn.AvgPool2d(2))))
+            for _ in range(blocks):
+                self.input_blocks.append(block(width, i, residual(c, width), *attend(i)))
+                c = width
+        self.middle_block = block(c, i, residual(c, c), MapAttention(c, head, groups), residual(c, c))
+        self.output_blocks = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            for j in range(blocks + 1):
+                up = [residual(width, width, resize=nn.Upsample(scale_factor=2.0))] if i and j == blocks else []
+                inp = c + self.layers[self.mirror(len(self.layers) + 1)][0]
+                self.output_blocks.append(block(width, i - len(up), residual(inp, width), *attend(i), *up))
+                c = width
+        self.best_layer = min(len(self.input_blocks) + 2 + 2 * blocks, len(self.layers))    # [DiffSSL]: 24 of 37, before maps grow a second time
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero(nn.Conv2d(c, 6, 3, padding=1)))
+        self.to(memory_format=torch.channels_last)                                          # up to twice as fast, on CPUs too
+
+    @property
+    def blocks(self):
+        """All blocks in the order they run."""
+        return [*self.input_blocks, self.middle_block, *self.output_blocks]
+
+    def predict(self, x, t, layers=None, add={}):
+        """The network itself: noised pixels x (B, 3, S, S), of clean ones in [-1, 1], and steps t int (B,) -> (B, 6, S, S): the noise, and
+        v of learned_log_variance. With layers: [map (B, C, h, w) for each of layers] instead, and no block after the last of them runs.
+
+        add  {layer: map} is added to the output of that layer, before anyone reads it
+        """
+        phase = angles(t, self.time_embed[0].in_features, self.time_embed[0].in_features // 2)
+        emb, stack, maps = self.time_embed(torch.cat([phase.cos(), phase.sin()], 1).to(x.dtype)), [], {}
+        for b, block in enumerate(self.blocks, 1):
+            if b > len(self.input_blocks) + 1:
+                x = torch.cat([x, stack.pop()], 1)
+            x = block(x, emb)
+            if b in add:
+                x = x + add[b]
+            if b <= len(self.input_blocks):
+                stack.append(x)
+            if layers and b in layers:
+                maps[b] = x
+                if b == max(layers):
+                    return [maps[b] for b in layers]
+        return self.out(x)
+
+    def noised(self, x, t, noise=None):
+        """Pixels (B, 3, S, S) in [0, 1] and steps int (B,) -> x_0 in [-1, 1], x_t, and the noise in it, drawn if None."""
+        noise = torch.randn_like(x) if noise is None else noise
+        return 2 * x - 1, q_sample(2 * x - 1, self.abar[t], noise), noise
+
+    # ---- training
+
+    def forward(self, x, labels=None, *, t=None, noise=None):
+        """Loss of one batch: pixels (B, 3, S, S) in [0, 1] -> scalar, dict of its terms. t int (B,) and noise like x are drawn if None."""
+        t = torch.randint(len(self.abar), (len(x),), device=x.device) if t is None else t
+        x0, xt, noise = self.noised(x, t, noise)
+        mse, vb = hybrid_loss(self.predict(xt, t).float(), x0, xt, noise, t, self.abar)
+        return (mse + vb).mean(), {"mse": mse.mean(), "vb": vb.mean()}
+
+    # ---- generation
+
+    @torch.no_grad()
+    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
+        """Ancestral sampling [DDPM, algorithm 2] with the learned variance, or DDIM, on a shortened process.
+
+        n, steps      pictures, steps; 250 as published, 25 for DDIM
+        temperature   1: ancestral; less: DDIM, eta of ddim_step, which adds less noise, at 0 none
+        known, mask   pixels (n, 3, S, S) in [0, 1] and bool (n, S, S), True = to be painted
+        seeds         int64 (n,), all that a picture depends on besides the weights; 0 .. n-1 if None
+        yields        a Denoising after each step. labels must be None: this network takes none, so guidance means nothing
+        """
+        if labels is not None:
+            raise ValueError("this network takes no labels")
+        T, eta, device = len(self.abar), 1.0 if temperature is None else temperature, self.abar.device
+        steps = min(steps or (250 if eta else 25), T)
+        kept = torch.tensor(kept_steps(T, [steps]) if eta else strided_steps(T, steps), device=device)
+        abar, last = self.abar[kept], len(kept) - 1
+        seeds = torch.arange(n, device=device) if seeds is None else seeds
+
+        def guess(x, step):
+            i = last - step
+            eps, v = self.predict(x, kept[i].expand(n)).float().chunk(2, 1)
+            std = (0.5 * learned_log_variance(v, i, abar)).exp() if eta == 1 and i else None
+            return x0_from_noise(x, abar[i], eps).clamp(-1, 1), std
+        known = None if known is None else 2 * known - 1
+        yield from denoise(guess, lambda draw: self.noise(seeds, draw), abar.flip(0), eta, known, mask)
+
+    sample = MAGE.sample                                                                    # the last state, rendered
+
+    def render(self, state):
+        """Denoising -> pixels (n, 3, S, S) in [0, 1]."""
+        return ((state.x + 1) / 2).clamp(0, 1)
+
+    # ---- representation
+
+    @property
+    def t_range(self):
+        return 0, len(self.abar) - 1, "the step of the noise"
+
+    @property
+    def best_t(self):
+        """The step at which [DiffSSL] reads: 90 of 1000."""
+        return round(0.09 * len(self.abar))
+
+    def noise(self, seeds, draw=0):
+        """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
+        return normal(uniform(seeds, draw, 3 * self.image_size ** 2)).unflatten(1, (3, self.image_size, self.image_size))
+
+    def mirror(self, layer):
+        """The block on the other side, whose map goes into this one, and to which feedback heads feed this one back."""
+        return 2 * len(self.input_blocks) + 2 - layer
+
+    def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
+        """Block outputs as maps; no block after the last one asked for runs.
+
+        x       pixels (B, 3, S, S) in [0, 1]      layers  which blocks; [best_layer] if None      finetune  changes nothing here
+        t       step of the noise, int or int (B,); noise like x, drawn if None
+        add     {layer: map (B, C, h, w)} added to the output of that layer
+        returns [map (B, C, h, w) for each of layers]
+        """
+        t = torch.as_tensor(t, device=x.device).long().expand(len(x))
+        return self.predict(self.noised(x, t, noise)[1], t, layers or [self.best_layer], add)
+
+    def embed(self, x, noise=None):
+        """The vector the paper probes: (B, C), the mean over the map of the best layer at the best step. noise as for features."""
+        return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # 9. Presets, and weights of the original authors
 #
 # A model is a name and a dict of plain numbers; a checkpoint stores that dict, build() turns it back into a model. Published
-# files store none, so their sizes are read off the shapes of their tensors. Base and large are the papers' sizes.
+# files store none, so their sizes are read off the shapes of their tensors. Base and large are the papers' sizes; of ADM that is the
+# network for 256 pixels, and small the one that DDPM has for 32, in ADM's manner.
 
 TOKENIZERS = {
     "toy":   dict(codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),     # enough for shapes in flat colours
@@ -825,18 +1121,28 @@ MAGE_SIZES = {
     "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, decoder_depth=8, decoder_heads=16),
 }
 
+ADM_SIZES = {
+    "tiny":  dict(ch=16, ch_mult=(1, 2, 4), blocks=1, attention=(4,), head=32, groups=4, schedule="cosine"),
+    "small": dict(ch=128, ch_mult=(1, 2, 2, 2), blocks=2, attention=(2,), dropout=0.1, schedule="cosine"),
+    "base":  dict(ch=256, ch_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32)),
+}
+ADM_SIZES["large"] = ADM_SIZES["base"]
+
 
 class Method(typing.NamedTuple):
-    """A row of MODELS: the class, its constructor's arguments by size, those that make it this method, crops it reads of an image."""
+    """A row of MODELS: the class, its constructor's arguments by size, those that make it this method, crops it reads of an image, and
+    whether it works on a tokenizer's ids; the tokenizer is then the constructor's first argument."""
     model: type
     sizes: dict
     options: dict
     views: int
+    tokenizer: bool
 
 
 MODELS = {
-    "mage":   Method(MAGE, MAGE_SIZES, {}, 1),
-    "mage-c": Method(MAGE, MAGE_SIZES, {"contrastive": 0.1}, 2),
+    "mage":   Method(MAGE, MAGE_SIZES, {}, 1, True),
+    "mage-c": Method(MAGE, MAGE_SIZES, {"contrastive": 0.1}, 2, True),
+    "adm":    Method(ADM, ADM_SIZES, {}, 1, False),
 }
 
 
@@ -847,10 +1153,11 @@ def tokenizer_config(size, stride, codes=1024):
     return config
 
 
-def model_config(name, size, image_size, tokenizer, classes=0):
-    """Everything build() needs, as plain values. tokenizer: VQGAN arguments; classes > 0: conditioned on labels."""
+def model_config(name, size, image_size, tokenizer=None, classes=0):
+    """Everything build() needs, as plain values. tokenizer: VQGAN arguments, for those that need one; classes > 0: conditioned on labels."""
     method = MODELS[name]
-    return {"model": name, "tokenizer": tokenizer, "image_size": image_size, "classes": classes, **method.options, **method.sizes[size]}
+    config = {"model": name, "image_size": image_size, "classes": classes, **method.options, **method.sizes[size]}
+    return {**config, "tokenizer": tokenizer} if method.tokenizer else config
 
 
 def build(config):
@@ -858,17 +1165,21 @@ def build(config):
     if "model" not in config:
         return VQGAN(**config)
     rest = {k: v for k, v in config.items() if k not in ("model", "tokenizer")}
-    return MODELS[config["model"]].model(VQGAN(**config["tokenizer"]), **rest)
+    vqgan = [VQGAN(**config["tokenizer"])] if "tokenizer" in config else []
+    return MODELS[config["model"]].model(*vqgan, **rest)
+
+
+def children(state, prefix):
+    """How many modules or parameters of a state dict have names that go on differently right after the prefix."""
+    return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
 
 
 def published_tokenizer(state):
     """VQGAN arguments read off a state dict with the official names (vqgan_jax_strongaug.ckpt)."""
-    def count(prefix):
-        return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
     ch = state["encoder.conv_in.weight"].size(0)
-    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].size(0) for i in range(count("encoder.down."))]
+    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].size(0) for i in range(children(state, "encoder.down."))]
     size, dim = state["quantize.embedding.weight"].shape
-    return dict(codebook_size=size, codebook_dim=dim, ch=ch, ch_mult=[w // ch for w in widths], blocks=count("encoder.down.0.block."))
+    return dict(codebook_size=size, codebook_dim=dim, ch=ch, ch_mult=[w // ch for w in widths], blocks=children(state, "encoder.down.0.block."))
 
 
 # What shapes cannot tell: heads of encoder and decoder by width. And what the published MAGE files carry although no line of
@@ -883,15 +1194,13 @@ def published_mage(state, heads=None):
 
     heads  (encoder, decoder); by default those of the published widths, 768 and 1024
     """
-    def depth(prefix):
-        return len({k.split(".")[1] for k in state if k.startswith(prefix + ".")})
     tokenizer = published_tokenizer({k[6:]: v for k, v in state.items() if k.startswith("vqgan.")})
     words, width = state["token_emb.word_embeddings.weight"].shape
     positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
     heads = heads or PUBLISHED_HEADS[width]
     config = {"model": "mage", "tokenizer": tokenizer, "image_size": math.isqrt(positions - 1) * 2 ** (len(tokenizer["ch_mult"]) - 1),
-              "width": width, "depth": depth("blocks"), "heads": heads[0], "decoder_width": decoder_width,
-              "decoder_depth": depth("decoder_blocks"), "decoder_heads": heads[1],
+              "width": width, "depth": children(state, "blocks."), "heads": heads[0], "decoder_width": decoder_width,
+              "decoder_depth": children(state, "decoder_blocks."), "decoder_heads": heads[1],
               "classes": words - tokenizer["codebook_size"] - 1, "fake_class": 76}
     with torch.device("meta"):
         ours = build(config).state_dict().keys()
@@ -899,6 +1208,27 @@ def published_mage(state, heads=None):
     table = "token_emb.position_embeddings.weight"
     kept[table] = kept[table][:positions]                                                   # a longer table has rows never read
     return config, kept, sorted(state.keys() - ours)
+
+
+def published_adm(state, head=64):
+    """Official ADM state dict (256x256_diffusion_uncond.pt and its like) -> (config, the same state, no names left out).
+
+    Head width and side of the picture cannot be seen; heads are 64 wide and the smallest maps 8 x 8 in all published files. ValueError for
+    a conditional one: there is no place for its labels, and one of them has another order of channels in attention.
+    """
+    if "label_emb.weight" in state:
+        raise ValueError("it is class-conditional; ADM is read without classes only")
+    ch, ups = state["time_embed.0.weight"].size(1), range(children(state, "output_blocks."))
+    levels = 1 + sum(any(f"output_blocks.{i}.{j}.in_layers.0.weight" in state for j in (1, 2)) for i in ups)    # those that enlarge
+    blocks = children(state, "input_blocks.") // levels - 1
+    first = [f"input_blocks.{1 + i * (blocks + 1)}" for i in range(levels)]
+    config = {"model": "adm", "image_size": 8 * 2 ** (levels - 1), "ch": ch, "blocks": blocks, "head": head,
+              "ch_mult": [state[f"{name}.0.out_layers.3.weight"].size(0) / ch for name in first],
+              "attention": [2 ** i for i, name in enumerate(first) if f"{name}.1.norm.weight" in state]}
+    return config, state, []
+
+
+PUBLISHED = {"token_emb.word_embeddings.weight": published_mage, "input_blocks.0.0.weight": published_adm}     # by a name that only they have
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -996,7 +1326,7 @@ def load_strictly(model, state, path):
 
 
 def load_model(path, tell=print):
-    """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE.
+    """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE or ADM.
 
     tell  called with one line about parameters that the file carries and nothing reads
     """
@@ -1007,15 +1337,18 @@ def load_model(path, tell=print):
         config = state["config"]["arch"]
         return load_strictly(build(config), state["model"], path).eval(), state["config"]
     weights = state.get("model", state)
-    if not isinstance(weights, dict) or "token_emb.word_embeddings.weight" not in weights or "vqgan.quantize.embedding.weight" not in weights:
-        raise UserError(f"{path} is neither a checkpoint of train.py nor a published MAGE file: it has no token_emb and vqgan weights")
+    readers = [reader for name, reader in PUBLISHED.items() if isinstance(weights, dict) and name in weights]
+    if not readers:
+        raise UserError(f"{path} is neither a checkpoint of train.py nor a file published by the authors of MAGE or ADM")
     try:
-        config, weights, dead = published_mage(weights)
+        config, weights, dead = readers[0](weights)
     except KeyError as error:
-        raise UserError(f"{path} looks like a MAGE file but lacks, or has at an unknown width, {error}")
+        raise UserError(f"{path} looks like a published file but lacks, or has at an unknown width, {error}")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used: {error}")
     unknown = [name for name in dead if name not in DEAD]
     tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n in DEAD) or 'nothing'}"
-         + (f"; unknown to MAGE, left out too: {', '.join(unknown)}" if unknown else ""))
+         + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else ""))
     return load_strictly(build(config), weights, path).eval(), {"arch": config}
 
 
