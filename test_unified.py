@@ -1382,6 +1382,132 @@ def test_added_maps_reach_the_next_block_and_the_mirror():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# The heads of probe.py that read maps
+
+
+def golden_heads(case):
+    """The golden file, the settings of a case, and {(layer, t): map} of the features it gives."""
+    g = golden("diffssl_heads")
+    maps = {tuple(int(n) for n in k.removeprefix("feat_b").split("_t")): v for k, v in g.inputs.items() if k.startswith("feat_b")}
+    return g, g.config["cases"][case], maps
+
+
+def load_official(head, state):
+    """Load an official state dict; there are no published files of heads, so two names of ours are plainer."""
+    names = {"intra_inter_block_attention.cls_token": "cls_token", "head.weight": "linear.weight", "head.bias": "linear.bias"}
+    last = max((int(k.split(".")[1]) for k in state if k.startswith("fcs.")), default=-1)
+
+    def ours(name):
+        if name.startswith("intra_inter_block_attention.layers."):
+            number, rest = name.split(".", 2)[2].split(".", 1)
+            return f"blocks.{int(number) - 1}.{rest}"
+        return name.replace(f"fcs.{last}.", "linear.") if name.startswith(f"fcs.{last}.") else names.get(name, name)
+    head.load_state_dict({ours(k): v.clone() for k, v in state.items()})
+    return head.eval()
+
+
+def golden_difformer(g, settings, layers, steps):
+    """A DifFormer of a case's settings."""
+    shapes = {b: (channels, side, side) for (b, channels), side in zip(g.config["feature_dims"].items(), g.config["feature_sizes"].values())}
+    dim, heads, ratio, depth = (int(n) for n in settings["fusion_arc"].split("Attention:")[1].split(",")[0].split(":"))
+    return probe.DifFormer(shapes, {t: layers for t in steps}, g.config["num_classes"], settings["pre_pool_size"], dim, heads, ratio, depth)
+
+
+@pytest.mark.parametrize("case", ["linear", "mlp"])
+def test_golden_linear_and_mlp_heads(case):
+    g, settings, maps = golden_heads(case)
+    x = probe.cells(maps[settings["block"], settings["t"]], settings["pre_pool_size"]).flatten(1)
+    head = load_official(probe.MLPHead(x.size(1), g.config["num_classes"], [int(n) for n in settings["head_arc"].split("_") if n]), g.state_dict[case])
+    assert_close(head(x), g.outputs[case])
+
+
+@pytest.mark.parametrize("case", ["attention", "difformer"])
+def test_golden_attention_head_and_difformer(case):
+    g, settings, maps = golden_heads(case)
+    head = load_official(golden_difformer(g, settings, settings["blocks"], settings["steps"]), g.state_dict[case])
+    found = [maps[b, t] for t in settings["steps"] for b in settings["blocks"]]
+    assert_close(head(*found), g.outputs[case])
+    if case == "difformer":
+        for b in settings["blocks"]:
+            name = f"difformer_tokens_b{b}_t{settings['steps'][0]}"
+            assert_close(head.pre_layer[str(b)](maps[b, settings["steps"][0]]).flatten(2).mT, g.outputs[name])
+        for t, z in zip(settings["steps"], head.read(*found).chunk(len(settings["steps"]), 1)):
+            assert_close(z, g.outputs[f"difformer_cls_t{t}"])
+
+
+def golden_encoder():
+    g = golden("diffssl_heads")
+    return g, golden_unet(g.config["unet"], g.state_dict["encoder"]).requires_grad_(False)
+
+
+def test_golden_encoder_gives_the_features_that_heads_read():
+    g, model = golden_encoder()
+    assert {b: (g.config["feature_dims"][b], g.config["feature_sizes"][b], g.config["feature_sizes"][b]) for b in g.config["feature_dims"]} == model.layers
+    _, _, maps = golden_heads("difformer")
+    for (b, t), official in maps.items():
+        ours, = model.features((g.inputs["x0"] + 1) / 2, t, [b], noise=g.inputs[f"noise_t{t}"])
+        assert_close(ours, official)
+
+
+def golden_diffeed():
+    """The golden DifFeed: file, settings, network, head, and what the head reads."""
+    (g, model), settings = golden_encoder(), golden("diffssl_heads").config["cases"]["diffeed"]
+    inner = golden_difformer(g, settings, settings["second_fw_b_list"], [settings["t"]])
+    feedback = {b: model.mirror(b) for b in settings["feedback_b_list"]}
+    head = probe.DifFeed(model.features, model.layers, feedback, load_official(inner, g.state_dict["diffeed_head"]))
+    head.feedback_layers.load_state_dict({k: v.clone() for k, v in g.state_dict["diffeed_feedback_layers"].items()})
+    return g, settings, model, head.eval(), ((g.inputs["x0"] + 1) / 2, g.inputs[f"noise_t{settings['t']}"])
+
+
+def test_golden_diffeed():
+    g, settings, model, head, (x, noise) = golden_diffeed()
+    assert_close(head(x, noise), g.outputs["diffeed"])
+    add = head.fed_back(model.features(x, settings["t"], list(head.feedback), noise=noise))
+    for name in [k for k in g.outputs if k.startswith("diffeed_feedback_from_b")]:
+        assert_close(add[model.mirror(int(name.removeprefix("diffeed_feedback_from_b")))], g.outputs[name])
+    for name in [k for k in g.outputs if k.startswith("diffeed_second_pass_b")]:
+        second, = model.features(x, settings["t"], [int(name.removeprefix("diffeed_second_pass_b"))], add, noise)
+        assert_close(second, g.outputs[name])
+    assert probe.feedback_of(model, types.SimpleNamespace(feedback="")) == {b: model.mirror(b) for b in settings["feedback_b_list"]}
+
+
+class Threshold(nn.Module):
+    """ReLU with its corner elsewhere."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def forward(self, x):
+        return x * (x > self.at)
+
+
+def test_golden_diffeed_training_step():
+    grads = []
+    for corner in (1e-5, -1e-5):                                        # what is nearer to 0 than float32 can tell is cut off, or let through
+        g, _, model, head, (x, noise) = golden_diffeed()
+        model.double()                                                  # so that only the file's rounding is left
+        for layer in head.double().train().feedback_layers:
+            layer[2] = Threshold(corner)
+        logits = head(x.double(), noise.double())
+        loss = F.cross_entropy(logits, g.inputs["y"])
+        loss.backward()
+        assert_close(logits, g.outputs["diffeed_train_logits"])
+        assert_close(loss, g.outputs["diffeed_train_loss"])
+        assert_close(head.linear.weight.grad, g.outputs["diffeed_grad_head_weight"])
+        assert_close(head.head.cls_token.grad, g.outputs["diffeed_grad_cls_token"])
+        assert_close(head.feedback_layers[0][1].running_mean, g.outputs["diffeed_running_mean_0"])
+        assert_close(head.feedback_layers[0][1].running_var, g.outputs["diffeed_running_var_0"])
+        assert all(p.grad is None for p in model.parameters())          # frozen
+        grads.append([layer[0].weight.grad for layer in head.feedback_layers])
+    for i, both in enumerate(zip(*grads)):                              # row by row, the official run has done one or the other
+        official = g.outputs[f"diffeed_grad_feedback_{i}_conv"]
+        errors = torch.stack([(ours - official).abs().flatten(1).amax(1) for ours in both])
+        right = errors <= 1e-4 * official.abs().max()
+        assert right.any(0).all() and right.all(0).float().mean() > 0.8                     # few rows are in question
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # 9. Presets and published weights
 
 

@@ -1730,21 +1730,32 @@ def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     return ids, torch.from_numpy(numpy.array(labels))
 
 
-def map_pictures(function, data, count=None, batch=250, workers=0, device="cpu", name=None):
-    """function(x (B, 3, S, S) on device) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, without gradient.
+def collect(read, data, index, batch=250, workers=0, device="cpu", name=None):
+    """The whole pictures index (N,) of a data set, read without gradient: read(x (B, 3, S, S) on device, index (B,)) -> {key: (B, ...)}.
 
-    A part is taken at random, the same one every time. name: shows a progress bar. Returns results (count, ...), labels (count,), on the CPU.
+    name: shows a progress bar. Returns {key: (N, ...)} on the device that read put them on, labels (N,) on the CPU.
+    """
+    found, labels, parts = {}, torch.empty(len(index), dtype=torch.long), index.split(batch)
+    bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None, dynamic_ncols=True)
+    with torch.no_grad():
+        for i, (part, (x, y)) in enumerate(zip(bar, data.batches(((part, None) for part in parts), workers))):
+            rows = slice(i * batch, i * batch + len(y))
+            for key, v in read(x.to(device), part).items():
+                found.setdefault(key, v.new_empty(len(index), *v.shape[1:]))[rows] = v
+            labels[rows] = y
+    return found, labels
+
+
+def map_pictures(function, data, count=None, batch=250, workers=0, device="cpu", name=None):
+    """function(x (B, 3, S, S) on device) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, as by collect.
+
+    A part is taken at random, the same one every time. Returns results (count, ...), labels (count,), on the CPU.
     """
     index = torch.arange(len(data))
     if count and count < len(data):
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
-    parts = index.split(batch)
-    results, labels = [], []
-    with torch.no_grad():
-        for x, y in tqdm.tqdm(data.batches(((part, None) for part in parts), workers), name, len(parts), disable=name is None):
-            results.append(function(x.to(device)).cpu())
-            labels.append(y)
-    return torch.cat(results), torch.cat(labels)
+    found, labels = collect(lambda x, _: {"": function(x).cpu()}, data, index, batch, workers, device, name)
+    return found[""], labels
 
 
 def learning_rate(position, warmup, total, peak, least=0.0):
@@ -1754,33 +1765,37 @@ def learning_rate(position, warmup, total, peak, least=0.0):
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
 
 
-# The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set.
+# The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set. Leading dimensions are
+# probes of their own: many places of a network are probed in the matrix products of one.
 
 
 def moments(x, y, mean, std, classes):
-    """Sums over pictures that ridge regression needs, in float64, a chunk at a time since a copy of x in float64 may not fit:
-    features with themselves (C + 1, C + 1), features with one-hot labels (C + 1, classes); a 1 is appended as last feature."""
+    """Sums over pictures that ridge regression needs, in float64, a chunk at a time since a copy of x in float64 may not fit: x (..., N, C),
+    y (N,) -> features with themselves (..., C + 1, C + 1), features with one-hot labels (..., C + 1, classes); a 1 is appended as last feature."""
     gram, cross = 0, 0
-    for x, y in zip(x.split(2048), y.split(2048)):
+    for x, y in zip(x.split(2048, -2), y.split(2048)):
         x = F.pad((x - mean) / std, (0, 1), value=1.0).double()
-        gram, cross = gram + x.T @ x, cross + x.T @ F.one_hot(y, classes).double()
+        gram, cross = gram + x.mT @ x, cross + x.mT @ F.one_hot(y, classes).double()
     return gram, cross
 
 
 def ridge(gram, cross, penalty):
-    """Least squares with an L2 penalty from moments() -> weight (C + 1, classes), the last row the bias."""
-    diagonal = penalty * gram[-1, -1] * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    """Least squares with an L2 penalty from moments() -> weight (..., C + 1, classes), the last row the bias. penalty: one, or (..., 1, 1)."""
+    diagonal = penalty * gram[..., -1:, -1:] * torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + diagonal)).float()
 
 
 def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
-    """Accuracy in [0, 1] on the test set of the best ridge on standardised features. The test set chooses nothing."""
-    mean, std, classes = x.mean(0), x.std(0) + 1e-6, 1 + max(y.max(), y_test.max()).item()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held, rest = order[:len(x) // 10], order[len(x) // 10:]
-    (gram, cross), (gram_held, cross_held) = (moments(x[part], y[part], mean, std, classes) for part in (rest, held))
+    """Accuracy in [0, 1] on the test set of the best ridge on standardised features; the test set chooses nothing. x (N, C) gives a number,
+    x (places, N, C) a list of them; y (N,)."""
+    mean, std, classes = x.mean(-2, keepdim=True), x.std(-2, keepdim=True) + 1e-6, 1 + max(y.max(), y_test.max()).item()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    held, rest = order[:len(y) // 10], order[len(y) // 10:]
+    (gram, cross), (gram_held, cross_held) = (moments(x[..., part, :], y[part], mean, std, classes) for part in (rest, held))
 
     def accuracy(weight, x, y):
-        return torch.cat([((x - mean) / std @ weight[:-1] + weight[-1]).argmax(1) for x in x.split(2048)]).eq(y).float().mean().item()
-    best = max(penalties, key=lambda p: accuracy(ridge(gram, cross, p), x[held], y[held]))
-    return accuracy(ridge(gram + gram_held, cross + cross_held, best), x_test, y_test)
+        guesses = [((x - mean) / std @ weight[..., :-1, :] + weight[..., -1:, :]).argmax(-1) for x in x.split(2048, -2)]
+        return torch.cat(guesses, -1).eq(y).float().mean(-1)
+    scores = torch.stack([accuracy(ridge(gram, cross, p), x[..., held, :], y[held]) for p in penalties])
+    best = torch.tensor(penalties, dtype=gram.dtype, device=gram.device)[scores.argmax(0)][..., None, None]
+    return accuracy(ridge(gram + gram_held, cross + cross_held, best), x_test, y_test).tolist()
