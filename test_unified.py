@@ -1092,6 +1092,7 @@ def test_golden_residual_block_and_attention():
     assert_close(attention(g.inputs["unit_attn_x"]), g.outputs["unit_attn_legacy"])
 
 
+@functools.cache
 def published_unet():
     """The network for 256 pixels, shapes without memory."""
     with torch.device("meta"):
@@ -1505,6 +1506,139 @@ def test_golden_diffeed_training_step():
         errors = torch.stack([(ours - official).abs().flatten(1).amax(1) for ours in ways])
         right = errors <= 1e-4 * official.abs().max()
         assert right.any(0).all() and right.all(0).float().mean() > 0.8                     # few rows are in question
+
+
+def settings(**options):
+    """Flags of probe.py as settle() leaves them."""
+    return probe.settle(probe.Config(run="", device="cpu", workers=0, **options))
+
+
+def test_a_difformer_of_one_place_is_the_attention_head():
+    head, m = probe.DifFormer({3: (12, 6, 6)}, {90: [3]}, classes=5, cells=4, dim=16, heads=4), torch.randn(2, 12, 6, 6)
+    norm, project = head.pre_layer["3"][1:]
+    x = project(F.layer_norm(probe.cells(m, 4), (12, 4, 4), norm.weight, norm.bias)).flatten(2).mT
+    x = torch.cat([head.cls_token.expand(2, -1, -1), x], 1)
+    for block in head.blocks:
+        x = block(x)
+    assert_close(head(m), head.linear(x[:, 0]), 1e-6)
+    twice = probe.DifFormer({3: (12, 6, 6)}, {90: [3], 150: [3]}, classes=5, cells=4, dim=16, heads=4)
+    twice.load_state_dict({**head.state_dict(), "linear.weight": head.linear.weight.repeat(1, 2), "linear.bias": head.linear.bias})
+    assert_close(twice.read(m, m), head.read(m).repeat(1, 2), 1e-6)     # all steps share one transformer
+    assert_close(head(m.flip(3)), head(m), 1e-5)                        # fresh, it knows no places
+
+
+def test_diffeed_learns_through_a_frozen_network_of_any_kind():
+    for model, layers, late in [(adm(), [8], [6, 7, 9]), (mage(), [2], [3, 4])]:            # 7 and 9 change size or channels on their way
+        cfg = settings(head="diffeed", pool="2", feedback=",".join(map(str, late)))
+        wanted, x = [probe.Place(b, t, "2") for t in (0.1 * model.t_range[1], 0.3 * model.t_range[1]) for b in layers], some_pictures()
+        found = probe.reader({"top1": model}, wanted, cfg)(x, torch.arange(4))
+        head = probe.new_head("top1", {"top1": model}, wanted, found, 3, cfg)
+        assert list(head.feedback.items()) == [(b, model.mirror(b)) for b in late]
+        head(*probe.of(found, "top1")).square().sum().backward()
+        used = [early < max(layers) for early in head.feedback.values()]
+        for layer, early in zip(head.feedback_layers, head.feedback.values()):
+            assert early > max(layers) or layer[0].weight.grad.abs().max() > 0
+        assert any(used) and all(p.grad is None and not p.requires_grad for p in model.parameters())
+        assert set(dict(head.named_parameters())) == set(dict(head.named_parameters(remove_duplicate=False)))
+        assert not {id(p) for p in head.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_what_is_fed_back_by_default_is_the_last_of_each_size_or_all():
+    cfg = types.SimpleNamespace(feedback="")
+    assert probe.feedback_of(published_unet(), cfg) == {21: 17, 24: 14, 27: 11, 30: 8, 33: 5, 36: 2}
+    assert probe.feedback_of(mage(depth=3, decoder_depth=3), cfg) == {4: 3, 5: 2}
+    for b in ("1", "40"):
+        with pytest.raises(unified.UserError, match=f"--feedback {b}.*20 to 37"):
+            probe.feedback_of(published_unet(), types.SimpleNamespace(feedback=b))
+
+
+def test_the_learning_rate_of_diffssl_is_torchs_step_law():
+    cfg = settings(head="attention")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.05)
+    law = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.1)
+    for epoch in range(28):
+        assert probe.rate(epoch, cfg) == pytest.approx(optimizer.param_groups[0]["lr"]) == pytest.approx(probe.rate(epoch + 0.99, cfg))
+        optimizer.step()
+        law.step()
+    peaks = {name: settings(head=name, sgd=name == "linear").lr * settings(head=name, sgd=name == "linear").batch_size / 256
+             for name in ("linear", "mlp", "attention", "difformer", "diffeed")}
+    assert peaks == pytest.approx({"linear": 0.01, "mlp": 0.01, "attention": 0.05, "difformer": 0.05, "diffeed": 0.01})
+    assert [probe.rate(e, settings(head="linear", lr=0.1)) for e in (0, 10, 90)] == pytest.approx([0, 1.6, 0])
+
+
+def test_a_picture_always_looks_the_same_and_a_fresh_crop_does_not():
+    model, x = adm(), some_pictures()
+    wanted = [probe.Place(b, t, "mean") for t in (9, 30) for b in (3, 8)]
+    cfg = settings(head="linear", seed=1)
+    read = probe.reader({"top1": model, "untrained": model}, wanted, cfg)
+    one, again, other = read(x, torch.arange(4)), read(x[2:], torch.arange(2, 4)), read(x, torch.arange(4, 8))
+    assert {name for name, _ in one} == {"top1", "untrained", "pixels"}
+    for place in wanted:
+        assert_close(one["top1", place][2:], again["top1", place], 1e-5)
+        assert not one["top1", place].allclose(other["top1", place], atol=1e-3)
+        assert one["top1", place].equal(one["untrained", place])                            # all networks see the same noise
+        alone = probe.vectors(model, [place], x, unified.fold(1, torch.arange(4)))[place]
+        assert_close(one["top1", place], alone, 1e-5)                   # whatever else is read
+    assert one["pixels", None].equal(x.flatten(1))
+
+
+def test_places_are_read_as_their_names_say():
+    model, x, seeds = adm(), some_pictures(), torch.arange(4)
+    own, mean, four = probe.Place(8, 9, "mean"), probe.Place(3, 9, "mean"), probe.Place(3, 9, "2")
+    assert (model.best_layer, model.best_t) == own[:2]
+    found = probe.vectors(model, [own, mean, four], x, seeds)
+    noise = probe.draws(model, 9, seeds)
+    assert found[own].equal(model.embed(x, noise))
+    m = model.features(x, 9, [3], noise=noise)[0]
+    assert_close(found[mean], F.layer_norm(m.mean((2, 3)), (8,), eps=1e-6), 1e-5)
+    assert_close(found[four], torch.stack([m[:, :, r:r + 4, c:c + 4].mean((2, 3)) for r in (0, 4) for c in (0, 4)], 2).flatten(1), 1e-5)
+    assert list(found) == [own, mean, four] and probe.cells(m, 100).equal(m)
+
+
+def test_a_sweep_reads_every_layer_at_the_steps_of_diffssl():
+    wanted = probe.places(published_unet(), settings(sweep=True))
+    assert len(wanted) == 37 * 8 and {place.layer for place in wanted} == set(range(1, 38))
+    assert list(dict.fromkeys(place.t for place in wanted)) == [0, 10, 30, 50, 90, 150, 300, 500]
+    assert probe.places(mage(), settings()) == [probe.Place(2, 0.0, "mean")]
+    assert {place.t for place in probe.places(mage(), settings(sweep=True, t="0,0.5"))} == {0.0, 0.5}
+    assert probe.places(published_unet(), settings()) == [probe.Place(24, 90, "mean")]
+
+
+def test_probing_many_places_at_once_is_probing_each():
+    (x, y), (x_test, y_test) = clouds(120, 2.0), clouds(90, 2.0, seed=1)
+    places, tests = torch.stack([x, x.flip(1), x * torch.randn(5)]), torch.stack([x_test, x_test.flip(1), torch.randn(90, 5)])
+    assert unified.ridge_probe(places, y, tests, y_test) == [unified.ridge_probe(a, y, b, y_test) for a, b in zip(places, tests)]
+
+
+def test_matryoshka_reads_the_first_dimensions_only_and_all_sizes_at_once():
+    head, x = probe.ProbeHead(32, 3), torch.randn(16, 32)
+    full, narrow = head.nested(x, dims=[32, 8])
+    assert full.equal(head(x))
+    z = head.eval().read(x)
+    assert_close(head.nested(x, dims=[8])[0], z[:, :8] @ head.linear.weight[:, :8].T + head.linear.bias, 1e-6)
+    cfg, y = settings(head="linear", sgd=True, epochs=12, lr=20.0, batch_size=64), torch.arange(64) % 4
+    x = torch.cat([F.one_hot(y // 2 * 2, 4).float(), F.one_hot(y, 4).float()], 1)           # half is known from the first four
+    heads = {"top1": probe.MLPHead(8, 4)}
+    probe.train_heads(heads, lambda epoch: [({("top1", 0): x}, y)] * 10, 10, [4, 8], cfg)
+    four, eight = ((logits.argmax(1) == y).float().mean().item() for logits in heads["top1"].nested(x, dims=[4, 8]))
+    assert (four, eight) == (0.5, 1.0)
+
+
+def test_a_heat_map_is_darker_where_accuracy_is_higher():
+    scores = {probe.Place(b, t, "mean"): (b + 10 * t) / 40 for b in (1, 2, 3) for t in (0, 1, 2)}
+    best = max(scores, key=scores.get)
+    image = probe.heat_map(scores, best, "title", w=40, h=30).convert("RGB")
+    dark = [255 - image.getpixel((90 + 40 * i + 5, 60 + 30 * j + 5))[0] for j in (0, 1, 2) for i in (0, 1, 2)]
+    assert dark == sorted(dark) and dark[0] == 0 and dark[-1] == 255 - 0x1f
+    framed = [image.getpixel((90 + 40 * i + 1, 60 + 30 * j + 10)) == (0xd6, 0x27, 0x28) for j in (0, 1, 2) for i in (0, 1, 2)]
+    assert framed == [False] * 8 + [True]
+
+
+def test_features_that_do_not_fit_into_memory_are_a_users_mistake(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)                # 10,000 bytes
+    cfg, data = settings(head="ridge"), pictures(6, 16)
+    with pytest.raises(unified.UserError, match="6 pictures need .*--limit"):
+        probe.collect(lambda x, names: {"": x.flatten(1)}, data, torch.arange(6), cfg, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -2312,6 +2446,78 @@ def test_a_probe_stands_beside_its_baselines(finished):
     row = json.loads((finished[0] / "probe.jsonl").read_text().splitlines()[-1])
     assert {"head", "layer", "t", "pool", "top1", "untrained", "pixels", "images", "seconds"} <= set(row) and row["layer"] in (2, 4)
     assert "same network untrained" in printed and "raw pixels" in printed
+
+
+@pytest.fixture(scope="module")
+def finished_adm(photos, tmp_path_factory):
+    """The folder of a U-Net's checkpoint, its weights drawn."""
+    folder, arch = tmp_path_factory.mktemp("adm"), dict(model="adm", image_size=16, ch=8, ch_mult=(1, 2), blocks=1, attention=(2,), head=8, groups=4, steps=100)
+    unified.save_checkpoint(folder / "model.pt", {"model": adm().state_dict(), "config": {"arch": arch, "dataset": str(photos), "classes": ["cat", "dog"]}})
+    return folder
+
+
+def probed(monkeypatch, capsys, run, *args):
+    """probe.py as a user runs it, in this process: what it printed, and the rows it added to probe.jsonl."""
+    path = run / "probe.jsonl"
+    before = len(path.read_text().splitlines()) if path.exists() else 0
+    monkeypatch.setattr(sys, "argv", ["probe.py", str(run), "--device", "cpu", "--workers", "0", *map(str, args)])
+    probe.main()
+    return capsys.readouterr().out, [json.loads(line) for line in path.read_text().splitlines()[before:]]
+
+
+QUICK = ("--epochs", 2, "--batch-size", 16)
+
+
+@pytest.mark.parametrize("which", ["mage", "adm"])
+@pytest.mark.parametrize("head, more, layer, rows", [
+    ("linear", ("--sgd", "--pool", 2, "--matryoshka", *QUICK), "best", None), ("mlp", ("--hidden", "16,8", *QUICK), "best", 1),
+    ("attention", ("--pool", 2, "--layers", "2,3", *QUICK), None, 1), ("difformer", ("--pool", 2, "--layers", "2,3", "--t", "two", *QUICK), [2, 3], 1),
+    ("diffeed", ("--pool", 2, "--epochs", 1, "--augment"), "best", 1), ("linear", ("--augment", "--epochs", 2), "best", 1)])
+def test_every_trained_head_reads_every_network(which, head, more, layer, rows, finished, finished_adm, monkeypatch, capsys):
+    run, steps = (finished[0], [0.0, 0.3]) if which == "mage" else (finished_adm, [9, 30])
+    more = [",".join(map(str, steps)) if word == "two" else word for word in more]
+    printed, found = probed(monkeypatch, capsys, run, "--head", head, *more)
+    best = unified.load_model(run)[0].best_layer
+    assert {row["head"].split("-")[0] for row in found} == {head} and len(found) == rows or not rows
+    for row in found:
+        assert row["layer"] == (best if layer == "best" else layer) or layer is None and row["layer"] in (2, 3)
+        assert 0 <= row["top1"] <= 1 and 0 <= row["untrained"] <= 1 and (row["pixels"] is None) == (head in probe.ON_MAPS)
+        assert row["images"] == 48 and row["t"] == (steps if head == "difformer" else steps[0])
+    if "--matryoshka" in more:
+        assert [row["head"] for row in found][:3] == ["linear-8", "linear-16", "linear-32"]
+    assert "same network untrained" in printed and ("raw pixels" in printed) == (head not in probe.ON_MAPS)
+
+
+def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, monkeypatch, capsys):
+    printed, (row,) = probed(monkeypatch, capsys, finished_adm, "--sweep", "--t", "0,30")
+    model = unified.load_model(finished_adm)[0]
+    table = [line.split() for line in printed.splitlines() if line[:5].strip().isdigit()]
+    assert [int(line[0]) for line in table] == list(model.layers) and all(len(line) == 3 for line in table)
+    taken, = [(int(line[0]), (0, 30)[i]) for line in table for i, text in enumerate(line[1:]) if text.startswith("[")]
+    accuracy = {(int(line[0]), (0, 30)[i]): float(text.strip("[]")) for line in table for i, text in enumerate(line[1:])}
+    assert taken == (row["layer"], row["t"]) and accuracy[taken] == max(accuracy.values())
+    assert min(PIL.Image.open(finished_adm / "sweep.png").size) > 100
+
+
+def test_a_unet_generates_and_paints_as_a_user_asks(photos, finished_adm, tmp_path, monkeypatch):
+    import sample
+    picture = next((photos / "val" / "cat").iterdir())
+    for name, more in [("a", ("--steps", 5)), ("b", ("--temperature", 0, "--steps", 4, "--gif")), ("c", ("--image", picture, "--box", "2,2,9,9", "--steps", 5))]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", str(finished_adm), "--device", "cpu", "--n", "3", "--out", str(tmp_path / f"{name}.png"), *map(str, more)])
+        sample.main()
+        assert numpy.array(PIL.Image.open(tmp_path / f"{name}.png")).std() > 10
+    assert PIL.Image.open(tmp_path / "b.gif").n_frames == 4
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--head", "difformer", "--sweep"], "--sweep belongs to"), (["--matryoshka"], "--matryoshka belongs to"), (["--sgd", "--head", "knn"], "--sgd belongs to"),
+    (["--feedback", "5"], "--feedback belongs to"), (["--head", "attention", "--pool", "mean"], "cells"), (["--pool", "0"], "pooling '0'"),
+    (["--pool", "class"], "no class position"), (["--layers", "40"], "no layer 40"), (["--t", "100"], "--t 100"), (["--t", "1.5"], "--t 1.5"),
+    (["--head", "fewshot", "--epochs", "3"], "--epochs belongs to"), (["--head", "diffeed", "--feedback", "2"], "--feedback 2")])
+def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished_adm, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["probe.py", str(finished_adm), "--device", "cpu", "--workers", "0", *args])
+    with pytest.raises(unified.UserError, match=words):
+        probe.main()
 
 
 def broken_tree(root, what):
