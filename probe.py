@@ -90,11 +90,11 @@ def settle(cfg):
         raise UserError(f"--limit must be at least 20, since a tenth of the training images is held out, not {cfg.limit}")
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; leave --layers, --t and --pool out")
-    if cfg.head in ON_MAPS and not (cfg.pool or "16").isdigit():
+    cfg.pool = cfg.pool or ("16" if cfg.head in ON_MAPS else "1" if cfg.sgd or cfg.head == "mlp" else "mean")
+    if cfg.head in ON_MAPS and not (cfg.pool.isdigit() and int(cfg.pool)):
         raise UserError(f"--head {cfg.head} reads maps; --pool takes the number of cells on a side, 16 if not given")
     if cfg.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {cfg.workers}")
-    cfg.pool = cfg.pool or ("16" if cfg.head in ON_MAPS else "1" if cfg.sgd or cfg.head == "mlp" else "mean")
     unified.pick_device(cfg.device)
     return cfg
 
@@ -119,7 +119,8 @@ def numbers(text, kind, flag):
 
 def places(model, cfg):
     """All combinations of --layers, --t and --pool. The class position is only read where the model itself would."""
-    best, pools, (least, most, meaning) = model.best_layer, cfg.pool.split(","), model.t_range
+    best, (least, most, meaning) = model.best_layer, model.t_range
+    pools = ["mean"] if cfg.head in ON_MAPS else cfg.pool.split(",")                        # a place for maps is chosen by their means
     layers, levels = numbers(cfg.layers, int, "--layers"), numbers(cfg.t, float, "--t")
     for layer in layers:
         if layer not in model.layers:
@@ -216,16 +217,17 @@ def reader(nets, wanted, cfg):
     """
     @torch.no_grad()
     def read(x, names):
-        seen, seeds, found = tokens(nets["top1"], x), unified.fold(cfg.seed, names).to(x.device), {}
-        for name, net in nets.items():                                                      # both networks have the same tokenizer
-            with autocast(cfg):
+        seeds, found = unified.fold(cfg.seed, names).to(x.device), {}
+        with autocast(cfg):
+            seen = tokens(nets["top1"], x)                                                  # both networks have the same tokenizer
+            for name, net in nets.items():
                 if cfg.head == "diffeed":
                     part = {"x": seen, **{t: draws(net, t, seeds) for t in dict.fromkeys(place.t for place in wanted)}}
                 elif cfg.head in ON_MAPS:
                     part = {place: cells(m, int(cfg.pool)) for place, m in maps(net, wanted, seen, seeds)}
                 else:
                     part = vectors(net, wanted, seen, seeds)
-            found |= {(name, which): v.float() if v.is_floating_point() else v for which, v in part.items()}
+                found |= {(name, which): v.float() if v.is_floating_point() else v for which, v in part.items()}
         return found if cfg.head in ON_MAPS else {**found, ("pixels", None): pixels(x)}
     return read
 
@@ -414,11 +416,11 @@ class HeadBlock(unified.Block):
 class DifFormer(Head):
     """Reads any places of a network together [DiffSSL 2311.17921] (official file: attention_fusion.py); a single one is its attention head.
 
-    The cells of all maps of one t, each map projected by a tokenizer of its layer, become the tokens of a small transformer, in front of
-    them a class token, whose outputs for all t are z. A token's place in the picture is not told, nor t, nor the layer but by its tokenizer.
+    The cells of all maps of one t, each map projected by a tokenizer of its layer, become the tokens of a small transformer, behind a class
+    token; what that has become, for all t side by side, is z. No token is told its place in the picture, nor t.
 
     shapes  {layer: (C, h, w)}        steps  {t: [layer, ...]}, the places; read(*maps) takes their maps (B, C, h, w) in this order
-    cells   on a side of the map at most          dim, heads, ratio, depth  of the transformer; the paper's dim is its widest map's, too
+    cells   on a side of the map at most          dim, heads, ratio, depth  of the transformer; dim None: as wide as the widest map
     """
 
     def __init__(self, shapes, steps, classes, cells=16, dim=None, heads=8, ratio=4, depth=2):
@@ -482,14 +484,14 @@ class DifFeed(Head):
 def feedback_of(model, cfg):
     """{late layer: its mirror} for diffeed: --feedback, or the last layer of each size of map whose mirror has that size, the first layer
     spared, which gives DiffSSL's choice; all of them, where there is one size only."""
-    late = numbers(cfg.feedback, int, "--feedback")
+    late, second = numbers(cfg.feedback, int, "--feedback"), [b for b in model.layers if model.mirror(b) < b]
     for b in late:
-        if b not in model.layers or model.mirror(b) >= b:
-            raise UserError(f"--feedback {b} is no layer of this model's second half; they are {len(model.layers) // 2 + 2} to {max(model.layers)}")
+        if b not in second:
+            raise UserError(f"--feedback {b} is no layer of this model's second half; they are {second[0]} to {second[-1]}")
     if not late:
-        late = [b for b in model.layers if 1 < model.mirror(b) < b and model.layers[b][1:] == model.layers[model.mirror(b)][1:]]
+        late = [b for b in second if model.mirror(b) > 1 and model.layers[b][1:] == model.layers[model.mirror(b)][1:]]
         last = {model.layers[b][1:]: b for b in late}
-        late = sorted(last.values()) if len(last) > 1 else late
+        late = list(last.values()) if len(last) > 1 else late
     return {b: model.mirror(b) for b in late}
 
 
@@ -772,6 +774,8 @@ def main():
         fit_recipe(cfg, train, len(index))
     if cfg.head not in ("difformer", "diffeed"):
         wanted = [choose(model, wanted, train, index, cfg)]
+    if cfg.head in ON_MAPS:
+        wanted = [place._replace(pool=cfg.pool) for place in wanted]
     nets = {"top1": model, "untrained": untrained(model, config)}
     labels = {"top1": "this model", "pixels": "raw pixels",
               "untrained": "the same network untrained" + " (transformer untrained, tokenizer trained)" * hasattr(model, "vqgan")}

@@ -1527,6 +1527,15 @@ def test_a_difformer_of_one_place_is_the_attention_head():
     assert_close(head(m.flip(3)), head(m), 1e-5)                        # fresh, it knows no places
 
 
+def test_the_published_heads_have_the_published_numbers_of_parameters():
+    shapes = published_unet().layers
+    with torch.device("meta"):
+        attention, fused = probe.DifFormer(shapes, {150: [24]}, 1000), probe.DifFormer(shapes, {90: [19, 24, 30], 150: [19, 24, 30], 300: [19, 24, 30]}, 1000)
+        fed = probe.DifFeed(None, shapes, probe.feedback_of(published_unet(), types.SimpleNamespace(feedback="")), attention)
+        heads = [probe.MLPHead(4 * 1024, 1000), attention, fused, fed]
+    assert [sum(p.numel() for p in head.parameters()) for head in heads] == [4_097_000, 27_786_216, 31_802_344, 30_545_896]
+
+
 def test_diffeed_learns_through_a_frozen_network_of_any_kind():
     for model, layers, late in [(adm(), [8], [6, 7, 9]), (mage(), [2], [3, 4])]:            # 7 and 9 change size or channels on their way
         cfg = settings(head="diffeed", pool="2", feedback=",".join(map(str, late)))
@@ -1547,9 +1556,9 @@ def test_what_is_fed_back_by_default_is_the_last_of_each_size_or_all():
     cfg = types.SimpleNamespace(feedback="")
     assert probe.feedback_of(published_unet(), cfg) == {21: 17, 24: 14, 27: 11, 30: 8, 33: 5, 36: 2}
     assert probe.feedback_of(mage(depth=3, decoder_depth=3), cfg) == {4: 3, 5: 2}
-    for b in ("1", "40"):
-        with pytest.raises(unified.UserError, match=f"--feedback {b}.*20 to 37"):
-            probe.feedback_of(published_unet(), types.SimpleNamespace(feedback=b))
+    for model, wrong, right in [(published_unet(), "1", "20 to 37"), (published_unet(), "40", "20 to 37"), (mage(), "2", "3 to 4")]:
+        with pytest.raises(unified.UserError, match=f"--feedback {wrong}.*{right}"):
+            probe.feedback_of(model, types.SimpleNamespace(feedback=wrong))
 
 
 def test_the_learning_rate_of_diffssl_is_torchs_step_law():
