@@ -6,7 +6,7 @@
     python probe.py out/RUN --head knn                              or fewshot, linear (the probe of MAE and MAGE), mlp, attention, finetune
     python probe.py out/RUN --head difformer --layers 19,24,30 --t 90,150,300         all these places together; diffeed: and fed back
     python probe.py mage-vitb-1600.pth --dataset imagenet --head linear --augment       the published recipe on published weights
-    python probe.py 256x256_diffusion_uncond.pt --dataset imagenet --head linear --sgd --pool 2 --augment
+    python probe.py 256x256_diffusion_uncond.pt --dataset imagenet --head linear --sgd --pool 2 --augment           DiffSSL's
 
 Every accuracy stands beside two others, got in the same way: from the raw pixels, and from the same network untrained. What they reach
 needs no training. (There is no pixel row where a head needs maps.) Results are appended to probe.jsonl in the run's folder. The test set
@@ -40,7 +40,7 @@ class Config:
     t: str = option("", "how corrupted the pictures are, such as 0,0.3 for MAGE's hidden share or 90,150 for a step of noise; else as the paper")
     pool: str = option("", "mean: over the picture; class: the class position; 2: averages of 2 x 2 cells. Several with commas: the best one")
     sweep: bool = option(False, "try every layer, and t from hardly to half corrupted, wherever --layers and --t do not say otherwise")
-    sgd: bool = option(False, "linear: by plain SGD on features as they are, as DiffSSL does, instead of LARS on normalised ones")
+    sgd: bool = option(False, "trained heads: DiffSSL's plain SGD, for linear on features as they are; else LARS for linear, AdamW for the others")
     hidden: str = option("512", "mlp: widths of its hidden layers, such as 512,256")
     feedback: str = option("", "diffeed: the layers fed back to their mirrors; the last one of each size of map, if not given")
     matryoshka: bool = option(False, "trained heads: at the same time from the first 8, 16, 32, ... dimensions alone")
@@ -48,9 +48,9 @@ class Config:
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
     limit: int = option(None, "training images used at most")
     augment: bool = option(False, "trained heads: fresh crops and noise in every epoch, as published, instead of features computed once")
-    batch_size: int = option(None, "images a step; 4096 for linear, 256 for finetune, 128 for the others, 16 for diffeed")
-    epochs: int = option(None, "passes over the training set; 90 for linear, 20 for finetune, 28 for the others")
-    lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, or 1 below 500,000 images; for finetune 2.5e-4; else DiffSSL's")
+    batch_size: int = option(None, "images a step; 4096 for linear, 256 for finetune, 128 for the others and with --sgd, 16 for diffeed")
+    epochs: int = option(None, "passes over the training set; 90 for linear, 20 for finetune, 10 for the others, 28 with --sgd")
+    lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, or 1 below 500,000 images")
     seed: int = option(0, "of everything random")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = option("float32", "of activations", choices=["float32", "bfloat16"])
@@ -59,11 +59,11 @@ class Config:
 
 
 # Batch, epochs, lr for 256 images. The linear row is MAE's and MAGE's; its lr is set when the images have been counted, see fit_recipe.
-# MAGE's row for finetune has 1024 and 100, which is a week on a laptop. The others are DiffSSL's, whose learning rates are 0.01 for linear,
-# mlp and diffeed, 0.05 for attention and difformer, at these batches.
-RECIPES = {"linear": (4096, 90, None), "linear --sgd": (128, 28, 0.02), "mlp": (128, 28, 0.02), "attention": (128, 28, 0.1),
-           "difformer": (128, 28, 0.1), "diffeed": (16, 28, 0.16), "finetune": (256, 20, 2.5e-4)}
-WARMUP = {"linear": 10 / 90, "finetune": 0.05}          # share of the epochs; then a cosine. All others fall to a tenth after each quarter
+# MAGE's row for finetune has 1024 and 100, which is a week on a laptop. The other rows are ours, for small sets and few steps; DiffSSL's
+# are those of SGD, whose learning rates are 0.01 for linear, mlp and diffeed, 0.05 for attention and difformer, at these batches.
+RECIPES = {"linear": (4096, 90, None), "mlp": (128, 10, 2e-3), "attention": (128, 10, 2e-3), "difformer": (128, 10, 2e-3),
+           "diffeed": (16, 10, 1.6e-2), "finetune": (256, 20, 2.5e-4)}
+SGD = {"linear": (128, 28, 0.02), "mlp": (128, 28, 0.02), "attention": (128, 28, 0.1), "difformer": (128, 28, 0.1), "diffeed": (16, 28, 0.16)}
 ON_MAPS = ("attention", "difformer", "diffeed")         # these read maps of cells, the others vectors
 CHOICE = 10_000                 # training images on which --layers, --t and --pool are chosen: all places of a t must fit into memory
 UNTRAINED = 0                   # seed of the untrained network
@@ -72,13 +72,13 @@ STEPS = (0, 0.01, 0.03, 0.05, 0.09, 0.15, 0.3, 0.5)     # of --sweep, as shares 
 
 def settle(cfg):
     """Fill in what was not said on the command line; refuse what cannot be."""
-    trained = cfg.head in RECIPES and cfg.head != "finetune"
-    for name, fits, owner in [("sgd", cfg.head == "linear", "linear"), ("augment", trained, "heads that are trained"),
-                              ("matryoshka", trained, "heads that are trained"), ("feedback", cfg.head == "diffeed", "diffeed"),
-                              ("sweep", cfg.head not in ("difformer", "diffeed", "finetune"), "heads that read one place")]:
+    alone = cfg.head not in ("difformer", "diffeed", "finetune")
+    for name, fits, owner in [("sgd", cfg.head in SGD, "heads that are trained"), ("augment", cfg.head in SGD, "heads that are trained"),
+                              ("matryoshka", cfg.head in SGD, "heads that are trained"), ("feedback", cfg.head == "diffeed", "diffeed"),
+                              ("sweep", alone, "heads that read one place")]:
         if getattr(cfg, name) and not fits:
             raise UserError(f"--{name} belongs to {owner}, not to --head {cfg.head}")
-    recipe = RECIPES.get(cfg.head + " --sgd" * cfg.sgd, ())
+    recipe = (SGD if cfg.sgd else RECIPES).get(cfg.head, ())
     for name in ("batch_size", "epochs", "lr"):
         if getattr(cfg, name) is not None and not recipe:
             raise UserError(f"--{name.replace('_', '-')} belongs to heads that are trained; {cfg.head} is computed in one go")
@@ -568,11 +568,12 @@ def fresh_batches(read, data, index, batch, cfg):
 
 
 def rate(epoch, cfg):
-    """Learning rate at an epoch, a fraction included: warm-up and cosine as MAE, or to a tenth after each quarter (StepLR) as DiffSSL."""
+    """Learning rate at an epoch, a fraction included: warm-up and a cosine, or for SGD a tenth after each quarter (StepLR), as published."""
     peak = cfg.lr * cfg.batch_size / 256
-    if cfg.head in WARMUP and not cfg.sgd:
-        return unified.learning_rate(epoch, WARMUP[cfg.head] * cfg.epochs, cfg.epochs, peak, least=1e-6 * (cfg.head == "finetune"))
-    return peak * 0.1 ** int(4 * epoch / cfg.epochs)
+    if cfg.sgd:
+        return peak * 0.1 ** int(4 * epoch / cfg.epochs)
+    warmup = 10 / 90 if cfg.head == "linear" else 0.05
+    return unified.learning_rate(epoch, warmup * cfg.epochs, cfg.epochs, peak, least=1e-6 * (cfg.head == "finetune"))
 
 
 def train_heads(heads, batches, steps, dims, cfg):
@@ -580,7 +581,7 @@ def train_heads(heads, batches, steps, dims, cfg):
 
     batches  epoch -> batches of {(name, which): (B, ...)}, labels (B,); steps of them
     """
-    law = LARS if cfg.head == "linear" and not cfg.sgd else torch.optim.SGD
+    law = torch.optim.SGD if cfg.sgd else LARS if cfg.head == "linear" else torch.optim.AdamW
     optimizers = {name: law(head.to(cfg.device).train().parameters(), lr=0.0) for name, head in heads.items()}
     with tqdm.tqdm(total=cfg.epochs * steps, desc=cfg.head, unit="step", dynamic_ncols=True) as bar:
         for epoch in range(cfg.epochs):
@@ -699,7 +700,7 @@ def fit_recipe(cfg, train, images):
         cfg.batch_size = images
     if cfg.lr is None:
         cfg.lr = 0.1 if images >= 500_000 else 1.0
-    if cfg.augment and (cfg.sgd or cfg.head != "linear"):
+    if cfg.augment and cfg.sgd:
         train.scale = (0.64, 1.0)                                                           # DiffSSL keeps at least 0.8 of the sides
     print(f"{cfg.head}: {cfg.epochs} epochs, {cfg.batch_size} images a step, learning rate {cfg.lr * cfg.batch_size / 256:.3g}")
 

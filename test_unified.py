@@ -1562,15 +1562,14 @@ def test_what_is_fed_back_by_default_is_the_last_of_each_size_or_all():
 
 
 def test_the_learning_rate_of_diffssl_is_torchs_step_law():
-    cfg = settings(head="attention")
+    cfg = settings(head="attention", sgd=True)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.05)
     law = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.1)
     for epoch in range(28):
         assert probe.rate(epoch, cfg) == pytest.approx(optimizer.param_groups[0]["lr"]) == pytest.approx(probe.rate(epoch + 0.99, cfg))
         optimizer.step()
         law.step()
-    peaks = {name: settings(head=name, sgd=name == "linear").lr * settings(head=name, sgd=name == "linear").batch_size / 256
-             for name in ("linear", "mlp", "attention", "difformer", "diffeed")}
+    peaks = {name: probe.rate(0, settings(head=name, sgd=True)) for name in probe.SGD}
     assert peaks == pytest.approx({"linear": 0.01, "mlp": 0.01, "attention": 0.05, "difformer": 0.05, "diffeed": 0.01})
     assert [probe.rate(e, settings(head="linear", lr=0.1)) for e in (0, 10, 90)] == pytest.approx([0, 1.6, 0])
 
@@ -2480,21 +2479,22 @@ QUICK = ("--epochs", 2, "--batch-size", 16)
 @pytest.mark.parametrize("which", ["mage", "adm"])
 @pytest.mark.parametrize("head, more, layer, rows", [
     ("linear", ("--sgd", "--pool", 2, "--matryoshka", *QUICK), "best", None), ("mlp", ("--hidden", "16,8", *QUICK), "best", 1),
-    ("attention", ("--pool", 2, "--layers", "2,3", *QUICK), None, 1), ("difformer", ("--pool", 2, "--layers", "2,3", "--t", "two", *QUICK), [2, 3], 1),
-    ("diffeed", ("--pool", 2, "--epochs", 1, "--augment"), "best", 1), ("linear", ("--augment", "--epochs", 2), "best", 1)])
-def test_every_trained_head_reads_every_network(which, head, more, layer, rows, finished, finished_adm, monkeypatch, capsys):
+    ("attention", ("--pool", 2, "--layers", "2,3", "--sgd", *QUICK), None, 1), ("difformer", ("--pool", 2, "--layers", "2,3", "--t", "two", *QUICK), [2, 3], 1),
+    ("diffeed", ("--pool", 2, "--epochs", 1, "--sgd", "--augment"), "best", 1), ("linear", ("--augment", "--epochs", 2), "best", 1),
+    ("knn", (), "best", 1), ("fewshot", (), "best", 3), ("finetune", QUICK, "best", 1)])
+def test_every_head_reads_every_network(which, head, more, layer, rows, finished, finished_adm, monkeypatch, capsys):
     run, steps = (finished[0], [0.0, 0.3]) if which == "mage" else (finished_adm, [9, 30])
     more = [",".join(map(str, steps)) if word == "two" else word for word in more]
     printed, found = probed(monkeypatch, capsys, run, "--head", head, *more)
-    best = unified.load_model(run)[0].best_layer
+    best, without_pixels = unified.load_model(run)[0].best_layer, head in (*probe.ON_MAPS, "finetune")
     assert {row["head"].split("-")[0] for row in found} == {head} and len(found) == rows or not rows
     for row in found:
         assert row["layer"] == (best if layer == "best" else layer) or layer is None and row["layer"] in (2, 3)
-        assert 0 <= row["top1"] <= 1 and 0 <= row["untrained"] <= 1 and (row["pixels"] is None) == (head in probe.ON_MAPS)
-        assert row["images"] == 48 and row["t"] == (steps if head == "difformer" else steps[0])
+        assert 0 <= row["top1"] <= 1 and 0 <= row["untrained"] <= 1 and (row["pixels"] is None) == without_pixels
+        assert (row["images"] == 48 or head == "fewshot") and row["t"] == (steps if head == "difformer" else steps[0])
     if "--matryoshka" in more:
         assert [row["head"] for row in found][:3] == ["linear-8", "linear-16", "linear-32"]
-    assert "same network untrained" in printed and ("raw pixels" in printed) == (head not in probe.ON_MAPS)
+    assert ("same network untrained" in printed or head == "finetune") and ("raw pixels" in printed) != without_pixels
 
 
 def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, monkeypatch, capsys):
