@@ -1,12 +1,16 @@
 """Read what a trained model has understood: its features, and how much they say about the class of a picture.
 
     python probe.py out/RUN                                         ridge regression on the model's vectors, in a minute
-    python probe.py out/RUN --layers 2,4,6 --pool mean,class        first find the best place to read, on training pictures only
-    python probe.py out/RUN --head knn                              or fewshot, linear (the published probe), finetune
+    python probe.py out/RUN --sweep                                 first find the best place to read, on training pictures only; draws sweep.png
+    python probe.py out/RUN --layers 2,4,6 --pool mean,2            the same among a few places
+    python probe.py out/RUN --head knn                              or fewshot, linear (the probe of MAE and MAGE), mlp, attention, finetune
+    python probe.py out/RUN --head difformer --layers 19,24,30 --t 90,150,300         all these places together; diffeed: and fed back
     python probe.py mage-vitb-1600.pth --dataset imagenet --head linear --augment       the published recipe on published weights
+    python probe.py 256x256_diffusion_uncond.pt --dataset imagenet --head linear --sgd --pool 2 --augment           DiffSSL's
 
 Every accuracy stands beside two others, got in the same way: from the raw pixels, and from the same network untrained. What they reach
-needs no training. Results are appended to probe.jsonl in the run's folder. The test set is read once and chooses nothing.
+needs no training. (There is no pixel row where a head needs maps.) Results are appended to probe.jsonl in the run's folder. The test set
+is read once and chooses nothing.
 """
 import dataclasses
 import json
@@ -15,6 +19,8 @@ import pathlib
 import time
 import typing
 
+import PIL.Image
+import PIL.ImageDraw
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,57 +33,77 @@ from unified import UserError, option
 @dataclasses.dataclass
 class Config:
     run: str = option(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
-    head: str = option("ridge", "what reads the features", choices=["ridge", "linear", "knn", "fewshot", "finetune"])
+    head: str = option("ridge", "what reads the features",
+                       choices=["ridge", "linear", "knn", "fewshot", "mlp", "attention", "difformer", "diffeed", "finetune"])
     layers: str = option("", "blocks to read, counted from 1, such as 2,4,6; the one that the paper reads, if not given")
-    t: str = option("", "how corrupted the pictures are: for MAGE the hidden share, such as 0,0.3; for models of noise the step, such as 0,50; as in the paper, if not given")
-    pool: str = option("", "mean: average over the picture; class: the class position; mean,class: the better one; as in the paper, if not given")
+    t: str = option("", "how corrupted the pictures are, such as 0,0.3 for MAGE's hidden share or 90,150 for a step of noise; else as the paper")
+    pool: str = option("", "mean: over the picture; class: the class position; 2: averages of 2 x 2 cells. Several with commas: the best one")
+    sweep: bool = option(False, "try every layer, and t from hardly to half corrupted, wherever --layers and --t do not say otherwise")
+    sgd: bool = option(False, "trained heads: DiffSSL's plain SGD, for linear on features as they are; else LARS for linear, AdamW for the others")
+    hidden: str = option("512", "mlp: widths of its hidden layers, such as 512,256")
+    feedback: str = option("", "diffeed: the layers fed back to their mirrors; the last one of each size of map, if not given")
+    matryoshka: bool = option(False, "trained heads: at the same time from the first 8, 16, 32, ... dimensions alone")
     dataset: str = option("", "shapes, cifar10, imagenet, or a folder with train/<class>/* and val/<class>/*; else the run's own")
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
     limit: int = option(None, "training images used at most")
-    augment: bool = option(False, "linear: fresh crops in every epoch, as published, instead of features computed once")
-    batch_size: int = option(None, "images a step; 4096 for linear, 256 for finetune")
-    epochs: int = option(None, "passes over the training set; 90 for linear, 20 for finetune")
-    lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, or 1 below 500,000 images; for finetune 2.5e-4")
+    augment: bool = option(False, "trained heads: fresh crops and noise in every epoch, as published, instead of features computed once")
+    batch_size: int = option(None, "images a step; 4096 for linear, 256 for finetune, 128 for the others and with --sgd, 16 for diffeed")
+    epochs: int = option(None, "passes over the training set; 90 for linear, 20 for finetune, 10 for the others, 28 with --sgd")
+    lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, or 1 below 500,000 images")
     seed: int = option(0, "of everything random")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = option("float32", "of activations", choices=["float32", "bfloat16"])
+    weights: str = option("", "raw, or ema for the averaged ones; as in the paper, if not given", choices=["raw", "ema"])
     workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
     strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
 
 
-# batch, epochs, lr for 256 images, share of the epochs that warms up. The linear row is the paper's; its finetune row has 1024 and 100,
-# which is a week on a laptop. The linear lr is set when the images have been counted, see fit_recipe.
-RECIPES = {"linear": (4096, 90, None, 10 / 90), "finetune": (256, 20, 2.5e-4, 0.05)}
-CHOICE = 10_000                 # training images on which --layers, --t and --pool are chosen: all places at once must fit into memory
+# Batch, epochs, lr for 256 images. The linear row is MAE's and MAGE's; its lr is set when the images have been counted, see fit_recipe.
+# MAGE's row for finetune has 1024 and 100, which is a week on a laptop. The other rows are ours, for small sets and few steps; DiffSSL's
+# are those of SGD, whose learning rates are 0.01 for linear, mlp and diffeed, 0.05 for attention and difformer, at these batches.
+RECIPES = {"linear": (4096, 90, None), "mlp": (128, 10, 2e-3), "attention": (128, 10, 2e-3), "difformer": (128, 10, 2e-3),
+           "diffeed": (16, 10, 1.6e-2), "finetune": (256, 20, 2.5e-4)}
+SGD = {"linear": (128, 28, 0.02), "mlp": (128, 28, 0.02), "attention": (128, 28, 0.1), "difformer": (128, 28, 0.1), "diffeed": (16, 28, 0.16)}
+ON_MAPS = ("attention", "difformer", "diffeed")         # these read maps of cells, the others vectors
+CHOICE = 10_000                 # training images on which --layers, --t and --pool are chosen: all places of a t must fit into memory
 UNTRAINED = 0                   # seed of the untrained network
+STEPS = (0, 0.01, 0.03, 0.05, 0.09, 0.15, 0.3, 0.5)     # of --sweep, as shares of the largest t: those of DiffSSL
 
 
 def settle(cfg):
     """Fill in what was not said on the command line; refuse what cannot be."""
+    alone = cfg.head not in ("difformer", "diffeed", "finetune")
+    for name, fits, owner in [("sgd", cfg.head in SGD, "heads that are trained"), ("augment", cfg.head in SGD, "heads that are trained"),
+                              ("matryoshka", cfg.head in SGD, "heads that are trained"), ("feedback", cfg.head == "diffeed", "diffeed"),
+                              ("sweep", alone, "heads that read one place")]:
+        if getattr(cfg, name) and not fits:
+            raise UserError(f"--{name} belongs to {owner}, not to --head {cfg.head}")
+    recipe = (SGD if cfg.sgd else RECIPES).get(cfg.head, ())
     for name in ("batch_size", "epochs", "lr"):
-        if getattr(cfg, name) is not None and cfg.head not in RECIPES:
-            raise UserError(f"--{name.replace('_', '-')} belongs to --head linear and finetune; {cfg.head} is computed in one go")
-    for name, value in zip(("batch_size", "epochs", "lr"), RECIPES.get(cfg.head, ())):
+        if getattr(cfg, name) is not None and not recipe:
+            raise UserError(f"--{name.replace('_', '-')} belongs to heads that are trained; {cfg.head} is computed in one go")
+    for name, value in zip(("batch_size", "epochs", "lr"), recipe):
         setattr(cfg, name, value if getattr(cfg, name) is None else getattr(cfg, name))
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
-    if cfg.augment and cfg.head != "linear":
-        raise UserError(f"--augment belongs to --head linear, not to {cfg.head}")
     if cfg.limit is not None and cfg.limit < 20:
         raise UserError(f"--limit must be at least 20, since a tenth of the training images is held out, not {cfg.limit}")
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; leave --layers, --t and --pool out")
+    cfg.pool = cfg.pool or ("16" if cfg.head in ON_MAPS else "1" if cfg.sgd or cfg.head == "mlp" else "")
+    if cfg.head in ON_MAPS and not (cfg.pool.isdigit() and int(cfg.pool)):
+        raise UserError(f"--head {cfg.head} reads maps; --pool takes the number of cells on a side, 16 if not given")
     if cfg.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {cfg.workers}")
     unified.pick_device(cfg.device)
     return cfg
 
 
-# Where a vector is read, and what is compared with it.
+# Where features are read, and what is compared with them.
 
 
 class Place(typing.NamedTuple):
-    """After which block, how corrupted the picture is, and how the map becomes a vector: 'mean' or 'class'."""
+    """After which block, how corrupted the picture is, and how the map becomes a vector: 'mean', 'class', or cells on a side."""
     layer: int
     t: float
     pool: str
@@ -94,8 +120,9 @@ def numbers(text, kind, flag):
 def places(model, cfg):
     """All combinations of --layers, --t and --pool. The class position is only read where the model itself would."""
     best, (least, most, meaning) = model.best_layer, model.t_range
-    layers, levels = numbers(cfg.layers, int, "--layers") or [best], numbers(cfg.t, float, "--t") or [float(model.best_t)]
-    pools = cfg.pool.split(",") if cfg.pool else ["mean"] if cfg.layers or cfg.t else [model.pools[0]]
+    layers, levels = numbers(cfg.layers, int, "--layers"), numbers(cfg.t, float, "--t")
+    pools = cfg.pool.split(",") if cfg.pool else ["mean"] if layers or levels or cfg.sweep else [model.pools[0]]
+    pools = ["mean"] if cfg.head in ON_MAPS else pools                                      # a place for maps is chosen by their means
     for layer in layers:
         if layer not in model.layers:
             raise UserError(f"this model has no layer {layer}; --layers takes {min(model.layers)} to {max(model.layers)}")
@@ -103,27 +130,46 @@ def places(model, cfg):
         if not least <= t <= most or (isinstance(most, int) and t != int(t)):
             raise UserError(f"--t {t:g} does not fit this model; it is {meaning}, {least} to {most}")
     for pool in pools:
-        if pool not in model.pools:
-            raise UserError(f"there is no pooling {pool!r}; for this model --pool takes {' or '.join([*model.pools, ','.join(model.pools)][:1 + len(model.pools)])}")
-    if pools == ["class"] and (layers != [best] or levels != [model.best_t]):
-        raise UserError(f"--pool class reads layer {best} at t {model.best_t:g}; leave --layers and --t out")
-    grid = [Place(layer, t, "mean") for t in levels for layer in layers if "mean" in pools]
-    return list(dict.fromkeys(grid + [Place(best, float(model.best_t), "class")] * ("class" in pools)))
+        if pool not in ("mean", "class") and not (pool.isdigit() and int(pool)):
+            raise UserError(f"there is no pooling {pool!r}; --pool takes mean, class, or cells on a side")
+    if "class" in pools and "class" not in model.pools:
+        raise UserError("this model has no class position; --pool takes mean, or cells on a side")
+    if pools == ["class"] and (layers or levels or cfg.sweep):
+        raise UserError(f"--pool class reads layer {best} of the whole picture; leave --layers, --t and --sweep out")
+    kind = round if isinstance(most, int) else float
+    layers = layers or (list(model.layers) if cfg.sweep else [best])
+    levels = [kind(t) for t in levels or ([least + share * (most - least) for share in STEPS] if cfg.sweep else [model.best_t])]
+    grid = [Place(layer, t, pool) for t in levels for layer in layers for pool in pools if pool != "class"]
+    return list(dict.fromkeys(grid + [Place(best, model.best_t, "class")] * ("class" in pools)))
 
 
-def vectors(model, wanted, x, index, seed=0):
-    """Pictures x (B, 3, S, S), or their ids (B, L) -> {place: vectors (B, C)}.
+def draws(model, t, seeds):
+    """What t hides of each picture, or the noise it stands for, follows from seeds (B,): the same picture always looks the same."""
+    return model.noise(unified.fold(seeds, round(1000 * t)))
 
-    What the model itself calls its embedding is model.embed; the mean at other places is normalised alike. What t hides depends on the
-    seed and on the pictures' numbers, index (B,), so that the same picture always looks the same.
-    """
-    noise = model.noise(unified.fold(seed, index).to(x.device))
-    own = {Place(model.best_layer, float(model.best_t), pool) for pool in model.pools}
-    found = {place: model.embed(x, noise=noise, pool=place.pool) for place in wanted if place in own}
-    for t in sorted({place.t for place in wanted if place not in own}):
-        layers = sorted({place.layer for place in wanted if place.t == t and place not in own})
-        for layer, m in zip(layers, model.features(x, t, layers, noise=noise)):
-            found[Place(layer, t, "mean")] = F.layer_norm(m.mean((2, 3)), m.shape[1:2], eps=1e-6)
+
+def maps(model, wanted, x, seeds):
+    """Pictures x (B, 3, S, S), or their ids (B, L) -> yields (place, map (B, C, h, w)); one pass through the network for each t."""
+    for t in dict.fromkeys(place.t for place in wanted):
+        found = [place for place in wanted if place.t == t]
+        layers = sorted({place.layer for place in found})
+        by_layer = dict(zip(layers, model.features(x, t, layers, noise=draws(model, t, seeds))))
+        yield from ((place, by_layer[place.layer]) for place in found)
+
+
+def cells(m, side):
+    """Averages of side x side cells of maps (B, C, h, w), or of as many as there are: (B, C, side, side)."""
+    return F.adaptive_avg_pool2d(m, min(side, m.size(-1)))
+
+
+def vectors(model, wanted, x, seeds):
+    """The same as {place: vectors (B, C)}. What the model itself calls its embedding is model.embed; the mean at other places is normalised
+    alike; cells are left as they are."""
+    own = [place for place in wanted if place[:2] == (model.best_layer, model.best_t) and not place.pool.isdigit()]
+    found = {place: model.embed(x, noise=draws(model, place.t, seeds), pool=place.pool) for place in own}
+    for place, m in maps(model, [place for place in wanted if place not in own], x, seeds):
+        mean = place.pool == "mean"
+        found[place] = F.layer_norm(m.mean((2, 3)), m.shape[1:2], eps=1e-6) if mean else cells(m, int(place.pool)).flatten(1)
     return found
 
 
@@ -134,7 +180,7 @@ def tokens(model, x):
 
 def pixels(x):
     """(B, 3, S, S) -> (B, 3 * S * S); above 32 pixels averaged down to 32, where a closed-form fit of 3072 values still takes seconds."""
-    return F.adaptive_avg_pool2d(x, min(32, x.size(-1))).flatten(1)
+    return cells(x, 32).flatten(1)
 
 
 def untrained(model, config):
@@ -147,8 +193,9 @@ def untrained(model, config):
     return fresh.to(next(model.parameters()).device).eval()
 
 
-# Features of many pictures. A reader turns pictures x (B, 3, S, S) and their numbers (B,) into {name: vectors (B, C)}; all that is compared
-# is read from one picture while it is at hand, since decoding it may be what takes longest.
+# Features of many pictures. A reader turns pictures x (B, 3, S, S) and their names (B,) into {key: (B, ...)}; all that is compared is read
+# from one picture while it is at hand, since decoding it may be what takes longest. A picture's name is its number, a crop's is the crop's:
+# what is random in features follows from the name, so that fresh crops also come with fresh noise.
 
 
 def autocast(cfg):
@@ -156,49 +203,111 @@ def autocast(cfg):
 
 
 def at_once(data, cfg):
-    """How many pictures to read at once: 2^18 pixels on a CPU, 2^21 on a GPU; the tokenizer's first layers need the memory."""
+    """How many pictures to read at once: 2^18 pixels on a CPU, 2^21 on a GPU; the first layers need the memory."""
     side = data.size if isinstance(data, unified.Folder) else data.images.size(-1)
     return max(1, 2 ** (18 if cfg.device == "cpu" else 21) // side ** 2)
 
 
-@torch.no_grad()
-def stream(read, data, plan, cfg):
-    """Batches of features: for each (index (B,), crops (B, 1) or None) of the list plan yields {name: (B, C)}, labels (B,)."""
-    for (index, _), (x, y) in zip(plan, data.batches(plan, cfg.workers)):
+def reader(nets, wanted, cfg):
+    """The reader of what --head needs; its keys are (name, which), name one of nets, {'top1': model, 'untrained': fresh}, or 'pixels'.
+
+    Vectors: (name, place). Maps: (name, place), averaged to cells. diffeed computes its own features: the picture, and the draws of each t.
+    """
+    @torch.no_grad()
+    def read(x, names):
+        seeds, found = unified.fold(cfg.seed, names).to(x.device), {}
         with autocast(cfg):
-            found = read(x.flatten(0, -4).to(cfg.device), index)
-        yield {name: v.float() for name, v in found.items()}, y.to(cfg.device)
+            seen = tokens(nets["top1"], x)                                                  # both networks have the same tokenizer
+            for name, net in nets.items():
+                if cfg.head == "diffeed":
+                    part = {"x": seen, **{t: draws(net, t, seeds) for t in dict.fromkeys(place.t for place in wanted)}}
+                elif cfg.head in ON_MAPS:
+                    part = {place: cells(m, int(cfg.pool)) for place, m in maps(net, wanted, seen, seeds)}
+                else:
+                    part = vectors(net, wanted, seen, seeds)
+                found |= {(name, which): v.float() if v.is_floating_point() else v for which, v in part.items()}
+        return found if cfg.head in ON_MAPS else {**found, ("pixels", None): pixels(x)}
+    return read
+
+
+def of(found, name):
+    """What a reader has found for one name, in its order."""
+    return [v for (owner, _), v in found.items() if owner == name]
+
+
+def stream(read, data, plan, cfg):
+    """Batches of features: for each (index (B,), crops (B, 1) or None) of the list plan yields {key: (B, ...)}, labels (B,)."""
+    for (index, crops), (x, y) in zip(plan, data.batches(plan, cfg.workers)):
+        yield read(x.flatten(0, -4).to(cfg.device), index if crops is None else crops.flatten()), y.to(cfg.device)
 
 
 def collect(read, data, index, cfg, title):
-    """Features of the whole pictures index (N,): {name: (N, C)}, labels (N,)."""
-    found, labels, done = {}, torch.zeros(len(index), dtype=torch.long, device=cfg.device), 0
-    plan = [(part, None) for part in index.split(at_once(data, cfg))]
-    with tqdm.tqdm(total=len(index), desc=title, unit=" images", dynamic_ncols=True) as bar:
-        for part, y in stream(read, data, plan, cfg):
-            for name, v in part.items():
-                found.setdefault(name, v.new_empty(len(index), v.size(1)))[done:done + len(y)] = v
-            labels[done:done + len(y)] = y
-            done += len(y)
-            bar.update(len(y))
-    return found, labels
+    """Features of the whole pictures index (N,): {key: (N, ...)}, labels (N,). UserError if they do not fit into memory."""
+    sample, _ = next(stream(read, data, [(index[:1], None)], cfg))
+    need = len(index) * sum(v.nbytes for v in sample.values())
+    there = torch.cuda.mem_get_info()[0] if cfg.device != "cpu" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > 0.8 * there:
+        raise UserError(f"features of {len(index)} pictures need {need / 2**30:.0f} GiB; --limit {int(0.5 * there / need * len(index))} fits, "
+                        "--augment computes them anew in every epoch, and --pool takes fewer cells")
+    found, y = unified.collect(read, data, index, at_once(data, cfg), cfg.workers, cfg.device, title)
+    return found, y.to(cfg.device)
+
+
+# Where to read? Every candidate is probed by ridge regression on training pictures: nine tenths to fit, one tenth to judge.
 
 
 def choose(model, candidates, train, index, cfg):
     """The place where ridge regression on nine tenths of (at most CHOICE of) the training pictures does best on the other tenth."""
     if len(candidates) == 1:
         return candidates[0]
+    scores, held = {}, min(CHOICE, len(index)) // 10
+    for t in dict.fromkeys(place.t for place in candidates):
+        wanted = [place for place in candidates if place.t == t]
 
-    def read(x, index):
-        return vectors(model, candidates, tokens(model, x), index, cfg.seed)
-    x, y = collect(read, train, index[:CHOICE], cfg, f"{len(candidates)} places")
-    held = len(y) // 10
-    scores = {place: unified.ridge_probe(v[held:], y[held:], v[:held], y[:held]) for place, v in x.items()}
+        def read(x, names):
+            with autocast(cfg):
+                found = vectors(model, wanted, tokens(model, x), unified.fold(cfg.seed, names).to(x.device))
+            return {place: v.float() for place, v in found.items()}
+        x, y = collect(read, train, index[:CHOICE], cfg, f"t {t:g}, {len(wanted)} places")
+        for width in {v.size(1) for v in x.values()}:                                       # equally wide ones in one product
+            alike = [place for place in wanted if x[place].size(1) == width]
+            v = torch.stack([x[place] for place in alike])
+            scores.update(zip(alike, unified.ridge_probe(v[:, held:], y[held:], v[:, :held], y[:held])))
     best = max(candidates, key=scores.get)
-    print(f"ridge on {len(y) - held} training pictures, accuracy on {held} others of the training set\n layer     t  pool   accuracy")
-    for place in candidates:
-        print(f"{place.layer:6d} {place.t:5g}  {place.pool:5s}    {scores[place]:6.1%} {'  <- taken' if place == best else ''}")
+    print(f"ridge on {len(y) - held} training pictures, accuracy in % on {held} others of the training set; [taken]")
+    rows, columns = sorted({place.layer for place in candidates}), list(dict.fromkeys(place[1:] for place in candidates))
+    print("layer" + "".join(f"{f't {t:g}, {pool}':>14}" for t, pool in columns))
+    for layer in rows:
+        texts = [f"{100 * scores[place]:.1f}" if place in scores else "" for place in (Place(layer, *column) for column in columns)]
+        print(f"{layer:5d}" + "".join(f"{f'[{text}]' if Place(layer, *column) == best else text + ' ':>14}" for text, column in zip(texts, columns)))
+    if cfg.sweep:
+        path = results_folder(cfg) / "sweep.png"
+        heat_map(scores, best, f"ridge accuracy (percent); layers to the right, t down; best: layer {best.layer}, t {best.t:g}").save(path)
+        print(f"drawn in {path}")
     return best
+
+
+def heat_map(scores, best, title, w=36, h=26):
+    """{place: accuracy} -> PIL image: a column a layer, a row a t and pooling, the darker the better, the best one framed."""
+    columns, rows = sorted({place.layer for place in scores}), list(dict.fromkeys(place[1:] for place in scores))
+    left, top, low, high = 90, 60, min(scores.values()), max(scores.values())
+    image = PIL.Image.new("RGB", (max(left + w * len(columns), 480) + 20, top + h * len(rows) + 20), "white")
+    draw = PIL.ImageDraw.Draw(image)
+
+    def write(x, y, text, fill="black"):                                                    # centred
+        draw.text((x - draw.textlength(text) / 2, y - 6), text, fill=fill)
+    draw.text((left, 12), title, fill="black")
+    for i, layer in enumerate(columns):
+        write(left + (i + 0.5) * w, top - 10, str(layer))
+    for j, (t, pool) in enumerate(rows):
+        write(left / 2, top + (j + 0.5) * h, f"t {t:g}, {pool}")
+    for place, score in scores.items():
+        x, y = left + columns.index(place.layer) * w, top + rows.index(place[1:]) * h
+        depth = (score - low) / max(high - low, 1e-9)
+        color = tuple(round(255 + depth * (dark - 255)) for dark in (0x1f, 0x77, 0xb4))
+        draw.rectangle((x, y, x + w - 2, y + h - 2), fill=color, outline="#d62728" if place == best else None, width=3)
+        write(x + w / 2 - 1, y + h / 2 - 1, f"{100 * score:.1f}", "white" if depth > 0.6 else "black")
+    return image
 
 
 # Heads that are computed in one go: vectors (N, C), labels (N,), the same of the test set -> accuracy in [0, 1].
@@ -260,12 +369,24 @@ def fewshot(x, y, x_test, y_test, seed, classes):
     return results
 
 
-# The linear probe as published (official file: main_linprobe.py).
+# Heads that are trained. Each reads a vector z (B, D) from what a reader has found for it, and ends in a linear layer of the same name.
 
 
-class ProbeHead(nn.Module):
+class Head(nn.Module):
+    """read(*found) -> z (B, D), then logits (B, classes)."""
+
+    def forward(self, *found):
+        return self.linear(self.read(*found))
+
+    def nested(self, *found, dims):
+        """Logits from the first d dimensions of z alone, for each d of dims, by the same linear layer [Matryoshka, 2205.13147, 'MRL-E']."""
+        z = self.read(*found)
+        return [F.linear(z[:, :d], self.linear.weight[:, :d], self.linear.bias) for d in dims]
+
+
+class ProbeHead(Head):
     """BatchNorm without parameters of its own, then a linear layer: (B, dim) -> (B, classes) [MAE, appendix A]. The normalisation lets one
-    learning rate serve features of any scale."""
+    learning rate serve features of any scale. (Official file: main_linprobe.py.)"""
 
     def __init__(self, dim, classes):
         super().__init__()
@@ -273,8 +394,134 @@ class ProbeHead(nn.Module):
         nn.init.trunc_normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x):
-        return self.linear(self.norm(x))
+    def read(self, x):
+        return self.norm(x)
+
+
+class MLPHead(Head):
+    """Linear layers with ReLU between them, none hidden for a linear head (DiffSSL's head.py:Head): (B, dim) -> (B, classes)."""
+
+    def __init__(self, dim, classes, hidden=()):
+        super().__init__()
+        self.fcs = nn.ModuleList(nn.Linear(i, o) for i, o in zip([dim, *hidden], hidden))
+        self.linear = nn.Linear([dim, *hidden][-1], classes)
+
+    def read(self, x):
+        for fc in self.fcs:
+            x = F.relu(fc(x))
+        return x
+
+
+class HeadBlock(unified.Block):
+    """A transformer block as DiffSSL has it: PyTorch's own initialisation and eps of 1e-5, no bias for q, k and v."""
+
+    def __init__(self, dim, heads, ratio):
+        super().__init__(dim, heads)
+        self.norm1, self.norm2, self.mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), unified.MLP(dim, ratio * dim)
+        self.attn.qkv = nn.Linear(dim, 3 * dim, bias=False)
+
+
+class DifFormer(Head):
+    """Reads any places of a network together [DiffSSL 2311.17921] (official file: attention_fusion.py); a single one is its attention head.
+
+    The cells of all maps of one t, each map projected by a tokenizer of its layer, become the tokens of a small transformer, behind a class
+    token; what that has become, for all t side by side, is z. No token is told its place in the picture, nor t.
+
+    shapes  {layer: (C, h, w)}        steps  {t: [layer, ...]}, the places; read(*maps) takes their maps (B, C, h, w) in this order
+    cells   on a side of the map at most          dim, heads, ratio, depth  of the transformer; dim None: as wide as the widest map
+    """
+
+    def __init__(self, shapes, steps, classes, cells=16, dim=None, heads=8, ratio=4, depth=2):
+        super().__init__()
+        self.steps, layers = steps, sorted(set(sum(steps.values(), [])))
+        dim = dim or max(shapes[b][0] for b in layers)
+
+        def tokenizer(channels, side):                  # LayerNorm over channels and cells at once: one mean and deviation a picture
+            return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.LayerNorm([channels, side, side]), nn.Conv2d(channels, dim, 1))
+        self.pre_layer = nn.ModuleDict({str(b): tokenizer(shapes[b][0], min(shapes[b][1], cells)) for b in layers})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList(HeadBlock(dim, heads, ratio) for _ in range(depth))
+        self.linear = nn.Linear(len(steps) * dim, classes)
+
+    def read(self, *maps):
+        maps, z = iter(maps), []
+        for layers in self.steps.values():
+            x = torch.cat([self.pre_layer[str(b)](next(maps)).flatten(2).mT for b in layers], 1)                # (B, cells, dim)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            for block in self.blocks:
+                x = block(x)
+            z.append(x[:, 0])
+        return torch.cat(z, 1)
+
+
+class DifFeed(Head):
+    """Two passes through the frozen network [DiffSSL 2311.17921]: what late layers have seen is projected and added to early ones, and the
+    second pass is read (official file: ssl_model_feedback_fusion.py). Only head and projections learn, through the second pass.
+
+    features  (x, t, layers, add, noise) -> maps, of the network        feedback  {layer: the earlier layer it is added to}
+    head      a DifFormer over the second pass; read(x, *draws) takes pictures and the draws of each of its steps
+
+    BatchNorm is in training mode throughout the training. (In the official code the first evaluation ends that, after a quarter.)
+    """
+
+    def __init__(self, features, shapes, feedback, head):
+        super().__init__()
+        self.features, self.shapes, self.feedback, self.head = features, shapes, feedback, head
+        self.feedback_layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(shapes[late][0], shapes[early][0], 1, bias=False), nn.BatchNorm2d(shapes[early][0]), nn.ReLU())
+            for late, early in feedback.items())
+
+    @property
+    def linear(self):
+        return self.head.linear
+
+    def fed_back(self, maps):
+        """Maps of the late layers -> {early layer: what is added to it}, in its size."""
+        return {early: F.interpolate(layer(m), self.shapes[early][1:], mode="bilinear")
+                for early, layer, m in zip(self.feedback.values(), self.feedback_layers, maps)}
+
+    def read(self, x, *draws):
+        maps = []
+        for (t, layers), noise in zip(self.head.steps.items(), draws):
+            with torch.no_grad():
+                first = self.features(x, t, list(self.feedback), {}, noise)
+            maps += self.features(x, t, layers, self.fed_back(first), noise)
+        return self.head.read(*maps)
+
+
+def feedback_of(model, cfg):
+    """{late layer: its mirror} for diffeed: --feedback, or the last layer of each size of map whose mirror has that size, the first layer
+    spared, which gives DiffSSL's choice; all of them, where there is one size only."""
+    late, second = numbers(cfg.feedback, int, "--feedback"), [b for b in model.layers if model.mirror(b) < b]
+    for b in late:
+        if b not in second:
+            raise UserError(f"--feedback {b} is no layer of this model's second half; they are {second[0]} to {second[-1]}")
+    if not late:
+        late = [b for b in second if model.mirror(b) > 1 and model.layers[b][1:] == model.layers[model.mirror(b)][1:]]
+        last = {model.layers[b][1:]: b for b in late}
+        late = list(last.values()) if len(last) > 1 else late
+    return {b: model.mirror(b) for b in late}
+
+
+def new_head(name, nets, wanted, sample, classes, cfg):
+    """A fresh head for one name of a reader, of which sample is a single picture's answer."""
+    torch.manual_seed(cfg.seed)
+    if cfg.head not in ON_MAPS:
+        width = of(sample, name)[0].size(1)
+        return ProbeHead(width, classes) if cfg.head == "linear" and not cfg.sgd else \
+            MLPHead(width, classes, numbers(cfg.hidden, int, "--hidden") if cfg.head == "mlp" else ())
+    model, steps = nets[name], {}
+    for place in wanted:
+        steps.setdefault(place.t, []).append(place.layer)
+    head = DifFormer(model.layers, steps, classes, int(cfg.pool))
+    if cfg.head != "diffeed":
+        return head
+
+    def features(x, t, layers, add, noise):
+        with autocast(cfg):
+            return [m.float() for m in model.features(x, t, layers, add, noise)]
+    model.requires_grad_(False)
+    return DifFeed(features, model.layers, feedback_of(model, cfg), head)
 
 
 class LARS(torch.optim.Optimizer):
@@ -307,48 +554,64 @@ def shuffled(n, *seeds):
 
 
 def cached_batches(x, y, batch, seed):
-    """epoch -> batches of features (N, C) that were computed once; the last, incomplete batch is left out, as published."""
+    """epoch -> batches of features (N, ...) that were computed once; the last, incomplete batch is left out, as published."""
     def batches(epoch):
         for part in shuffled(len(y), seed, epoch).to(y.device).split(batch)[:len(y) // batch]:
-            yield {name: v[part] for name, v in x.items()}, y[part]
+            yield {key: v[part] for key, v in x.items()}, y[part]
     return batches
 
 
 def fresh_batches(read, data, index, batch, cfg):
-    """epoch -> batches of features of fresh random crops, read in smaller parts than a batch."""
+    """epoch -> batches of features computed anew, with --augment of fresh random crops, read in smaller parts than a batch."""
     def batches(epoch):
         whole = index[shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]
         parts = [part for one in whole for part in one.split(at_once(data, cfg))]
         rows, labels = [], []
-        for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in parts], cfg):
+        for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None] if cfg.augment else None) for part in parts], cfg):
             rows, labels = rows + [found], labels + [y]
             if sum(map(len, labels)) == batch:
-                yield {name: torch.cat([row[name] for row in rows]) for name in found}, torch.cat(labels)
+                yield {key: torch.cat([row[key] for row in rows]) for key in found}, torch.cat(labels)
                 rows, labels = [], []
     return batches
 
 
-def linear(batches, x_test, y_test, classes, steps, cfg):
-    """Train a ProbeHead a name at once: {name: accuracy in [0, 1] after the last epoch}. The papers report the best epoch on the test set.
+def rate(epoch, cfg):
+    """Learning rate at an epoch, a fraction included: warm-up and a cosine, or for SGD a tenth after each quarter (StepLR), as published."""
+    peak = cfg.lr * cfg.batch_size / 256
+    if cfg.sgd:
+        return peak * 0.1 ** int(4 * epoch / cfg.epochs)
+    warmup = 10 / 90 if cfg.head == "linear" else 0.05
+    return unified.learning_rate(epoch, warmup * cfg.epochs, cfg.epochs, peak, least=1e-6 * (cfg.head == "finetune"))
 
-    batches  epoch -> batches of {name: (B, C)}, labels (B,); steps of them
+
+def train_heads(heads, batches, steps, dims, cfg):
+    """Train heads, {name: head}, on the same batches, each from the first d dimensions for every d of dims at once.
+
+    batches  epoch -> batches of {(name, which): (B, ...)}, labels (B,); steps of them
     """
-    torch.manual_seed(cfg.seed)
-    heads = {name: ProbeHead(v.size(1), classes).to(cfg.device) for name, v in x_test.items()}
-    optimizers = {name: LARS(head.linear.parameters(), lr=0.0) for name, head in heads.items()}
-    warmup, peak = RECIPES["linear"][3] * cfg.epochs, cfg.lr * cfg.batch_size / 256
-    with tqdm.tqdm(total=cfg.epochs * steps, desc="linear", unit="step", dynamic_ncols=True) as bar:
+    law = torch.optim.SGD if cfg.sgd else LARS if cfg.head == "linear" else torch.optim.AdamW
+    optimizers = {name: law(head.to(cfg.device).train().parameters(), lr=0.0) for name, head in heads.items()}
+    with tqdm.tqdm(total=cfg.epochs * steps, desc=cfg.head, unit="step", dynamic_ncols=True) as bar:
         for epoch in range(cfg.epochs):
-            for i, (x, y) in enumerate(batches(epoch)):
+            for i, (found, y) in enumerate(batches(epoch)):
                 for name, head in heads.items():
-                    loss = F.cross_entropy(head(x[name]), y)
+                    loss = sum(F.cross_entropy(logits, y) for logits in head.nested(*of(found, name), dims=dims)) / len(dims)
                     optimizers[name].zero_grad()
                     loss.backward()
-                    optimizers[name].param_groups[0]["lr"] = unified.learning_rate(epoch + i / steps, warmup, cfg.epochs, peak)
+                    optimizers[name].param_groups[0]["lr"] = rate(epoch + i / steps, cfg)
                     optimizers[name].step()
                 bar.update()
-    with torch.no_grad():
-        return {name: (head.eval()(x_test[name]).argmax(1) == y_test).float().mean().item() for name, head in heads.items()}
+
+
+@torch.no_grad()
+def score_heads(heads, read, data, dims, cfg):
+    """Accuracy of each head on a whole data set, for each d of dims: {name: [in [0, 1], ...]}. The papers report their best epoch here."""
+    plan = [(part, None) for part in torch.arange(len(data)).split(at_once(data, cfg))]
+    hits = {name: torch.zeros(len(dims), device=cfg.device) for name in heads}
+    for found, y in stream(read, data, plan, cfg):
+        for name, head in heads.items():
+            hits[name] += torch.stack([(logits.argmax(1) == y).sum() for logits in head.eval().nested(*of(found, name), dims=dims)])
+    return {name: (count / len(data)).tolist() for name, count in hits.items()}
 
 
 # Fine-tuning (official file: main_finetune.py): the whole network learns the classes; the tokenizer stays as it is.
@@ -386,11 +649,11 @@ def finetune(net, data, index, test, decay, title, cfg):
     nn.init.trunc_normal_(head[1].weight, std=2e-5)
     nn.init.zeros_(head[1].bias)
     optimizer = torch.optim.AdamW(groups(net, head, decay), lr=0.0, betas=(0.9, 0.999))
-    steps, warmup, peak = len(index) // cfg.batch_size, RECIPES["finetune"][3] * cfg.epochs, cfg.lr * cfg.batch_size / 256
+    steps = len(index) // cfg.batch_size
 
     def logits(x):
         with autocast(cfg):
-            return head(net.features(x.to(cfg.device), finetune=True)[0].mean((2, 3))).float()
+            return head(net.features(x.to(cfg.device), net.best_t, finetune=True)[0].mean((2, 3))).float()
     embedding = getattr(net, "token_emb", nn.Identity()).train()
     with tqdm.tqdm(total=cfg.epochs * steps, desc=title, unit="step", dynamic_ncols=True) as bar:
         for epoch in range(cfg.epochs):
@@ -398,9 +661,8 @@ def finetune(net, data, index, test, decay, title, cfg):
             plan = [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in parts]
             for i, (x, y) in enumerate(data.batches(plan, cfg.workers)):
                 mixup_loss(logits, x.squeeze(1), y.to(cfg.device)).backward()
-                rate = unified.learning_rate(epoch + i / steps, warmup, cfg.epochs, peak, least=1e-6)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * group["scale"]
+                    group["lr"] = rate(epoch + i / steps, cfg) * group["scale"]
                 optimizer.step()
                 optimizer.zero_grad()
                 bar.update()
@@ -435,7 +697,7 @@ def open_sets(model, config, cfg):
     return name, *(unified.open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images) for part in (True, False))
 
 
-def fit_recipe(cfg, images):
+def fit_recipe(cfg, train, images):
     """Adapt the recipe to the number of training images: --batch-size is at most that, since incomplete batches are left out.
 
     LARS changes a matrix by a share of its length, in all by lr x epochs x images / 256 of these shares, whatever the batch. With the
@@ -446,46 +708,64 @@ def fit_recipe(cfg, images):
         cfg.batch_size = images
     if cfg.lr is None:
         cfg.lr = 0.1 if images >= 500_000 else 1.0
+    if cfg.augment and cfg.sgd:
+        train.scale = (0.64, 1.0)                                                           # DiffSSL keeps at least 0.8 of the sides
     print(f"{cfg.head}: {cfg.epochs} epochs, {cfg.batch_size} images a step, learning rate {cfg.lr * cfg.batch_size / 256:.3g}")
 
 
-def compare(model, fresh, place, train, index, test, cfg):
-    """Features of this model, of the untrained one, and pixels, read by --head: [(head, training images, {name: [accuracy, ...]})]."""
-    def read(x, index):
-        seen = tokens(model, x)                                                             # both networks have the same tokenizer
-        found = {name: vectors(net, [place], seen, index, cfg.seed)[place] for name, net in (("top1", model), ("untrained", fresh))}
-        return {**found, "pixels": pixels(x)}
+def compare(nets, wanted, train, index, test, cfg):
+    """Features of {'top1': this model, 'untrained': ...}, and pixels, read by --head: [(head, training images, {name: [accuracy, ...]})]."""
+    read = reader(nets, wanted, cfg)
+    if cfg.head in RECIPES:
+        return compare_trained(read, nets, wanted, train, index, test, cfg)
     x_test, y_test = collect(read, test, torch.arange(len(test)), cfg, "test set")
-    if cfg.augment:
+    x, y = collect(read, train, index, cfg, "training set")
+    x, x_test = ({name: v for (name, _), v in found.items()} for found in (x, x_test))
+    if cfg.head == "fewshot":
+        return fewshot(x, y, x_test, y_test, cfg.seed, len(train.classes))
+    head = {"ridge": unified.ridge_probe, "knn": knn}[cfg.head]
+    return [(cfg.head, len(y), {name: [head(x[name], y, x_test[name], y_test)] for name in x})]
+
+
+def compare_trained(read, nets, wanted, train, index, test, cfg):
+    """compare() for heads that are trained."""
+    sample, _ = next(stream(read, train, [(index[:1], None)], cfg))
+    heads = {name: new_head(name, nets, wanted, sample, len(train.classes), cfg) for name in dict.fromkeys(name for name, _ in sample)}
+    width = heads["top1"].linear.in_features
+    dims = [2 ** k for k in range(3, width.bit_length()) if 2 ** k < width] + [width] if cfg.matryoshka else [None]
+    if cfg.augment or cfg.head == "diffeed":
         batches, images = fresh_batches(read, train, index, cfg.batch_size, cfg), len(index)
     else:
+        print(f"{cfg.head}: on features of whole pictures, computed once; --augment takes fresh crops in every epoch, as published")
         x, y = collect(read, train, index, cfg, "training set")
-        if cfg.head == "fewshot":
-            return fewshot(x, y, x_test, y_test, cfg.seed, len(train.classes))
-        if cfg.head != "linear":
-            head = {"ridge": unified.ridge_probe, "knn": knn}[cfg.head]
-            return [(cfg.head, len(y), {name: [head(x[name], y, x_test[name], y_test)] for name in x})]
-        print("linear: trained on features of whole pictures, computed once; --augment takes fresh crops in every epoch, as published")
         batches, images = cached_batches(x, y, cfg.batch_size, cfg.seed), len(y)
-    scores = linear(batches, x_test, y_test, len(train.classes), images // cfg.batch_size, cfg)
-    return [(cfg.head, images, {name: [score] for name, score in scores.items()})]
+    train_heads(heads, batches, images // cfg.batch_size, dims, cfg)
+    scores = score_heads(heads, read, test, dims, cfg)
+    return [(cfg.head + (f"-{d}" if d else ""), images, {name: [score[i]] for name, score in scores.items()}) for i, d in enumerate(dims)]
 
 
-def report(place, dataset, labels, results, seconds, cfg):
-    """Print the accuracies and append them to probe.jsonl, beside the checkpoint or, if that place is read-only, in the current folder.
-
-    labels   {'top1': what it is, ...} of what is compared          results  as compare() returns them
-    """
+def results_folder(cfg):
+    """Where the checkpoint lies or, if that place is read-only, the current folder."""
     folder = pathlib.Path(cfg.run) if pathlib.Path(cfg.run).is_dir() else pathlib.Path(cfg.run).parent
-    path = (folder if os.access(folder, os.W_OK) else pathlib.Path()) / "probe.jsonl"
+    return folder if os.access(folder, os.W_OK) else pathlib.Path()
+
+
+def report(wanted, dataset, labels, results, seconds, cfg):
+    """Print the accuracies and append them to probe.jsonl.
+
+    wanted  the places read        labels  {'top1': what it is, ...} of what is compared        results  as compare() returns them
+    """
+    path = results_folder(cfg) / "probe.jsonl"
+    layers, levels = (list(dict.fromkeys(column)) for column in zip(*((place.layer, place.t) for place in wanted)))
     for head, images, scores in results:
-        print(f"{head} on {dataset}: layer {place.layer}, t {place.t:g}, {place.pool}, {images} training images")
+        print(f"{head} on {dataset}: layer {', '.join(map(str, layers))}, t {', '.join(f'{t:g}' for t in levels)}, {wanted[0].pool}, "
+              f"{images} training images")
         draws = {name: torch.tensor(values, dtype=torch.float64) for name, values in scores.items()}
         for name, values in draws.items():
             spread = f" +- {values.std():.1%}" if len(values) > 1 else ""
             print(f"    {values.mean():6.1%}{spread}  {labels[name]}")
-        row = {"head": head, **place._asdict(), **{name: None for name in ("top1", "untrained", "pixels")}}
-        row.update({name: round(values.mean().item(), 4) for name, values in draws.items()})
+        row = {"head": head, "layer": layers if layers[1:] else layers[0], "t": levels if levels[1:] else levels[0], "pool": wanted[0].pool}
+        row.update({name: round(draws[name].mean().item(), 4) if name in draws else None for name in labels})
         if len(draws["top1"]) > 1:
             row["deviation"] = round(draws["top1"].std().item(), 4)
         with open(path, "a") as file:
@@ -495,24 +775,28 @@ def report(place, dataset, labels, results, seconds, cfg):
 
 def main():
     cfg, started = settle(unified.parse(Config, __doc__.split("\n")[0])), time.time()
-    model, config = unified.load_model(cfg.run)
-    candidates = places(model, cfg)
+    model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights))
+    wanted = places(model, cfg)
     dataset, train, test = open_sets(model.to(cfg.device), config, cfg)
     index = shuffled(len(train), cfg.seed)[:cfg.limit]
     if cfg.head in RECIPES:
-        fit_recipe(cfg, len(index))
-    place, fresh = choose(model, candidates, train, index, cfg), untrained(model, config)
+        fit_recipe(cfg, train, len(index))
+    if cfg.head not in ("difformer", "diffeed"):
+        wanted = [choose(model, wanted, train, index, cfg)]
+    if cfg.head in ON_MAPS:
+        wanted = [place._replace(pool=cfg.pool) for place in wanted]
+    nets = {"top1": model, "untrained": untrained(model, config)}
     labels = {"top1": "this model", "pixels": "raw pixels",
               "untrained": "the same network untrained" + " (transformer untrained, tokenizer trained)" * hasattr(model, "vqgan")}
     if cfg.head == "finetune":
         labels["untrained"] = "the same network from scratch, by the same recipe but without layer decay"
         decay = 0.75 if model.best_layer >= 24 else 0.65                                    # as published for large and base
         scores = {"top1": [finetune(model, train, index, test, decay, "fine-tuning", cfg)],
-                  "untrained": [finetune(fresh, train, index, test, 1.0, "from scratch", cfg)]}
+                  "untrained": [finetune(nets["untrained"], train, index, test, 1.0, "from scratch", cfg)]}
         results = [("finetune", len(index), scores)]
     else:
-        results = compare(model, fresh, place, train, index, test, cfg)
-    report(place, dataset, labels, results, time.time() - started, cfg)
+        results = compare(nets, wanted, train, index, test, cfg)
+    report(wanted, dataset, labels, results, time.time() - started, cfg)
     unreadable = sum(len(getattr(data, "unreadable", ())) for data in (train, test))
     if unreadable:
         print(f"{unreadable} unreadable images were skipped and named above")

@@ -47,6 +47,7 @@ class Config:
     benchmark: bool = option(False, "measure the speed of sampling, and leave")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "of activations", choices=["float32", "bfloat16"])
+    weights: str = option("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
     compile: bool = option(False, "compile the blocks: slower to start, then faster")
 
 
@@ -237,7 +238,7 @@ def main():
 
 def run(cfg, device):
     """All that is asked for."""
-    model, config = unified.load_model(cfg.run, ema=True)
+    model, config = unified.load_model(cfg.run, ema=cfg.weights == "ema")
     model.to(device)
     if cfg.compile:
         unified.compile_blocks(model)

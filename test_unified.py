@@ -31,6 +31,7 @@ import torch.distributed
 import torch.multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.flop_counter
 
 import probe
 import train
@@ -1517,7 +1518,7 @@ def test_golden_addp_file_on_disk_samples_and_gives_features(tmp_path, monkeypat
         pytest.skip("a file with another fake class than the published ones cannot say so by itself")
     predictor = (c["mage_num_heads"], c["mage_decoder_num_heads"])
     published = unified.published_addp                                  # two widths may be alike here, which is why heads are passed by hand
-    monkeypatch.setattr(unified, "published_addp", lambda state: published(state, (c["num_heads"], c["decoder_num_heads"]), predictor))
+    monkeypatch.setitem(unified.PUBLISHED, "token_predictor.norm.weight", lambda state: published(state, (c["num_heads"], c["decoder_num_heads"]), predictor))
     torch.save({"model": g.state_dict}, tmp_path / "addp.pth")
     loaded, config = unified.load_model(tmp_path / "addp.pth", tell=lambda line: None)
     assert_near(loaded.embed(g.inputs["features"]["image"]), g.outputs["features"]["pretrain_pooled"])
@@ -1956,6 +1957,641 @@ def test_umd_learns_one_batch():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# 8. ADM: the network
+
+
+def golden_unet(config, state):
+    """Our ADM with the weights of an official state dict; config: the official flags. What shapes cannot tell comes from there."""
+    ours, kept, dead = unified.published_adm(state, head=config["num_head_channels"])
+    model = unified.build({**ours, "image_size": config["image_size"], "schedule": config["noise_schedule"], "steps": config["diffusion_steps"]})
+    model.load_state_dict(kept)
+    assert not dead
+    return model.eval()
+
+
+def golden_adm():
+    g = golden("adm_unet")
+    return g, golden_unet(g.config, g.state_dict)
+
+
+def adm(image_size=16, steps=100, **options):
+    """A fresh ADM in eval mode, 9 blocks unless said otherwise; the layers that start at 0 are drawn, or nothing would depend on anything."""
+    torch.manual_seed(1)
+    sizes = dict(ch=8, ch_mult=(1, 2), blocks=1, attention=(2,), head=8, groups=4)
+    model = unified.ADM(image_size, steps=steps, **{**sizes, **options}).eval()
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def some_gauss(*shape, seed=5):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_golden_unet_sizes_are_read_off_the_shapes():
+    g, model = golden_adm()
+    ours, c = unified.published_adm(g.state_dict)[0], g.config
+    assert (ours["ch"], ours["blocks"]) == (c["num_channels"], c["num_res_blocks"])
+    assert ours["ch_mult"] == [float(m) for m in c["channel_mult"].split(",")]
+    assert ours["attention"] == sorted(c["attention_ds"]) == sorted(c["image_size"] // int(side) for side in c["attention_resolutions"].split(","))
+    assert sum(p.numel() for p in model.parameters()) == c["n_params"] and len(model.layers) == c["n_blocks"]
+    assert model.out[2].out_channels == c["out_channels"] and model.input_blocks[0][0].in_channels == c["in_channels"]
+
+
+def test_golden_unet_output():
+    g, model = golden_adm()
+    assert_close(model.predict(g.inputs["x"], g.inputs["t"]), g.outputs["forward"])
+    assert_close(model.predict(g.inputs["x_feat"], g.inputs["t_feat"]), g.outputs["forward_feat"])
+
+
+def test_golden_block_outputs():
+    g, model = golden_adm()
+    names = sorted(k for k in g.outputs if k.startswith("feature_"))
+    assert [int(k[8:]) for k in names] == list(model.layers)
+    for name, ours in zip(names, model.predict(g.inputs["x_feat"], g.inputs["t_feat"], list(model.layers))):
+        assert_close(ours, g.outputs[name])
+
+
+def test_golden_time_embedding():
+    (g, model), seen = golden_adm(), []
+    model.time_embed.register_forward_hook(lambda module, args, y: seen.append((*args, y)))
+    t = g.inputs["t_emb"]
+    model.predict(torch.zeros(len(t), 3, 8, 8), t)
+    assert_close(seen[0][0], g.outputs["timestep_embedding"])
+    assert_close(seen[0][1], g.outputs["time_embed"])
+
+
+def test_golden_residual_block_and_attention():
+    g = golden("adm_unet")
+    state, width = g.state_dict_unit_resblock, g.inputs["unit_emb"].size(1)
+    out, inp = state["in_layers.2.weight"].shape[:2]
+    block = unified.TimedResBlock(inp, out, width, groups=32, dropout=0.0)
+    block.load_state_dict(state)
+    assert_close(block(g.inputs["unit_res_x"], g.inputs["unit_emb"]), g.outputs["unit_res"])
+    attention = unified.MapAttention(g.inputs["unit_attn_x"].size(1), g.config["num_head_channels"], groups=32)
+    attention.load_state_dict(g.state_dict_unit_attention)
+    assert_close(attention(g.inputs["unit_attn_x"]), g.outputs["unit_attn_legacy"])
+
+
+@functools.cache
+def published_unet():
+    """The network for 256 pixels, shapes without memory."""
+    with torch.device("meta"):
+        return unified.build(unified.model_config("adm", "base", 256))
+
+
+def test_the_published_network_has_37_blocks_of_the_published_shapes():
+    model = published_unet()
+    widths = [256] * 7 + [512] * 6 + [1024] * 12 + [512] * 6 + [256] * 6
+    sides = [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3 + [16] * 3 + [8] * 6 + [16] * 3 + [32] * 3 + [64] * 3 + [128] * 3 + [256] * 4
+    assert model.layers == {b: (c, s, s) for b, (c, s) in enumerate(zip(widths, sides), 1)}
+    maps = model.predict(torch.empty(1, 3, 256, 256, device="meta"), torch.empty(1, device="meta"), list(model.layers))
+    assert [tuple(m.shape[1:]) for m in maps] == list(model.layers.values())
+    assert sum(p.numel() for p in model.parameters()) == 552_814_086 and len(model.state_dict()) == 566
+    assert (model.best_layer, model.best_t, model.t_range[:2]) == (24, 90, (0, 999))
+    alike = [b for b in model.layers if b > 19 and model.layers[b] == model.layers[model.mirror(b)]]
+    assert set(range(20, 38)) - set(alike) == {22, 25, 28, 31, 34} and model.mirror(19) == 19       # all but those that enlarge
+
+
+def test_reading_block_24_costs_29_percent_of_the_whole_network():
+    model, macs = published_unet(), []
+    for layers in ([24], None):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            model.predict(torch.empty(1, 3, 256, 256, device="meta"), torch.empty(1, device="meta"), layers)
+        macs.append(round(counter.get_total_flops() / 2e9, 1))
+    assert macs == [319.6, 1119.8]
+
+
+def test_a_fresh_network_guesses_no_noise_at_all():
+    model = unified.ADM(16, ch=8, ch_mult=(1, 2), blocks=1, attention=(2,), head=8, groups=4)
+    assert not model.predict(some_gauss(2, 3, 16, 16), torch.tensor([0, 7])).any()
+    noise = some_gauss(4, 3, 16, 16)
+    assert_close(model(some_pictures(), noise=noise)[1]["mse"], noise.square().mean(), 1e-6)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    for options, words in [(dict(image_size=18, ch_mult=(1, 1, 1)), "18"), (dict(head=12), "16.*12"), (dict(classes=3), "labels")]:
+        with pytest.raises(ValueError, match=words):
+            adm(**options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 8. ADM: noise, loss, generation
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_golden_noise_schedule(schedule):
+    g = golden("adm_unet")
+    abar, rows = unified.alpha_bar(schedule, g.config["diffusion_steps"]), g.inputs["schedule_index"]
+    before = F.pad(abar[:-1], (1, 0), value=1.0)
+    zero, one = torch.zeros(len(abar), 3, 1, 1, dtype=torch.float64), torch.ones(len(abar), 3, 1, 1, dtype=torch.float64)
+    mean = [unified.ddim_step(x, x0, abar, before, eta=1.0)[:, 0, 0, 0] for x, x0 in ((zero, one), (one, zero))]
+    small, large = unified.log_variances(abar)
+    for name, ours in [("alphas_cumprod", abar), ("betas", large.exp()), ("posterior_variance", unified.posterior_variance(abar, before)),
+                       ("posterior_log_variance_clipped", small), ("posterior_mean_coef1", mean[0]), ("posterior_mean_coef2", mean[1])]:
+        assert_close(ours[rows], g.outputs[f"{schedule}_{name}"], 1e-9)
+
+
+def test_golden_kept_steps():
+    g = golden("adm_unet")
+    for name in [k for k in g.outputs if k.startswith("space_timesteps_")]:
+        law, T = name.removeprefix("space_timesteps_"), g.config["diffusion_steps"]
+        ours = unified.strided_steps(T, int(law[4:])) if law.startswith("ddim") else unified.kept_steps(T, [int(n) for n in law.split(",")])
+        assert ours == g.outputs[name].tolist()
+
+
+def test_steps_are_kept_in_order_from_each_section_or_refused():
+    assert unified.kept_steps(10, [10]) == list(range(10))
+    assert unified.kept_steps(10, [2, 3]) == [0, 4, 5, 7, 9] and unified.kept_steps(11, [2, 1]) == [0, 5, 6]
+    with pytest.raises(ValueError, match="4 steps.*3"):
+        unified.kept_steps(6, [1, 4])
+    assert unified.strided_steps(10, 4) == [0, 3, 6, 9] and len(unified.strided_steps(10, 7)) == 5                # no stride gives 7
+
+
+def golden_losses(kept, t):
+    """mse and vb of the golden batch, at steps t of the process of the steps kept."""
+    g, model = golden_adm()
+    kept = torch.tensor(kept)
+    abar, x0, noise = model.abar[kept], g.inputs["x0"], g.inputs["noise_loss"]
+    xt = unified.q_sample(x0, abar[t], noise)
+    return g, model, xt, unified.hybrid_loss(model.predict(xt, kept[t]), x0, xt, noise, t, abar)
+
+
+def test_golden_loss_terms():
+    g, model, xt, (mse, vb) = golden_losses(range(golden("adm_unet").config["diffusion_steps"]), golden("adm_unet").inputs["t_loss"])
+    assert_close(xt, g.outputs["q_sample"])
+    for ours, name in [(mse, "mse"), (vb, "vb"), (mse + vb, "loss")]:
+        assert_close(ours, g.outputs[f"loss_hybrid_{name}"])
+        for one, official in zip(ours, g.outputs[f"loss_hybrid_{name}"]):                   # each on its own scale: t = 0 is far the largest
+            assert_close(one, official)
+    loss, logs = model((g.inputs["x0"] + 1) / 2, t=g.inputs["t_loss"], noise=g.inputs["noise_loss"])
+    assert_close(loss, g.outputs["loss_hybrid_loss"].mean())
+    assert_close(logs["mse"] + logs["vb"], loss, 1e-6)
+
+
+def test_golden_loss_of_a_shortened_process():
+    g, T = golden("adm_unet"), golden("adm_unet").config["diffusion_steps"]
+    _, _, _, (mse, vb) = golden_losses(unified.kept_steps(T, [250]), g.inputs["t_loss_respaced"])
+    assert_close(mse, g.outputs["loss_respaced250_mse"])
+    for ours, official in zip(vb, g.outputs["loss_respaced250_vb"]):
+        assert_close(ours * 250 / T, official)                          # that file rescales vb, which we do not
+
+
+def golden_step_back(clip=True):
+    """The golden single steps: file, log-variance, what ddim_step needs, model. In float64, for x_0 at t = 999 carries the network's rounding
+    error times 157, and that of the file alone takes up most of the tolerance."""
+    g, model = golden_adm()
+    x, t, model = g.inputs["x_t"].double(), g.inputs["t_step"], model.double()
+    eps, v = model.predict(x, t).chunk(2, 1)
+    now, after = model.abar[t], F.pad(model.abar, (1, 0), value=1.0)[t]
+    x0 = unified.x0_from_noise(x, now, eps)
+    return g, unified.learned_log_variance(v, t, model.abar), (x, x0.clamp(-1, 1) if clip else x0, now, after), model
+
+
+AMPLIFIED = 5e-4                        # the tolerance where t = 999 takes part
+
+
+def test_golden_ancestral_step():
+    g, log_var, step, _ = golden_step_back()
+    noise, std = g.inputs["noise_step"], (0.5 * log_var).exp()
+    for name, ours in [("p_mean_variance_pred_xstart", step[1]), ("p_sample_pred_xstart", step[1]), ("p_mean_variance_log_variance", log_var),
+                       ("p_mean_variance_variance", log_var.exp()), ("p_mean_variance_mean", unified.ddim_step(*step, eta=1.0)),
+                       ("p_sample", unified.ddim_step(*step, eta=1.0, noise=noise, std=std))]:
+        assert_close(ours, g.outputs[name], AMPLIFIED)
+    _, _, step, _ = golden_step_back(clip=False)
+    assert_close(unified.ddim_step(*step, eta=1.0, noise=noise, std=std), g.outputs["p_sample_noclip"], AMPLIFIED)
+
+
+def test_golden_ddim_steps():
+    g, _, (x, x0, now, after), model = golden_step_back()
+    for eta, name in [(0.0, "ddim_eta0"), (0.7, "ddim_eta07")]:
+        assert_close(unified.ddim_step(x, x0, now, after, eta, g.inputs["noise_step"]), g.outputs[name], AMPLIFIED)
+    noisier = F.pad(model.abar, (0, 1))[g.inputs["t_step"] + 1]
+    assert_close(unified.ddim_step(x, x0, now, noisier), g.outputs["ddim_reverse"], AMPLIFIED)
+
+
+@pytest.mark.parametrize("name, temperature", [("ddpm", None), ("ddim", 0.0)])
+def test_golden_sampling_loops(name, temperature):
+    (g, model), seen = golden_adm(), []
+    kept = g.outputs["loop_timestep_map" if name == "ddpm" else "loop_ddim_timestep_map"].tolist()
+    predict, start, noise = model.double().predict, g.inputs["loop_x_T"].double(), g.inputs["loop_noise"]
+    model.noise = lambda seeds, draw: noise[draw // 2] if draw else start
+    model.predict = lambda x, t: seen.append(t.unique().item()) or predict(x, t)
+    *_, state = model.sample_steps(1, steps=len(kept), temperature=temperature)
+    assert seen == kept[::-1]
+    assert_close(state.x, g.outputs[f"loop_{name}"], AMPLIFIED)
+
+
+def test_at_step_0_the_bytes_themselves_are_scored(monkeypatch):
+    model, x, noise = adm(), some_pictures(), some_gauss(4, 3, 16, 16)
+    monkeypatch.setattr(unified, "discretised_nll", lambda x, mean, log_std: torch.full_like(x, 7.0))
+    x0, xt, _ = model.noised(x, torch.tensor([0, 1, 0, 99]), noise)
+    vb = unified.hybrid_loss(model.predict(xt, torch.zeros(4)), x0, xt, noise, torch.tensor([0, 1, 0, 99]), model.abar)[1]
+    assert_close(vb[[0, 2]], torch.full((2,), 7 / math.log(2)), 1e-6)
+    assert (vb[[1, 3]] - 7 / math.log(2)).abs().min() > 0.1
+
+
+def test_discretised_nll_is_a_distribution_over_256_bytes():
+    bytes_ = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, std in [(0.1, 0.3), (-0.5, 0.02), (2.0, 1.0)]:
+        mass = (-unified.discretised_nll(bytes_, torch.tensor(mean), torch.tensor(std).double().log())).exp()
+        assert abs(mass.sum() - 1) < 1e-6
+        assert bytes_[mass.argmax()] == pytest.approx(max(-1, min(1, mean)), abs=1 / 127.5)
+
+
+def test_vb_teaches_the_variance_and_nothing_else():
+    model = adm()
+    _, logs = model(some_pictures(), t=torch.tensor([0, 5, 50, 99]))
+    last = model.out[2].weight                                          # rows 0 - 2 guess the noise, rows 3 - 5 are v
+    for term, rows in [("mse", slice(0, 3)), ("vb", slice(3, 6))]:
+        grad = torch.autograd.grad(logs[term], last, retain_graph=True)[0].flatten(1).abs().amax(1)
+        assert grad.nonzero().flatten().tolist() == list(range(6))[rows]
+
+
+def test_every_parameter_of_the_unet_gets_a_gradient_and_one_batch_is_learned():
+    model, x, t, noise, losses = adm(), some_pictures(8), torch.arange(5, 85, 10), some_gauss(8, 3, 16, 16), []
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(40):
+        loss, logs = model(x, t=t, noise=noise)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad.abs().max() > 0 for p in model.parameters())
+        optimizer.step()
+        losses.append(logs["mse"].item())
+    assert losses[-1] < 0.5 * losses[0] and losses[-1] < 0.5           # 1 without having learned anything
+
+
+def test_t_and_noise_are_drawn_if_not_given():
+    model, seen = adm(), []
+    predict = model.predict
+    model.predict = lambda x, t: seen.append(t) or predict(x, t)
+    losses = [model(some_pictures(64))[0].item() for _ in range(8)]
+    assert len(set(losses)) == 8 and torch.cat(seen).min() < 5 and torch.cat(seen).max() > 94
+    assert torch.cat(seen).bincount(minlength=100).max() < 20           # 512 draws from 100 steps
+
+
+def test_a_denoised_picture_depends_on_its_seed_and_not_on_its_company():
+    model = adm()
+    together = list(model.sample_steps(3, steps=5, seeds=torch.tensor([3, 8, 3])))
+    alone = list(model.sample_steps(1, steps=5, seeds=torch.tensor([8])))
+    assert len(together) == len(alone) == 5
+    for a, b in zip(together, alone):
+        assert_close(a.x[1:2], b.x, 1e-5)                               # a batch of another size may be summed in another order
+        assert_close(a.x[0], a.x[2], 1e-5)
+    x = model.sample(3, steps=5, seeds=torch.tensor([3, 8, 3]))
+    assert x.equal(model.render(together[-1])) and 0 <= x.min() and x.max() <= 1 and not x[0].allclose(x[1], atol=0.1)
+    assert [u.shape for u in model.noise(torch.arange(2)).unbind()] == [(3, 16, 16)] * 2
+
+
+def test_noise_of_temperature_0_is_added_in_no_step_and_of_1_in_all_but_the_last():
+    model, asked = adm(), []
+    noise = model.noise
+    for temperature, matters in [(0.0, []), (0.5, [1, 3, 5]), (None, [1, 3, 5])]:
+        pictures = []
+        for changed in (None, 1, 3, 5, 7):
+            model.noise = lambda seeds, draw: noise(seeds, draw) + (draw == changed)
+            pictures.append(model.sample(1, steps=4, temperature=temperature))
+        assert [draw for draw, x in zip((1, 3, 5, 7), pictures[1:]) if not x.equal(pictures[0])] == matters
+
+
+def test_diffusion_paints_each_pictures_own_hole_and_nothing_else():
+    model, known = adm(), some_pictures(4)
+    mask, _ = holes(16)
+    *_, state = model.sample_steps(4, steps=5, known=known, mask=mask)
+    x = model.render(state)
+    outside = ~mask[:, None].expand_as(x)
+    assert_close(x[outside], known[outside], 1e-6)
+    assert not x[~outside].allclose(known[~outside], atol=0.05)
+    other = model.sample(4, steps=5, known=torch.where(outside, 1 - known, known), mask=mask)
+    assert not other[~outside].allclose(x[~outside], atol=1e-3)         # what is around a hole decides what goes into it
+    hidden = model.sample(4, steps=5, known=torch.where(outside, known, 1 - known), mask=mask)
+    assert hidden.equal(x)                                              # and what was in it does not
+
+
+def test_at_every_step_what_is_known_is_as_noisy_as_the_rest():
+    model, known, mask = adm(), some_pictures(1), torch.zeros(1, 16, 16, dtype=torch.bool)
+    kept = unified.kept_steps(100, [5])[::-1]
+    for step, state in enumerate(model.sample_steps(1, steps=5, known=known, mask=mask)):
+        abar = model.abar[kept[step + 1]] if step < 4 else torch.ones((), dtype=torch.float64)
+        assert_close(state.x, unified.q_sample(2 * known - 1, abar, model.noise(torch.arange(1), 2 * step + 2)), 1e-6)
+
+
+def test_labels_are_refused():
+    with pytest.raises(ValueError, match="labels"):
+        adm().sample(2, labels=torch.tensor([0, 1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 8. ADM: representation
+
+
+def test_features_are_block_outputs_of_the_noised_picture():
+    model, x, noise = adm(), some_pictures(), some_gauss(4, 3, 16, 16)
+    xt = model.abar[30].sqrt().float() * (2 * x - 1) + (1 - model.abar[30]).sqrt().float() * noise
+    for layers in ([3], [9, 2]):                                        # in the order asked for
+        for ours, plain in zip(model.features(x, 30, layers, noise=noise), model.predict(xt, torch.full((4,), 30), layers)):
+            assert_close(ours, plain, 1e-5)
+    each = model.features(x, torch.tensor([30, 0, 30, 99]), [3], noise=noise)[0]
+    assert_close(each[::2], model.features(x, 30, [3], noise=noise)[0][::2], 1e-5)
+    assert not model.features(x, 30)[0].equal(model.features(x, 30)[0])                     # drawn if not given
+    assert [tuple(m.shape[1:]) for m in model.features(x, layers=list(model.layers))] == list(model.layers.values())
+    assert_close(model.embed(x, noise), model.features(x, 9, [model.best_layer], noise=noise)[0].mean((2, 3)), 1e-6)     # 9 of 100
+
+
+def test_no_block_of_the_unet_after_the_last_layer_asked_for_runs():
+    model = adm()
+    for b, block in enumerate(model.blocks, 1):
+        if b == 6:
+            block.forward = forbidden
+    model.features(some_pictures(), layers=[5])
+    with pytest.raises(AssertionError):
+        model.features(some_pictures(), layers=[6])
+
+
+def test_added_maps_reach_the_next_block_and_the_mirror():
+    model, x, noise, seen = adm(), some_pictures(), some_gauss(4, 3, 16, 16), []
+    zeros = {b: torch.zeros(4, *shape) for b, shape in model.layers.items()}
+    plain = model.features(x, 20, list(model.layers), noise=noise)
+    for ours, theirs in zip(model.features(x, 20, list(model.layers), add=zeros, noise=noise), plain):
+        assert ours.equal(theirs)                                       # zeros add nothing
+    extra = torch.randn(4, *model.layers[2], requires_grad=True)
+    model.blocks[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.blocks[model.mirror(2) - 1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.features(x, 20, [9], add={2: extra}, noise=noise)[0].square().sum().backward()
+    assert_close(seen[0], plain[1] + extra, 1e-6)
+    assert_close(seen[1][:, -len(extra[0]):], plain[1] + extra, 1e-6)   # there, what comes from the mirror is second
+    assert (extra.grad != 0).any(1).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The heads of probe.py that read maps
+
+
+def golden_heads(case):
+    """The golden file, the settings of a case, and {(layer, t): map} of the features it gives."""
+    g = golden("diffssl_heads")
+    maps = {tuple(int(n) for n in k.removeprefix("feat_b").split("_t")): v for k, v in g.inputs.items() if k.startswith("feat_b")}
+    return g, g.config["cases"][case], maps
+
+
+def load_official(head, state):
+    """Load an official state dict; there are no published files of heads, so two names of ours are plainer."""
+    names = {"intra_inter_block_attention.cls_token": "cls_token", "head.weight": "linear.weight", "head.bias": "linear.bias"}
+    last = max((int(k.split(".")[1]) for k in state if k.startswith("fcs.")), default=-1)
+
+    def ours(name):
+        if name.startswith("intra_inter_block_attention.layers."):
+            number, rest = name.split(".", 2)[2].split(".", 1)
+            return f"blocks.{int(number) - 1}.{rest}"
+        return name.replace(f"fcs.{last}.", "linear.") if name.startswith(f"fcs.{last}.") else names.get(name, name)
+    head.load_state_dict({ours(k): v.clone() for k, v in state.items()})
+    return head.eval()
+
+
+def golden_difformer(g, settings, layers, steps):
+    """A DifFormer of a case's settings."""
+    shapes = {b: (channels, side, side) for (b, channels), side in zip(g.config["feature_dims"].items(), g.config["feature_sizes"].values())}
+    dim, heads, ratio, depth = (int(n) for n in settings["fusion_arc"].split("Attention:")[1].split(",")[0].split(":"))
+    return probe.DifFormer(shapes, {t: layers for t in steps}, g.config["num_classes"], settings["pre_pool_size"], dim, heads, ratio, depth)
+
+
+@pytest.mark.parametrize("case", ["linear", "mlp"])
+def test_golden_linear_and_mlp_heads(case):
+    g, settings, maps = golden_heads(case)
+    x = probe.cells(maps[settings["block"], settings["t"]], settings["pre_pool_size"]).flatten(1)
+    head = load_official(probe.MLPHead(x.size(1), g.config["num_classes"], [int(n) for n in settings["head_arc"].split("_") if n]), g.state_dict[case])
+    assert_close(head(x), g.outputs[case])
+
+
+@pytest.mark.parametrize("case", ["attention", "difformer"])
+def test_golden_attention_head_and_difformer(case):
+    g, settings, maps = golden_heads(case)
+    head = load_official(golden_difformer(g, settings, settings["blocks"], settings["steps"]), g.state_dict[case])
+    found = [maps[b, t] for t in settings["steps"] for b in settings["blocks"]]
+    assert_close(head(*found), g.outputs[case])
+    if case == "difformer":
+        for b in settings["blocks"]:
+            name = f"difformer_tokens_b{b}_t{settings['steps'][0]}"
+            assert_close(head.pre_layer[str(b)](maps[b, settings["steps"][0]]).flatten(2).mT, g.outputs[name])
+        for t, z in zip(settings["steps"], head.read(*found).chunk(len(settings["steps"]), 1)):
+            assert_close(z, g.outputs[f"difformer_cls_t{t}"])
+
+
+def golden_encoder():
+    g = golden("diffssl_heads")
+    return g, golden_unet(g.config["unet"], g.state_dict["encoder"]).requires_grad_(False)
+
+
+def test_golden_encoder_gives_the_features_that_heads_read():
+    g, model = golden_encoder()
+    assert {b: (g.config["feature_dims"][b], g.config["feature_sizes"][b], g.config["feature_sizes"][b]) for b in g.config["feature_dims"]} == model.layers
+    _, _, maps = golden_heads("difformer")
+    for (b, t), official in maps.items():
+        ours, = model.features((g.inputs["x0"] + 1) / 2, t, [b], noise=g.inputs[f"noise_t{t}"])
+        assert_close(ours, official)
+
+
+def golden_diffeed():
+    """The golden DifFeed: file, settings, network, head, and what the head reads."""
+    (g, model), settings = golden_encoder(), golden("diffssl_heads").config["cases"]["diffeed"]
+    inner = golden_difformer(g, settings, settings["second_fw_b_list"], [settings["t"]])
+    feedback = {b: model.mirror(b) for b in settings["feedback_b_list"]}
+    head = probe.DifFeed(model.features, model.layers, feedback, load_official(inner, g.state_dict["diffeed_head"]))
+    head.feedback_layers.load_state_dict({k: v.clone() for k, v in g.state_dict["diffeed_feedback_layers"].items()})
+    return g, settings, model, head.eval(), ((g.inputs["x0"] + 1) / 2, g.inputs[f"noise_t{settings['t']}"])
+
+
+def test_golden_diffeed():
+    g, settings, model, head, (x, noise) = golden_diffeed()
+    assert_close(head(x, noise), g.outputs["diffeed"])
+    add = head.fed_back(model.features(x, settings["t"], list(head.feedback), noise=noise))
+    for name in [k for k in g.outputs if k.startswith("diffeed_feedback_from_b")]:
+        assert_close(add[model.mirror(int(name.removeprefix("diffeed_feedback_from_b")))], g.outputs[name])
+    for name in [k for k in g.outputs if k.startswith("diffeed_second_pass_b")]:
+        second, = model.features(x, settings["t"], [int(name.removeprefix("diffeed_second_pass_b"))], add, noise)
+        assert_close(second, g.outputs[name])
+    assert probe.feedback_of(model, types.SimpleNamespace(feedback="")) == {b: model.mirror(b) for b in settings["feedback_b_list"]}
+
+
+class Threshold(nn.Module):
+    """ReLU with its corner elsewhere."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def forward(self, x):
+        return x * (x > self.at)
+
+
+def test_golden_diffeed_training_step():
+    grads = []
+    for corner in (3e-6, -3e-6, 1e-5, -1e-5):                           # what is too near to 0 for float32 to tell is cut off, or let through
+        g, _, model, head, (x, noise) = golden_diffeed()
+        model.to(memory_format=torch.contiguous_format)                 # as the official run, since gradients gather rounding errors
+        for layer in head.train().feedback_layers:
+            layer[2] = Threshold(corner)
+        logits = head(x, noise)
+        loss = F.cross_entropy(logits, g.inputs["y"])
+        loss.backward()
+        assert_close(logits, g.outputs["diffeed_train_logits"])
+        assert_close(loss, g.outputs["diffeed_train_loss"])
+        assert_close(head.linear.weight.grad, g.outputs["diffeed_grad_head_weight"])
+        assert_close(head.head.cls_token.grad, g.outputs["diffeed_grad_cls_token"])
+        assert_close(head.feedback_layers[0][1].running_mean, g.outputs["diffeed_running_mean_0"])
+        assert_close(head.feedback_layers[0][1].running_var, g.outputs["diffeed_running_var_0"])
+        assert all(p.grad is None for p in model.parameters())          # frozen
+        grads.append([layer[0].weight.grad for layer in head.feedback_layers])
+    for i, ways in enumerate(zip(*grads)):                              # row by row, the official run has done one or the other
+        official = g.outputs[f"diffeed_grad_feedback_{i}_conv"]
+        errors = torch.stack([(ours - official).abs().flatten(1).amax(1) for ours in ways])
+        right = errors <= 1e-4 * official.abs().max()
+        assert right.any(0).all() and right.all(0).float().mean() > 0.8                     # few rows are in question
+
+
+def settings(**options):
+    """Flags of probe.py as settle() leaves them."""
+    return probe.settle(probe.Config(run="", device="cpu", workers=0, **options))
+
+
+def test_a_difformer_of_one_place_is_the_attention_head():
+    head, m = probe.DifFormer({3: (12, 6, 6)}, {90: [3]}, classes=5, cells=4, dim=16, heads=4), torch.randn(2, 12, 6, 6)
+    norm, project = head.pre_layer["3"][1:]
+    x = project(F.layer_norm(probe.cells(m, 4), (12, 4, 4), norm.weight, norm.bias)).flatten(2).mT
+    x = torch.cat([head.cls_token.expand(2, -1, -1), x], 1)
+    for block in head.blocks:
+        x = block(x)
+    assert_close(head(m), head.linear(x[:, 0]), 1e-6)
+    twice = probe.DifFormer({3: (12, 6, 6)}, {90: [3], 150: [3]}, classes=5, cells=4, dim=16, heads=4)
+    twice.load_state_dict({**head.state_dict(), "linear.weight": head.linear.weight.repeat(1, 2), "linear.bias": head.linear.bias})
+    assert_close(twice.read(m, m), head.read(m).repeat(1, 2), 1e-6)     # all steps share one transformer
+    assert_close(head(m.flip(3)), head(m), 1e-5)                        # fresh, it knows no places
+
+
+def test_the_published_heads_have_the_published_numbers_of_parameters():
+    shapes = published_unet().layers
+    with torch.device("meta"):
+        attention, fused = probe.DifFormer(shapes, {150: [24]}, 1000), probe.DifFormer(shapes, {90: [19, 24, 30], 150: [19, 24, 30], 300: [19, 24, 30]}, 1000)
+        fed = probe.DifFeed(None, shapes, probe.feedback_of(published_unet(), types.SimpleNamespace(feedback="")), attention)
+        heads = [probe.MLPHead(4 * 1024, 1000), attention, fused, fed]
+    assert [sum(p.numel() for p in head.parameters()) for head in heads] == [4_097_000, 27_786_216, 31_802_344, 30_545_896]
+
+
+def test_diffeed_learns_through_a_frozen_network_of_any_kind():
+    for model, layers, late in [(adm(), [8], [6, 7, 9]), (mage(), [2], [3, 4])]:            # 7 and 9 change size or channels on their way
+        cfg = settings(head="diffeed", pool="2", feedback=",".join(map(str, late)))
+        wanted, x = [probe.Place(b, t, "2") for t in (0.1 * model.t_range[1], 0.3 * model.t_range[1]) for b in layers], some_pictures()
+        found = probe.reader({"top1": model}, wanted, cfg)(x, torch.arange(4))
+        head = probe.new_head("top1", {"top1": model}, wanted, found, 3, cfg)
+        assert list(head.feedback.items()) == [(b, model.mirror(b)) for b in late]
+        head(*probe.of(found, "top1")).square().sum().backward()
+        used = [early < max(layers) for early in head.feedback.values()]
+        for layer, early in zip(head.feedback_layers, head.feedback.values()):
+            assert early > max(layers) or layer[0].weight.grad.abs().max() > 0
+        assert any(used) and all(p.grad is None and not p.requires_grad for p in model.parameters())
+        assert set(dict(head.named_parameters())) == set(dict(head.named_parameters(remove_duplicate=False)))
+        assert not {id(p) for p in head.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_what_is_fed_back_by_default_is_the_last_of_each_size_or_all():
+    cfg = types.SimpleNamespace(feedback="")
+    assert probe.feedback_of(published_unet(), cfg) == {21: 17, 24: 14, 27: 11, 30: 8, 33: 5, 36: 2}
+    assert probe.feedback_of(mage(depth=3, decoder_depth=3), cfg) == {4: 3, 5: 2}
+    for model, wrong, right in [(published_unet(), "1", "20 to 37"), (published_unet(), "40", "20 to 37"), (mage(), "2", "3 to 4")]:
+        with pytest.raises(unified.UserError, match=f"--feedback {wrong}.*{right}"):
+            probe.feedback_of(model, types.SimpleNamespace(feedback=wrong))
+
+
+def test_the_learning_rate_of_diffssl_is_torchs_step_law():
+    cfg = settings(head="attention", sgd=True)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.05)
+    law = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.1)
+    for epoch in range(28):
+        assert probe.rate(epoch, cfg) == pytest.approx(optimizer.param_groups[0]["lr"]) == pytest.approx(probe.rate(epoch + 0.99, cfg))
+        optimizer.step()
+        law.step()
+    peaks = {name: probe.rate(0, settings(head=name, sgd=True)) for name in probe.SGD}
+    assert peaks == pytest.approx({"linear": 0.01, "mlp": 0.01, "attention": 0.05, "difformer": 0.05, "diffeed": 0.01})
+    assert [probe.rate(e, settings(head="linear", lr=0.1)) for e in (0, 10, 90)] == pytest.approx([0, 1.6, 0])
+
+
+def test_a_picture_always_looks_the_same_and_a_fresh_crop_does_not():
+    model, x = adm(), some_pictures()
+    wanted = [probe.Place(b, t, "mean") for t in (9, 30) for b in (3, 8)]
+    cfg = settings(head="linear", seed=1)
+    read = probe.reader({"top1": model, "untrained": model}, wanted, cfg)
+    one, again, other = read(x, torch.arange(4)), read(x[2:], torch.arange(2, 4)), read(x, torch.arange(4, 8))
+    assert {name for name, _ in one} == {"top1", "untrained", "pixels"}
+    for place in wanted:
+        assert_close(one["top1", place][2:], again["top1", place], 1e-5)
+        assert not one["top1", place].allclose(other["top1", place], atol=1e-3)
+        assert one["top1", place].equal(one["untrained", place])                            # all networks see the same noise
+        alone = probe.vectors(model, [place], x, unified.fold(1, torch.arange(4)))[place]
+        assert_close(one["top1", place], alone, 1e-5)                   # whatever else is read
+    assert one["pixels", None].equal(x.flatten(1))
+
+
+def test_places_are_read_as_their_names_say():
+    model, x, seeds = adm(), some_pictures(), torch.arange(4)
+    own, mean, four = probe.Place(8, 9, "mean"), probe.Place(3, 9, "mean"), probe.Place(3, 9, "2")
+    assert (model.best_layer, model.best_t) == own[:2]
+    found = probe.vectors(model, [own, mean, four], x, seeds)
+    noise = probe.draws(model, 9, seeds)
+    assert found[own].equal(model.embed(x, noise))
+    m = model.features(x, 9, [3], noise=noise)[0]
+    assert_close(found[mean], F.layer_norm(m.mean((2, 3)), (8,), eps=1e-6), 1e-5)
+    assert_close(found[four], torch.stack([m[:, :, r:r + 4, c:c + 4].mean((2, 3)) for r in (0, 4) for c in (0, 4)], 2).flatten(1), 1e-5)
+    assert list(found) == [own, mean, four] and probe.cells(m, 100).equal(m)
+
+
+def test_a_sweep_reads_every_layer_at_the_steps_of_diffssl():
+    wanted = probe.places(published_unet(), settings(sweep=True))
+    assert len(wanted) == 37 * 8 and {place.layer for place in wanted} == set(range(1, 38))
+    assert list(dict.fromkeys(place.t for place in wanted)) == [0, 10, 30, 50, 90, 150, 300, 500]
+    assert probe.places(mage(), settings()) == [probe.Place(2, 0.0, "mean")]
+    assert {place.t for place in probe.places(mage(), settings(sweep=True, t="0,0.5"))} == {0.0, 0.5}
+    assert probe.places(published_unet(), settings()) == [probe.Place(24, 90, "mean")]
+
+
+def test_probing_many_places_at_once_is_probing_each():
+    (x, y), (x_test, y_test) = clouds(120, 2.0), clouds(90, 2.0, seed=1)
+    places, tests = torch.stack([x, x.flip(1), x * torch.randn(5)]), torch.stack([x_test, x_test.flip(1), torch.randn(90, 5)])
+    assert unified.ridge_probe(places, y, tests, y_test) == [unified.ridge_probe(a, y, b, y_test) for a, b in zip(places, tests)]
+
+
+def test_matryoshka_reads_the_first_dimensions_only_and_all_sizes_at_once():
+    head, x = probe.ProbeHead(32, 3), torch.randn(16, 32)
+    full, narrow = head.nested(x, dims=[32, 8])
+    assert full.equal(head(x))
+    z = head.eval().read(x)
+    assert_close(head.nested(x, dims=[8])[0], z[:, :8] @ head.linear.weight[:, :8].T + head.linear.bias, 1e-6)
+    cfg, y = settings(head="linear", sgd=True, epochs=12, lr=20.0, batch_size=64), torch.arange(64) % 4
+    x = torch.cat([F.one_hot(y // 2 * 2, 4).float(), F.one_hot(y, 4).float()], 1)           # half is known from the first four
+    heads = {"top1": probe.MLPHead(8, 4)}
+    probe.train_heads(heads, lambda epoch: [({("top1", 0): x}, y)] * 10, 10, [4, 8], cfg)
+    four, eight = ((logits.argmax(1) == y).float().mean().item() for logits in heads["top1"].nested(x, dims=[4, 8]))
+    assert (four, eight) == (0.5, 1.0)
+
+
+def test_a_heat_map_is_darker_where_accuracy_is_higher():
+    scores = {probe.Place(b, t, "mean"): (b + 10 * t) / 40 for b in (1, 2, 3) for t in (0, 1, 2)}
+    best = max(scores, key=scores.get)
+    image = probe.heat_map(scores, best, "title", w=40, h=30).convert("RGB")
+    dark = [255 - image.getpixel((90 + 40 * i + 5, 60 + 30 * j + 5))[0] for j in (0, 1, 2) for i in (0, 1, 2)]
+    assert dark == sorted(dark) and dark[0] == 0 and dark[-1] == 255 - 0x1f
+    framed = [image.getpixel((90 + 40 * i + 1, 60 + 30 * j + 10)) == (0xd6, 0x27, 0x28) for j in (0, 1, 2) for i in (0, 1, 2)]
+    assert framed == [False] * 8 + [True]
+
+
+def test_features_that_do_not_fit_into_memory_are_a_users_mistake(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)                # 10,000 bytes
+    cfg, data = settings(head="ridge"), pictures(6, 16)
+    with pytest.raises(unified.UserError, match="6 pictures need .*--limit"):
+        probe.collect(lambda x, names: {"": x.flatten(1)}, data, torch.arange(6), cfg, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # 9. Presets and published weights
 
 
@@ -2011,6 +2647,30 @@ def official_mage(width, depth):
     return shapes
 
 
+def official_unet(classes=0):
+    """Names and shapes in 256x256_diffusion_uncond.pt, or with its 1,000 classes, written down block by block."""
+    def layer(name, *weight):
+        return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
+
+    def residual(name, inp, out):
+        shapes = layer(f"{name}.in_layers.0", inp) | layer(f"{name}.in_layers.2", out, inp, 3, 3) | layer(f"{name}.emb_layers.1", 2 * out, 1024)
+        shapes |= layer(f"{name}.out_layers.0", out) | layer(f"{name}.out_layers.3", out, out, 3, 3)
+        return shapes | (layer(f"{name}.skip_connection", out, inp, 1, 1) if inp != out else {})
+
+    def attention(name, width):
+        return layer(f"{name}.norm", width) | layer(f"{name}.qkv", 3 * width, width, 1) | layer(f"{name}.proj_out", width, width, 1)
+    shapes = layer("time_embed.0", 1024, 256) | layer("time_embed.2", 1024, 1024) | layer("input_blocks.0.0", 256, 3, 3, 3)
+    shapes |= layer("out.0", 256) | layer("out.2", 6, 256, 3, 3) | ({"label_emb.weight": (classes, 1024)} if classes else {})
+    down = [(256, 256)] * 7 + [(256, 512)] + [(512, 512)] * 5 + [(512, 1024)] + [(1024, 1024)] * 4
+    up = [(2048, 1024)] * 5 + [(1536, 1024), (1536, 512)] + [(1024, 512)] * 4 + [(768, 512), (768, 256)] + [(512, 256)] * 5
+    for i, (inp, out) in enumerate(down[1:], 1):
+        shapes |= residual(f"input_blocks.{i}.0", inp, out) | (attention(f"input_blocks.{i}.1", out) if i in (10, 11, 13, 14, 16, 17) else {})
+    for i, (inp, out) in enumerate(up):
+        shapes |= residual(f"output_blocks.{i}.0", inp, out) | (attention(f"output_blocks.{i}.1", out) if i < 9 else {})
+        shapes |= residual(f"output_blocks.{i}.{2 if i < 9 else 1}", out, out) if i in (2, 5, 8, 11, 14) else {}
+    return shapes | residual("middle_block.0", 1024, 1024) | attention("middle_block.1", 1024) | residual("middle_block.2", 1024, 1024)
+
+
 def hollow(shapes):
     """A state dict of these shapes that takes no room: every tensor is one number seen many times."""
     return {k: torch.zeros((), dtype=torch.long if k.endswith("position_ids") else torch.float32).expand(v) for k, v in shapes.items()}
@@ -2037,6 +2697,22 @@ def test_published_mage_files_load_strictly(tmp_path, width, depth, heads, used,
     assert (count(shapes, "blocks.", "norm."), count(shapes, "token_emb.")) == (encoder, embedding)
     assert (count(shapes, "decoder_"), count(shapes, "mlm_layer.")) == (decoder, head)
     assert not model.training
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_the_published_unet_loads_strictly_and_one_with_classes_is_refused(tmp_path):
+    for classes in (0, 1000):
+        torch.save(hollow(official_unet(classes)), tmp_path / f"{classes}.pt")
+    with torch.device("meta"):
+        model, config = unified.load_model(tmp_path / "0.pt", tell=lambda line: None)
+    assert model.image_size == 256 and not model.training and model.blocks[23][1].heads == 16
+    preset = unified.model_config("adm", "base", 256)
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["arch"].items()} | {"classes": 0, "head": 64} == preset | {"head": 64}
+    with pytest.raises(unified.UserError, match="1000.pt.*class-conditional"):
+        unified.load_model(tmp_path / "1000.pt")
+    torch.save(hollow({k: v for k, v in official_unet().items() if k != "input_blocks.4.0.out_layers.3.weight"}), tmp_path / "lacking.pt")
+    with pytest.raises(unified.UserError, match="lacking.pt.*input_blocks.4.0.out_layers.3.weight"):
+        unified.load_model(tmp_path / "lacking.pt")
 
 
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
@@ -2090,6 +2766,15 @@ def test_every_preset_can_be_built_from_plain_values(name, tokenizer_size):
             assert isinstance(unified.build(config.get("predictor", config)["tokenizer"]), unified.VQGAN)
         assert (model.vqgan.stride, model.length, model.classes) == (stride, 256, 0 if "predictor" in config else 10)
         assert (model.contrastive > 0) == (unified.MODELS[name].views == 2)
+
+
+@pytest.mark.parametrize("size, image_size, parameters", [("tiny", 32, 794_982), ("small", 32, 42_858_886), ("base", 256, 552_814_086)])
+def test_every_preset_without_a_tokenizer_can_be_built_from_plain_values(size, image_size, parameters):
+    config = json.loads(json.dumps(unified.model_config("adm", size, image_size, tokenizer={"never": "read"})))
+    with torch.device("meta"):
+        model = unified.build(config)
+    assert "tokenizer" not in config and sum(p.numel() for p in model.parameters()) == parameters
+    assert model.image_size == image_size and model.layers[1][1:] == (image_size, image_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -2780,6 +3465,79 @@ def test_a_probe_stands_beside_its_baselines(finished):
     row = json.loads((finished[0] / "probe.jsonl").read_text().splitlines()[-1])
     assert {"head", "layer", "t", "pool", "top1", "untrained", "pixels", "images", "seconds"} <= set(row) and row["layer"] in (2, 4)
     assert "same network untrained" in printed and "raw pixels" in printed
+
+
+@pytest.fixture(scope="module")
+def finished_adm(photos, tmp_path_factory):
+    """The folder of a U-Net's checkpoint, its weights drawn."""
+    folder, arch = tmp_path_factory.mktemp("adm"), dict(model="adm", image_size=16, ch=8, ch_mult=(1, 2), blocks=1, attention=(2,), head=8, groups=4, steps=100)
+    unified.save_checkpoint(folder / "model.pt", {"model": adm().state_dict(), "config": {"arch": arch, "dataset": str(photos), "classes": ["cat", "dog"]}})
+    return folder
+
+
+def probed(monkeypatch, capsys, run, *args):
+    """probe.py as a user runs it, in this process: what it printed, and the rows it added to probe.jsonl."""
+    path = run / "probe.jsonl"
+    before = len(path.read_text().splitlines()) if path.exists() else 0
+    monkeypatch.setattr(sys, "argv", ["probe.py", str(run), "--device", "cpu", "--workers", "0", *map(str, args)])
+    probe.main()
+    return capsys.readouterr().out, [json.loads(line) for line in path.read_text().splitlines()[before:]]
+
+
+QUICK = ("--epochs", 2, "--batch-size", 16)
+
+
+@pytest.mark.parametrize("which", ["mage", "adm"])
+@pytest.mark.parametrize("head, more, layer, rows", [
+    ("linear", ("--sgd", "--pool", 2, "--matryoshka", *QUICK), "best", None), ("mlp", ("--hidden", "16,8", *QUICK), "best", 1),
+    ("attention", ("--pool", 2, "--layers", "2,3", "--sgd", *QUICK), None, 1), ("difformer", ("--pool", 2, "--layers", "2,3", "--t", "two", *QUICK), [2, 3], 1),
+    ("diffeed", ("--pool", 2, "--epochs", 1, "--sgd", "--augment"), "best", 1), ("linear", ("--augment", "--epochs", 2), "best", 1),
+    ("knn", (), "best", 1), ("fewshot", (), "best", 3), ("finetune", QUICK, "best", 1)])
+def test_every_head_reads_every_network(which, head, more, layer, rows, finished, finished_adm, monkeypatch, capsys):
+    run, steps = (finished[0], [0.0, 0.3]) if which == "mage" else (finished_adm, [9, 30])
+    more = [",".join(map(str, steps)) if word == "two" else word for word in more]
+    printed, found = probed(monkeypatch, capsys, run, "--head", head, *more)
+    best, without_pixels = unified.load_model(run)[0].best_layer, head in (*probe.ON_MAPS, "finetune")
+    assert {row["head"].split("-")[0] for row in found} == {head} and len(found) == rows or not rows
+    for row in found:
+        assert row["layer"] == (best if layer == "best" else layer) or layer is None and row["layer"] in (2, 3)
+        assert 0 <= row["top1"] <= 1 and 0 <= row["untrained"] <= 1 and (row["pixels"] is None) == without_pixels
+        assert (row["images"] == 48 or head == "fewshot") and row["t"] == (steps if head == "difformer" else steps[0])
+    if "--matryoshka" in more:
+        assert [row["head"] for row in found][:3] == ["linear-8", "linear-16", "linear-32"]
+    assert ("same network untrained" in printed or head == "finetune") and ("raw pixels" in printed) != without_pixels
+
+
+def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, monkeypatch, capsys):
+    printed, (row,) = probed(monkeypatch, capsys, finished_adm, "--sweep", "--t", "0,30")
+    model = unified.load_model(finished_adm)[0]
+    table = [line.split() for line in printed.splitlines() if line[:5].strip().isdigit()]
+    assert [int(line[0]) for line in table] == list(model.layers) and all(len(line) == 3 for line in table)
+    taken, = [(int(line[0]), (0, 30)[i]) for line in table for i, text in enumerate(line[1:]) if text.startswith("[")]
+    accuracy = {(int(line[0]), (0, 30)[i]): float(text.strip("[]")) for line in table for i, text in enumerate(line[1:])}
+    assert taken == (row["layer"], row["t"]) and accuracy[taken] == max(accuracy.values())
+    assert min(PIL.Image.open(finished_adm / "sweep.png").size) > 100
+
+
+def test_a_unet_generates_and_paints_as_a_user_asks(photos, finished_adm, tmp_path, monkeypatch):
+    import sample
+    picture = next((photos / "val" / "cat").iterdir())
+    for name, more in [("a", ("--steps", 5)), ("b", ("--temperature", 0, "--steps", 4, "--gif")), ("c", ("--image", picture, "--box", "2,2,9,9", "--steps", 5))]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", str(finished_adm), "--device", "cpu", "--n", "3", "--out", str(tmp_path / f"{name}.png"), *map(str, more)])
+        sample.main()
+        assert numpy.array(PIL.Image.open(tmp_path / f"{name}.png")).std() > 10
+    assert PIL.Image.open(tmp_path / "b.gif").n_frames == 4
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--head", "difformer", "--sweep"], "--sweep belongs to"), (["--matryoshka"], "--matryoshka belongs to"), (["--sgd", "--head", "knn"], "--sgd belongs to"),
+    (["--feedback", "5"], "--feedback belongs to"), (["--head", "attention", "--pool", "mean"], "cells"), (["--pool", "0"], "pooling '0'"),
+    (["--pool", "class"], "no class position"), (["--layers", "40"], "no layer 40"), (["--t", "100"], "--t 100"), (["--t", "1.5"], "--t 1.5"),
+    (["--head", "fewshot", "--epochs", "3"], "--epochs belongs to"), (["--head", "diffeed", "--feedback", "2"], "--feedback 2")])
+def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished_adm, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["probe.py", str(finished_adm), "--device", "cpu", "--workers", "0", *args])
+    with pytest.raises(unified.UserError, match=words):
+        probe.main()
 
 
 def broken_tree(root, what):

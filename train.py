@@ -515,7 +515,7 @@ def draw_what_it_does(run, model, test, steps=None):
     """samples.png, if the model can start from nothing; reconstructions.png, if it rebuilds what is hidden of a picture."""
     if model.generates:
         unified.grid(sample_grid(run, model, steps)).save(run.folder / "samples.png")
-    if getattr(model, "clean", 0):
+    if getattr(model, "clean", 0):                                                          # of UMD
         draw_reconstructions(run, model.reconstruct, test)
 
 
@@ -549,7 +549,8 @@ def report(run, model, ema, train, test):
     pixels = torch.nn.AdaptiveAvgPool2d(min(32, cfg.image_size))
     torch.manual_seed(0)
     for name, embed in (("features", model.embed), ("the same network untrained", fresh.embed), ("raw pixels", lambda x: pixels(x).flatten(1))):
-        parts = [unified.map_pictures(embed, data, 10_000, workers=cfg.workers, device=run.device, name=name) for data in (train, test)]
+        with averaged(model, ema if recipe_of(cfg)["probe_ema"] else {}):
+            parts = [unified.map_pictures(embed, data, 10_000, workers=cfg.workers, device=run.device, name=name) for data in (train, test)]
         top1[name] = unified.ridge_probe(*parts[0], *parts[1])
     run.log(stage="report", step=0, **figures, probe=top1)
     for data in (train, test):

@@ -9,6 +9,7 @@ it is a representation; undoing it step by step, starting from nothing, is gener
     ADDP     pixels      painted from ids, hidden ones guessed                what a frozen MAGE holds possible
     UMD      pixels      half: 75 % of patches hidden; half: noise added      pixels where hidden, noise where seen
                          and 37.5 % hidden. Its ends: MAE, MaskDiT, DiT
+    ADM      pixels      noise added                                          the noise, and its variance
 
 Read from the top; nothing is used before it has been explained.
 
@@ -19,6 +20,7 @@ Read from the top; nothing is used before it has been explained.
     5  MAGE-C                        the same network also learns which two crops show the same image
     6  ADDP                          the encoder reads pixels, the decoder guesses ids; a trained MAGE teaches both
     7  UMD, MAE, MaskDiT, DiT        hide patches, or add noise to them, or both
+    8  ADM                           guess the noise with a U-Net; its blocks represent, too
     9  presets, published weights    sizes, and how files of the original authors are read
     10 pictures, runs and files      data sets, the id cache, PNG grids, ridge regression, checkpoints
 
@@ -34,10 +36,13 @@ Papers     [UMD] Hansen-Estruch et al. 2024, arXiv 2406.17688    [DiT] Peebles a
            [MAE] He et al. 2021, 2111.06377             [ViT] Dosovitskiy et al. 2020, 2010.11929   [Attention] Vaswani et al. 2017, 1706.03762
            [SimCLR] Chen et al. 2020, 2002.05709        [VQ-VAE] van den Oord et al. 2017, 1711.00937     [DDPM] Ho et al. 2020, 2006.11239
            [iDDPM] Nichol and Dhariwal 2021, 2102.09672    [DDIM] Song et al. 2020, 2010.02502          [ADDP] Tian et al. 2023, 2306.05423
+           [RePaint] Lugmayr et al. 2022, 2201.09865    [ADM] Dhariwal and Nichol 2021, 2105.05233
+           [DiffSSL] Mukhopadhyay et al. 2023, 2307.08702 and 2311.17921
 """
 import argparse
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -462,6 +467,11 @@ def x0_from_noise(x, abar, eps):
     return spread(abar.rsqrt(), x) * x - spread((1 / abar - 1).sqrt(), x) * eps
 
 
+def posterior_variance(abar, abar_next):
+    """Variance of x at abar_next, given x at abar and x_0 [DDPM, eq. 7]: float64, 0 at abar_next 1."""
+    return (1 - abar_next) / (1 - abar) * (1 - abar / abar_next).clamp(min=0)
+
+
 def ddim_step(x, x0, abar, abar_next, eta=0.0, noise=0.0, std=None):
     """One step from x at abar to abar_next, believing in x0 [DDIM, eq. 12 and 16].
 
@@ -469,26 +479,32 @@ def ddim_step(x, x0, abar, abar_next, eta=0.0, noise=0.0, std=None):
     scales the noise instead, if the network has learned it. abar_next 1 gives x0 itself; abar_next < abar goes backwards, into noise.
     """
     eps = (spread(abar.rsqrt(), x) * x - x0) / spread((1 / abar - 1).sqrt(), x)
-    variance = eta ** 2 * (1 - abar_next) / (1 - abar) * (1 - abar / abar_next).clamp(min=0)
+    variance = eta ** 2 * posterior_variance(abar, abar_next)
     std = spread(variance.sqrt(), x) if std is None else std * spread(torch.as_tensor(abar_next < 1), x)
     return spread(abar_next.sqrt(), x) * x0 + spread((1 - abar_next - variance).sqrt(), x) * eps + std * noise
 
 
+class Denoising(typing.NamedTuple):
+    """Pictures on their way out of noise: x (n, 3, S, S), clean ones in [-1, 1]."""
+    x: torch.Tensor
+
+
 def denoise(guess, noise, abar, eta=1.0, known=None, mask=None):
-    """Pictures from noise: yields x (n, 3, S, S) after each step; the last one is clean.
+    """Pictures from noise: yields a Denoising after each step; the last one is clean.
 
     guess        x, step -> x0 in [-1, 1], and what scales the noise (see ddim_step) or None
     noise        draw -> standard normal numbers (n, 3, S, S): 0 is the start, 2 step + 1 is added by that step, 2 step + 2 is put on known
     abar         float64 (steps,), ascending: how noisy x is when each step begins
-    known, mask  pixels in [-1, 1] and bool (n, S, S), True = to be painted: at every step the rest is what is known, made as noisy as x
+    known, mask  pixels in [-1, 1] and bool (n, S, S), True = to be painted: after every step the rest is what is known, made as noisy as x
+                 [RePaint], in the end not at all
     """
     x = noise(0)
-    for step, (now, after) in enumerate(zip(abar, [*abar[1:], torch.ones((), dtype=abar.dtype)])):
-        if known is not None:
-            x = torch.where(mask[:, None], x, q_sample(known, now, noise(2 * step + 2)))
+    for step, (now, after) in enumerate(zip(abar, [*abar[1:], torch.ones_like(abar[0])])):
         x0, std = guess(x, step)
         x = ddim_step(x, x0, now, after, eta, noise(2 * step + 1), std)
-        yield x
+        if known is not None:
+            x = torch.where(mask[:, None], x, q_sample(known, after, noise(2 * step + 2)))
+        yield Denoising(x)
 
 
 def kept_steps(steps, counts):
@@ -507,17 +523,16 @@ def kept_steps(steps, counts):
     return kept
 
 
+def strided_steps(steps, count):
+    """The same with one whole stride, beginning at 0: what DDIM's results were made with ('ddimN' in respace.py, which refuses a count that
+    no stride gives; here it is the next smaller one that some stride gives)."""
+    return list(range(0, steps, -(-steps // count)))
+
+
 def angles(t, width, last):
     """t as width / 2 phases at frequencies from 1 down to about 1 / 10000: (B,) -> (B, width / 2), float32. The frequencies are
     10000 ** (-j / last), j = 0 .. width / 2 - 1."""
     return t.float()[:, None] * (-math.log(10000) / last * torch.arange(width // 2, device=t.device)).exp()
-
-
-class Denoising(typing.NamedTuple):
-    """Pictures on their way out of the noise, (n, 3, S, S) in [-1, 1]; the pixels known beforehand, if any, and where they are not."""
-    x: torch.Tensor
-    known: torch.Tensor = None
-    mask: torch.Tensor = None
 
 
 class Model(nn.Module):
@@ -533,8 +548,7 @@ class Model(nn.Module):
 
     def render(self, state):
         """Denoising -> pixels (n, 3, S, S) in [0, 1]."""
-        x = (state.x + 1) / 2 if state.known is None else (torch.where(state.mask[:, None], state.x, state.known) + 1) / 2
-        return x.clamp(0, 1)
+        return ((state.x + 1) / 2).clamp(0, 1)
 
     def noise(self, seeds, draw=0):
         """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
@@ -1308,8 +1322,7 @@ class UMD(Model):
             _, eps = self.guided(x, t[step].expand(n), labels, guidance)
             return x0_from_noise(x, self.abar[t[step]], eps).clamp(-1, 1), None
         eta = 1.0 if temperature is None else temperature
-        for x in denoise(guess, lambda draw: self.noise(seeds, draw), self.abar[t], eta, known, mask):
-            yield Denoising(x, known, mask)
+        yield from denoise(guess, lambda draw: self.noise(seeds, draw), self.abar[t], eta, known, mask)
 
     def fill(self, known, mask):
         """MAE's way to inpaint: patches that the mask touches are hidden, and guessed at once from the rest."""
@@ -1318,7 +1331,7 @@ class UMD(Model):
         hidden = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1) > 0
         x0 = [self.predict(2 * x[None] - 1, torch.zeros(1, dtype=torch.long, device=x.device), visible=(~gaps).nonzero().T)[0]
               for x, gaps in zip(known, hidden)]                                            # one by one: holes differ in size
-        return Denoising(torch.cat(x0).clamp(-1, 1), 2 * known - 1, mask)
+        return Denoising(torch.where(mask[:, None], torch.cat(x0).clamp(-1, 1), 2 * known - 1))
 
     @torch.no_grad()
     def reconstruct(self, x, mask_noise=None):
@@ -1369,10 +1382,277 @@ class UMD(Model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# 8. ADM: guess the noise, pixel by pixel
+#
+#     loss = mean (eps - eps'(x_t, t))^2  +  vb            x_t as in section 3, t uniform              [DDPM, eq. 14] [iDDPM, eq. 16]
+#
+# The plainest way to undo noise: a network that looks at the noised picture and names the noise. It is a U-Net: residual blocks
+# on ever smaller maps, and back to ever larger ones, where each block also gets the map that the block opposite to it on the way
+# down has made. Nothing is hidden and nothing is tokenised; t is told to every block. Frozen, it can be read like any other network
+# [DiffSSL]: best soon after its middle, from a picture with a little noise. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
+
+
+def zero(module):
+    """The same layer with all weights 0: what ends a branch adds nothing at first, so every block starts as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class TimedResBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut; between them, emb scales and shifts every channel. Official name: ResBlock.
+
+    forward(x (B, inp, h, w), emb (B, E)) -> (B, out, h', w'). resize halves or doubles the map, before the first convolution and on
+    the shortcut alike.
+    """
+
+    def __init__(self, inp, out, emb, groups, dropout, resize=None):
+        super().__init__()
+        self.resize = resize or nn.Identity()
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, inp), nn.SiLU(), nn.Conv2d(inp, out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * out))
+        self.out_layers = nn.Sequential(nn.GroupNorm(groups, out), nn.SiLU(), nn.Dropout(dropout), zero(nn.Conv2d(out, out, 3, padding=1)))
+        self.skip_connection = nn.Identity() if inp == out else nn.Conv2d(inp, out, 1)
+
+    def forward(self, x, emb):
+        h = self.in_layers[2](self.resize(self.in_layers[:2](x)))
+        scale, shift = self.emb_layers(emb)[..., None, None].chunk(2, 1)
+        h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        return self.skip_connection(self.resize(x)) + h
+
+
+class MapAttention(nn.Module):
+    """Self-attention over the places of a map, heads of width head, no positions. (B, C, h, w) -> the same. Official name: AttentionBlock."""
+
+    def __init__(self, dim, head, groups):
+        super().__init__()
+        if dim % head:
+            raise ValueError(f"width {dim} is not a multiple of the head width {head}")
+        self.heads, self.norm = dim // head, nn.GroupNorm(groups, dim)
+        self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero(nn.Conv1d(dim, dim, 1))
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x.flatten(2))).unflatten(1, (self.heads, 3, -1))           # channels: q, k, v of head 0, then of head 1,
+        q, k, v = qkv.mT.unbind(2)                                                          # ... (the 'legacy order'); 3 x (B, n, L, d)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(y.mT.flatten(1, 2)).view(x.shape)
+
+
+class TimedBlock(nn.Sequential):
+    """The layers of one block; residual blocks are told the time. (B, C, h, w), (B, E) -> (B, C', h', w')."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, TimedResBlock) else layer(x)
+        return x
+
+
+# How much noise a step back puts in again need not be known beforehand. At least it is what would be right if x_0 were known,
+# at most what would be right if every picture were noise; the network says for every pixel where between the two, on a
+# logarithmic scale [iDDPM, eq. 15]. It learns that from the variational bound: how many bits, a pixel and color, are lost if
+# the step back is drawn from the network's normal distribution instead of the true one. In there eps' is detached: vb teaches the
+# variance alone. Its weight is 1: the paper's 0.001 stands before a sum over 1000 steps, of which one t drawn gives the mean.
+
+
+def log_variances(abar):
+    """Logarithms of the smallest and the largest variance of each step back: float64 (T,) -> twice (T,). The last step, to x_0, needs
+    none, and its logarithm would be infinite; it gets the smallest variance of its neighbour."""
+    before = F.pad(abar[:-1], (1, 0), value=1.0)
+    small = posterior_variance(abar, before)
+    return torch.cat([small[1:2], small[1:]]).log(), (1 - abar / before).log()
+
+
+def learned_log_variance(v, i, abar):
+    """The network's v (B, 3, S, S), about -1 .. 1, at steps i of the process abar (T,) -> log of the variance, like v."""
+    small, large = (spread(table[i], v) for table in log_variances(abar))
+    return (1 + v) / 2 * large + (1 - v) / 2 * small
+
+
+def discretised_nll(x, mean, log_std):
+    """-log of the mass, in nats, that a normal distribution puts on the byte that x in [-1, 1] stands for; the first and last byte take
+    all that lies beyond. Elementwise; its cdf is the usual approximation by tanh, as official (losses.py)."""
+    def cdf(z):
+        return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)).tanh())
+    below, above = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (-1, 1))
+    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return -mass.clamp(min=1e-12).log()
+
+
+def hybrid_loss(out, x0, xt, noise, i, abar):
+    """The two terms of the loss for each picture: squared error of the noise, and vb in bits. (B,) each.
+
+    out  (B, 6, S, S): guess of the noise, and v        x0, xt, noise  (B, 3, S, S), x0 in [-1, 1]
+    i    int (B,), steps of the process abar (T,), which may be one that kept_steps has shortened
+    """
+    eps, v = out.chunk(2, 1)
+    now, after = abar[i], F.pad(abar, (1, 0), value=1.0)[i]
+    true = ddim_step(xt, x0, now, after, eta=1.0)                                           # means of the two normal distributions
+    mean = ddim_step(xt, x0_from_noise(xt, now, eps.detach()), now, after, eta=1.0)
+    log_var, log_true = learned_log_variance(v, i, abar), spread(log_variances(abar)[0][i], v)
+    kl = 0.5 * (log_var - log_true - 1 + (log_true - log_var).exp() + (true - mean) ** 2 * (-log_var).exp())
+    nats = torch.where(i == 0, discretised_nll(x0, mean, 0.5 * log_var).mean((1, 2, 3)), kl.mean((1, 2, 3)))
+    return (noise - eps).square().mean((1, 2, 3)), nats / math.log(2)
+
+
+class ADM(Model):
+    """Diffusion U-Net without labels.
+
+    image_size           S; a multiple of 2 ** (levels - 1), else ValueError
+    ch, ch_mult, blocks  width of level i is ch * ch_mult[i]; residual blocks a level, and one more on the way up
+    attention            how many times smaller than the picture the maps are that get attention; the middle always does
+    head                 width of an attention head        groups  of every GroupNorm; divides every width
+    schedule, steps      of the noise, see alpha_bar       classes  0: labels have no place here, else ValueError
+
+    Blocks are counted from 1: N on the way down, the middle N + 1, then those on the way up, of which number b also reads the map of
+    its mirror, 2N + 2 - b. What a block puts out is what all its layers have made, attention and change of size included.
+    """
+
+    def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32, schedule="linear", steps=1000, classes=0):
+        super().__init__()
+        if image_size % 2 ** (len(ch_mult) - 1):
+            raise ValueError(f"image size {image_size} cannot be halved {len(ch_mult) - 1} times")
+        if classes:
+            raise ValueError("this network takes no labels")
+        self.image_size, self.classes, self.layers = image_size, classes, {}                # layers: {block: (channels, h, w)}
+        self.register_buffer("abar", alpha_bar(schedule, steps), persistent=False)
+        self.time_embed = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
+        residual = functools.partial(TimedResBlock, emb=4 * ch, groups=groups, dropout=dropout)
+        widths = [int(ch * m) for m in ch_mult]
+
+        def attend(i):
+            return [MapAttention(widths[i], head, groups)] if 2 ** i in attention else []
+
+        def block(width, level, *layers):
+            self.layers[len(self.layers) + 1] = (width, image_size >> level, image_size >> level)
+            return TimedBlock(*layers)
+        c = widths[0]
+        self.input_blocks = nn.ModuleList([block(c, 0, nn.Conv2d(3, c, 3, padding=1))])
+        for i, width in enumerate(widths):
+            if i:
+                self.input_blocks.append(block(c, i, residual(c, c, resize=nn.AvgPool2d(2))))
+            for _ in range(blocks):
+                self.input_blocks.append(block(width, i, residual(c, width), *attend(i)))
+                c = width
+        self.middle_block = block(c, i, residual(c, c), MapAttention(c, head, groups), residual(c, c))
+        self.output_blocks = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            for j in range(blocks + 1):
+                up = [residual(width, width, resize=nn.Upsample(scale_factor=2.0))] if i and j == blocks else []
+                inp = c + self.layers[self.mirror(len(self.layers) + 1)][0]
+                self.output_blocks.append(block(width, i - len(up), residual(inp, width), *attend(i), *up))
+                c = width
+        self.best_layer = min(len(self.input_blocks) + 2 + 2 * blocks, len(self.layers))    # [DiffSSL]: 24 of 37, before maps grow a second time
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero(nn.Conv2d(c, 6, 3, padding=1)))
+        self.to(memory_format=torch.channels_last)                                          # up to twice as fast, on CPUs too
+
+    @property
+    def blocks(self):
+        """All blocks in the order they run."""
+        return [*self.input_blocks, self.middle_block, *self.output_blocks]
+
+    def predict(self, x, t, layers=None, add={}):
+        """The network itself: noised pixels x (B, 3, S, S), of clean ones in [-1, 1], and steps t int (B,) -> (B, 6, S, S): the noise, and
+        v of learned_log_variance. With layers: [map (B, C, h, w) for each of layers] instead, and no block after the last of them runs.
+
+        add  {layer: map} is added to the output of that layer, before anyone reads it
+        """
+        phase = angles(t, self.time_embed[0].in_features, self.time_embed[0].in_features // 2)
+        emb, stack, maps = self.time_embed(torch.cat([phase.cos(), phase.sin()], 1).to(x.dtype)), [], {}
+        for b, block in enumerate(self.blocks, 1):
+            if b > len(self.input_blocks) + 1:
+                x = torch.cat([x, stack.pop()], 1)
+            x = block(x, emb)
+            if b in add:
+                x = x + add[b]
+            if b <= len(self.input_blocks):
+                stack.append(x)
+            if layers and b in layers:
+                maps[b] = x
+                if b == max(layers):
+                    return [maps[b] for b in layers]
+        return self.out(x)
+
+    def noised(self, x, t, noise=None):
+        """Pixels (B, 3, S, S) in [0, 1] and steps int (B,) -> x_0 in [-1, 1], x_t, and the noise in it, drawn if None."""
+        noise = torch.randn_like(x) if noise is None else noise
+        return 2 * x - 1, q_sample(2 * x - 1, self.abar[t], noise), noise
+
+    # ---- training
+
+    def forward(self, x, labels=None, *, t=None, noise=None):
+        """Loss of one batch: pixels (B, 3, S, S) in [0, 1] -> scalar, dict of its terms. t int (B,) and noise like x are drawn if None."""
+        t = torch.randint(len(self.abar), (len(x),), device=x.device) if t is None else t
+        x0, xt, noise = self.noised(x, t, noise)
+        mse, vb = hybrid_loss(self.predict(xt, t).float(), x0, xt, noise, t, self.abar)
+        return (mse + vb).mean(), {"mse": mse.mean(), "vb": vb.mean()}
+
+    # ---- generation
+
+    @torch.no_grad()
+    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
+        """Ancestral sampling [DDPM, algorithm 2] with the learned variance, or DDIM, on a shortened process.
+
+        n, steps      pictures, steps; 250 as published, 25 for DDIM
+        temperature   1: ancestral; less: DDIM, eta of ddim_step, which adds less noise, at 0 none
+        known, mask   pixels (n, 3, S, S) in [0, 1] and bool (n, S, S), True = to be painted
+        seeds         int64 (n,), all that a picture depends on besides the weights; 0 .. n-1 if None
+        yields        a Denoising after each step. labels must be None: this network takes none, so guidance means nothing
+        """
+        if labels is not None:
+            raise ValueError("this network takes no labels")
+        T, eta, device = len(self.abar), 1.0 if temperature is None else temperature, self.abar.device
+        steps = min(steps or (250 if eta else 25), T)
+        kept = torch.tensor(kept_steps(T, [steps]) if eta else strided_steps(T, steps), device=device)
+        abar, last = self.abar[kept], len(kept) - 1
+        seeds = torch.arange(n, device=device) if seeds is None else seeds
+
+        def guess(x, step):
+            i = last - step
+            eps, v = self.predict(x, kept[i].expand(n)).float().chunk(2, 1)
+            std = (0.5 * learned_log_variance(v, i, abar)).exp() if eta == 1 and i else None
+            return x0_from_noise(x, abar[i], eps).clamp(-1, 1), std
+        known = None if known is None else 2 * known - 1
+        yield from denoise(guess, lambda draw: self.noise(seeds, draw), abar.flip(0), eta, known, mask)
+
+    # ---- representation
+
+    @property
+    def t_range(self):
+        return 0, len(self.abar) - 1, "the step of the noise"
+
+    @property
+    def best_t(self):
+        """The step at which [DiffSSL] reads: 90 of 1000."""
+        return round(0.09 * len(self.abar))
+
+    def mirror(self, layer):
+        """The block on the other side, whose map goes into this one, and to which feedback heads feed this one back."""
+        return 2 * len(self.input_blocks) + 2 - layer
+
+    def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
+        """Block outputs as maps; no block after the last one asked for runs.
+
+        x       pixels (B, 3, S, S) in [0, 1]      layers  which blocks; [best_layer] if None      finetune  changes nothing here
+        t       step of the noise, int or int (B,); noise like x, drawn if None
+        add     {layer: map (B, C, h, w)} added to the output of that layer
+        returns [map (B, C, h, w) for each of layers]
+        """
+        t = torch.as_tensor(t, device=x.device).long().expand(len(x))
+        return self.predict(self.noised(x, t, noise)[1], t, layers or [self.best_layer], add)
+
+    pools = ("mean",)
+
+    def embed(self, x, noise=None, pool="mean"):
+        """The vector the paper probes: (B, C), the mean over the map of the best layer at the best step. noise as for features."""
+        return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # 9. Presets, and weights of the original authors
 #
 # A model is a name and a dict of plain numbers; a checkpoint stores that dict, build() turns it back into a model. Published
-# files store none, so their sizes are read off the shapes of their tensors. Base and large are the papers' sizes.
+# files store none, so their sizes are read off the shapes of their tensors. Base and large are the papers' sizes; of ADM that is the
+# network for 256 pixels, and small the one that DDPM has for 32, in ADM's manner.
 
 TOKENIZERS = {
     "toy":   dict(codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),     # enough for shapes in flat colours
@@ -1410,10 +1690,18 @@ def umd_plain(name, p):
 
 
 # How each is trained: AdamW with these; clip is of the gradient's norm, warmup a share of the steps, crop the share of a picture that is
-# kept at least. ema is how slowly the averaged weights, which sampling then reads, follow; 0 for none.
-MAGE_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=timm_plain, clip=3.0, warmup=0.025, crop=0.2, ema=0.0)
-UMD_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=umd_plain, clip=1.0, warmup=0.05, crop=0.8, ema=0.9999)
+# kept at least. ema is how slowly the averaged weights, which sampling then reads, follow, 0 for none; probe_ema: so do probes.
+MAGE_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=timm_plain, clip=3.0, warmup=0.025, crop=0.2, ema=0.0, probe_ema=False)
+UMD_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=umd_plain, clip=1.0, warmup=0.05, crop=0.8, ema=0.9999, probe_ema=False)
+ADM_RECIPE = dict(betas=(0.9, 0.999), decay=0.0, plain=timm_plain, clip=1.0, warmup=0.025, crop=0.8, ema=0.9999, probe_ema=True)
 TUNE_RECIPE = dict(UMD_RECIPE, betas=(0.9, 0.999), decay=0.0, crop=0.95)
+
+ADM_SIZES = {
+    "tiny":  dict(ch=16, ch_mult=(1, 2, 4), blocks=1, attention=(4,), head=32, groups=4, schedule="cosine"),
+    "small": dict(ch=128, ch_mult=(1, 2, 2, 2), blocks=2, attention=(2,), dropout=0.1, schedule="cosine"),
+    "base":  dict(ch=256, ch_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32)),
+}
+ADM_SIZES["large"] = ADM_SIZES["base"]
 
 
 class Method(typing.NamedTuple):
@@ -1444,6 +1732,7 @@ MODELS = {
     "mae":     umd_method(1.0, 0.75, 0.0),
     "maskdit": umd_method(0.0, 0.0, 0.5),
     "dit":     umd_method(0.0, 0.0, 0.0),
+    "adm":     Method(ADM, ADM_SIZES, {}, tokenizer=False, recipe=ADM_RECIPE),
 }
 
 
@@ -1465,7 +1754,8 @@ def model_config(name, size, image_size, grid, tokenizer=None, classes=0, tune=F
     if method.predictor:
         source = {"predictor": tokenizer if "model" in tokenizer else model_config(method.predictor, size, image_size, grid, tokenizer)}
     else:
-        source = {"tokenizer": tokenizer, "classes": classes} if method.tokenizer else {"grid": grid, "classes": classes}
+        source = {"tokenizer": tokenizer} if method.tokenizer else {"grid": grid} if method.model is UMD else {}
+        source["classes"] = classes
     return {"model": name, "image_size": image_size, **source, **method.sizes[size], **method.options, **(method.tune if tune else {})}
 
 
@@ -1536,6 +1826,28 @@ def published_addp(state, heads=None, predictor_heads=None):
         ours = build(config).state_dict().keys()
     kept = {**{k: v for k, v in own.items() if k in ours}, **{f"token_predictor.{k}": v for k, v in kept.items()}}
     return config, kept, sorted(own.keys() - ours) + [f"token_predictor.{k}" for k in dead]
+
+
+def published_adm(state, head=64):
+    """Official ADM state dict (256x256_diffusion_uncond.pt and its like) -> (config, the same state, no names left out).
+
+    Head width and side of the picture cannot be seen; heads are 64 wide and the smallest maps 8 x 8 in all published files. ValueError for
+    a conditional one: there is no place for its labels, and one of them has another order of channels in attention.
+    """
+    if "label_emb.weight" in state:
+        raise ValueError("it is class-conditional; ADM is read without classes only")
+    ch, ups = state["time_embed.0.weight"].size(1), range(count(state, "output_blocks."))
+    levels = 1 + sum(any(f"output_blocks.{i}.{j}.in_layers.0.weight" in state for j in (1, 2)) for i in ups)    # those that enlarge
+    blocks = count(state, "input_blocks.") // levels - 1
+    first = [f"input_blocks.{1 + i * (blocks + 1)}" for i in range(levels)]
+    config = {"model": "adm", "image_size": 8 * 2 ** (levels - 1), "ch": ch, "blocks": blocks, "head": head,
+              "ch_mult": [state[f"{name}.0.out_layers.3.weight"].size(0) / ch for name in first],
+              "attention": [2 ** i for i, name in enumerate(first) if f"{name}.1.norm.weight" in state]}
+    return config, state, []
+
+
+PUBLISHED = {"token_predictor.norm.weight": published_addp, "token_emb.word_embeddings.weight": published_mage,
+             "input_blocks.0.0.weight": published_adm}                                      # by a name that only they have
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1633,28 +1945,32 @@ def load_strictly(model, state, path):
     return model
 
 
-def load_model(path, ema=False, tell=print):
-    """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE or ADDP.
+def load_model(path, ema=None, tell=print):
+    """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE, ADDP or ADM.
 
-    ema   the averaged weights, where a checkpoint has them        tell  called with one line about parameters that nothing reads
+    ema   True: the averaged weights, where a checkpoint has them; None: if the paper reads features off them
+    tell  called with one line about parameters that nothing reads
     """
     path = pathlib.Path(path)
     path = path / "model.pt" if path.is_dir() else path
     state = load_checkpoint(path)
     if isinstance(state.get("config"), dict) and "arch" in state["config"]:
         config = state["config"]["arch"]
+        ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
         return load_strictly(build(config), {**state["model"], **(ema and state["ema"] or {})}, path).eval(), state["config"]
     weights = state.get("model", state)
-    if not isinstance(weights, dict) or not any(k.endswith("token_emb.word_embeddings.weight") for k in weights) or "vqgan.quantize.embedding.weight" not in weights:
-        raise UserError(f"{path} is neither a checkpoint of train.py nor a published MAGE or ADDP file: it has no token_emb and vqgan weights")
-    name, read = ("ADDP", published_addp) if parts(weights, "token_predictor.") else ("MAGE", published_mage)
+    readers = [reader for name, reader in PUBLISHED.items() if isinstance(weights, dict) and name in weights]
+    if not readers:
+        raise UserError(f"{path} is neither a checkpoint of train.py nor a file published by the authors of MAGE, ADDP or ADM")
     try:
-        config, weights, dead = read(weights)
+        config, weights, dead = readers[0](weights)
     except KeyError as error:
-        raise UserError(f"{path} looks like a {name} file but lacks, or has at an unknown width, {error}")
+        raise UserError(f"{path} looks like a published file but lacks, or has at an unknown width, {error}")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used: {error}")
     unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
     tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n not in unknown) or 'nothing'}"
-         + (f"; unknown to {name}, left out too: {', '.join(unknown)}" if unknown else ""))
+         + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else ""))
     return load_strictly(build(config), weights, path).eval(), {"arch": config}
 
 
@@ -2070,21 +2386,32 @@ def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     return ids, torch.from_numpy(numpy.array(labels))
 
 
-def map_pictures(function, data, count=None, batch=250, workers=0, device="cpu", name=None):
-    """function(x (B, 3, S, S) on device) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, without gradient.
+def collect(read, data, index, batch=250, workers=0, device="cpu", name=None):
+    """The whole pictures index (N,) of a data set, read without gradient: read(x (B, 3, S, S) on device, index (B,)) -> {key: (B, ...)}.
 
-    A part is taken at random, the same one every time. name: shows a progress bar. Returns results (count, ...), labels (count,), on the CPU.
+    name: shows a progress bar. Returns {key: (N, ...)} on the device that read put them on, labels (N,) on the CPU.
+    """
+    found, labels, parts = {}, torch.empty(len(index), dtype=torch.long), index.split(batch)
+    bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None, dynamic_ncols=True)
+    with torch.no_grad():
+        for i, (part, (x, y)) in enumerate(zip(bar, data.batches(((part, None) for part in parts), workers))):
+            rows = slice(i * batch, i * batch + len(y))
+            for key, v in read(x.to(device), part).items():
+                found.setdefault(key, v.new_empty(len(index), *v.shape[1:]))[rows] = v
+            labels[rows] = y
+    return found, labels
+
+
+def map_pictures(function, data, count=None, batch=250, workers=0, device="cpu", name=None):
+    """function(x (B, 3, S, S) on device) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, as by collect.
+
+    A part is taken at random, the same one every time. Returns results (count, ...), labels (count,), on the CPU.
     """
     index = torch.arange(len(data))
     if count and count < len(data):
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
-    parts = index.split(batch)
-    results, labels = [], []
-    with torch.no_grad():
-        for x, y in tqdm.tqdm(data.batches(((part, None) for part in parts), workers), name, len(parts), disable=name is None):
-            results.append(function(x.to(device)).cpu())
-            labels.append(y)
-    return torch.cat(results), torch.cat(labels)
+    found, labels = collect(lambda x, _: {"": function(x).cpu()}, data, index, batch, workers, device, name)
+    return found[""], labels
 
 
 def learning_rate(position, warmup, total, peak, least=0.0):
@@ -2141,33 +2468,37 @@ def write_out_attention(model):
             module.fused = False
 
 
-# The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set.
+# The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set. Leading dimensions are
+# probes of their own: many places of a network are probed in the matrix products of one.
 
 
 def moments(x, y, mean, std, classes):
-    """Sums over pictures that ridge regression needs, in float64, a chunk at a time, since a copy of x in float64 may not fit:
-    features with themselves (C + 1, C + 1), features with one-hot labels (C + 1, classes); a 1 is appended as last feature."""
+    """Sums over pictures that ridge regression needs, in float64, a chunk at a time, since a copy of x in float64 may not fit: x (..., N, C),
+    y (N,) -> features with themselves (..., C + 1, C + 1), features with one-hot labels (..., C + 1, classes); a 1 is appended as last feature."""
     gram, cross = 0, 0
-    for x, y in zip(x.split(2048), y.split(2048)):
+    for x, y in zip(x.split(2048, -2), y.split(2048)):
         x = F.pad((x - mean) / std, (0, 1), value=1.0).double()
-        gram, cross = gram + x.T @ x, cross + x.T @ F.one_hot(y, classes).double()
+        gram, cross = gram + x.mT @ x, cross + x.mT @ F.one_hot(y, classes).double()
     return gram, cross
 
 
 def ridge(gram, cross, penalty):
-    """Least squares with an L2 penalty a picture (gram[-1, -1] of them) from moments() -> weight (C + 1, classes), the last row the bias."""
-    diagonal = penalty * gram[-1, -1] * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    """Least squares with an L2 penalty a picture (gram[-1, -1] of them) from moments() -> weight (..., C + 1, classes), the last row the bias. penalty: one, or (..., 1, 1)."""
+    diagonal = penalty * gram[..., -1:, -1:] * torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + diagonal)).float()
 
 
 def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
-    """Accuracy in [0, 1] on the test set of the best ridge on standardised features. The test set chooses nothing."""
-    mean, std, classes = x.mean(0), x.std(0) + 1e-6, 1 + max(y.max(), y_test.max()).item()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held, rest = order[:len(x) // 10], order[len(x) // 10:]
-    (gram, cross), (gram_held, cross_held) = (moments(x[part], y[part], mean, std, classes) for part in (rest, held))
+    """Accuracy in [0, 1] on the test set of the best ridge on standardised features; the test set chooses nothing. x (N, C) gives a number,
+    x (places, N, C) a list of them; y (N,)."""
+    mean, std, classes = x.mean(-2, keepdim=True), x.std(-2, keepdim=True) + 1e-6, 1 + max(y.max(), y_test.max()).item()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    held, rest = order[:len(y) // 10], order[len(y) // 10:]
+    (gram, cross), (gram_held, cross_held) = (moments(x[..., part, :], y[part], mean, std, classes) for part in (rest, held))
 
     def accuracy(weight, x, y):
-        return torch.cat([((x - mean) / std @ weight[:-1] + weight[-1]).argmax(1) for x in x.split(2048)]).eq(y).float().mean().item()
-    best = max(penalties, key=lambda p: accuracy(ridge(gram, cross, p), x[held], y[held]))
-    return accuracy(ridge(gram + gram_held, cross + cross_held, best), x_test, y_test)
+        guesses = [((x - mean) / std @ weight[..., :-1, :] + weight[..., -1:, :]).argmax(-1) for x in x.split(2048, -2)]
+        return torch.cat(guesses, -1).eq(y).float().mean(-1)
+    scores = torch.stack([accuracy(ridge(gram, cross, p), x[..., held, :], y[held]) for p in penalties])
+    best = torch.tensor(penalties, dtype=gram.dtype, device=gram.device)[scores.argmax(0)][..., None, None]
+    return accuracy(ridge(gram + gram_held, cross + cross_held, best), x_test, y_test).tolist()
