@@ -65,13 +65,12 @@ class Config:
     save_every: int = option(None, "steps between checkpoints")
 
 
-# Defaults by data set. FOLDER is the papers' recipe: MAGE's for the model, MaskGIT's for the tokenizer.
+# Defaults by data set. FOLDER is the papers' recipe: the method's own for the model, see unified.MODELS, and MaskGIT's for the tokenizer.
 SHAPES = dict(size="tiny", image_size=32, ids=16, codes=128, steps=3000, batch_size=64, lr=6e-3, views=1, tokenizer_size="toy",
               tokenizer_steps=2000, tokenizer_batch=16, tokenizer_lr=4e-3, log_every=50, eval_every=1000, save_every=500)
 CIFAR10 = dict(SHAPES, ids=64, codes=1024, steps=4000, views=4, tokenizer_size=None, tokenizer_steps=4500)
-FOLDER = dict(size="base", image_size=256, ids=None, codes=1024, epochs=1600, batch_size=4096, lr=1.5e-4, views=10, tokenizer_steps=1_000_000,
+FOLDER = dict(size="base", image_size=256, ids=None, codes=1024, views=10, tokenizer_steps=1_000_000,
               tokenizer_batch=256, tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
-ADDP_FOLDER = dict(FOLDER, lr=1e-4)
 SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)                                       # with --size tiny or small
 PIXELS = {"tiny": dict(ids=64, batch_size=32)}                                                           # what differs for models without tokenizer
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every", "resume"}
@@ -86,7 +85,7 @@ def recipe_of(cfg):
 def settle(cfg):
     """Fill in what was not said on the command line; refuse what cannot be."""
     method = unified.MODELS[cfg.model]
-    folder = SMALL_FOLDER if cfg.size in ("tiny", "small") else ADDP_FOLDER if cfg.model == "addp" else FOLDER
+    folder = SMALL_FOLDER if cfg.size in ("tiny", "small") else {**FOLDER, **recipe_of(cfg)["paper"]}
     recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, folder)
     if cfg.steps and cfg.epochs:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
@@ -333,7 +332,7 @@ def update(run, stage, net, optimizer, weights, ema, step, batches, add):
     """One optimizer step over as many micro-batches as make a batch: add(loss, logs) is told the losses of each; nothing here waits for
     the device. Returns the gradient's norm, still there, and the learning rate."""
     accumulate, recipe = stage.batch // (stage.micro * run.world), stage.recipe
-    rate = unified.learning_rate(step + 1, recipe["warmup"] * stage.steps, stage.steps + 1, stage.peak)
+    rate = unified.learning_rate(step + 1, recipe["warmup"] * stage.steps, stage.steps + 1, stage.peak, recipe["least"] * stage.peak)
     for micro in range(accumulate):
         x, labels = next(batches)
         place = micro * run.world + run.rank
@@ -494,8 +493,8 @@ def get_model(run, frozen, arch, train, test):
     steps = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     micro = run.micro_batch(cfg.batch_size, image_bytes(cfg, model))
     peak = cfg.lr * cfg.batch_size / 256
-    run.tell(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in trainable(model).values()):,} parameters, {model.length} tokens an image, "
-             f"{steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}"
+    run.tell(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in trainable(model).values()):,} parameters, "
+             f"{getattr(model, 'length', 'no')} tokens an image, {steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}"
              + (f"; the loss starts near ln {model.codes} = {math.log(model.codes):.2f}" if method.tokenizer else ""))
     if method.views == 2 and micro * run.world < cfg.batch_size:
         run.tell(f"the contrastive term compares {micro * run.world} of the {cfg.batch_size} images with each other: those computed at once")

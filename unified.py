@@ -1689,12 +1689,18 @@ def umd_plain(name, p):
     return name.endswith("bias") or name in ("cls_token", "mask_token")
 
 
-# How each is trained: AdamW with these; clip is of the gradient's norm, warmup a share of the steps, crop the share of a picture that is
-# kept at least. ema is how slowly the averaged weights, which sampling then reads, follow, 0 for none; probe_ema: so do probes.
-MAGE_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=timm_plain, clip=3.0, warmup=0.025, crop=0.2, ema=0.0, probe_ema=False)
-UMD_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=umd_plain, clip=1.0, warmup=0.05, crop=0.8, ema=0.9999, probe_ema=False)
-ADM_RECIPE = dict(betas=(0.9, 0.999), decay=0.0, plain=timm_plain, clip=1.0, warmup=0.025, crop=0.8, ema=0.9999, probe_ema=True)
-TUNE_RECIPE = dict(UMD_RECIPE, betas=(0.9, 0.999), decay=0.0, crop=0.95)
+# How each is trained: AdamW with these; clip is of the gradient's norm; the learning rate rises for a share warmup of the steps and falls
+# to a share least of itself; crop is the share of a picture that is kept at least. ema is how slowly the averaged weights, which sampling
+# then reads, follow, 0 for none; probe_ema: so do probes. paper: length, batch and learning rate for 256 images of the papers' ImageNet runs.
+MAGE_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=timm_plain, clip=3.0, warmup=0.025, least=0.0, crop=0.2, ema=0.0, probe_ema=False,
+                   paper=dict(epochs=1600, batch_size=4096, lr=1.5e-4))
+ADDP_RECIPE = dict(MAGE_RECIPE, paper=dict(epochs=1600, batch_size=4096, lr=1e-4))
+UMD_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=umd_plain, clip=1.0, warmup=0.05, least=0.0, crop=0.8, ema=0.9999, probe_ema=False,
+                  paper=dict(epochs=800, batch_size=1024, lr=1.5e-4))
+MAE_RECIPE = dict(UMD_RECIPE, ema=0.0, paper=dict(epochs=800, batch_size=4096, lr=1.5e-4))
+TUNE_RECIPE = dict(UMD_RECIPE, betas=(0.9, 0.999), decay=0.0, crop=0.95, paper=dict(epochs=50, batch_size=256, lr=1.5e-4))
+ADM_RECIPE = dict(betas=(0.9, 0.999), decay=0.0, plain=timm_plain, clip=math.inf, warmup=0.0, least=1.0, crop=0.8, ema=0.9999, probe_ema=True,
+                  paper=dict(epochs=396, batch_size=256, lr=1e-4))
 
 ADM_SIZES = {
     "tiny":  dict(ch=16, ch_mult=(1, 2, 4), blocks=1, attention=(4,), head=32, groups=4, schedule="cosine"),
@@ -1721,13 +1727,13 @@ def umd_method(clean, hidden_clean, hidden_noised):
     """UMD with these three numbers. Learning labels it sees noised pictures whole, and a few clean ones, so as not to forget them."""
     options = dict(clean=clean, hidden_clean=hidden_clean, hidden_noised=hidden_noised)
     return Method(UMD, UMD_SIZES, options, dict(clean=0.05 if clean else 0.0, hidden_noised=0.0), tokenizer=False,
-                  recipe=dict(UMD_RECIPE, ema=0.9999 if clean < 1 else 0.0), tune_recipe=TUNE_RECIPE)
+                  recipe=UMD_RECIPE if clean < 1 else MAE_RECIPE, tune_recipe=TUNE_RECIPE)
 
 
 MODELS = {
     "mage":    Method(MAGE, MAGE_SIZES, {}),
     "mage-c":  Method(MAGE, MAGE_SIZES, {"contrastive": 0.1}, views=2),
-    "addp":    Method(ADDP, ADDP_SIZES, {}, predictor="mage"),
+    "addp":    Method(ADDP, ADDP_SIZES, {}, predictor="mage", recipe=ADDP_RECIPE),
     "umd":     umd_method(0.5, 0.75, 0.375),
     "mae":     umd_method(1.0, 0.75, 0.0),
     "maskdit": umd_method(0.0, 0.0, 0.5),
