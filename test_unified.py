@@ -2740,7 +2740,7 @@ def test_golden_file_on_disk_samples_and_gives_features(tmp_path, monkeypatch):
     again.load_state_dict(loaded.state_dict())
 
 
-@pytest.mark.parametrize("name", [name for name, method in unified.MODELS.items() if not method.tokenizer])
+@pytest.mark.parametrize("name", [name for name, method in unified.MODELS.items() if method.model is unified.UMD])
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
 @pytest.mark.parametrize("tune", [False, True])
 def test_every_pixel_preset_can_be_built_from_plain_values(name, size, tune):

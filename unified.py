@@ -1749,7 +1749,7 @@ def tokenizer_config(size, stride, codes=1024):
     return config
 
 
-def model_config(name, size, image_size, grid, tokenizer=None, classes=0, tune=False):
+def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, tune=False):
     """Everything build() needs, as plain values.
 
     grid       patches along a side, for models that read pixels
