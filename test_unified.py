@@ -1518,7 +1518,7 @@ def test_golden_addp_file_on_disk_samples_and_gives_features(tmp_path, monkeypat
         pytest.skip("a file with another fake class than the published ones cannot say so by itself")
     predictor = (c["mage_num_heads"], c["mage_decoder_num_heads"])
     published = unified.published_addp                                  # two widths may be alike here, which is why heads are passed by hand
-    monkeypatch.setitem(unified.PUBLISHED, "token_predictor.norm.weight", lambda state: published(state, (c["num_heads"], c["decoder_num_heads"]), predictor))
+    monkeypatch.setitem(unified.PUBLISHED, "token_predictor.", lambda state: published(state, (c["num_heads"], c["decoder_num_heads"]), predictor))
     torch.save({"model": g.state_dict}, tmp_path / "addp.pth")
     loaded, config = unified.load_model(tmp_path / "addp.pth", tell=lambda line: None)
     assert_near(loaded.embed(g.inputs["features"]["image"]), g.outputs["features"]["pretrain_pooled"])
@@ -1865,7 +1865,7 @@ def test_ddim_is_deterministic_and_inverts_for_constant_noise():
     assert_close(x, unified.q_sample(x0, abar[-1], eps), 1e-4)
     guess = lambda x, step: (unified.x0_from_noise(x, abar.flip(0)[step], eps), None)       # noqa: E731
     *_, back = unified.denoise(guess, {0: x, **dict.fromkeys(range(1, 99), torch.zeros(()))}.get, abar.flip(0), eta=0.0)
-    assert_close(back, x0, 1e-3)                                        # ... and out of it
+    assert_close(back.x, x0, 1e-3)                                      # ... and out of it
 
 
 def test_ancestral_noise_is_what_the_posterior_of_ddpm_has():
@@ -2237,8 +2237,8 @@ def test_a_denoised_picture_depends_on_its_seed_and_not_on_its_company():
     alone = list(model.sample_steps(1, steps=5, seeds=torch.tensor([8])))
     assert len(together) == len(alone) == 5
     for a, b in zip(together, alone):
-        assert_close(a.x[1:2], b.x, 1e-5)                               # a batch of another size may be summed in another order
-        assert_close(a.x[0], a.x[2], 1e-5)
+        assert_close(a.x[1:2], b.x, 1e-4)                               # a batch of another size may be summed in another order
+        assert_close(a.x[0], a.x[2], 1e-4)
     x = model.sample(3, steps=5, seeds=torch.tensor([3, 8, 3]))
     assert x.equal(model.render(together[-1])) and 0 <= x.min() and x.max() <= 1 and not x[0].allclose(x[1], atol=0.1)
     assert [u.shape for u in model.noise(torch.arange(2)).unbind()] == [(3, 16, 16)] * 2

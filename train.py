@@ -467,11 +467,12 @@ def start_from(run, model):
         if path:
             there, ours = unified.load_model(path)[0].state_dict(), model.state_dict()
             state = {k: v for k, v in there.items() if k.startswith(wanted) and k in ours and v.shape == ours[k].shape}
-            lost = [k for k in ours if k not in state and k.startswith(wanted) and not k.startswith("label_embed")]
+            fresh = [k for k in ours if k not in state]
+            lost = [k for k in fresh if k.startswith(wanted) and not k.startswith("label_embed")]
             if not state or (path == run.cfg.init and lost):
                 raise UserError(f"{path} does not fit --model {run.cfg.model} --size {run.cfg.size}: it has no {(lost or ['encoder block'])[0]} of this shape")
             model.load_state_dict(state, strict=False)
-            run.tell(f"{len(state)} tensors from {path}; fresh: {', '.join(sorted({k.split('.')[0] for k in lost})) or 'none'}")
+            run.tell(f"{len(state)} tensors from {path}; fresh: {', '.join(sorted({k.split('.')[0] for k in fresh})) or 'none'}")
 
 
 def image_bytes(cfg, model):

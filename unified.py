@@ -1852,8 +1852,7 @@ def published_adm(state, head=64):
     return config, state, []
 
 
-PUBLISHED = {"token_predictor.norm.weight": published_addp, "token_emb.word_embeddings.weight": published_mage,
-             "input_blocks.0.0.weight": published_adm}                                      # by a name that only they have
+PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": published_mage, "input_blocks.0.": published_adm}    # by names only they have
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1963,9 +1962,9 @@ def load_model(path, ema=None, tell=print):
     if isinstance(state.get("config"), dict) and "arch" in state["config"]:
         config = state["config"]["arch"]
         ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
-        return load_strictly(build(config), {**state["model"], **(ema and state["ema"] or {})}, path).eval(), state["config"]
+        return load_strictly(build(config), {**state["model"], **(ema and state.get("ema") or {})}, path).eval(), state["config"]
     weights = state.get("model", state)
-    readers = [reader for name, reader in PUBLISHED.items() if isinstance(weights, dict) and name in weights]
+    readers = [reader for name, reader in PUBLISHED.items() if isinstance(weights, dict) and parts(weights, name)]
     if not readers:
         raise UserError(f"{path} is neither a checkpoint of train.py nor a file published by the authors of MAGE, ADDP or ADM")
     try:
