@@ -3633,6 +3633,7 @@ def train_together(rank, world, folder, micro, contrastive):
     if rank == 0:
         torch.save((torch.stack(losses), first, {k: p.detach() for k, p in weights.items()}), f"{folder}/{world}.pt")
     if world > 1:
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
