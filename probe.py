@@ -65,6 +65,7 @@ RECIPES = {"linear": (4096, 90, None), "mlp": (128, 10, 2e-3), "attention": (128
            "diffeed": (16, 10, 1.6e-2), "finetune": (256, 20, 2.5e-4)}
 SGD = {"linear": (128, 28, 0.02), "mlp": (128, 28, 0.02), "attention": (128, 28, 0.1), "difformer": (128, 28, 0.1), "diffeed": (16, 28, 0.16)}
 ON_MAPS = ("attention", "difformer", "diffeed")         # these read maps of cells, the others vectors
+ONE_PLACE = ("ridge", "linear", "knn", "fewshot", "mlp", "attention")           # these read the best of the places asked for
 CHOICE = 10_000                 # training images on which --layers, --t and --pool are chosen: all places of a t must fit into memory
 UNTRAINED = 0                   # seed of the untrained network
 STEPS = (0, 0.01, 0.03, 0.05, 0.09, 0.15, 0.3, 0.5)     # of --sweep, as shares of the largest t: those of DiffSSL
@@ -72,16 +73,13 @@ STEPS = (0, 0.01, 0.03, 0.05, 0.09, 0.15, 0.3, 0.5)     # of --sweep, as shares 
 
 def settle(cfg):
     """Fill in what was not said on the command line; refuse what cannot be."""
-    alone = cfg.head not in ("difformer", "diffeed", "finetune")
-    for name, fits, owner in [("sgd", cfg.head in SGD, "heads that are trained"), ("augment", cfg.head in SGD, "heads that are trained"),
-                              ("matryoshka", cfg.head in SGD, "heads that are trained"), ("feedback", cfg.head == "diffeed", "diffeed"),
-                              ("sweep", alone, "heads that read one place")]:
-        if getattr(cfg, name) and not fits:
-            raise UserError(f"--{name} belongs to {owner}, not to --head {cfg.head}")
+    for name, heads in [("sgd", SGD), ("augment", SGD), ("matryoshka", SGD), ("feedback", ["diffeed"]), ("sweep", ONE_PLACE)]:
+        if getattr(cfg, name) and cfg.head not in heads:
+            raise UserError(f"--{name} belongs to --head {', '.join(heads)}, not to {cfg.head}")
     recipe = (SGD if cfg.sgd else RECIPES).get(cfg.head, ())
     for name in ("batch_size", "epochs", "lr"):
         if getattr(cfg, name) is not None and not recipe:
-            raise UserError(f"--{name.replace('_', '-')} belongs to heads that are trained; {cfg.head} is computed in one go")
+            raise UserError(f"--{name.replace('_', '-')} belongs to --head {', '.join(RECIPES)}; {cfg.head} is computed in one go")
     for name, value in zip(("batch_size", "epochs", "lr"), recipe):
         setattr(cfg, name, value if getattr(cfg, name) is None else getattr(cfg, name))
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
@@ -209,30 +207,28 @@ def at_once(data, cfg):
 
 
 def reader(nets, wanted, cfg):
-    """The reader of what --head needs; its keys are (name, which), name one of nets, {'top1': model, 'untrained': fresh}, or 'pixels'.
-
-    Vectors: (name, place). Maps: (name, place), averaged to cells. diffeed computes its own features: the picture, and the draws of each t.
-    """
+    """The reader of what --head needs. Its keys are (net, which): of each of nets, {'top1': model, 'untrained': fresh}, the vector or the map,
+    averaged to cells, at each place; of 'pixels' a vector. diffeed computes its own features, and gets the picture and the draws of each t."""
     @torch.no_grad()
     def read(x, names):
         seeds, found = unified.fold(cfg.seed, names).to(x.device), {}
         with autocast(cfg):
             seen = tokens(nets["top1"], x)                                                  # both networks have the same tokenizer
-            for name, net in nets.items():
+            for net, model in nets.items():
                 if cfg.head == "diffeed":
-                    part = {"x": seen, **{t: draws(net, t, seeds) for t in dict.fromkeys(place.t for place in wanted)}}
+                    part = {"x": seen, **{t: draws(model, t, seeds) for t in dict.fromkeys(place.t for place in wanted)}}
                 elif cfg.head in ON_MAPS:
-                    part = {place: cells(m, int(cfg.pool)) for place, m in maps(net, wanted, seen, seeds)}
+                    part = {place: cells(m, int(cfg.pool)) for place, m in maps(model, wanted, seen, seeds)}
                 else:
-                    part = vectors(net, wanted, seen, seeds)
-                found |= {(name, which): v.float() if v.is_floating_point() else v for which, v in part.items()}
+                    part = vectors(model, wanted, seen, seeds)
+                found |= {(net, which): v.float() if v.is_floating_point() else v for which, v in part.items()}
         return found if cfg.head in ON_MAPS else {**found, ("pixels", None): pixels(x)}
     return read
 
 
-def of(found, name):
-    """What a reader has found for one name, in its order."""
-    return [v for (owner, _), v in found.items() if owner == name]
+def of(found, net):
+    """What a reader has found in one network, in its order."""
+    return [v for (owner, _), v in found.items() if owner == net]
 
 
 def stream(read, data, plan, cfg):
@@ -245,10 +241,10 @@ def collect(read, data, index, cfg, title):
     """Features of the whole pictures index (N,): {key: (N, ...)}, labels (N,). UserError if they do not fit into memory."""
     sample, _ = next(stream(read, data, [(index[:1], None)], cfg))
     need = len(index) * sum(v.nbytes for v in sample.values())
-    there = torch.cuda.mem_get_info()[0] if cfg.device != "cpu" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = torch.cuda.mem_get_info()[0] if cfg.device.startswith("cuda") else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > 0.8 * there:
         raise UserError(f"features of {len(index)} pictures need {need / 2**30:.0f} GiB; --limit {int(0.5 * there / need * len(index))} fits, "
-                        "--augment computes them anew in every epoch, and --pool takes fewer cells")
+                        "a smaller --pool may, and trained heads have --augment, which keeps none")
     found, y = unified.collect(read, data, index, at_once(data, cfg), cfg.workers, cfg.device, title)
     return found, y.to(cfg.device)
 
@@ -263,23 +259,20 @@ def choose(model, candidates, train, index, cfg):
     scores, held = {}, min(CHOICE, len(index)) // 10
     for t in dict.fromkeys(place.t for place in candidates):
         wanted = [place for place in candidates if place.t == t]
-
-        def read(x, names):
-            with autocast(cfg):
-                found = vectors(model, wanted, tokens(model, x), unified.fold(cfg.seed, names).to(x.device))
-            return {place: v.float() for place, v in found.items()}
+        read = reader({"top1": model}, wanted, dataclasses.replace(cfg, head="ridge"))
         x, y = collect(read, train, index[:CHOICE], cfg, f"t {t:g}, {len(wanted)} places")
-        for width in {v.size(1) for v in x.values()}:                                       # equally wide ones in one product
-            alike = [place for place in wanted if x[place].size(1) == width]
-            v = torch.stack([x[place] for place in alike])
+        for width in {v.size(1) for v in of(x, "top1")}:                                    # equally wide ones in one product
+            alike = [place for place in wanted if x["top1", place].size(1) == width]
+            v = torch.stack([x["top1", place] for place in alike])
             scores.update(zip(alike, unified.ridge_probe(v[:, held:], y[held:], v[:, :held], y[:held])))
     best = max(candidates, key=scores.get)
     print(f"ridge on {len(y) - held} training pictures, accuracy in % on {held} others of the training set; [taken]")
-    rows, columns = sorted({place.layer for place in candidates}), list(dict.fromkeys(place[1:] for place in candidates))
+    columns = list(dict.fromkeys(place[1:] for place in candidates))
     print("layer" + "".join(f"{f't {t:g}, {pool}':>14}" for t, pool in columns))
-    for layer in rows:
-        texts = [f"{100 * scores[place]:.1f}" if place in scores else "" for place in (Place(layer, *column) for column in columns)]
-        print(f"{layer:5d}" + "".join(f"{f'[{text}]' if Place(layer, *column) == best else text + ' ':>14}" for text, column in zip(texts, columns)))
+    for layer in sorted({place.layer for place in candidates}):
+        row = [Place(layer, *column) for column in columns]
+        texts = [f"{100 * scores[place]:.1f}" if place in scores else "" for place in row]
+        print(f"{layer:5d}" + "".join(f"{f'[{text}]' if place == best else text + ' ':>14}" for place, text in zip(row, texts)))
     if cfg.sweep:
         path = results_folder(cfg) / "sweep.png"
         heat_map(scores, best, f"ridge accuracy (percent); layers to the right, t down; best: layer {best.layer}, t {best.t:g}").save(path)
@@ -503,14 +496,14 @@ def feedback_of(model, cfg):
     return {b: model.mirror(b) for b in late}
 
 
-def new_head(name, nets, wanted, sample, classes, cfg):
-    """A fresh head for one name of a reader, of which sample is a single picture's answer."""
+def new_head(net, nets, wanted, sample, classes, cfg):
+    """A fresh head for what a reader finds in one of nets, or in pixels; sample is what it has found for one picture."""
     torch.manual_seed(cfg.seed)
     if cfg.head not in ON_MAPS:
-        width = of(sample, name)[0].size(1)
+        width = of(sample, net)[0].size(1)
         return ProbeHead(width, classes) if cfg.head == "linear" and not cfg.sgd else \
             MLPHead(width, classes, numbers(cfg.hidden, int, "--hidden") if cfg.head == "mlp" else ())
-    model, steps = nets[name], {}
+    model, steps = nets[net], {}
     for place in wanted:
         steps.setdefault(place.t, []).append(place.layer)
     head = DifFormer(model.layers, steps, classes, int(cfg.pool))
@@ -585,33 +578,33 @@ def rate(epoch, cfg):
 
 
 def train_heads(heads, batches, steps, dims, cfg):
-    """Train heads, {name: head}, on the same batches, each from the first d dimensions for every d of dims at once.
+    """Train heads, {net: head}, on the same batches, each from the first d dimensions for every d of dims at once.
 
-    batches  epoch -> batches of {(name, which): (B, ...)}, labels (B,); steps of them
+    batches  epoch -> batches of what a reader finds, labels (B,); steps of them
     """
     law = torch.optim.SGD if cfg.sgd else LARS if cfg.head == "linear" else torch.optim.AdamW
-    optimizers = {name: law(head.to(cfg.device).train().parameters(), lr=0.0) for name, head in heads.items()}
+    optimizers = {net: law(head.to(cfg.device).train().parameters(), lr=0.0) for net, head in heads.items()}
     with tqdm.tqdm(total=cfg.epochs * steps, desc=cfg.head, unit="step", dynamic_ncols=True) as bar:
         for epoch in range(cfg.epochs):
             for i, (found, y) in enumerate(batches(epoch)):
-                for name, head in heads.items():
-                    loss = sum(F.cross_entropy(logits, y) for logits in head.nested(*of(found, name), dims=dims)) / len(dims)
-                    optimizers[name].zero_grad()
+                for net, head in heads.items():
+                    loss = sum(F.cross_entropy(logits, y) for logits in head.nested(*of(found, net), dims=dims)) / len(dims)
+                    optimizers[net].zero_grad()
                     loss.backward()
-                    optimizers[name].param_groups[0]["lr"] = rate(epoch + i / steps, cfg)
-                    optimizers[name].step()
+                    optimizers[net].param_groups[0]["lr"] = rate(epoch + i / steps, cfg)
+                    optimizers[net].step()
                 bar.update()
 
 
 @torch.no_grad()
 def score_heads(heads, read, data, dims, cfg):
-    """Accuracy of each head on a whole data set, for each d of dims: {name: [in [0, 1], ...]}. The papers report their best epoch here."""
+    """Accuracy of each head on a whole data set, for each d of dims: {net: [in [0, 1], ...]}. (MAE and MAGE report their best epoch.)"""
     plan = [(part, None) for part in torch.arange(len(data)).split(at_once(data, cfg))]
-    hits = {name: torch.zeros(len(dims), device=cfg.device) for name in heads}
+    hits = {net: torch.zeros(len(dims), device=cfg.device) for net in heads}
     for found, y in stream(read, data, plan, cfg):
-        for name, head in heads.items():
-            hits[name] += torch.stack([(logits.argmax(1) == y).sum() for logits in head.eval().nested(*of(found, name), dims=dims)])
-    return {name: (count / len(data)).tolist() for name, count in hits.items()}
+        for net, head in heads.items():
+            hits[net] += torch.stack([(logits.argmax(1) == y).sum() for logits in head.eval().nested(*of(found, net), dims=dims)])
+    return {net: (count / len(data)).tolist() for net, count in hits.items()}
 
 
 # Fine-tuning (official file: main_finetune.py): the whole network learns the classes; the tokenizer stays as it is.
@@ -730,7 +723,7 @@ def compare(nets, wanted, train, index, test, cfg):
 def compare_trained(read, nets, wanted, train, index, test, cfg):
     """compare() for heads that are trained."""
     sample, _ = next(stream(read, train, [(index[:1], None)], cfg))
-    heads = {name: new_head(name, nets, wanted, sample, len(train.classes), cfg) for name in dict.fromkeys(name for name, _ in sample)}
+    heads = {net: new_head(net, nets, wanted, sample, len(train.classes), cfg) for net in dict.fromkeys(net for net, _ in sample)}
     width = heads["top1"].linear.in_features
     dims = [2 ** k for k in range(3, width.bit_length()) if 2 ** k < width] + [width] if cfg.matryoshka else [None]
     if cfg.augment or cfg.head == "diffeed":
@@ -781,7 +774,7 @@ def main():
     index = shuffled(len(train), cfg.seed)[:cfg.limit]
     if cfg.head in RECIPES:
         fit_recipe(cfg, train, len(index))
-    if cfg.head not in ("difformer", "diffeed"):
+    if cfg.head in ONE_PLACE:
         wanted = [choose(model, wanted, train, index, cfg)]
     if cfg.head in ON_MAPS:
         wanted = [place._replace(pool=cfg.pool) for place in wanted]

@@ -1,7 +1,7 @@
 """The proof of unified.py, in the same order: read the two side by side. A test is named after the sentence that it proves.
 
-Tests with `golden` in their names compare with numbers that the authors' own code computed on tiny networks: assets/golden/mage.pt,
-vqgan.pt and addp.pt, or files of the same form in the folder $UNIFIED_GOLDEN. All sizes come from the file, none from here.
+Tests with `golden` in their names compare with numbers that the authors' own code computed on tiny networks: assets/golden/*.pt,
+or files of the same form in the folder $UNIFIED_GOLDEN. All sizes come from the file, none from here.
 The other tests need nothing but this folder: no data, no network, no GPU.  Run: python -m pytest -q
 """
 import argparse
@@ -2017,7 +2017,7 @@ def test_golden_time_embedding():
     (g, model), seen = golden_adm(), []
     model.time_embed.register_forward_hook(lambda module, args, y: seen.append((*args, y)))
     t = g.inputs["t_emb"]
-    model.predict(torch.zeros(len(t), 3, 8, 8), t)
+    model.predict(torch.zeros(len(t), 3, model.image_size, model.image_size), t)
     assert_close(seen[0][0], g.outputs["timestep_embedding"])
     assert_close(seen[0][1], g.outputs["time_embed"])
 
@@ -2222,6 +2222,15 @@ def test_every_parameter_of_the_unet_gets_a_gradient_and_one_batch_is_learned():
     assert losses[-1] < 0.5 * losses[0] and losses[-1] < 0.5           # 1 without having learned anything
 
 
+def test_the_loss_in_bfloat16_is_nearly_that_in_float32():
+    model, draws = adm(), dict(t=torch.tensor([0, 5, 50, 99]), noise=some_gauss(4, 3, 16, 16))
+    plain, _ = model(some_pictures(), **draws)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model(some_pictures(), **draws)
+    assert loss.dtype == torch.float32 and not loss.equal(plain)
+    assert_close(loss, plain, 1e-2)
+
+
 def test_t_and_noise_are_drawn_if_not_given():
     model, seen = adm(), []
     predict = model.predict
@@ -2411,7 +2420,6 @@ def test_golden_diffeed():
     for name in [k for k in g.outputs if k.startswith("diffeed_second_pass_b")]:
         second, = model.features(x, settings["t"], [int(name.removeprefix("diffeed_second_pass_b"))], add, noise)
         assert_close(second, g.outputs[name])
-    assert probe.feedback_of(model, types.SimpleNamespace(feedback="")) == {b: model.mirror(b) for b in settings["feedback_b_list"]}
 
 
 class Threshold(nn.Module):
@@ -2592,6 +2600,132 @@ def test_features_that_do_not_fit_into_memory_are_a_users_mistake(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# ADM and the heads: presets, published weights, scripts
+
+
+@pytest.mark.parametrize("size, image_size, parameters", [("tiny", 32, 794_982), ("small", 32, 42_858_886), ("base", 256, 552_814_086)])
+def test_every_preset_without_a_tokenizer_can_be_built_from_plain_values(size, image_size, parameters):
+    config = json.loads(json.dumps(unified.model_config("adm", size, image_size, tokenizer={"never": "read"})))
+    with torch.device("meta"):
+        model = unified.build(config)
+    assert "tokenizer" not in config and sum(p.numel() for p in model.parameters()) == parameters
+    assert model.image_size == image_size and model.layers[1][1:] == (image_size, image_size)
+
+
+def official_unet(classes=0):
+    """Names and shapes in 256x256_diffusion_uncond.pt, or with its 1,000 classes, written down block by block."""
+    def layer(name, *weight):
+        return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
+
+    def residual(name, inp, out):
+        shapes = layer(f"{name}.in_layers.0", inp) | layer(f"{name}.in_layers.2", out, inp, 3, 3) | layer(f"{name}.emb_layers.1", 2 * out, 1024)
+        shapes |= layer(f"{name}.out_layers.0", out) | layer(f"{name}.out_layers.3", out, out, 3, 3)
+        return shapes | (layer(f"{name}.skip_connection", out, inp, 1, 1) if inp != out else {})
+
+    def attention(name, width):
+        return layer(f"{name}.norm", width) | layer(f"{name}.qkv", 3 * width, width, 1) | layer(f"{name}.proj_out", width, width, 1)
+    shapes = layer("time_embed.0", 1024, 256) | layer("time_embed.2", 1024, 1024) | layer("input_blocks.0.0", 256, 3, 3, 3)
+    shapes |= layer("out.0", 256) | layer("out.2", 6, 256, 3, 3) | ({"label_emb.weight": (classes, 1024)} if classes else {})
+    down = [(256, 256)] * 7 + [(256, 512)] + [(512, 512)] * 5 + [(512, 1024)] + [(1024, 1024)] * 4
+    up = [(2048, 1024)] * 5 + [(1536, 1024), (1536, 512)] + [(1024, 512)] * 4 + [(768, 512), (768, 256)] + [(512, 256)] * 5
+    for i, (inp, out) in enumerate(down[1:], 1):
+        shapes |= residual(f"input_blocks.{i}.0", inp, out) | (attention(f"input_blocks.{i}.1", out) if i in (10, 11, 13, 14, 16, 17) else {})
+    for i, (inp, out) in enumerate(up):
+        shapes |= residual(f"output_blocks.{i}.0", inp, out) | (attention(f"output_blocks.{i}.1", out) if i < 9 else {})
+        shapes |= residual(f"output_blocks.{i}.{2 if i < 9 else 1}", out, out) if i in (2, 5, 8, 11, 14) else {}
+    return shapes | residual("middle_block.0", 1024, 1024) | attention("middle_block.1", 1024) | residual("middle_block.2", 1024, 1024)
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_the_published_unet_loads_strictly_and_one_with_classes_is_refused(tmp_path):
+    for classes in (0, 1000):
+        torch.save(hollow(official_unet(classes)), tmp_path / f"{classes}.pt")
+    with torch.device("meta"):
+        model, config = unified.load_model(tmp_path / "0.pt", tell=lambda line: None)
+    assert model.image_size == 256 and not model.training and model.blocks[23][1].heads == 16
+    preset = unified.model_config("adm", "base", 256)
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["arch"].items()} | {"classes": 0, "head": 64} == preset | {"head": 64}
+    with pytest.raises(unified.UserError, match="1000.pt.*class-conditional"):
+        unified.load_model(tmp_path / "1000.pt")
+    torch.save(hollow({k: v for k, v in official_unet().items() if k != "input_blocks.4.0.out_layers.3.weight"}), tmp_path / "lacking.pt")
+    with pytest.raises(unified.UserError, match="lacking.pt.*input_blocks.4.0.out_layers.3.weight"):
+        unified.load_model(tmp_path / "lacking.pt")
+
+
+@pytest.fixture(scope="module")
+def finished_adm(photos, tmp_path_factory):
+    """The folder of a U-Net's checkpoint, its weights drawn."""
+    folder, arch = tmp_path_factory.mktemp("adm"), dict(model="adm", image_size=16, ch=8, ch_mult=(1, 2), blocks=1, attention=(2,), head=8, groups=4, steps=100)
+    unified.save_checkpoint(folder / "model.pt", {"model": adm().state_dict(), "config": {"arch": arch, "dataset": str(photos), "classes": ["cat", "dog"]}})
+    return folder
+
+
+def probed(monkeypatch, capsys, run, *args):
+    """probe.py as a user runs it, in this process: what it printed, and the rows it added to probe.jsonl."""
+    path = run / "probe.jsonl"
+    before = len(path.read_text().splitlines()) if path.exists() else 0
+    monkeypatch.setattr(sys, "argv", ["probe.py", str(run), "--device", "cpu", "--workers", "0", *map(str, args)])
+    probe.main()
+    return capsys.readouterr().out, [json.loads(line) for line in path.read_text().splitlines()[before:]]
+
+
+QUICK = ("--epochs", 2, "--batch-size", 16)
+
+
+@pytest.mark.parametrize("which", ["mage", "adm"])
+@pytest.mark.parametrize("head, more, layer, rows", [
+    ("linear", ("--sgd", "--pool", 2, "--matryoshka", *QUICK), "best", None), ("mlp", ("--hidden", "16,8", *QUICK), "best", 1),
+    ("attention", ("--pool", 2, "--layers", "2,3", "--sgd", *QUICK), None, 1), ("difformer", ("--pool", 2, "--layers", "2,3", "--t", "two", *QUICK), [2, 3], 1),
+    ("diffeed", ("--pool", 2, "--epochs", 1, "--sgd", "--augment"), "best", 1), ("linear", ("--augment", "--epochs", 2), "best", 1),
+    ("knn", (), "best", 1), ("fewshot", (), "best", 3), ("finetune", QUICK, "best", 1)])
+def test_every_head_reads_every_network(which, head, more, layer, rows, finished, finished_adm, monkeypatch, capsys):
+    run, steps = (finished[0], [0.0, 0.3]) if which == "mage" else (finished_adm, [9, 30])
+    more = [",".join(map(str, steps)) if word == "two" else word for word in more]
+    printed, found = probed(monkeypatch, capsys, run, "--head", head, *more)
+    best, without_pixels = unified.load_model(run)[0].best_layer, head in (*probe.ON_MAPS, "finetune")
+    assert {row["head"].split("-")[0] for row in found} == {head} and len(found) == rows or not rows
+    for row in found:
+        assert row["layer"] == (best if layer == "best" else layer) or layer is None and row["layer"] in (2, 3)
+        assert 0 <= row["top1"] <= 1 and 0 <= row["untrained"] <= 1 and (row["pixels"] is None) == without_pixels
+        assert (row["images"] == 48 or head == "fewshot") and row["t"] == (steps if head == "difformer" else steps[0])
+    if "--matryoshka" in more:
+        assert [row["head"] for row in found][:3] == ["linear-8", "linear-16", "linear-32"]
+    assert ("same network untrained" in printed or head == "finetune") and ("raw pixels" in printed) != without_pixels
+
+
+def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, monkeypatch, capsys):
+    printed, (row,) = probed(monkeypatch, capsys, finished_adm, "--sweep", "--t", "0,30")
+    model = unified.load_model(finished_adm)[0]
+    table = [line.split() for line in printed.splitlines() if line[:5].strip().isdigit()]
+    assert [int(line[0]) for line in table] == list(model.layers) and all(len(line) == 3 for line in table)
+    taken, = [(int(line[0]), (0, 30)[i]) for line in table for i, text in enumerate(line[1:]) if text.startswith("[")]
+    accuracy = {(int(line[0]), (0, 30)[i]): float(text.strip("[]")) for line in table for i, text in enumerate(line[1:])}
+    assert taken == (row["layer"], row["t"]) and accuracy[taken] == max(accuracy.values())
+    assert min(PIL.Image.open(finished_adm / "sweep.png").size) > 100
+
+
+def test_a_unet_generates_and_paints_as_a_user_asks(photos, finished_adm, tmp_path, monkeypatch):
+    import sample
+    picture = next((photos / "val" / "cat").iterdir())
+    for name, more in [("a", ("--steps", 5)), ("b", ("--temperature", 0, "--steps", 4, "--gif")), ("c", ("--image", picture, "--box", "2,2,9,9", "--steps", 5))]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", str(finished_adm), "--device", "cpu", "--n", "3", "--out", str(tmp_path / f"{name}.png"), *map(str, more)])
+        sample.main()
+        assert numpy.array(PIL.Image.open(tmp_path / f"{name}.png")).std() > 10
+    assert PIL.Image.open(tmp_path / "b.gif").n_frames == 4
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--head", "difformer", "--sweep"], "--sweep belongs to"), (["--matryoshka"], "--matryoshka belongs to"), (["--sgd", "--head", "knn"], "--sgd belongs to"),
+    (["--feedback", "5"], "--feedback belongs to"), (["--head", "attention", "--pool", "mean"], "cells"), (["--pool", "0"], "pooling '0'"),
+    (["--pool", "class"], "no class position"), (["--layers", "40"], "no layer 40"), (["--t", "100"], "--t 100"), (["--t", "1.5"], "--t 1.5"),
+    (["--head", "fewshot", "--epochs", "3"], "--epochs belongs to"), (["--head", "diffeed", "--feedback", "2"], "--feedback 2")])
+def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished_adm, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["probe.py", str(finished_adm), "--device", "cpu", "--workers", "0", *args])
+    with pytest.raises(unified.UserError, match=words):
+        probe.main()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # 9. Presets and published weights
 
 
@@ -2647,30 +2781,6 @@ def official_mage(width, depth):
     return shapes
 
 
-def official_unet(classes=0):
-    """Names and shapes in 256x256_diffusion_uncond.pt, or with its 1,000 classes, written down block by block."""
-    def layer(name, *weight):
-        return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
-
-    def residual(name, inp, out):
-        shapes = layer(f"{name}.in_layers.0", inp) | layer(f"{name}.in_layers.2", out, inp, 3, 3) | layer(f"{name}.emb_layers.1", 2 * out, 1024)
-        shapes |= layer(f"{name}.out_layers.0", out) | layer(f"{name}.out_layers.3", out, out, 3, 3)
-        return shapes | (layer(f"{name}.skip_connection", out, inp, 1, 1) if inp != out else {})
-
-    def attention(name, width):
-        return layer(f"{name}.norm", width) | layer(f"{name}.qkv", 3 * width, width, 1) | layer(f"{name}.proj_out", width, width, 1)
-    shapes = layer("time_embed.0", 1024, 256) | layer("time_embed.2", 1024, 1024) | layer("input_blocks.0.0", 256, 3, 3, 3)
-    shapes |= layer("out.0", 256) | layer("out.2", 6, 256, 3, 3) | ({"label_emb.weight": (classes, 1024)} if classes else {})
-    down = [(256, 256)] * 7 + [(256, 512)] + [(512, 512)] * 5 + [(512, 1024)] + [(1024, 1024)] * 4
-    up = [(2048, 1024)] * 5 + [(1536, 1024), (1536, 512)] + [(1024, 512)] * 4 + [(768, 512), (768, 256)] + [(512, 256)] * 5
-    for i, (inp, out) in enumerate(down[1:], 1):
-        shapes |= residual(f"input_blocks.{i}.0", inp, out) | (attention(f"input_blocks.{i}.1", out) if i in (10, 11, 13, 14, 16, 17) else {})
-    for i, (inp, out) in enumerate(up):
-        shapes |= residual(f"output_blocks.{i}.0", inp, out) | (attention(f"output_blocks.{i}.1", out) if i < 9 else {})
-        shapes |= residual(f"output_blocks.{i}.{2 if i < 9 else 1}", out, out) if i in (2, 5, 8, 11, 14) else {}
-    return shapes | residual("middle_block.0", 1024, 1024) | attention("middle_block.1", 1024) | residual("middle_block.2", 1024, 1024)
-
-
 def hollow(shapes):
     """A state dict of these shapes that takes no room: every tensor is one number seen many times."""
     return {k: torch.zeros((), dtype=torch.long if k.endswith("position_ids") else torch.float32).expand(v) for k, v in shapes.items()}
@@ -2697,22 +2807,6 @@ def test_published_mage_files_load_strictly(tmp_path, width, depth, heads, used,
     assert (count(shapes, "blocks.", "norm."), count(shapes, "token_emb.")) == (encoder, embedding)
     assert (count(shapes, "decoder_"), count(shapes, "mlm_layer.")) == (decoder, head)
     assert not model.training
-
-
-@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
-def test_the_published_unet_loads_strictly_and_one_with_classes_is_refused(tmp_path):
-    for classes in (0, 1000):
-        torch.save(hollow(official_unet(classes)), tmp_path / f"{classes}.pt")
-    with torch.device("meta"):
-        model, config = unified.load_model(tmp_path / "0.pt", tell=lambda line: None)
-    assert model.image_size == 256 and not model.training and model.blocks[23][1].heads == 16
-    preset = unified.model_config("adm", "base", 256)
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["arch"].items()} | {"classes": 0, "head": 64} == preset | {"head": 64}
-    with pytest.raises(unified.UserError, match="1000.pt.*class-conditional"):
-        unified.load_model(tmp_path / "1000.pt")
-    torch.save(hollow({k: v for k, v in official_unet().items() if k != "input_blocks.4.0.out_layers.3.weight"}), tmp_path / "lacking.pt")
-    with pytest.raises(unified.UserError, match="lacking.pt.*input_blocks.4.0.out_layers.3.weight"):
-        unified.load_model(tmp_path / "lacking.pt")
 
 
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
@@ -2766,15 +2860,6 @@ def test_every_preset_can_be_built_from_plain_values(name, tokenizer_size):
             assert isinstance(unified.build(config.get("predictor", config)["tokenizer"]), unified.VQGAN)
         assert (model.vqgan.stride, model.length, model.classes) == (stride, 256, 0 if "predictor" in config else 10)
         assert (model.contrastive > 0) == (unified.MODELS[name].views == 2)
-
-
-@pytest.mark.parametrize("size, image_size, parameters", [("tiny", 32, 794_982), ("small", 32, 42_858_886), ("base", 256, 552_814_086)])
-def test_every_preset_without_a_tokenizer_can_be_built_from_plain_values(size, image_size, parameters):
-    config = json.loads(json.dumps(unified.model_config("adm", size, image_size, tokenizer={"never": "read"})))
-    with torch.device("meta"):
-        model = unified.build(config)
-    assert "tokenizer" not in config and sum(p.numel() for p in model.parameters()) == parameters
-    assert model.image_size == image_size and model.layers[1][1:] == (image_size, image_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -3465,79 +3550,6 @@ def test_a_probe_stands_beside_its_baselines(finished):
     row = json.loads((finished[0] / "probe.jsonl").read_text().splitlines()[-1])
     assert {"head", "layer", "t", "pool", "top1", "untrained", "pixels", "images", "seconds"} <= set(row) and row["layer"] in (2, 4)
     assert "same network untrained" in printed and "raw pixels" in printed
-
-
-@pytest.fixture(scope="module")
-def finished_adm(photos, tmp_path_factory):
-    """The folder of a U-Net's checkpoint, its weights drawn."""
-    folder, arch = tmp_path_factory.mktemp("adm"), dict(model="adm", image_size=16, ch=8, ch_mult=(1, 2), blocks=1, attention=(2,), head=8, groups=4, steps=100)
-    unified.save_checkpoint(folder / "model.pt", {"model": adm().state_dict(), "config": {"arch": arch, "dataset": str(photos), "classes": ["cat", "dog"]}})
-    return folder
-
-
-def probed(monkeypatch, capsys, run, *args):
-    """probe.py as a user runs it, in this process: what it printed, and the rows it added to probe.jsonl."""
-    path = run / "probe.jsonl"
-    before = len(path.read_text().splitlines()) if path.exists() else 0
-    monkeypatch.setattr(sys, "argv", ["probe.py", str(run), "--device", "cpu", "--workers", "0", *map(str, args)])
-    probe.main()
-    return capsys.readouterr().out, [json.loads(line) for line in path.read_text().splitlines()[before:]]
-
-
-QUICK = ("--epochs", 2, "--batch-size", 16)
-
-
-@pytest.mark.parametrize("which", ["mage", "adm"])
-@pytest.mark.parametrize("head, more, layer, rows", [
-    ("linear", ("--sgd", "--pool", 2, "--matryoshka", *QUICK), "best", None), ("mlp", ("--hidden", "16,8", *QUICK), "best", 1),
-    ("attention", ("--pool", 2, "--layers", "2,3", "--sgd", *QUICK), None, 1), ("difformer", ("--pool", 2, "--layers", "2,3", "--t", "two", *QUICK), [2, 3], 1),
-    ("diffeed", ("--pool", 2, "--epochs", 1, "--sgd", "--augment"), "best", 1), ("linear", ("--augment", "--epochs", 2), "best", 1),
-    ("knn", (), "best", 1), ("fewshot", (), "best", 3), ("finetune", QUICK, "best", 1)])
-def test_every_head_reads_every_network(which, head, more, layer, rows, finished, finished_adm, monkeypatch, capsys):
-    run, steps = (finished[0], [0.0, 0.3]) if which == "mage" else (finished_adm, [9, 30])
-    more = [",".join(map(str, steps)) if word == "two" else word for word in more]
-    printed, found = probed(monkeypatch, capsys, run, "--head", head, *more)
-    best, without_pixels = unified.load_model(run)[0].best_layer, head in (*probe.ON_MAPS, "finetune")
-    assert {row["head"].split("-")[0] for row in found} == {head} and len(found) == rows or not rows
-    for row in found:
-        assert row["layer"] == (best if layer == "best" else layer) or layer is None and row["layer"] in (2, 3)
-        assert 0 <= row["top1"] <= 1 and 0 <= row["untrained"] <= 1 and (row["pixels"] is None) == without_pixels
-        assert (row["images"] == 48 or head == "fewshot") and row["t"] == (steps if head == "difformer" else steps[0])
-    if "--matryoshka" in more:
-        assert [row["head"] for row in found][:3] == ["linear-8", "linear-16", "linear-32"]
-    assert ("same network untrained" in printed or head == "finetune") and ("raw pixels" in printed) != without_pixels
-
-
-def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, monkeypatch, capsys):
-    printed, (row,) = probed(monkeypatch, capsys, finished_adm, "--sweep", "--t", "0,30")
-    model = unified.load_model(finished_adm)[0]
-    table = [line.split() for line in printed.splitlines() if line[:5].strip().isdigit()]
-    assert [int(line[0]) for line in table] == list(model.layers) and all(len(line) == 3 for line in table)
-    taken, = [(int(line[0]), (0, 30)[i]) for line in table for i, text in enumerate(line[1:]) if text.startswith("[")]
-    accuracy = {(int(line[0]), (0, 30)[i]): float(text.strip("[]")) for line in table for i, text in enumerate(line[1:])}
-    assert taken == (row["layer"], row["t"]) and accuracy[taken] == max(accuracy.values())
-    assert min(PIL.Image.open(finished_adm / "sweep.png").size) > 100
-
-
-def test_a_unet_generates_and_paints_as_a_user_asks(photos, finished_adm, tmp_path, monkeypatch):
-    import sample
-    picture = next((photos / "val" / "cat").iterdir())
-    for name, more in [("a", ("--steps", 5)), ("b", ("--temperature", 0, "--steps", 4, "--gif")), ("c", ("--image", picture, "--box", "2,2,9,9", "--steps", 5))]:
-        monkeypatch.setattr(sys, "argv", ["sample.py", str(finished_adm), "--device", "cpu", "--n", "3", "--out", str(tmp_path / f"{name}.png"), *map(str, more)])
-        sample.main()
-        assert numpy.array(PIL.Image.open(tmp_path / f"{name}.png")).std() > 10
-    assert PIL.Image.open(tmp_path / "b.gif").n_frames == 4
-
-
-@pytest.mark.parametrize("args, words", [
-    (["--head", "difformer", "--sweep"], "--sweep belongs to"), (["--matryoshka"], "--matryoshka belongs to"), (["--sgd", "--head", "knn"], "--sgd belongs to"),
-    (["--feedback", "5"], "--feedback belongs to"), (["--head", "attention", "--pool", "mean"], "cells"), (["--pool", "0"], "pooling '0'"),
-    (["--pool", "class"], "no class position"), (["--layers", "40"], "no layer 40"), (["--t", "100"], "--t 100"), (["--t", "1.5"], "--t 1.5"),
-    (["--head", "fewshot", "--epochs", "3"], "--epochs belongs to"), (["--head", "diffeed", "--feedback", "2"], "--feedback 2")])
-def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished_adm, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["probe.py", str(finished_adm), "--device", "cpu", "--workers", "0", *args])
-    with pytest.raises(unified.UserError, match=words):
-        probe.main()
 
 
 def broken_tree(root, what):
