@@ -44,6 +44,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -1760,7 +1761,7 @@ def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, t
     if method.predictor:
         source = {"predictor": tokenizer if "model" in tokenizer else model_config(method.predictor, size, image_size, grid, tokenizer)}
     else:
-        source = {"tokenizer": tokenizer} if method.tokenizer else {"grid": grid} if method.model is UMD else {}
+        source = {"tokenizer": tokenizer} if method.tokenizer else {"grid": grid} if "grid" in inspect.signature(method.model).parameters else {}
         source["classes"] = classes
     return {"model": name, "image_size": image_size, **source, **method.sizes[size], **method.options, **(method.tune if tune else {})}
 
