@@ -3685,6 +3685,26 @@ def test_two_processes_share_the_ids_and_leave_one_run(photos, finished, tmp_pat
     assert (numpy.load(tmp_path / "run" / "ids.npy") == alone).all() and labels.equal(data.labels)
 
 
+def test_umds_few_shot_evaluator_is_a_probe(diffused):
+    printed = script("probe.py", diffused[0], "--head", "fewshot", "--shots", 4, "--workers", 0)
+    assert "fewshot-4" in printed and "+-" in printed
+    assert "belongs to --head fewshot" in script("probe.py", diffused[0], "--head", "knn", "--shots", 4, expect=2)
+
+
+def test_the_method_that_the_readme_adds_trains_and_samples():
+    code = (HERE / "README.md").read_text().split("```python\nclass ")[1].split("```")[0]
+    names = dict(unified=unified, torch=torch, nn=nn, F=F)
+    exec("class " + code, names)
+    try:
+        model = unified.build(unified.model_config("denoiser", "tiny", 16, 4))
+        loss, _ = model(some_pictures())
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        assert model.sample(2, steps=3).shape == (2, 3, 16, 16) and model.embed(some_pictures()).shape == (4, 128)
+    finally:
+        unified.MODELS.pop("denoiser", None)
+
+
 def test_two_processes_make_the_pictures_of_one(finished, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "sample.py"]
     flags = ["--n", 5, "--batch", 2, "--steps", 3, "--device", "cpu"]
