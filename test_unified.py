@@ -2500,6 +2500,9 @@ def test_diffeed_learns_through_a_frozen_network_of_any_kind():
         assert any(used) and all(p.grad is None and not p.requires_grad for p in model.parameters())
         assert set(dict(head.named_parameters())) == set(dict(head.named_parameters(remove_duplicate=False)))
         assert not {id(p) for p in head.parameters()} & {id(p) for p in model.parameters()}
+        fed_back, model = head.fed_back, model.requires_grad_(True)
+        head.fed_back = lambda maps: fed_back(maps) if not any(m.requires_grad for m in maps) else forbidden()
+        head.read(*probe.of(found, "top1"))                             # even if it were to learn: not through the first pass
 
 
 def test_what_is_fed_back_by_default_is_the_last_of_each_size_or_all():
