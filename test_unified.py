@@ -3517,6 +3517,13 @@ def test_a_model_of_pixels_trains_samples_paints_and_is_probed_like_any_other(ph
     assert "0 to 1000" in script("probe.py", run, "--t", "1001", expect=2)
 
 
+def test_the_unet_trains_and_shows_samples(photos, tmp_path):
+    script("train.py", *flags(photos, tmp_path / "run", "--model", "adm", "--views", 1, "--steps", 2, "--eval-every", 0))
+    assert min(PIL.Image.open(tmp_path / "run" / "samples.png").size) > 100
+    assert '"vb"' in (tmp_path / "run" / "log.jsonl").read_text()
+    assert "takes none" in script("train.py", *flags(photos, tmp_path / "other", "--model", "adm", "--views", 1, "--labels"), expect=2)
+
+
 def test_averaged_weights_resume_to_the_same_bits(photos, diffused, tmp_path):
     more = ("--model", "umd", "--micro-batch", 4, "--views", 1)
     process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, flags(photos, tmp_path / "run", *more))], stderr=subprocess.DEVNULL)

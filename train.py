@@ -106,6 +106,8 @@ def settle(cfg):
         data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset}"
         raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} --model {teacher}, then this with "
                         f"--predictor out/{pathlib.Path(cfg.dataset).name}-{teacher}")
+    if cfg.labels and method.model is unified.ADM:
+        raise UserError("--labels: this U-Net takes none; --model dit or mage do")
     if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
         raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings along, nor --labels go with it")
     cfg.tokenizer = cfg.tokenizer or cfg.predictor
@@ -541,7 +543,7 @@ def report(run, model, ema, train, test):
     cfg, vqgan, top1 = run.cfg, getattr(model, "vqgan", None), {}
     figures = measure_tokenizer(run, vqgan, test, len(test)) if vqgan else {}
     with averaged(model, ema):
-        draw_what_it_does(run, model, test)
+        draw_what_it_does(run, model, test, steps=None if unified.MODELS[cfg.model].tokenizer else 50)
     unified.stack(list(draw_losses(run))).save(run.folder / "loss.png")
     fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"]).to(run.device).eval()
     if vqgan:
