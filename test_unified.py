@@ -3549,6 +3549,14 @@ def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffus
     assert "does not fit" in script("train.py", *flags(photos, tmp_path / "n", "--model", "umd", "--init", diffused[0], "--views", 1, "--ids", 64), expect=2)
 
 
+@pytest.mark.parametrize("name", ["x_embedder.proj.weight", "decoder_pred.weight"])
+def test_files_of_the_official_dit_and_mae_are_refused_in_one_sentence(name, tmp_path):
+    torch.save({"model": {name: torch.ones(2)}}, tmp_path / "official.pt")
+    with pytest.raises(unified.UserError, match="two ends of UMD"):
+        unified.load_model(tmp_path / "official.pt")
+    assert "not the official networks" in " ".join(script("train.py", "-h").split())
+
+
 def test_micro_batches_share_the_clean_part_of_the_whole_batch():
     model = umd(clean=0.05)
     assert sum(model.draws(first, 8)["clean"] for first in range(0, 256, 8)) == int(256 * 0.05)

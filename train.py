@@ -33,7 +33,7 @@ from unified import UserError, option
 class Config:
     dataset: str = option("shapes", "shapes, cifar10, imagenet, or a folder with train/<class>/* and val/<class>/*")
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
-    model: str = option("mage", "what to train", choices=list(unified.MODELS))
+    model: str = option("mage", "what to train; mae, maskdit and dit are the ends of UMD, not the official networks", choices=list(unified.MODELS))
     size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet", choices=["tiny", "small", "base", "large"])
     image_size: int = option(None, "side in pixels; 32, or on folders 256, 64 for tiny and small")
     ids: int = option(None, "ids, or patches of pixels, an image; 16 (patches 64) on shapes, else 64 below 128 pixels and 256 from there on")

@@ -1966,6 +1966,8 @@ def load_model(path, ema=None, tell=print):
         return load_strictly(build(config), {**state["model"], **(ema and state.get("ema") or {})}, path).eval(), state["config"]
     weights = state.get("model", state)
     readers = [reader for name, reader in PUBLISHED.items() if isinstance(weights, dict) and parts(weights, name)]
+    if isinstance(weights, dict) and ("x_embedder.proj.weight" in weights or "decoder_pred.weight" in weights and not readers):
+        raise UserError(f"{path} is a file of the official DiT or MAE; dit and mae here are the two ends of UMD, networks of another build, so it does not fit")
     if not readers:
         raise UserError(f"{path} is neither a checkpoint of train.py nor a file published by the authors of MAGE, ADDP or ADM")
     try:
