@@ -3,15 +3,15 @@
 One idea runs through it: CORRUPT an image, LEARN TO UNDO the corruption. What the network has to understand in order to undo
 it is a representation; undoing it step by step, starting from nothing, is generation.
 
-    method   what it reads   how that was corrupted                       what it predicts
-    MAGE     token ids       a random share hidden (70 % on average)      the hidden ids
-    MAGE-C   the same, of two crops of an image                           + which crops belong together
-    ADDP     pixels      painted from ids, hidden ones guessed                what a frozen MAGE holds possible
-    UMD      pixels      half: 75 % of patches hidden; half: noise added      pixels where hidden, noise where seen
-                         and 37.5 % hidden. Its ends: MAE, MaskDiT, DiT
-    ADM      pixels      noise added                                          the noise, and its variance
+    method   what it reads   how that was corrupted                   what it predicts
+    MAGE     token ids       a random share hidden (70 % on average)  the hidden ids
+    MAGE-C   the same, of two crops of an image                       + which crops belong together
+    ADDP     pixels          painted from ids, hidden ones guessed    what a frozen MAGE holds possible
+    UMD      pixels          half: 75 % of the patches hidden; half:  pixels where hidden, noise where seen
+                             noise added and 37.5 % hidden            (its ends: MAE, MaskDiT, DiT)
+    ADM      pixels          noise added                              the noise, and its variance
 
-Read from the top; nothing is used before it has been explained.
+Read from the top.
 
     1  attention and blocks          every token reads from every other token
     2  pictures <-> ids              the VQ tokenizer: a picture becomes a short sequence of integers, and back
