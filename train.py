@@ -543,7 +543,7 @@ def report(run, model, ema, train, test):
     cfg, vqgan, top1 = run.cfg, getattr(model, "vqgan", None), {}
     figures = measure_tokenizer(run, vqgan, test, len(test)) if vqgan else {}
     with averaged(model, ema):
-        draw_what_it_does(run, model, test, steps=None if unified.MODELS[cfg.model].tokenizer else 50)
+        draw_what_it_does(run, model, test, steps=None if unified.MODELS[cfg.model].tokenizer else 25)
     unified.stack(list(draw_losses(run))).save(run.folder / "loss.png")
     fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"]).to(run.device).eval()
     if vqgan:
