@@ -217,12 +217,14 @@ def benchmark(model, cfg, device):
     """Print how fast pictures are made, decoding included: --batch at once, one alone, and --batch with attention written out."""
     product, _ = unified.machine_rates(device, torch.float32)
     print(f"matrix product measured here: {product / 1e12:.3g} TFLOP/s")
-    for title, n, plain in ((f"{cfg.batch} at once", cfg.batch, False), ("one alone", 1, False), (f"{cfg.batch} at once, attention written out", cfg.batch, True)):
+    for title, n, plain in ((f"{cfg.batch} at once", cfg.batch, False), ("one alone", 1, False),
+                            (f"{cfg.batch} at once, attention written out", cfg.batch, True)):
         if plain:
             unified.write_out_attention(model)
         seconds = unified.seconds_of(device, lambda: model.sample(n, steps=cfg.steps))
         rate = unified.count_operations(model, lambda model: model.requires_grad_(False).sample(n, steps=cfg.steps)) / seconds
-        print(f"{title:40s} {n / seconds:8.2f} images/s  {1000 * seconds:8.0f} ms a call  {rate / 1e12:8.3f} TFLOP/s  {rate / product:4.0%} of the product")
+        print(f"{title:40s} {n / seconds:8.2f} images/s  {1000 * seconds:8.0f} ms a call  {rate / 1e12:8.3f} TFLOP/s  "
+              f"{rate / product:4.0%} of the product")
 
 
 def main():

@@ -3787,7 +3787,7 @@ def test_the_benchmark_of_sampling_counts_every_step(finished):
 def test_no_step_waits_for_the_gpu_or_takes_the_slow_attention(name):
     method = unified.MODELS[name]
     tokenizer_arch = unified.tokenizer_config("tiny", 4) if method.tokenizer else None
-    model = unified.build(unified.model_config(name, "small", 64, 16, tokenizer_arch)).cuda()
+    model = unified.build(unified.model_config(name, "small", 64, 16, tokenizer_arch)).to("cuda")
     run = types.SimpleNamespace(world=1, rank=0, device=torch.device("cuda"), cfg=types.SimpleNamespace(seed=0, labels=False),
                                 autocast=functools.partial(torch.autocast, "cuda", torch.bfloat16))
     stage = train.Stage("model", model, {}, None, 8, method.views, 100, 8, 8, 1e-4, method.recipe, lambda step, first: model.draws(first, 8))

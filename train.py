@@ -119,7 +119,8 @@ def settle(cfg):
         raise UserError(f"--ids {cfg.ids} does not fit --image-size {cfg.image_size}; " +
                         (f"take one of {fit}" if fit else "take a multiple of 16"))
     if not method.tokenizer and cfg.views > 1:
-        raise UserError(f"{cfg.model} reads one crop of an image, fresh in every step: --views {cfg.views} is for models that read ids; take 1, or 0 for no crop")
+        raise UserError(f"{cfg.model} reads one crop of an image, fresh in every step: --views {cfg.views} is for models that read ids; "
+                        "take 1, or 0 for no crop")
     if method.views == 2 and cfg.views == 1 and cfg.dataset != "shapes":
         raise UserError(f"{cfg.model} compares two crops of an image; --views 1 keeps one; take 0 or 2 and more")
     if cfg.dataset == "shapes" and method.views == 2:
@@ -233,6 +234,11 @@ def optimizer_of(net, lr, recipe):
         groups[recipe["plain"](name, p)].append(p)
     groups = [{"params": params, "weight_decay": 0.0 if plain else recipe["decay"]} for plain, params in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, betas=recipe["betas"], fused=True)
+
+
+def averages(net, recipe):
+    """A copy of the weights, {name: tensor}, to be averaged in training; empty if the recipe averages none."""
+    return {name: p.detach().clone() for name, p in trainable(net).items()} if recipe["ema"] else {}
 
 
 @contextlib.contextmanager
@@ -361,7 +367,7 @@ def fit(run, stage):
     cfg, net = run.cfg, stage.net.to(run.device)
     optimizer = optimizer_of(net, stage.peak, stage.recipe)
     weights = trainable(net)
-    ema = {name: p.detach().clone() for name, p in weights.items()} if stage.recipe["ema"] else {}
+    ema = averages(net, stage.recipe)
     step = restore(run, stage, optimizer, ema)
     if cfg.compile:
         unified.compile_blocks(net)
@@ -386,20 +392,14 @@ def fit(run, stage):
 # What the run does with these: the tokenizer, the model, and what is shown of them.
 
 
-def reconstruct(run, vqgan, x):
-    """Pixels (B, 3, S, S) -> what is left of them after a round trip through ids, and the ids (B, h, w)."""
-    with torch.no_grad(), run.autocast():
-        ids = vqgan.encode(x)
-        return vqgan.decode(ids).float().clamp(0, 1), ids
-
-
 def measure_tokenizer(run, vqgan, data, count):
     """PSNR over all pixels, in dB, and the share of codes used, on count pictures."""
     vqgan.eval()
     used = torch.zeros(vqgan.quantize.embedding.num_embeddings, dtype=torch.bool)
 
     def squared_error(x):
-        y, ids = reconstruct(run, vqgan, x)
+        with run.autocast():
+            y, ids = vqgan.reconstruct(x)
         used[ids.unique().cpu()] = True
         return (y - x).square().mean((1, 2, 3))
     error, _ = unified.map_pictures(squared_error, data, count, workers=run.cfg.workers, device=run.device, name="PSNR" if count > 1000 else None)
@@ -439,7 +439,7 @@ def get_frozen(run, train, test):
     batch, steps = run.recipe["tokenizer_batch"], cfg.tokenizer_steps
 
     def evaluate():
-        draw_reconstructions(run, lambda x: reconstruct(run, net.vqgan, x)[:1], test)
+        draw_reconstructions(run, lambda x: net.vqgan.reconstruct(x)[:1], test)
         return measure_tokenizer(run, net.vqgan, test, 500)
     bytes_each = 8 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"] * 12
     views = 0 if isinstance(train, unified.Pictures) else 1                                 # enlarged crops of 32 pixels are all blur
@@ -509,7 +509,8 @@ def get_model(run, frozen, arch, train, test):
         with torch.no_grad(), run.autocast():
             return {"held_out": model(held.to(run.device), labels.to(run.device) if cfg.labels else None)[0].item()}
     ema = fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, getattr(model, "vqgan", None), train), len(train),
-                         method.views if method.tokenizer else cfg.views, steps, cfg.batch_size, micro, peak, recipe_of(cfg), lambda step, first: model.draws(first, micro), evaluate))
+                         method.views if method.tokenizer else cfg.views, steps, cfg.batch_size, micro, peak, recipe_of(cfg),
+                         lambda step, first: model.draws(first, micro), evaluate))
     return model, ema
 
 
@@ -610,14 +611,16 @@ def benchmark(run):
             seconds[title], loss = time_training(run, copy.deepcopy(model), x, method, plain)
             rate = operations / seconds[title]
             memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if run.device.type == "cuda" else ""
-            print(f"{title:40s} {batch / seconds[title]:9.1f} images/s  {rate / 1e12:8.3f} TFLOP/s  {rate / product:4.0%} of the product  loss {loss:.4f}{memory}")
+            print(f"{title:40s} {batch / seconds[title]:9.1f} images/s  {rate / 1e12:8.3f} TFLOP/s  {rate / product:4.0%} of the product  "
+                  f"loss {loss:.4f}{memory}")
     first, *others = seconds
     print("; ".join(f"{other}: {seconds[other] / seconds[first]:.2f} times as long" for other in others))
 
 
 def time_training(run, model, x, method, plain):
     """Seconds of an optimizer step on the batch x, and the loss before it, on draws that are the same for every path. plain: see benchmark()."""
-    stage = Stage("model", model.train(), {}, None, len(x), method.views, 10**6, len(x), len(x), 1e-4, method.recipe, lambda step, first: model.draws(first, len(x)))
+    stage = Stage("model", model.train(), {}, None, len(x), method.views, 10**6, len(x), len(x), 1e-4, method.recipe,
+                  lambda step, first: model.draws(first, len(x)))
     run = copy.copy(run)
     run.world = 1
     if plain:
@@ -626,8 +629,7 @@ def time_training(run, model, x, method, plain):
     elif run.cfg.compile:
         unified.compile_blocks(model)
     optimizer, weights = optimizer_of(model, stage.peak, method.recipe), trainable(model)
-    ema = {name: p.detach().clone() for name, p in weights.items()} if method.recipe["ema"] else {}
-    labels = torch.zeros(len(x), dtype=torch.long)
+    ema, labels = averages(model, method.recipe), torch.zeros(len(x), dtype=torch.long)
     torch.manual_seed(0)
     with torch.no_grad(), run.autocast():
         loss = model.eval()(x.squeeze(1), **stage.extra(0, 0))[0].item()

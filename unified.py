@@ -289,6 +289,12 @@ class VQGAN(nn.Module):
         """Ids (B, h, w) -> pixels (B, 3, S, S), not clamped: a released decoder overshoots [0, 1] a little."""
         return self.decoder(self.quantize.lookup(ids))
 
+    @torch.no_grad()
+    def reconstruct(self, x):
+        """Pixels (B, 3, S, S) -> what is left of them after a round trip through ids, in [0, 1], and the ids (B, h, w)."""
+        ids = self.encode(x)
+        return self.decode(ids).float().clamp(0, 1), ids
+
 
 # How it is trained. Rounding has no gradient, so the decoder's gradient is copied to the encoder ("straight through"), and two
 # terms pull z and its code together: the commitment term moves z, the codebook term moves the code [VQ-VAE, eq. 3]. That alone
@@ -767,7 +773,9 @@ class MAGE(Model):
         return free + guidance * (one(labels) - free)
 
     def start(self, n, known=None, mask=None):
-        """-> ids, hidden, both (n, L). Nothing known: all hidden. Else the hole is blackened before the picture is tokenised, since neighbouring ids would leak
+        """-> ids, hidden, both (n, L). Nothing known: all hidden.
+
+        Else the hole is blackened before the picture is tokenised, since neighbouring ids would leak
         its content, and its ids are hidden together with a ring of one around, since those describe the blackness."""
         device = self.norm.weight.device
         if known is None:
@@ -817,10 +825,9 @@ class MAGE(Model):
         cells = state.hidden.unflatten(1, (1, self.grid, self.grid)).float()
         return state.with_known(torch.where(F.interpolate(cells, scale_factor=float(self.vqgan.stride)) > 0, 0.2, x))
 
-    @torch.no_grad()
     def reconstruct(self, x):
         """What the ids keep of pixels (B, 3, S, S), in a tuple of one."""
-        return self.vqgan.decode(self.vqgan.encode(x)).float().clamp(0, 1),
+        return self.vqgan.reconstruct(x)[:1]
 
     # ---- representation
 
@@ -1853,7 +1860,8 @@ def published_adm(state, head=64):
     return config, state, []
 
 
-PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": published_mage, "input_blocks.0.": published_adm}    # by names only they have
+# Which reader a file is for, by the first prefix that any of its names has.
+PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": published_mage, "input_blocks.0.": published_adm}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1967,7 +1975,7 @@ def load_model(path, ema=None, tell=print):
     weights = state.get("model", state)
     readers = [reader for name, reader in PUBLISHED.items() if isinstance(weights, dict) and parts(weights, name)]
     if isinstance(weights, dict) and ("x_embedder.proj.weight" in weights or "decoder_pred.weight" in weights and not readers):
-        raise UserError(f"{path} is a file of the official DiT or MAE; dit and mae here are the two ends of UMD, networks of another build, so it does not fit")
+        raise UserError(f"{path} is a file of the official DiT or MAE and does not fit: dit and mae here are the two ends of UMD, other networks")
     if not readers:
         raise UserError(f"{path} is neither a checkpoint of train.py nor a file published by the authors of MAGE, ADDP or ADM")
     try:
@@ -2343,6 +2351,7 @@ def join_processes(device):
 
 
 def leave_processes():
+    """Part from them; nothing to do if there were none."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -2491,7 +2500,8 @@ def moments(x, y, mean, std, classes):
 
 
 def ridge(gram, cross, penalty):
-    """Least squares with an L2 penalty a picture (gram[-1, -1] of them) from moments() -> weight (..., C + 1, classes), the last row the bias. penalty: one, or (..., 1, 1)."""
+    """Least squares with an L2 penalty a picture (gram[-1, -1] of them) from moments() -> weight (..., C + 1, classes), the last row the
+    bias. penalty: one, or (..., 1, 1)."""
     diagonal = penalty * gram[..., -1:, -1:] * torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + diagonal)).float()
 
