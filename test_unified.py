@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -46,8 +47,11 @@ PUBLISHED_FAKE_CLASS = 76                                               # id 110
 
 
 @pytest.fixture(autouse=True)
-def the_same_draws_every_time():
+def the_same_draws_and_as_many_threads_every_time():
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def assert_close(ours, theirs, rtol=1e-4):
@@ -3385,14 +3389,24 @@ def test_the_ridge_probe_solves_a_separable_problem_and_the_test_set_chooses_not
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# The scripts, as a user runs them
+# The scripts, with the words that a user types
 
 
 def script(name, *args, expect=0):
-    """Run a script in a process of its own; its output, after checking the exit code."""
-    done = subprocess.run([sys.executable, HERE / name, *map(str, args)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    """What `python NAME ARGS` does and prints, after checking its exit code; in this process, since starting one takes longer than most tests."""
+    printed, code = io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        patch.setattr(sys, "argv", [str(HERE / name), *map(str, args)])
+        try:
+            unified.run_script(importlib.import_module(name.removesuffix(".py")).main)
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    assert code == expect, printed.getvalue()
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
