@@ -12,17 +12,20 @@ Every accuracy stands beside two others, got in the same way: from the raw pixel
 needs no training. (There is no pixel row where a head needs maps.) Results are appended to probe.jsonl in the run's folder. The test set
 is read once and chooses nothing.
 """
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
+import sys
 import time
 import typing
 
 import PIL.Image
 import PIL.ImageDraw
 import torch
+import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 import tqdm
@@ -95,7 +98,6 @@ def settle(cfg):
         raise UserError(f"--head {cfg.head} reads maps; --pool takes the number of cells on a side, 16 if not given")
     if cfg.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {cfg.workers}")
-    unified.pick_device(cfg.device)
     return cfg
 
 
@@ -247,8 +249,27 @@ def collect(read, data, index, cfg, title):
     if need > 0.8 * there:
         raise UserError(f"features of {len(index)} pictures need {need / 2**30:.0f} GiB; --limit {int(0.5 * there / need * len(index))} fits, "
                         "a smaller --pool may, and trained heads have --augment, which keeps none")
-    found, y = unified.collect(read, data, index, at_once(data, cfg), cfg.workers, cfg.device, title)
-    return found, y.to(cfg.device)
+    found, y = unified.collect(read, data, unified.share(index), at_once(data, cfg), cfg.workers, cfg.device, title)
+    return {key: gather(v, len(index)) for key, v in found.items()}, gather(y.to(cfg.device), len(index))
+
+
+def gather(mine, n):
+    """Rows of which each process has its share -> all n of them, in every process."""
+    if unified.processes()[1] == 1:
+        return mine
+    everything = mine.new_zeros(n, *mine.shape[1:])
+    unified.share(everything)[:] = mine
+    torch.distributed.all_reduce(everything)
+    return everything
+
+
+def average_gradients(parameters):
+    """Over the processes, each of which has seen its share of the batch."""
+    world = unified.processes()[1]
+    for p in parameters:
+        if world > 1 and p.grad is not None:
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= world
 
 
 # Where to read? Every candidate is probed by ridge regression on training pictures: nine tenths to fit, one tenth to judge.
@@ -275,7 +296,7 @@ def choose(model, candidates, train, index, cfg):
         row = [Place(layer, *column) for column in columns]
         texts = [f"{100 * scores[place]:.1f}" if place in scores else "" for place in row]
         print(f"{layer:5d}" + "".join(f"{f'[{text}]' if place == best else text + ' ':>14}" for place, text in zip(row, texts)))
-    if cfg.sweep:
+    if cfg.sweep and unified.processes()[0] == 0:
         path = results_folder(cfg) / "sweep.png"
         heat_map(scores, best, f"ridge accuracy (percent); layers to the right, t down; best: layer {best.layer}, t {best.t:g}").save(path)
         print(f"drawn in {path}")
@@ -555,25 +576,30 @@ def shuffled(n, *seeds):
 
 
 def cached_batches(x, y, batch, seed):
-    """epoch -> batches of features (N, ...) that were computed once; the last, incomplete batch is left out, as published."""
+    """epoch -> this process's share of batches of features (N, ...) that were computed once; the last, incomplete one is left out, as published."""
     def batches(epoch):
         for part in shuffled(len(y), seed, epoch).to(y.device).split(batch)[:len(y) // batch]:
+            part = unified.share(part)
             yield {key: v[part] for key, v in x.items()}, y[part]
     return batches
 
 
 def fresh_batches(read, data, index, batch, cfg):
-    """epoch -> batches of features computed anew, with --augment of fresh random crops, read in smaller parts than a batch."""
+    """epoch -> the same of features computed anew, with --augment of fresh random crops, read in smaller parts than a batch."""
     def batches(epoch):
-        whole = index[shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]
+        whole = [unified.share(one) for one in index[shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]]
         parts = [part for one in whole for part in one.split(at_once(data, cfg))]
         rows, labels = [], []
         for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None] if cfg.augment else None) for part in parts], cfg):
             rows, labels = rows + [found], labels + [y]
-            if sum(map(len, labels)) == batch:
+            if sum(map(len, labels)) == len(whole[0]):
                 yield {key: torch.cat([row[key] for row in rows]) for key in found}, torch.cat(labels)
                 rows, labels = [], []
     return batches
+
+
+def progress(steps, title):
+    return tqdm.tqdm(total=steps, desc=title, unit="step", dynamic_ncols=True, disable=unified.processes()[0] > 0)
 
 
 def rate(epoch, cfg):
@@ -592,13 +618,14 @@ def train_heads(heads, batches, steps, dims, cfg):
     """
     law = torch.optim.SGD if cfg.sgd else LARS if cfg.head == "linear" else torch.optim.AdamW
     optimizers = {net: law(head.to(cfg.device).train().parameters(), lr=0.0) for net, head in heads.items()}
-    with tqdm.tqdm(total=cfg.epochs * steps, desc=cfg.head, unit="step", dynamic_ncols=True) as bar:
+    with progress(cfg.epochs * steps, cfg.head) as bar:
         for epoch in range(cfg.epochs):
             for i, (found, y) in enumerate(batches(epoch)):
                 for net, head in heads.items():
                     loss = sum(F.cross_entropy(logits, y) for logits in head.nested(*of(found, net), dims=dims)) / len(dims)
                     optimizers[net].zero_grad()
                     loss.backward()
+                    average_gradients(head.parameters())
                     optimizers[net].param_groups[0]["lr"] = rate(epoch + i / steps, cfg)
                     optimizers[net].step()
                 bar.update()
@@ -607,11 +634,13 @@ def train_heads(heads, batches, steps, dims, cfg):
 @torch.no_grad()
 def score_heads(heads, read, data, dims, cfg):
     """Accuracy of each head on a whole data set, for each d of dims: {net: [in [0, 1], ...]}. (MAE and MAGE report their best epoch.)"""
-    plan = [(part, None) for part in torch.arange(len(data)).split(at_once(data, cfg))]
+    plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(at_once(data, cfg))]
     hits = {net: torch.zeros(len(dims), device=cfg.device) for net in heads}
     for found, y in stream(read, data, plan, cfg):
         for net, head in heads.items():
             hits[net] += torch.stack([(logits.argmax(1) == y).sum() for logits in head.eval().nested(*of(found, net), dims=dims)])
+    for count in hits.values() if unified.processes()[1] > 1 else ():
+        torch.distributed.all_reduce(count)
     return {net: (count / len(data)).tolist() for net, count in hits.items()}
 
 
@@ -656,12 +685,13 @@ def finetune(net, data, index, test, decay, title, cfg):
         with autocast(cfg):
             return head(net.features(x.to(cfg.device), net.best_t, finetune=True)[0].mean((2, 3))).float()
     embedding = getattr(net, "token_emb", nn.Identity()).train()
-    with tqdm.tqdm(total=cfg.epochs * steps, desc=title, unit="step", dynamic_ncols=True) as bar:
+    with progress(cfg.epochs * steps, title) as bar:
         for epoch in range(cfg.epochs):
             parts = index[shuffled(len(index), cfg.seed, epoch)].split(cfg.batch_size)[:steps]
-            plan = [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in parts]
+            plan = [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in map(unified.share, parts)]
             for i, (x, y) in enumerate(data.batches(plan, cfg.workers)):
                 mixup_loss(logits, x.squeeze(1), y.to(cfg.device)).backward()
+                average_gradients(p for group in optimizer.param_groups for p in group["params"])
                 for group in optimizer.param_groups:
                     group["lr"] = rate(epoch + i / steps, cfg) * group["scale"]
                 optimizer.step()
@@ -682,8 +712,9 @@ def mixup_loss(logits, x, y, alpha=0.8, smoothing=0.1):
 @torch.no_grad()
 def accuracy(logits, data, cfg):
     """Share of a data set's whole pictures where the largest of logits(x) is the label's."""
-    plan = [(part, None) for part in torch.arange(len(data)).split(at_once(data, cfg))]
-    return torch.cat([logits(x).argmax(1).cpu() == y for x, y in data.batches(plan, cfg.workers)]).float().mean().item()
+    plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(at_once(data, cfg))]
+    hits = torch.cat([logits(x).argmax(1) == y.to(cfg.device) for x, y in data.batches(plan, cfg.workers)])
+    return gather(hits.float(), len(data)).mean().item()
 
 
 # What is asked for, and how it is told.
@@ -707,6 +738,7 @@ def fit_recipe(cfg, train, images):
     if cfg.batch_size > images:
         print(f"--batch-size {cfg.batch_size} is more than the {images} training images; taking {images}, with its learning rate")
         cfg.batch_size = images
+    cfg.batch_size -= cfg.batch_size % unified.processes()[1]                               # everyone's share is the same
     if cfg.lr is None:
         cfg.lr = 0.1 if images >= 500_000 else 1.0
     if cfg.augment and cfg.sgd:
@@ -775,7 +807,19 @@ def report(wanted, dataset, labels, results, seconds, cfg):
 
 
 def main():
-    cfg, started = settle(unified.parse(Config, __doc__.split("\n")[0])), time.time()
+    cfg = settle(unified.parse(Config, __doc__.split("\n")[0]))
+    cfg.device = str(unified.join_processes(unified.pick_device(cfg.device)))
+    first = unified.processes()[0] == 0
+    try:
+        with contextlib.redirect_stdout(sys.stdout if first else None):                     # all do the same, one tells
+            run(cfg, first)
+    finally:
+        unified.leave_processes()
+
+
+def run(cfg, first):
+    """All that is asked for. first: this process writes the results."""
+    started = time.time()
     model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights))
     wanted = places(model, cfg)
     dataset, train, test = open_sets(model.to(cfg.device), config, cfg)
@@ -797,7 +841,8 @@ def main():
         results = [("finetune", len(index), scores)]
     else:
         results = compare(nets, wanted, train, index, test, cfg)
-    report(wanted, dataset, labels, results, time.time() - started, cfg)
+    if first:
+        report(wanted, dataset, labels, results, time.time() - started, cfg)
     unreadable = sum(len(getattr(data, "unreadable", ())) for data in (train, test))
     if unreadable:
         print(f"{unreadable} unreadable images were skipped and named above")

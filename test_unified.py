@@ -3125,6 +3125,19 @@ def test_both_kinds_of_data_set_cut_the_same_crop(monkeypatch):
         assert (ours - F.interpolate(rim, size=(32, 32), mode="bilinear")[0])[:, 2:-2, 2:-2].abs().max() < 1e-4
 
 
+def test_a_large_jpeg_is_decoded_smaller_only_where_its_crops_stay_large_enough(monkeypatch):
+    smooth = F.interpolate(torch.rand(1, 3, 6, 8), size=(375, 501), mode="bicubic").clamp(0, 1)
+    file = io.BytesIO()
+    PIL.Image.fromarray(unified.to_uint8(smooth[0])).save(file, "JPEG", quality=95)
+    for w, h, decoded in ((480, 360, (63, 47)), (100, 90, (251, 188)), (60, 40, (501, 375))):
+        monkeypatch.setattr(unified, "crop_boxes", box_of(15, 9, w, h, False))
+        data, sizes = unified.Folder(pathlib.Path(), [], 32, (0.2, 1.0)), []
+        whole = data.crop(PIL.Image.open(file).convert("RGB"), [0, 1])                      # what is no file any more is not decoded again
+        opened = PIL.Image.open(file)
+        monkeypatch.setattr(opened, "convert", lambda mode: sizes.append(opened.size) or type(opened).convert(opened, mode))
+        assert (data.crop(opened, [0, 1]).float() - whole.float()).abs().mean() < 1.5 and sizes == [decoded]
+
+
 def test_a_plan_gives_whole_pictures_or_crops_with_their_labels():
     data, index = pictures(), torch.tensor([4, 0])
     crops = torch.tensor([[7, 8, 9], [10, 11, 12]])
@@ -3719,6 +3732,17 @@ def test_umds_few_shot_evaluator_is_a_probe(diffused):
     printed = script("probe.py", diffused[0], "--head", "fewshot", "--shots", 4, "--workers", 0)
     assert "fewshot-4" in printed and "+-" in printed
     assert "belongs to --head fewshot" in script("probe.py", diffused[0], "--head", "knn", "--shots", 4, expect=2)
+
+
+def test_two_processes_probe_as_one_does(diffused):
+    rows = []
+    for command in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        done = subprocess.run([*command, *map(str, ["--"] * (len(command) > 1) + [HERE / "probe.py", diffused[0], "--head", "mlp", "--epochs", 3, "--workers", 0])],
+                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0 and done.stdout.count("raw pixels") == 1, done.stdout + done.stderr
+        rows.append(json.loads((diffused[0] / "probe.jsonl").read_text().splitlines()[-1]))
+    one, two = ({k: v for k, v in row.items() if k != "seconds"} for row in rows)
+    assert one == two
 
 
 def test_the_method_that_the_readme_adds_trains_and_samples():

@@ -40,6 +40,7 @@ Papers     [UMD] Hansen-Estruch et al. 2024, arXiv 2406.17688    [DiT] Peebles a
            [DiffSSL] Mukhopadhyay et al. 2023, 2307.08702 and 2311.17921
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -64,6 +65,7 @@ import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 import tqdm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1875,11 +1877,19 @@ class UserError(Exception):
     """A mistake the user can mend; its text says how. Scripts print it without a traceback and exit with code 2."""
 
 
+def attention_kernels():
+    """A context in which Hopper GPUs take cuDNN's attention before the others, since there it is the fastest; other GPUs take what torch does."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+    return contextlib.nullcontext()
+
+
 def run_script(main):
     """Call main(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and exit code 1."""
     torch.set_flush_denormal(True)      # gates that start at 0 make gradients whose squares are denormal: a CPU takes ten times as long for those
     try:
-        main()
+        with attention_kernels():
+            main()
     except UserError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -2162,10 +2172,13 @@ class Folder(torch.utils.data.Dataset):
     def crop(self, image, crops):
         if crops is None:
             return from_image(image, self.size)
-        image = image.convert("RGB")
-        views = []
-        for left, top, w, h, flip in zip(*crop_boxes(torch.as_tensor(crops), *image.size, self.scale)):
-            box = (left.item(), top.item(), (left + w).item(), (top + h).item())
+        width, height = image.size
+        left, top, w, h, flips = crop_boxes(torch.as_tensor(crops), width, height, self.scale)
+        least = self.size / min(w.min(), h.min()).item()
+        image.draft("RGB", (math.ceil(least * width), math.ceil(least * height)))           # a JPEG is decoded at 1/2, 1/4 or 1/8 if that will do
+        boxes = torch.stack([left, top, left + w, top + h], 1) / round(width / image.width)
+        image, views = image.convert("RGB"), []
+        for box, flip in zip(boxes.tolist(), flips):
             view = numpy.array(image.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR, box))
             views.append(torch.from_numpy(view[:, ::-1].copy() if flip else view).movedim(2, 0))
         return torch.stack(views)
@@ -2362,6 +2375,12 @@ def processes():
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
 
 
+def share(items):
+    """What this process takes of a list or tensor: of W processes each every W-th item."""
+    rank, world = processes()
+    return items[rank::world]
+
+
 def open_cache(folder, mark, shape):
     """ids.npy and labels.npy of a folder, writable. Begun anew, with label -1 for every image still to do, unless ids.json bears the mark."""
     state, paths = folder / "ids.json", (folder / "ids.npy", folder / "labels.npy")
@@ -2390,7 +2409,7 @@ def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     mark = {"fingerprint": fingerprint(vqgan, data, views, size)}
     ids, labels = open_cache(folder, mark, (len(data), views, (size // vqgan.stride) ** 2))
     missing = torch.from_numpy(labels < 0).nonzero().flatten()
-    parts = missing.split(batch)[rank::world] if len(missing) else ()
+    parts = share(missing.split(batch)) if len(missing) else ()
     plan = ((part, None if views == 1 else fold(part[:, None], torch.arange(views))) for part in parts)
     for part, (x, y) in zip(tqdm.tqdm(parts, "ids of every image", unit=" batches", disable=rank > 0 or not parts), data.batches(plan, workers)):
         with torch.no_grad():
@@ -2409,7 +2428,7 @@ def collect(read, data, index, batch=250, workers=0, device="cpu", name=None):
     name: shows a progress bar. Returns {key: (N, ...)} on the device that read put them on, labels (N,) on the CPU.
     """
     found, labels, parts = {}, torch.empty(len(index), dtype=torch.long), index.split(batch)
-    bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None, dynamic_ncols=True)
+    bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None or processes()[0] > 0, dynamic_ncols=True)
     with torch.no_grad():
         for i, (part, (x, y)) in enumerate(zip(bar, data.batches(((part, None) for part in parts), workers))):
             rows = slice(i * batch, i * batch + len(y))
