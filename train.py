@@ -72,7 +72,6 @@ CIFAR10 = dict(SHAPES, ids=64, codes=1024, steps=4000, views=4, tokenizer_size=N
 FOLDER = dict(size="base", image_size=256, ids=None, codes=1024, views=10, tokenizer_steps=1_000_000,
               tokenizer_batch=256, tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
 SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)                                       # with --size tiny or small
-PIXELS = {"tiny": dict(ids=64, batch_size=32, steps=2000)}      # what differs for models without tokenizer
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every", "resume"}
 
 
@@ -89,8 +88,10 @@ def settle(cfg):
     recipe = {"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, folder)
     if cfg.steps and cfg.epochs:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
+    if (cfg.size or recipe["size"]) == "tiny":
+        recipe = {**recipe, **recipe_of(cfg)["tiny"]}
     if not method.tokenizer:
-        recipe = {**recipe, **PIXELS.get(cfg.size or recipe["size"], {}), "views": 0 if cfg.dataset == "shapes" else 1}
+        recipe = {**recipe, "views": 0 if cfg.dataset == "shapes" else 1}
     for name, value in recipe.items():
         if getattr(cfg, name, 0) is None and not (name in ("steps", "epochs") and (cfg.steps or cfg.epochs)):
             setattr(cfg, name, value)
