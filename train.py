@@ -6,7 +6,8 @@
     python train.py --model addp --predictor out/shapes-mage                        ADDP, which learns from a trained MAGE
     torchrun --standalone --nproc-per-node 8 train.py ...    the same flags on 8 GPUs
 
-A run is a folder, out/<dataset>-<model>: tokenizer.pt, ids.npy, model.pt, log.jsonl, loss.png, reconstructions.png, samples.png.
+A run is a folder, out/<dataset>-<model> or, with --labels, out/<dataset>-<model>-labels: tokenizer.pt, ids.npy, model.pt, log.jsonl,
+loss.png, reconstructions.png, samples.png.
 """
 import contextlib
 import copy
@@ -58,7 +59,7 @@ class Config:
     workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
     strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
     benchmark: bool = option(False, "measure the speed of training on random data, and leave")
-    out_dir: str = option("", "the run's folder, if not out/<dataset>-<model>")
+    out_dir: str = option("", "the run's folder, if not out/<dataset>-<model>, or -<model>-labels")
     resume: bool = option(False, "go on where the run in this folder stopped; same flags, more --steps if you like")
     log_every: int = option(None, "steps between rows of log.jsonl")
     eval_every: int = option(None, "steps between held-out losses and sample grids; 0 for never")
@@ -98,7 +99,7 @@ def settle(cfg):
     cfg.ids = cfg.ids or (64 if cfg.image_size < 128 else 256)
     cfg.adversarial = (0.8 if cfg.image_size >= 256 else 0.0) if cfg.adversarial is None else cfg.adversarial
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
-    cfg.out_dir = cfg.out_dir or f"out/{pathlib.Path(cfg.dataset).name}-{cfg.model}"
+    cfg.out_dir = cfg.out_dir or f"out/{pathlib.Path(cfg.dataset).name}-{cfg.model}" + "-labels" * cfg.labels
     for name in ("image_size", "ids", "codes", "batch_size", "steps", "tokenizer_steps", "epochs", "micro_batch", "log_every", "save_every"):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
@@ -616,6 +617,15 @@ def benchmark(run):
                   f"loss {loss:.4f}{memory}")
     first, *others = seconds
     print("; ".join(f"{other}: {seconds[other] / seconds[first]:.2f} times as long" for other in others))
+    if cfg.dataset != "shapes":
+        print(f"images of {cfg.dataset}, read and cropped by {cfg.workers} workers: {reading_rate(cfg, batch, method.views):.1f} images/s")
+
+
+def reading_rate(cfg, batch, views):
+    """Images a second that the data set hands over: in memory, or decoded by worker processes."""
+    data = unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, True, cfg.device, cfg.strict_images, recipe_of(cfg)["crop"])
+    batches = data.batches(plan(len(data), cfg.seed, views, batch, batch, 0, 1, 0, 10**6), cfg.workers)
+    return batch / unified.seconds_of(torch.device("cpu"), lambda: next(batches)[0].flatten()[0].item(), 5.0)       # .item(): wait for it
 
 
 def time_training(run, model, x, method, plain):

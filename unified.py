@@ -2493,7 +2493,9 @@ def machine_rates(device, dtype):
 
 
 def compile_blocks(model):
-    """torch.compile block by block: all have the same shapes, so one is compiled and the others follow, in training and in sampling."""
+    """torch.compile block by block: those of a transformer have one shape, so one is compiled and the others follow, in training and in
+    sampling; those of a U-Net all differ."""
+    torch._dynamo.config.recompile_limit = 64
     for block in (*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())):
         block.compile()
 
