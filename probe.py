@@ -164,10 +164,10 @@ def cells(m, side):
     return F.adaptive_avg_pool2d(m, min(side, m.size(-1)))
 
 
-def vectors(model, wanted, x, seeds):
-    """The same as {place: vectors (B, C)}. What the model itself calls its embedding is model.embed; the mean at other places is normalised
-    alike; cells are left as they are."""
-    own = [place for place in wanted if place[:2] == (model.best_layer, model.best_t) and not place.pool.isdigit()]
+def vectors(model, wanted, x, seeds, alike=False):
+    """The same as {place: vectors (B, C)}: means normalised picture by picture, cells as they are. Where the model itself would read, it is
+    model.embed, normalised as its authors do; but if means shall be alike, to be compared, then only at the class position."""
+    own = [place for place in wanted if place.pool == "class" or (place == (model.best_layer, model.best_t, "mean") and not alike)]
     found = {place: model.embed(x, noise=draws(model, place.t, seeds), pool=place.pool) for place in own}
     for place, m in maps(model, [place for place in wanted if place not in own], x, seeds):
         mean = place.pool == "mean"
@@ -210,8 +210,8 @@ def at_once(data, cfg):
     return max(1, 2 ** (18 if cfg.device == "cpu" else 21) // side ** 2)
 
 
-def reader(nets, wanted, cfg):
-    """The reader of what --head needs. Its keys are (net, which): of each of nets, {'top1': model, 'untrained': fresh}, the vector or the map,
+def reader(nets, wanted, cfg, alike=False):
+    """The reader of what --head needs, alike as for vectors(). Its keys are (net, which): of each of nets, {'top1': model, 'untrained': fresh}, the vector or the map,
     averaged to cells, at each place; of 'pixels' a vector. diffeed computes its own features, and gets the picture and the draws of each t."""
     @torch.no_grad()
     def read(x, names):
@@ -224,7 +224,7 @@ def reader(nets, wanted, cfg):
                 elif cfg.head in ON_MAPS:
                     part = {place: cells(m, int(cfg.pool)) for place, m in maps(model, wanted, seen, seeds)}
                 else:
-                    part = vectors(model, wanted, seen, seeds)
+                    part = vectors(model, wanted, seen, seeds, alike)
                 found |= {(net, which): v.float() if v.is_floating_point() else v for which, v in part.items()}
         return found if cfg.head in ON_MAPS else {**found, ("pixels", None): pixels(x)}
     return read
@@ -282,7 +282,7 @@ def choose(model, candidates, train, index, cfg):
     scores, held = {}, min(CHOICE, len(index)) // 10
     for t in dict.fromkeys(place.t for place in candidates):
         wanted = [place for place in candidates if place.t == t]
-        read = reader({"top1": model}, wanted, dataclasses.replace(cfg, head="ridge"))
+        read = reader({"top1": model}, wanted, dataclasses.replace(cfg, head="ridge"), alike=True)
         x, y = collect(read, train, index[:CHOICE], cfg, f"t {t:g}, {len(wanted)} places")
         for width in {v.size(1) for v in of(x, "top1")}:                                    # equally wide ones in one product
             alike = [place for place in wanted if x["top1", place].size(1) == width]

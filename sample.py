@@ -31,15 +31,16 @@ class Config:
     run: str = option(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
     n: int = option(None, "pictures; 64, or 6 for each --image")
     batch: int = option(64, "pictures computed at once")
-    steps: int = option(None, "rounds of decoding; 20, or fewer if there are fewer ids; from noise, 125")
-    temperature: float = option(None, "more is more varied, less is cleaner: of the noise on the confidence, 6 for 256 ids; from noise it is DDIM's eta, 1")
+    steps: int = option(None, "rounds of decoding; 20, or fewer if there are fewer ids; from noise 125, of adm 250, or 25 at --temperature 0")
+    temperature: float = option(None, "more is more varied, less is cleaner: of the noise on the confidence, 6 for 256 ids; "
+                                      "of models that start from noise DDIM's eta, 0 to 1")
     seed: int = option(0, "another one gives other pictures")
     label: str = option("", "class name or number; several with commas take turns, all takes every class in turn")
     guidance: float = option(1.0, "how much to exaggerate what the label changes; 1 is not at all")
     image: str = option((), "pictures to paint into, centre-cropped to the model's size", nargs="+")
     box: str = option((), "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
     outside: bool = option(False, "keep the box and paint all around it")
-    reconstruct: bool = option(False, "only send each --image through the tokenizer and back; without one, hide most of it and guess it")
+    reconstruct: bool = option(False, "only send each --image through the tokenizer and back; umd and mae hide most of it and guess it")
     gif: bool = option(False, "also write the decoding as a film")
     npz: str = option("", "also write all pictures to this file, as arr_0, uint8 (N, S, S, 3)")
     png_dir: str = option("", "also write each picture to this folder; one that is half full is continued")
@@ -219,8 +220,8 @@ def benchmark(model, cfg, device):
     print(f"matrix product measured here: {product / 1e12:.3g} TFLOP/s")
     for title, n, plain in ((f"{cfg.batch} at once", cfg.batch, False), ("one alone", 1, False),
                             (f"{cfg.batch} at once, attention written out", cfg.batch, True)):
-        if plain:
-            unified.write_out_attention(model)
+        if plain and not unified.write_out_attention(model):
+            continue
         seconds = unified.seconds_of(device, lambda: model.sample(n, steps=cfg.steps))
         rate = unified.count_operations(model, lambda model: model.requires_grad_(False).sample(n, steps=cfg.steps)) / seconds
         print(f"{title:40s} {n / seconds:8.2f} images/s  {1000 * seconds:8.0f} ms a call  {rate / 1e12:8.3f} TFLOP/s  "
@@ -247,6 +248,10 @@ def run(cfg, device):
         unified.compile_blocks(model)
     if not model.generates and not cfg.image:
         raise UserError(f"{cfg.run} has learned to fill holes, not to start from nothing; add --image FILE --box x0,y0,x1,y1")
+    if cfg.reconstruct and not (hasattr(model, "vqgan") or getattr(model, "hidden_clean", 0)):
+        raise UserError(f"--reconstruct: {cfg.run} has neither a tokenizer nor learned to guess what is hidden")
+    if not hasattr(model, "vqgan") and not 0 <= (cfg.temperature or 0) <= 1:
+        raise UserError(f"--temperature {cfg.temperature:g} is DDIM's eta for a model that starts from noise; take 0 to 1")
     if cfg.benchmark:
         return benchmark(model, cfg, device)
     cfg.n = cfg.n or (6 if cfg.image else 64)

@@ -1660,7 +1660,7 @@ def test_golden_umd_corruption_and_guesses(preset):
         latent = model.encode(x, model.condition(t, labels, keep), visible)
         assert_close(latent[:, :g.config["num_cls"]].mean(1), theirs[f"{part}_features"])
         if f"{part}_image_mask" in theirs:
-            assert model.hidden_pixels(visible, len(x)).equal(first(theirs[f"{part}_image_mask"]).bool())
+            assert model.hidden_pixels(visible).equal(first(theirs[f"{part}_image_mask"]).bool())
         else:
             assert visible is None
 
@@ -1816,14 +1816,14 @@ def test_a_part_of_the_batch_stays_clean_and_both_parts_count_by_their_size():
 def test_what_is_hidden_and_what_is_noise_are_never_read():
     model, visible = umd(), torch.tensor([[0, 5, 10, 15]])
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([7])
-    hidden = model.hidden_pixels(visible, 1)
+    hidden = model.hidden_pixels(visible)
     for ours, theirs in zip(model.predict(x, t, visible=visible), model.predict(torch.where(hidden, 9.0, x), t, visible=visible)):
         assert ours.equal(theirs)
 
 
 def test_noise_is_learned_where_it_is_seen_and_pixels_where_they_are_hidden():
     model, visible = umd(), torch.tensor([[0, 1, 2, 3]])
-    hidden = model.hidden_pixels(visible, 1)
+    hidden = model.hidden_pixels(visible)
     x0, noise, u = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), torch.arange(16.0)[None]
     guesses = []
     model.predict = lambda *args: guesses.extend(torch.zeros(1, 3, 16, 16, requires_grad=True) for _ in range(2)) or guesses[-2:]
@@ -3747,8 +3747,7 @@ def test_two_processes_probe_as_one_does(diffused):
 
 def test_the_method_that_the_readme_adds_trains_and_samples():
     code = (HERE / "README.md").read_text().split("```python\nclass ")[1].split("```")[0]
-    names = dict(unified=unified, torch=torch, nn=nn, F=F)
-    exec("class " + code, names)
+    exec("class " + code, vars(unified).copy())
     try:
         model = unified.build(unified.model_config("denoiser", "tiny", 16, 4))
         loss, _ = model(some_pictures())

@@ -37,7 +37,7 @@ class Config:
     model: str = option("mage", "what to train; mae, maskdit and dit are the ends of UMD, not the official networks", choices=list(unified.MODELS))
     size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet", choices=["tiny", "small", "base", "large"])
     image_size: int = option(None, "side in pixels; 32, or on folders 256, 64 for tiny and small")
-    ids: int = option(None, "ids, or patches of pixels, an image; 16 (patches 64) on shapes, else 64 below 128 pixels and 256 from there on")
+    ids: int = option(None, "ids, or patches of pixels, an image; 16 on shapes (64 of pixels), else 64 below 128 pixels and 256 from there on")
     codes: int = option(None, "entries of the codebook; 128 on shapes, else 1024")
     steps: int = option(None, "optimizer steps of the model; or say --epochs")
     epochs: float = option(None, "the same in passes over the training set")
@@ -45,7 +45,8 @@ class Config:
     adversarial: float = option(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0")
     tokenizer: str = option("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
     predictor: str = option("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a checkpoint or a published file")
-    views: int = option(None, "random crops of each image kept as ids; 1 keeps the whole picture, 0 tokenises fresh crops in every step")
+    views: int = option(None, "random crops of each image kept as ids; 1 keeps the whole picture, 0 tokenises fresh crops in every step. "
+                              "Models of pixels: 0 takes the whole picture, 1 a fresh crop in every step")
     labels: bool = option(False, "condition on class labels, so that sample.py --label works")
     init: str = option("", "a run of the same model and size to start from; with --labels, to teach it the classes")
     init_encoder: str = option("", "a run whose encoder blocks, of the same width, to start from")

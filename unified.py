@@ -28,7 +28,7 @@ Letters    B images    L tokens of an image    M of them that an encoder reads  
            K codebook entries    W words    V crops of an image    S image side in pixels    h x w the token grid, h * w = L
            x pixels    z encoder output, before it is rounded to the codebook    t, T noise step, their number
 In generation n is the number of pictures to make.
-Pixels are floats in [0, 1] wherever a function is public. Masks are boolean and True means hidden, everywhere.
+Pixels are floats in [0, 1]; only where noise is added or guessed do they lie in [-1, 1]. Masks are boolean and True means hidden, everywhere.
 Everything random can be passed in: a function that draws says which argument replaces the draw.
 
 Papers     [UMD] Hansen-Estruch et al. 2024, arXiv 2406.17688    [DiT] Peebles and Xie 2022, 2212.09748    [MaskDiT] Zheng et al. 2023, 2306.09305
@@ -136,23 +136,6 @@ def take(x, index):
 def put(into, index, x):
     """The inverse: a copy of into (B, L, C) with x (B, M, C) at the positions index."""
     return into.scatter(1, index[..., None].expand(-1, -1, x.size(2)), x)
-
-
-def run_blocks(x, blocks, first, layers, add, maps, places, *condition):
-    """Run blocks, numbered from first on, but none beyond the last of layers.
-
-    x, places   tokens (B, ., C); those at places, a slice, are the patches of the picture, h x h of them, row by row
-    layers      numbers of the blocks whose outputs are put into the dict maps, as (B, C, h, h)
-    add         {number: map (B, C, h, h)} added to that block's output
-    """
-    side = math.isqrt(places.stop - places.start)
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            x = torch.cat([x[:, :places.start], x[:, places] + add[b].flatten(2).mT, x[:, places.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, places].mT.unflatten(2, (side, side))
-    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -544,8 +527,35 @@ def angles(t, width, last):
     return t.float()[:, None] * (-math.log(10000) / last * torch.arange(width // 2, device=t.device)).exp()
 
 
+# Every model can be read after any of its blocks, and fed at them; every model can be sampled, a step at a time. What follows is common to all.
+
+
+def run_blocks(x, blocks, first, layers, add, maps, places, *condition):
+    """Run blocks, numbered from first on, but none beyond the last of layers.
+
+    x, places   tokens (B, ., C); those at places, a slice, are the patches of the picture, h x h of them, row by row
+    layers      numbers of the blocks whose outputs are put into the dict maps, as (B, C, h, h)
+    add         {number: map (B, C, h, h)} added to that block's output
+    """
+    side = math.isqrt(places.stop - places.start)
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            x = torch.cat([x[:, :places.start], x[:, places] + add[b].flatten(2).mT, x[:, places.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, places].mT.unflatten(2, (side, side))
+    return x
+
+
 class Model(nn.Module):
-    """What all models share. Each adds forward(x, labels) -> loss, logs; sample_steps() -> states; features(), embed() and layers."""
+    """What all models share. Each adds
+
+    forward(x, labels) -> loss, logs        sample_steps(n, ...) -> states        features(x, t, layers, ...) -> maps        embed(x) -> vectors
+    image_size, classes                     layers {number: (channels, h, w)}     best_layer, best_t, pools, as its authors read it
+    t_range  (least, most, meaning) of features(t=)
+
+    and those that hide, reconstruct(x) -> pictures. It is all that the scripts know of a model.
+    """
 
     generates = True                    # it can start from nothing
 
@@ -756,9 +766,14 @@ class MAGE(Model):
         x = torch.cat([x[:, :1], torch.where(mask[..., None], front, seen)], 1)
         return x + self.decoder_pos_embed_learned                                           # (B, 1 + L, C')
 
+    @property
+    def table(self):
+        """The embeddings of all words (W, C), by which guesses are compared with them too."""
+        return self.token_emb.word_embeddings.weight
+
     def head(self, x, rows=None):
         """Decoder output -> logits over the first rows words; the K codes unless said otherwise: nothing else is ever guessed."""
-        return self.mlm_layer(self.decoder_norm(x), self.token_emb.word_embeddings.weight[:rows or self.codes])
+        return self.mlm_layer(self.decoder_norm(x), self.table[:rows or self.codes])
 
     # ---- generation
 
@@ -997,7 +1012,7 @@ class ADDP(MAGE):
         with torch.no_grad():
             painted, target = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([earlier, mask])).chunk(2)
             x = self.paint(ids, mask, painted)
-        logits = self.decode(self.encode(x), ids, mask, seen, rows=len(self.token_emb.weight))
+        logits = self.decode(self.encode(x), ids, mask, seen, rows=len(self.table))
         target = F.pad(target.softmax(-1), (0, logits.size(2) - self.codes))
         nll = F.cross_entropy(logits.transpose(1, 2), target.transpose(1, 2), label_smoothing=0.1, reduction="none")    # (B, L)
         loss = (nll * mask).sum() / mask.sum()                                              # only hidden positions count
@@ -1059,9 +1074,10 @@ class ADDP(MAGE):
         words = self.token_emb(ids) + self.decoder_pos_token_embed[:, 1:]
         return torch.cat([x, take(words, mask.int().argsort(stable=True, dim=1)[:, :seen])], 1)      # the seen ones, row by row
 
-    def head(self, x, rows=None):
+    @property
+    def table(self):
         """As MAGE's."""
-        return self.mlm_layer(self.decoder_norm(x), self.token_emb.weight[:rows or self.codes])
+        return self.token_emb.weight
 
     # ---- generation
 
@@ -1120,6 +1136,7 @@ class ADDP(MAGE):
 #     clean part    a share q of the batch, t = 0, much hidden:    (x0' - x0)^2 on what is hidden                  [MAE]
 #     noised part   the rest, t >= 1, less or nothing hidden:      half (eps' - eps)^2 on what is seen,
 #                                                                  half (x0' - x0)^2 on what is hidden             [UMD, section 3]
+#                   nothing hidden:                                both halves everywhere
 #
 # Here nothing is tokenised: a token is a patch of pixels. Hiding patches teaches what pictures look like at large, removing noise
 # teaches every scale of detail, and both are the same act, corrupting and undoing. If clean is called t = 0, with abar_0 = 1, then
@@ -1131,8 +1148,8 @@ class ADDP(MAGE):
 #     MaskDiT              0                       -                  0.5
 #     DiT                  0                       -                   0
 #
-# The ends are UMD's own: the published MAE and DiT are other networks (fixed positions, a narrow decoder, targets normalised patch
-# by patch there; latents, no decoder, a learned variance here), and their weights do not fit.
+# The ends are UMD's own. The published MAE has fixed positions, a narrow decoder and targets normalised patch by patch; the published
+# DiT reads latents, has no decoder, guesses the noise alone and learns a variance. Their weights do not fit.
 
 
 class ConditionedBlock(Block):
@@ -1237,23 +1254,24 @@ class UMD(Model):
         return loss, logs
 
     def errors(self, x0, t, noise, mask_noise, ratio, labels=None, keep_label=None):
-        """Mean squared errors of x0, where it was hidden, and of the noise, where it could be seen; everywhere if nothing is hidden."""
+        """Mean squared errors of x0, where it was hidden, and of the noise, where it could be seen; of both everywhere if nothing is hidden."""
         visible = self.visible(mask_noise, ratio) if ratio else None
         guess = self.predict(q_sample(x0, self.abar[t], noise), t, labels, visible, keep_label)
-        hidden = self.hidden_pixels(visible, len(x0))
+        if not ratio:
+            return tuple(F.mse_loss(ours, target) for ours, target in zip(guess, (x0, noise)))
+        hidden = self.hidden_pixels(visible)
         return tuple(((ours - target).square() * where).sum() / (3 * where.sum())
-                     for ours, target, where in zip(guess, (x0, noise), (hidden, ~hidden if ratio else hidden)))
+                     for ours, target, where in zip(guess, (x0, noise), (hidden, ~hidden)))
 
     def visible(self, mask_noise, ratio):
         """The patches of smallest noise (B, L), so many that a share ratio is hidden: int (B, M)."""
         return mask_noise.argsort(dim=1, stable=True)[:, :int(self.length * (1 - ratio))]
 
-    def hidden_pixels(self, visible, n):
-        """Visible patches, int (n, M), or None for all -> bool (n, 1, S, S), True = hidden; True everywhere for None."""
-        hidden = torch.ones(n, self.length, dtype=torch.bool, device=self.abar.device)
-        hidden = hidden if visible is None else hidden.scatter(1, visible, False)
+    def hidden_pixels(self, visible):
+        """Visible patches, int (B, M) -> bool (B, 1, S, S), True = hidden."""
+        hidden = torch.ones(len(visible), self.length, dtype=torch.bool, device=visible.device).scatter(1, visible, False)
         patch = self.image_size // self.grid
-        return hidden.view(n, 1, self.grid, self.grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+        return hidden.view(-1, 1, self.grid, self.grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
     def predict(self, x, t, labels=None, visible=None, keep_label=None):
         """Pixels (B, 3, S, S) in about [-1, 1], noised to t (B,) -> guesses of x0 and of the noise, each (B, 3, S, S).
@@ -1315,8 +1333,8 @@ class UMD(Model):
     def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
         """From noise to pictures: yields a Denoising after each step.
 
-        n, steps      pictures; evaluations of the network, 125 as published, one more or less where T / steps is not whole
-        temperature   eta of ddim_step: 1 as published (DDPM), 0 for DDIM, which adds no noise on the way
+        n, steps      pictures; steps, 125 as published: from T down in strides of T / steps, rounded up, and t = 1 at the end
+        temperature   eta of ddim_step, 0 to 1: 1 as published (DDPM), 0 for DDIM, which adds no noise on the way
         labels, guidance, known, mask, seeds        as for MAGE.sample_steps; guidance is the same at every step
         ValueError    if it was trained on clean pictures only (MAE) and there is nothing known: it fills holes, in one step
         """
@@ -1348,7 +1366,7 @@ class UMD(Model):
         """How MAE is looked at: pixels (B, 3, S, S) -> the same with the clean part's share hidden, and with the network's guess there."""
         mask_noise = torch.rand(len(x), self.length, device=x.device) if mask_noise is None else mask_noise
         visible = self.visible(mask_noise, self.hidden_clean)
-        hidden = self.hidden_pixels(visible, len(x))
+        hidden = self.hidden_pixels(visible)
         guess = (self.predict(2 * x - 1, torch.zeros(len(x), dtype=torch.long, device=x.device), visible=visible)[0] + 1) / 2
         return torch.where(hidden, 0.2, x), torch.where(hidden, guess.clamp(0, 1), x)
 
@@ -1603,7 +1621,7 @@ class ADM(Model):
         """Ancestral sampling [DDPM, algorithm 2] with the learned variance, or DDIM, on a shortened process.
 
         n, steps      pictures, steps; 250 as published, 25 for DDIM
-        temperature   1: ancestral; less: DDIM, eta of ddim_step, which adds less noise, at 0 none
+        temperature   0 to 1. 1: ancestral; less: DDIM, eta of ddim_step, which adds less noise, at 0 none
         known, mask   pixels (n, 3, S, S) in [0, 1] and bool (n, S, S), True = to be painted
         seeds         int64 (n,), all that a picture depends on besides the weights; 0 .. n-1 if None
         yields        a Denoising after each step. labels must be None: this network takes none, so guidance means nothing
@@ -1770,9 +1788,12 @@ def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, t
     method = MODELS[name]
     if method.predictor:
         source = {"predictor": tokenizer if "model" in tokenizer else model_config(method.predictor, size, image_size, grid, tokenizer)}
+    elif method.tokenizer:
+        source = {"tokenizer": tokenizer, "classes": classes}
+    elif "grid" in inspect.signature(method.model).parameters:
+        source = {"grid": grid, "classes": classes}
     else:
-        source = {"tokenizer": tokenizer} if method.tokenizer else {"grid": grid} if "grid" in inspect.signature(method.model).parameters else {}
-        source["classes"] = classes
+        source = {"classes": classes}
     return {"model": name, "image_size": image_size, **source, **method.sizes[size], **method.options, **(method.tune if tune else {})}
 
 
@@ -1870,7 +1891,7 @@ PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": p
 # ---------------------------------------------------------------------------------------------------------------------------
 # 10. Pictures, runs and files
 #
-# Nothing from here on is about images. Files are checked when they are read, checkpoints are written under another name and then
+# No method is explained from here on. Files are checked when they are read, checkpoints are written under another name and then
 # renamed, loads execute nothing, and a user's mistake ends in one sentence.
 
 
@@ -1879,7 +1900,7 @@ class UserError(Exception):
 
 
 def attention_kernels():
-    """A context in which Hopper GPUs take cuDNN's attention before the others, since there it is the fastest; other GPUs take what torch does."""
+    """A context in which Hopper GPUs take cuDNN's attention first, said to be the fastest there; other GPUs take what torch chooses."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
         return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
     return contextlib.nullcontext()
@@ -2134,8 +2155,9 @@ class Pictures:
     def crop(self, x, crops):
         """Cut and resize by one bilinear sampling; a flip is a negative width."""
         side = x.size(-1)
-        left, top, w, h, flip = (v / side for v in crop_boxes(crops, side, side, self.scale))
-        zero, sign = torch.zeros_like(w), 1 - 2 * (flip > 0).float()
+        *box, flip = crop_boxes(crops, side, side, self.scale)
+        left, top, w, h = (v / side for v in box)
+        zero, sign = torch.zeros_like(w), 1 - 2 * flip.float()
         matrix = torch.stack([torch.stack([w * sign, zero, 2 * left + w - 1], 1), torch.stack([zero, h, 2 * top + h - 1], 1)], 1)
         return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="border", align_corners=False)
 
@@ -2341,7 +2363,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     return Folder(root / ("train" if train else "val"), folder_classes(root), size, (crop, 1.0), strict)
 
 
-# Ids on disk. Tokenising costs more than a small model's whole training step, so every image is tokenised once, in K crops.
+# Ids on disk. Tokenising costs more than a small model's whole training step, so every image is tokenised once, in V crops.
 
 
 def fingerprint(vqgan, data, views, size):
@@ -2401,9 +2423,9 @@ def open_cache(folder, mark, shape):
 
 
 def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
-    """Ids of every image, (N, K, L) uint16 memmap in folder/ids.npy, and the labels (N,) that belong to them.
+    """Ids of every image, (N, V, L) uint16 memmap in folder/ids.npy, and the labels (N,) that belong to them.
 
-    views  K crops of each image; 1 means the whole picture.
+    views  V crops of each image; 1 means the whole picture.
     A finished cache of the same tokenizer, data and crops is read, an unfinished one continued; several processes share the work.
     """
     folder, device, (rank, world) = pathlib.Path(folder), next(vqgan.parameters()).device, processes()
@@ -2414,8 +2436,8 @@ def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     plan = ((part, None if views == 1 else fold(part[:, None], torch.arange(views))) for part in parts)
     for part, (x, y) in zip(tqdm.tqdm(parts, "ids of every image", unit=" batches", disable=rank > 0 or not parts), data.batches(plan, workers)):
         with torch.no_grad():
-            z = torch.cat([vqgan.encode(chunk.to(device)).flatten(1) for chunk in x.flatten(0, -4).split(batch)])
-        ids[part.numpy()] = z.cpu().numpy().reshape(-1, *ids.shape[1:])
+            found = torch.cat([vqgan.encode(chunk.to(device)).flatten(1) for chunk in x.flatten(0, -4).split(batch)])
+        ids[part.numpy()] = found.cpu().numpy().reshape(-1, *ids.shape[1:])
         ids.flush()                                                                         # before the labels, which say that it is done
         labels[part.numpy()] = y.numpy()
     if world > 1:
@@ -2501,10 +2523,11 @@ def compile_blocks(model):
 
 
 def write_out_attention(model):
-    """From now on the readable equation instead of the fused kernel."""
+    """From now on the readable equation instead of the fused kernel, in transformer blocks; returns whether there are any."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.fused = False
+    return any(isinstance(module, Attention) for module in model.modules())
 
 
 # The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set. Leading dimensions are
