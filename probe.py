@@ -211,8 +211,9 @@ def at_once(data, cfg):
 
 
 def reader(nets, wanted, cfg, alike=False):
-    """The reader of what --head needs, alike as for vectors(). Its keys are (net, which): of each of nets, {'top1': model, 'untrained': fresh}, the vector or the map,
-    averaged to cells, at each place; of 'pixels' a vector. diffeed computes its own features, and gets the picture and the draws of each t."""
+    """The reader of what --head needs, alike as for vectors(). Its keys are (net, which): of each of nets, {'top1': model, 'untrained': fresh},
+    the vector or the map, averaged to cells, at each place; of 'pixels' a vector. diffeed computes its own features, and gets the picture
+    and the draws of each t."""
     @torch.no_grad()
     def read(x, names):
         seeds, found = unified.fold(cfg.seed, names).to(x.device), {}

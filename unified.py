@@ -1902,7 +1902,8 @@ class UserError(Exception):
 def attention_kernels():
     """A context in which Hopper GPUs take cuDNN's attention first, said to be the fastest there; other GPUs take what torch chooses."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        return sdpa_kernel(order, set_priority=True)
     return contextlib.nullcontext()
 
 
