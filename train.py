@@ -619,7 +619,10 @@ def benchmark(run):
     first, *others = seconds
     print("; ".join(f"{other}: {seconds[other] / seconds[first]:.2f} times as long" for other in others))
     if cfg.dataset != "shapes":
-        print(f"images of {cfg.dataset}, read and cropped by {cfg.workers} workers: {reading_rate(cfg, batch, method.views):.1f} images/s")
+        try:
+            print(f"images of {cfg.dataset}, read and cropped by {cfg.workers} workers: {reading_rate(cfg, batch, method.views):.1f} images/s")
+        except UserError as error:
+            print(f"reading was not measured: {error}")
 
 
 def reading_rate(cfg, batch, views):
