@@ -592,7 +592,8 @@ def step_operations(model, x):
 
 def benchmark(run):
     """Print the speed of training: of this model as train.py runs it, on ids made in every step too if it reads ids, and as plain as
-    can be: float32, attention written out, nothing compiled, and a wait for the device in every step."""
+    can be: float32, attention written out, nothing compiled, and a wait for the device in every step. Every path is measured twice, in
+    turn, since the speed of a machine drifts."""
     cfg, method = run.cfg, unified.MODELS[run.cfg.model]
     stride = cfg.image_size // math.isqrt(cfg.ids)
     torch.manual_seed(cfg.seed)
@@ -600,24 +601,27 @@ def benchmark(run):
     model = unified.build(unified.model_config(cfg.model, cfg.size, cfg.image_size, math.isqrt(cfg.ids), tokenizer)).to(run.device)
     batch = cfg.micro_batch or run.micro_batch(cfg.batch_size, image_bytes(cfg, model))
     pixels = torch.rand(batch, method.views, 3, cfg.image_size, cfg.image_size, device=run.device)
-    inputs = {"pixels": pixels}
+    paths = {"pixels": (pixels, False), "pixels, plain path": (pixels, True)}
     if method.tokenizer:
-        inputs = {"cached ids": torch.randint(model.codes, (batch, method.views, model.length), device=run.device), "ids made in every step": pixels}
+        ids = torch.randint(model.codes, (batch, method.views, model.length), device=run.device)
+        paths = {"cached ids": (ids, False), "cached ids, plain path": (ids, True), "ids made in every step": (pixels, False)}
     product, copying = unified.machine_rates(run.device, getattr(torch, cfg.dtype))
     print(f"{cfg.model} {cfg.size}, {cfg.image_size} pixels, {batch} images a step, {cfg.dtype} on {run.device}"
           f"\nmeasured here: matrix product {product / 1e12:.3g} TFLOP/s, copy {copying / 1e9:.3g} GB/s")
-    seconds = {}
-    for name, x in inputs.items():
-        operations = step_operations(model, x.squeeze(1))
-        for plain in (False, True) if name == next(iter(inputs)) else (False,):
-            title = name + ", plain path" * plain
-            seconds[title], loss = time_training(run, copy.deepcopy(model), x, method, plain)
-            rate = operations / seconds[title]
-            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if run.device.type == "cuda" else ""
-            print(f"{title:40s} {batch / seconds[title]:9.1f} images/s  {rate / 1e12:8.3f} TFLOP/s  {rate / product:4.0%} of the product  "
-                  f"loss {loss:.4f}{memory}")
-    first, *others = seconds
-    print("; ".join(f"{other}: {seconds[other] / seconds[first]:.2f} times as long" for other in others))
+    steps, seconds = {}, {title: [] for title in paths}
+    for title in tqdm.tqdm([*paths] * 2, "measuring", leave=False):
+        if title not in steps:
+            steps[title] = training_step(run, copy.deepcopy(model), paths[title][0], method, paths[title][1])
+        seconds[title].append(unified.seconds_of(run.device, steps[title][0]))
+        if run.device.type == "cuda" and len(steps) == 1:
+            print(f"memory at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    times = {title: sum(pair) / 2 for title, pair in seconds.items()}
+    for title, (_, loss, start) in steps.items():
+        rate, spread = step_operations(model, paths[title][0].squeeze(1)) / times[title], abs(seconds[title][0] - seconds[title][1]) / 2
+        print(f"{title:24s} {batch / times[title]:8.1f} images/s +- {spread / times[title]:.0%}  {rate / 1e12:8.3f} TFLOP/s  "
+              f"{rate / product:4.0%} of the product  loss {loss:.4f}  first step {start:.1f} s")
+    first, *others = times
+    print("; ".join(f"{other}: {times[other] / times[first]:.2f} times as long" for other in others))
     if cfg.dataset != "shapes":
         try:
             print(f"images of {cfg.dataset}, read and cropped by {cfg.workers} workers: {reading_rate(cfg, batch, method.views):.1f} images/s")
@@ -632,8 +636,9 @@ def reading_rate(cfg, batch, views):
     return batch / unified.seconds_of(torch.device("cpu"), lambda: next(batches)[0].flatten()[0].item(), 5.0)       # .item(): wait for it
 
 
-def time_training(run, model, x, method, plain):
-    """Seconds of an optimizer step on the batch x, and the loss before it, on draws that are the same for every path. plain: see benchmark()."""
+def training_step(run, model, x, method, plain):
+    """A function that does one optimizer step on the batch x, the loss before any, on draws that are the same for every path, and the
+    seconds of the first step, compilation included. plain: see benchmark()."""
     stage = Stage("model", model.train(), {}, None, len(x), method.views, 10**6, len(x), len(x), 1e-4, method.recipe,
                   lambda step, first: model.draws(first, len(x)))
     run = copy.copy(run)
@@ -649,8 +654,12 @@ def time_training(run, model, x, method, plain):
     with torch.no_grad(), run.autocast():
         loss = model.eval()(x.squeeze(1), **stage.extra(0, 0))[0].item()
     model.train()
-    add = (lambda loss, logs: loss.item()) if plain else lambda loss, logs: None
-    return unified.seconds_of(run.device, lambda: update(run, stage, model, optimizer, weights, ema, 0, itertools.repeat((x, labels)), add)), loss
+
+    def step():
+        return update(run, stage, model, optimizer, weights, ema, 0, itertools.repeat((x, labels)), lambda loss, logs: loss.item() if plain else None)
+    started = time.perf_counter()
+    step()[0].item()                                                                        # .item(): wait for it
+    return step, loss, time.perf_counter() - started
 
 
 def main():
