@@ -201,6 +201,7 @@ def untrained(model, config):
 
 
 def autocast(cfg):
+    """--dtype, as a context."""
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
@@ -572,14 +573,10 @@ class LARS(torch.optim.Optimizer):
                 p.add_(m, alpha=-group["lr"])
 
 
-def shuffled(n, *seeds):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(unified.fold(*seeds)))
-
-
 def cached_batches(x, y, batch, seed):
     """epoch -> this process's share of batches of features (N, ...) that were computed once; the last, incomplete one is left out, as published."""
     def batches(epoch):
-        for part in shuffled(len(y), seed, epoch).to(y.device).split(batch)[:len(y) // batch]:
+        for part in unified.shuffled(len(y), seed, epoch).to(y.device).split(batch)[:len(y) // batch]:
             part = unified.share(part)
             yield {key: v[part] for key, v in x.items()}, y[part]
     return batches
@@ -588,7 +585,7 @@ def cached_batches(x, y, batch, seed):
 def fresh_batches(read, data, index, batch, cfg):
     """epoch -> the same of features computed anew, with --augment of fresh random crops, read in smaller parts than a batch."""
     def batches(epoch):
-        whole = [unified.share(one) for one in index[shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]]
+        whole = [unified.share(one) for one in index[unified.shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]]
         parts = [part for one in whole for part in one.split(at_once(data, cfg))]
         rows, labels = [], []
         for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None] if cfg.augment else None) for part in parts], cfg):
@@ -600,6 +597,7 @@ def fresh_batches(read, data, index, batch, cfg):
 
 
 def progress(steps, title):
+    """A bar, shown by the first process only."""
     return tqdm.tqdm(total=steps, desc=title, unit="step", dynamic_ncols=True, disable=unified.processes()[0] > 0)
 
 
@@ -688,7 +686,7 @@ def finetune(net, data, index, test, decay, title, cfg):
     embedding = getattr(net, "token_emb", nn.Identity()).train()
     with progress(cfg.epochs * steps, title) as bar:
         for epoch in range(cfg.epochs):
-            parts = index[shuffled(len(index), cfg.seed, epoch)].split(cfg.batch_size)[:steps]
+            parts = index[unified.shuffled(len(index), cfg.seed, epoch)].split(cfg.batch_size)[:steps]
             plan = [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in map(unified.share, parts)]
             for i, (x, y) in enumerate(data.batches(plan, cfg.workers)):
                 mixup_loss(logits, x.squeeze(1), y.to(cfg.device)).backward()
@@ -825,7 +823,7 @@ def run(cfg, first):
     model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights))
     wanted = places(model, cfg)
     dataset, train, test = open_sets(model.to(cfg.device), config, cfg)
-    index = shuffled(len(train), cfg.seed)[:cfg.limit]
+    index = unified.shuffled(len(train), cfg.seed)[:cfg.limit]
     if cfg.head in RECIPES:
         fit_recipe(cfg, train, len(index))
     if cfg.head in ONE_PLACE:

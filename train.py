@@ -147,11 +147,13 @@ class Run:
             signal.signal(number, self.ask_to_stop)
 
     def ask_to_stop(self, number, frame):
+        """Signal handler: the step at hand is finished first."""
         if self.stop:                                                                       # asked twice: now
             raise KeyboardInterrupt
         self.stop = number
 
     def tell(self, text):
+        """Print, once for all processes."""
         if self.rank == 0:
             tqdm.tqdm.write(text)
 
@@ -162,10 +164,12 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def rows(self):
+        """log.jsonl so far; a last line that was cut off does not count."""
         path = self.folder / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
     def save(self, name, **state):
+        """Write a checkpoint of the run's folder, once for all processes."""
         if self.rank == 0:
             unified.save_checkpoint(self.folder / name, state)
 
@@ -201,9 +205,7 @@ def open_run(run):
             return
 
 
-@functools.lru_cache(2)
-def permutation(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(unified.fold(seed, epoch)))
+permutation = functools.lru_cache(2)(unified.shuffled)          # a batch may reach from one epoch into the next
 
 
 def plan(n, seed, views, batch, micro, rank, world, start, steps):
@@ -217,7 +219,7 @@ def plan(n, seed, views, batch, micro, rank, world, start, steps):
 
 
 def cached_batches(ids, labels, plan):
-    """Batches of cached ids (N, K, L), views chosen by the crops' numbers, two of one image never the same: yields (B, V, L), labels."""
+    """Batches of cached ids (N, crops, L), views chosen by the crops' numbers, two of one image never the same: yields (B, V, L), labels."""
     K = ids.size(1)
     for index, crops in plan:
         first = crops[:, :1] % K
@@ -227,6 +229,7 @@ def cached_batches(ids, labels, plan):
 
 
 def trainable(net):
+    """{name: parameter} of those that learn."""
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 

@@ -1646,6 +1646,7 @@ class ADM(Model):
 
     @property
     def t_range(self):
+        """Least and most t of features(), and what it means."""
         return 0, len(self.abar) - 1, "the step of the noise"
 
     @property
@@ -2133,6 +2134,11 @@ def crop_boxes(crops, width, height, scale):
     return x * (width - w), y * (height - h), w, h, flip < 0.5
 
 
+def shuffled(n, *seeds):
+    """0 .. n - 1 in an order that follows from the seeds: int64 (n,)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(fold(*seeds)))
+
+
 class Pictures:
     """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time.
 
@@ -2146,6 +2152,7 @@ class Pictures:
         return len(self.images)
 
     def batches(self, plan, workers=0):
+        """The pictures of the plan, (x, labels) at a time; workers are not needed here."""
         for index, crops in plan:
             x = self.images[index.to(self.images.device)].float() / 255
             if crops is not None:
@@ -2194,6 +2201,7 @@ class Folder(torch.utils.data.Dataset):
         return torch.zeros(0), 0, bad
 
     def crop(self, image, crops):
+        """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole picture (3, S, S)."""
         if crops is None:
             return from_image(image, self.size)
         width, height = image.size
@@ -2208,6 +2216,7 @@ class Folder(torch.utils.data.Dataset):
         return torch.stack(views)
 
     def batches(self, plan, workers=0):
+        """The pictures of the plan, (x, labels) at a time, decoded by so many processes. UserError for what Folder may not skip."""
         items = ([(i, None if crops is None else crops[j].tolist()) for j, i in enumerate(index.tolist())] for index, crops in plan)
         for items in torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, collate_fn=list):
             for i, error in (b for *_, bad in items for b in bad):
