@@ -205,12 +205,6 @@ def autocast(cfg):
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
-def at_once(data, cfg):
-    """How many pictures to read at once: 2^18 pixels on a CPU, 2^21 on a GPU; the first layers need the memory."""
-    side = data.size if isinstance(data, unified.Folder) else data.images.size(-1)
-    return max(1, 2 ** (18 if cfg.device == "cpu" else 21) // side ** 2)
-
-
 def reader(nets, wanted, cfg, alike=False):
     """The reader of what --head needs, alike as for vectors(). Its keys are (net, which): of each of nets, {'top1': model, 'untrained': fresh},
     the vector or the map, averaged to cells, at each place; of 'pixels' a vector. diffeed computes its own features, and gets the picture
@@ -251,7 +245,7 @@ def collect(read, data, index, cfg, title):
     if need > 0.8 * there:
         raise UserError(f"features of {len(index)} pictures need {need / 2**30:.0f} GiB; --limit {int(0.5 * there / need * len(index))} fits, "
                         "a smaller --pool may, and trained heads have --augment, which keeps none")
-    found, y = unified.collect(read, data, unified.share(index), at_once(data, cfg), cfg.workers, cfg.device, title)
+    found, y = unified.collect(read, data, unified.share(index), cfg.workers, cfg.device, title)
     return {key: gather(v, len(index)) for key, v in found.items()}, gather(y.to(cfg.device), len(index))
 
 
@@ -586,7 +580,7 @@ def fresh_batches(read, data, index, batch, cfg):
     """epoch -> the same of features computed anew, with --augment of fresh random crops, read in smaller parts than a batch."""
     def batches(epoch):
         whole = [unified.share(one) for one in index[unified.shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]]
-        parts = [part for one in whole for part in one.split(at_once(data, cfg))]
+        parts = [part for one in whole for part in one.split(unified.at_once(data, cfg.device))]
         rows, labels = [], []
         for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None] if cfg.augment else None) for part in parts], cfg):
             rows, labels = rows + [found], labels + [y]
@@ -633,7 +627,7 @@ def train_heads(heads, batches, steps, dims, cfg):
 @torch.no_grad()
 def score_heads(heads, read, data, dims, cfg):
     """Accuracy of each head on a whole data set, for each d of dims: {net: [in [0, 1], ...]}. (MAE and MAGE report their best epoch.)"""
-    plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(at_once(data, cfg))]
+    plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(unified.at_once(data, cfg.device))]
     hits = {net: torch.zeros(len(dims), device=cfg.device) for net in heads}
     for found, y in stream(read, data, plan, cfg):
         for net, head in heads.items():
@@ -711,7 +705,7 @@ def mixup_loss(logits, x, y, alpha=0.8, smoothing=0.1):
 @torch.no_grad()
 def accuracy(logits, data, cfg):
     """Share of a data set's whole pictures where the largest of logits(x) is the label's."""
-    plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(at_once(data, cfg))]
+    plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(unified.at_once(data, cfg.device))]
     hits = torch.cat([logits(x).argmax(1) == y.to(cfg.device) for x, y in data.batches(plan, cfg.workers)])
     return gather(hits.float(), len(data)).mean().item()
 

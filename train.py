@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 
+import numpy
 import torch
 import torch.distributed
 import tqdm
@@ -512,8 +513,9 @@ def get_model(run, frozen, arch, train, test):
     def evaluate():
         draw_what_it_does(run, model, test, steps=None if method.tokenizer else 20)
         torch.manual_seed(0)
+        parts = zip(held.to(run.device).split(16), labels.to(run.device).split(16))         # each draws a hidden share of its own
         with torch.no_grad(), run.autocast():
-            return {"held_out": model(held.to(run.device), labels.to(run.device) if cfg.labels else None)[0].item()}
+            return {"held_out": torch.stack([model(x, y if cfg.labels else None)[0] for x, y in parts]).mean().item()}
     ema = fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, getattr(model, "vqgan", None), train), len(train),
                          method.views if method.tokenizer else cfg.views, steps, cfg.batch_size, micro, peak, recipe_of(cfg),
                          lambda step, first: model.draws(first, micro), evaluate))
@@ -595,8 +597,8 @@ def step_operations(model, x):
 
 def benchmark(run):
     """Print the speed of training: of this model as train.py runs it, on ids made in every step too if it reads ids, and as plain as
-    can be: float32, attention written out, nothing compiled, and a wait for the device in every step. Every path is measured twice, in
-    turn, since the speed of a machine drifts."""
+    can be: float32, attention written out, nothing compiled, and a wait for the device in every step. All are measured five times, in turn,
+    since the speed of a machine drifts: the figures are medians."""
     cfg, method = run.cfg, unified.MODELS[run.cfg.model]
     stride = cfg.image_size // math.isqrt(cfg.ids)
     torch.manual_seed(cfg.seed)
@@ -608,23 +610,21 @@ def benchmark(run):
     if method.tokenizer:
         ids = torch.randint(model.codes, (batch, method.views, model.length), device=run.device)
         paths = {"cached ids": (ids, False), "cached ids, plain path": (ids, True), "ids made in every step": (pixels, False)}
-    product, copying = unified.machine_rates(run.device, getattr(torch, cfg.dtype))
-    print(f"{cfg.model} {cfg.size}, {cfg.image_size} pixels, {batch} images a step, {cfg.dtype} on {run.device}"
-          f"\nmeasured here: matrix product {product / 1e12:.3g} TFLOP/s, copy {copying / 1e9:.3g} GB/s")
-    steps, seconds = {}, {title: [] for title in paths}
-    for title in tqdm.tqdm([*paths] * 2, "measuring", leave=False):
-        if title not in steps:
-            steps[title] = training_step(run, copy.deepcopy(model), paths[title][0], method, paths[title][1])
-        seconds[title].append(unified.seconds_of(run.device, steps[title][0]))
+    steps, turns = {}, []
+    for title, (x, plain) in paths.items():
+        steps[title] = training_step(run, copy.deepcopy(model), x, method, plain)
         if run.device.type == "cuda" and len(steps) == 1:
             print(f"memory at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    times = {title: sum(pair) / 2 for title, pair in seconds.items()}
-    for title, (_, loss, start) in steps.items():
-        rate, spread = step_operations(model, paths[title][0].squeeze(1)) / times[title], abs(seconds[title][0] - seconds[title][1]) / 2
-        print(f"{title:24s} {batch / times[title]:8.1f} images/s +- {spread / times[title]:.0%}  {rate / 1e12:8.3f} TFLOP/s  "
-              f"{rate / product:4.0%} of the product  loss {loss:.4f}  first step {start:.1f} s")
-    first, *others = times
-    print("; ".join(f"{other}: {times[other] / times[first]:.2f} times as long" for other in others))
+    for _ in tqdm.tqdm(range(5), "measuring", leave=False):
+        turns.append((*unified.machine_rates(run.device, getattr(torch, cfg.dtype)), *(unified.seconds_of(run.device, s[0]) for s in steps.values())))
+    product, copying, *seconds = numpy.array(turns).T                                       # (5,) each
+    print(f"{cfg.model} {cfg.size}, {cfg.image_size} pixels, {batch} images a step, {cfg.dtype} on {run.device}"
+          f"\nmeasured here: matrix product {numpy.median(product) / 1e12:.3g} TFLOP/s, copy {numpy.median(copying) / 1e9:.3g} GB/s")
+    for took, (title, (_, loss, start)) in zip(seconds, steps.items()):
+        rate = step_operations(model, paths[title][0].squeeze(1)) / took
+        print(f"{title:24s} {numpy.median(batch / took):8.1f} images/s +- {numpy.ptp(took) / 2 / numpy.median(took):.0%}  "
+              f"{numpy.median(rate) / 1e12:8.3f} TFLOP/s  {numpy.median(rate / product):4.0%} of the product  loss {loss:.4f}  first step {start:.1f} s")
+    print("; ".join(f"{title}: {numpy.median(took / seconds[0]):.2f} times as long" for took, title in zip(seconds[1:], [*steps][1:])))
     if cfg.dataset != "shapes":
         try:
             print(f"images of {cfg.dataset}, read and cropped by {cfg.workers} workers: {reading_rate(cfg, batch, method.views):.1f} images/s")

@@ -244,7 +244,7 @@ class Codebook(nn.Module):
         """Squared distance of every position to every code, in float32: (B, dim, h, w) -> (B * h * w, K), row by row."""
         with torch.autocast(z.device.type, enabled=False):                                  # sums over the width need it
             z, e = z.movedim(1, -1).flatten(0, -2).float(), self.embedding.weight
-            return (z * z).sum(1, keepdim=True) + (e * e).sum(1) - 2 * z @ e.T
+            return ((z * z).sum(1, keepdim=True) + (e * e).sum(1)).addmm_(z, e.T, alpha=-2)     # in place: no second large matrix
 
     def lookup(self, ids):
         """Codes of an id map: int (B, h, w) -> (B, dim, h, w)."""
@@ -298,8 +298,9 @@ def straight_through(z, codes):
 def entropy_gap(distances, temperature=0.01):
     """Mean entropy of a position minus entropy of the mean, of softmax(-distances / temperature): (N, K) -> scalar in [-ln K, 0].
     The temperature is MaskGIT's."""
-    logp = (-distances / temperature).log_softmax(1)
-    p, mean = logp.exp(), logp.exp().mean(0)
+    logits = distances / -temperature
+    p, logp = logits.softmax(1), logits.log_softmax(1)                                      # exp(logp) would be slow where p underflows
+    mean = p.mean(0)
     return -(p * logp).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
 
 
@@ -338,7 +339,7 @@ class TokenizerTraining(nn.Module):
         z = self.vqgan.encoder(x)
         distances = self.vqgan.quantize.distances(z)
         codes = self.vqgan.quantize.lookup(distances.argmin(1).view(-1, *z.shape[2:]))
-        nearest = z.detach().movedim(1, -1).flatten(0, -2)[distances.argmin(0)]             # (K, dim): to each code the nearest z
+        nearest = z.detach().movedim(1, -1).flatten(0, -2)[distances.min(0).indices]        # (K, dim): to each code the nearest z
         y = self.vqgan.decoder(straight_through(z, codes))
         logs = {"l1": (y - x).abs().mean(), "l2": F.mse_loss(y, x),
                 "commitment": F.mse_loss(z, codes.detach()), "codebook": F.mse_loss(codes, z.detach()),
@@ -621,7 +622,14 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, 1, words))
 
     def forward(self, x, words):
-        return self.ln(F.gelu(self.fc(x))) @ words.detach().T + self.bias[..., :len(words)]
+        return F.linear(self.ln(F.gelu(self.fc(x))), words.detach(), self.bias[0, 0, :len(words)])
+
+
+def masked_loss(logits, target, mask):
+    """Mean over the hidden positions, mask (B, L), of the cross-entropy between logits (B, L, W) and target, ids (B, L) or probabilities
+    (B, L, W), smoothed by 0.1 [MAGE, section 3.2]. Positions are rows here: a softmax over the last dimension is much faster."""
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(0, 1), label_smoothing=0.1, reduction="none")
+    return (nll * mask.flatten()).sum() / mask.sum()
 
 
 class Decoding(typing.NamedTuple):
@@ -705,9 +713,7 @@ class MAGE(Model):
             x, labels = x.flatten(0, 1), None if labels is None else labels.repeat_interleave(2)
         ids, mask, keep = self.hide(x, rate, noise)
         latent = self.encode(self.words(ids, mask, labels, keep_label), keep)
-        logits = self.decode(latent, mask, keep)
-        nll = F.cross_entropy(logits.transpose(1, 2), ids, label_smoothing=0.1, reduction="none")       # (B, L)
-        loss = (nll * mask).sum() / mask.sum()                                              # only hidden positions count
+        loss = masked_loss(self.decode(latent, mask, keep), ids, mask)
         logs = {"masked": loss}
         if pair and self.contrastive:
             z = self.projection(latent[:, 1:].mean(1)).unflatten(0, (-1, 2))                # (B, 2, 256)
@@ -907,7 +913,7 @@ def demask(logits, ids, hidden, left, u, noise):
     noise (n, L) is added to the log-probability of what was drawn; the least certain are hidden again, ids known before never
     returns ids with every position filled, and bool (n, L): hidden again
     """
-    p = logits.softmax(-1)
+    p = logits.float().softmax(-1)
     ids = torch.where(hidden, categorical(p, u), ids)
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + noise
     return ids, ranks(confidence.masked_fill(~hidden, math.inf)) < left[:, None]
@@ -1014,8 +1020,7 @@ class ADDP(MAGE):
             x = self.paint(ids, mask, painted)
         logits = self.decode(self.encode(x), ids, mask, seen, rows=len(self.table))
         target = F.pad(target.softmax(-1), (0, logits.size(2) - self.codes))
-        nll = F.cross_entropy(logits.transpose(1, 2), target.transpose(1, 2), label_smoothing=0.1, reduction="none")    # (B, L)
-        loss = (nll * mask).sum() / mask.sum()                                              # only hidden positions count
+        loss = masked_loss(logits, target, mask)
         return loss, {"masked": loss}
 
     def hide(self, x, index=None, gap=None, noise=None):
@@ -2147,6 +2152,7 @@ class Pictures:
 
     def __init__(self, images, labels, classes, scale, device="cpu"):
         self.images, self.labels, self.classes, self.scale = images.to(device), labels, classes, scale
+        self.size = images.size(-1)
 
     def __len__(self):
         return len(self.images)
@@ -2432,6 +2438,11 @@ def open_cache(folder, mark, shape):
     return (numpy.lib.format.open_memmap(path, "r+") for path in paths)
 
 
+def at_once(data, device):
+    """How many pictures of a data set to read at once: 2^21 pixels on a GPU; on a CPU 2^16, which is fastest with what its caches hold."""
+    return max(4, 2 ** (16 if torch.device(device).type == "cpu" else 21) // data.size ** 2)
+
+
 def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     """Ids of every image, (N, V, L) uint16 memmap in folder/ids.npy, and the labels (N,) that belong to them.
 
@@ -2446,7 +2457,7 @@ def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     plan = ((part, None if views == 1 else fold(part[:, None], torch.arange(views))) for part in parts)
     for part, (x, y) in zip(tqdm.tqdm(parts, "ids of every image", unit=" batches", disable=rank > 0 or not parts), data.batches(plan, workers)):
         with torch.no_grad():
-            found = torch.cat([vqgan.encode(chunk.to(device)).flatten(1) for chunk in x.flatten(0, -4).split(batch)])
+            found = torch.cat([vqgan.encode(chunk.to(device)).flatten(1) for chunk in x.flatten(0, -4).split(at_once(data, device))])
         ids[part.numpy()] = found.cpu().numpy().reshape(-1, *ids.shape[1:])
         ids.flush()                                                                         # before the labels, which say that it is done
         labels[part.numpy()] = y.numpy()
@@ -2455,11 +2466,12 @@ def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
     return ids, torch.from_numpy(numpy.array(labels))
 
 
-def collect(read, data, index, batch=250, workers=0, device="cpu", name=None):
+def collect(read, data, index, workers=0, device="cpu", name=None):
     """The whole pictures index (N,) of a data set, read without gradient: read(x (B, 3, S, S) on device, index (B,)) -> {key: (B, ...)}.
 
     name: shows a progress bar. Returns {key: (N, ...)} on the device that read put them on, labels (N,) on the CPU.
     """
+    batch = at_once(data, device)
     found, labels, parts = {}, torch.empty(len(index), dtype=torch.long), index.split(batch)
     bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None or processes()[0] > 0, dynamic_ncols=True)
     with torch.no_grad():
@@ -2471,7 +2483,7 @@ def collect(read, data, index, batch=250, workers=0, device="cpu", name=None):
     return found, labels
 
 
-def map_pictures(function, data, count=None, batch=250, workers=0, device="cpu", name=None):
+def map_pictures(function, data, count=None, workers=0, device="cpu", name=None):
     """function(x (B, 3, S, S) on device) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, as by collect.
 
     A part is taken at random, the same one every time. Returns results (count, ...), labels (count,), on the CPU.
@@ -2479,7 +2491,7 @@ def map_pictures(function, data, count=None, batch=250, workers=0, device="cpu",
     index = torch.arange(len(data))
     if count and count < len(data):
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
-    found, labels = collect(lambda x, _: {"": function(x).cpu()}, data, index, batch, workers, device, name)
+    found, labels = collect(lambda x, _: {"": function(x).cpu()}, data, index, workers, device, name)
     return found[""], labels
 
 
