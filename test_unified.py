@@ -3067,6 +3067,9 @@ def test_a_chart_draws_its_curves():
         assert columns.mean() > 0.95
     rising = [(inside[:, x] == (0x1f, 0x77, 0xb4)).all(1).nonzero()[0].mean() for x in (10, 290)]
     assert rising[0] > 200 and rising[1] < 20                           # up is more
+    image = numpy.array(unified.chart({"a": [(0, 1.0), (10, 100.0)], "b": [(5, 10.0)]}, "falls a hundredfold", (400, 300))).astype(int)
+    rows, columns = (image[42:258, 72:378] == (0xd6, 0x27, 0x28)).all(2).nonzero()
+    assert abs(rows.mean() - 108) < 4 and abs(columns.mean() - 153) < 4 and len(rows) > 20      # a dot; 10 is midway from 1 to 100
     assert (numpy.array(unified.chart({}, "nothing yet")) == 255).mean() > 0.9
 
 

@@ -541,7 +541,8 @@ def draw_losses(run):
     """loss.png: training and held-out loss of both stages."""
     rows = run.rows()
     for stage in ("tokenizer", "model"):
-        curves = {name: [(r["step"], r[name]) for r in rows if r["stage"] == stage and name in r] for name in ("loss", "held_out")}
+        rows_of = {name: [r for r in rows if r["stage"] == stage and name in r] for name in ("loss", "held_out")}
+        curves = {name: [(r["step"], r.get("masked", r[name])) for r in found] for name, found in rows_of.items()}     # of MAGE-C without the contrast
         curves = {name: curve for name, curve in curves.items() if curve}
         if curves:
             yield unified.chart(curves, f"{stage}: loss by step")

@@ -97,7 +97,7 @@ class Attention(nn.Module):
     def forward(self, x):                                                                   # (B, L, C)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # 3 x (B, n, L, d)
         p = self.dropout if self.training else 0.0
-        if self.fused and (q.device.type != "cpu" or q.dtype == torch.float32 and p == 0):  # no dropout in the CPU's kernel, and slow bfloat16
+        if self.fused and (q.device.type != "cpu" or q.dtype == torch.float32 and p == 0):  # a CPU's kernel has no dropout, and slow bfloat16
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
         else:
             x = F.dropout((q @ k.mT * q.size(-1) ** -0.5).softmax(-1), p) @ v
@@ -622,13 +622,13 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, 1, words))
 
     def forward(self, x, words):
-        return F.linear(self.ln(F.gelu(self.fc(x))), words.detach(), self.bias[0, 0, :len(words)])
+        return F.linear(self.ln(F.gelu(self.fc(x))), words.detach(), self.bias[0, 0, :len(words)]).float()    # softmax follows
 
 
 def masked_loss(logits, target, mask):
     """Mean over the hidden positions, mask (B, L), of the cross-entropy between logits (B, L, W) and target, ids (B, L) or probabilities
-    (B, L, W), smoothed by 0.1 [MAGE, section 3.2]. Positions are rows here: a softmax over the last dimension is much faster."""
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(0, 1), label_smoothing=0.1, reduction="none")
+    (B, L, W), smoothed by 0.1 (official file: models_mage.py). Positions are rows: a softmax is fastest over the last dimension."""
+    nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), label_smoothing=0.1, reduction="none")
     return (nll * mask.flatten()).sum() / mask.sum()
 
 
@@ -913,7 +913,7 @@ def demask(logits, ids, hidden, left, u, noise):
     noise (n, L) is added to the log-probability of what was drawn; the least certain are hidden again, ids known before never
     returns ids with every position filled, and bool (n, L): hidden again
     """
-    p = logits.float().softmax(-1)
+    p = logits.softmax(-1)
     ids = torch.where(hidden, categorical(p, u), ids)
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + noise
     return ids, ranks(confidence.masked_fill(~hidden, math.inf)) < left[:, None]
@@ -2096,22 +2096,26 @@ def stack(images):
 
 
 def chart(curves, title, size=(900, 500)):
-    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, drawn on one scale with its extremes written at the axes."""
+    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, drawn on one scale, logarithmic where y grows tenfold, with its extremes
+    written at the axes. Curves of few points have dots."""
     image = PIL.Image.new("RGB", size, "white")
     draw, points = PIL.ImageDraw.Draw(image), [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
     left, top, right, bottom = 70, 40, size[0] - 20, size[1] - 40
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points)) if points else ((0, 1), (0, 1))
+    scale, middle = (math.log, math.sqrt(y0 * y1)) if 0 < 10 * y0 < y1 else (float, (y0 + y1) / 2)
     draw.rectangle((left, top, right, bottom), outline="gray")
-    draw.text((left, 12), title, fill="black")
-    for value, height in ((y0, bottom - 10), ((y0 + y1) / 2, (top + bottom) / 2 - 6), (y1, top)):
+    draw.text((left, 12), title + ", logarithmic" * (scale is math.log), fill="black")
+    for value, height in ((y0, bottom - 10), (middle, (top + bottom) / 2 - 6), (y1, top)):
         draw.text((8, height), f"{value:.4g}", fill="black")
     draw.text((left, bottom + 8), f"{x0:g}", fill="black")
     draw.text((right - 50, bottom + 8), f"{x1:g}", fill="black")
     for i, (name, curve) in enumerate(curves.items()):
         color = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")[i % 5]
-        line = [(left + (x - x0) / max(x1 - x0, 1e-9) * (right - left), bottom - (y - y0) / max(y1 - y0, 1e-9) * (bottom - top))
-                for x, y in curve if math.isfinite(y)]
+        line = [(left + (x - x0) / max(x1 - x0, 1e-9) * (right - left),
+                 bottom - (scale(y) - scale(y0)) / max(scale(y1) - scale(y0), 1e-9) * (bottom - top)) for x, y in curve if math.isfinite(y)]
         draw.line(line, fill=color, width=2)
+        for x, y in line if len(line) < 20 else ():
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
         draw.text((left + 200 + 150 * i, 12), name, fill=color)
     return image
 
