@@ -611,16 +611,17 @@ def benchmark(run):
     if method.tokenizer:
         ids = torch.randint(model.codes, (batch, method.views, model.length), device=run.device)
         paths = {"cached ids": (ids, False), "cached ids, plain path": (ids, True), "ids made in every step": (pixels, False)}
+    yardstick = torch.float32 if run.device.type == "cpu" else getattr(torch, cfg.dtype)     # few CPUs know more
     steps, turns = {}, []
     for title, (x, plain) in paths.items():
         steps[title] = training_step(run, copy.deepcopy(model), x, method, plain)
         if run.device.type == "cuda" and len(steps) == 1:
             print(f"memory at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     for _ in tqdm.tqdm(range(5), "measuring", leave=False):
-        turns.append((*unified.machine_rates(run.device, getattr(torch, cfg.dtype)), *(unified.seconds_of(run.device, s[0]) for s in steps.values())))
+        turns.append((*unified.machine_rates(run.device, yardstick), *(unified.seconds_of(run.device, s[0]) for s in steps.values())))
     product, copying, *seconds = numpy.array(turns).T                                       # (5,) each
     print(f"{cfg.model} {cfg.size}, {cfg.image_size} pixels, {batch} images a step, {cfg.dtype} on {run.device}"
-          f"\nmeasured here: matrix product {numpy.median(product) / 1e12:.3g} TFLOP/s, copy {numpy.median(copying) / 1e9:.3g} GB/s")
+          f"\nmeasured here: {str(yardstick)[6:]} matrix product {numpy.median(product) / 1e12:.3g} TFLOP/s, copy {numpy.median(copying) / 1e9:.3g} GB/s")
     for took, (title, (_, loss, start)) in zip(seconds, steps.items()):
         rate = step_operations(model, paths[title][0].squeeze(1)) / took
         print(f"{title:24s} {numpy.median(batch / took):8.1f} images/s +- {numpy.ptp(took) / 2 / numpy.median(took):.0%}  "
