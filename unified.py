@@ -2521,11 +2521,11 @@ def seconds_of(device, function, least=1.5):
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
-    for _ in range(10 if device.type == "cuda" else 2):
+    for _ in range(10 if device.type == "cuda" else 1):
         function()
     wait()
     calls, started = 0, time.perf_counter()
-    while calls < 3 or time.perf_counter() - started < least:
+    while not calls or time.perf_counter() - started < least:
         for _ in range(50 if device.type == "cuda" else 1):
             function()
             calls += 1
