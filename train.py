@@ -144,7 +144,7 @@ class Run:
             raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of " + (f"--micro-batch {cfg.micro_batch} x " if cfg.micro_batch else "")
                             + f"{self.world} process{'es' * (self.world > 1)}")
         self.stop = None                                                                    # number of the signal that asks us to
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in () if cfg.benchmark else (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
 
     def ask_to_stop(self, number, frame):
