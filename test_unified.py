@@ -154,7 +154,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this kerne
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-def test_fused_attention_in_bfloat16_is_the_equation_in_float32(device):
+def test_attention_in_bfloat16_is_the_equation_in_float32(device):        # on a GPU by the fused kernel
     layer, x = unified.Attention(128, 4).to(device), torch.randn(4, 257, 128).to(device)
     with torch.autocast(device, torch.bfloat16):
         fused = layer(x)

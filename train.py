@@ -611,7 +611,7 @@ def benchmark(run):
     if method.tokenizer:
         ids = torch.randint(model.codes, (batch, method.views, model.length), device=run.device)
         paths = {"cached ids": (ids, False), "cached ids, plain path": (ids, True), "ids made in every step": (pixels, False)}
-    yardstick = torch.float32 if run.device.type == "cpu" else getattr(torch, cfg.dtype)     # few CPUs know more
+    yardstick = torch.float32 if run.device.type == "cpu" else getattr(torch, cfg.dtype)     # most CPUs only emulate bfloat16
     steps, turns = {}, []
     for title, (x, plain) in paths.items():
         steps[title] = training_step(run, copy.deepcopy(model), x, method, plain)

@@ -78,7 +78,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over a set of tokens, without a causal mask.
+    """Multi-head self-attention over a set of tokens, without a causal mask. (B, L, C) -> (B, L, C).
 
     dim      width C, a multiple of heads, else ValueError
     heads    number of heads n
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         self.heads, self.dropout, self.fused = heads, dropout, fused
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x):                                                                   # (B, L, C)
+    def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # 3 x (B, n, L, d)
         p = self.dropout if self.training else 0.0
         if self.fused and (q.device.type != "cpu" or q.dtype == torch.float32 and p == 0):  # a CPU's kernel has no dropout, and slow bfloat16
@@ -2443,7 +2443,7 @@ def open_cache(folder, mark, shape):
 
 
 def at_once(data, device):
-    """How many pictures of a data set to read at once: 2^21 pixels on a GPU; on a CPU 2^16, which is fastest with what its caches hold."""
+    """How many pictures of a data set to read at once: 2^21 pixels on a GPU; on a CPU 2^16, which is fastest with what its caches hold; at least 4."""
     return max(4, 2 ** (16 if torch.device(device).type == "cpu" else 21) // data.size ** 2)
 
 
