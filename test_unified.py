@@ -7,6 +7,7 @@ The other tests need nothing but this folder: no data, no network, no GPU.  Run:
 import argparse
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import math
 import os
 import pathlib
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -1364,7 +1366,7 @@ def test_an_addp_picture_depends_on_its_seed_and_not_on_its_company():
     together = list(model.sample_steps(3, steps=5, seeds=torch.tensor([3, 8, 3])))
     for a, b in zip(together, model.sample_steps(1, steps=5, seeds=torch.tensor([8]))):
         assert a.ids[1].equal(b.ids[0]) and a.hidden[1].equal(b.hidden[0])
-        assert_close(a.x[1], b.x[0], 1e-5)
+        assert_close(a.x[1], b.x[0])                                    # some processors round another batch another way: 1.1e-5 was seen
     assert together[-1].ids[0].equal(together[-1].ids[2]) and not together[-1].ids[0].equal(together[-1].ids[1])
 
 
@@ -1395,10 +1397,9 @@ def test_a_hole_begins_with_what_the_predictor_expects_in_it():
 
 
 def test_many_pictures_are_painted_in_parts():
-    model, ids, hidden, logits = addp(), some_ids(addp()), half_hidden(addp()), torch.randn(4, 16, 32)
-    whole, model.image_size = model.paint(ids, hidden, logits), 2**11                       # as if a single one were all that fits
-    x, seen = recorded(model.vqgan.decoder, lambda: model.paint(ids, hidden, logits))
-    assert [len(z) for z in seen] == [1] * 4
+    vqgan, z = mage().vqgan, torch.randn(4, 8, 4, 4)
+    (whole, seen), (x, parts) = (recorded(vqgan.decoder, lambda: vqgan.paint(z, pixels)) for pixels in (4 * 16 ** 2, 16 ** 2))
+    assert [len(z) for z in seen] == [4] and [len(z) for z in parts] == [1] * 4
     assert_close(x, whole, 1e-5)
 
 
@@ -3191,6 +3192,18 @@ def test_a_corrupt_image_is_named_and_the_next_good_one_takes_its_place(tree, ca
         list(strict.batches(plan))
 
 
+def test_a_batch_of_a_folder_takes_no_file_handle_an_image(tree):
+    data, (soft, hard) = unified.open_data("anything", str(tree), 16, train=True), resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no batch came"))
+        signal.alarm(60)
+        assert [len(y) for _, y in data.batches([(torch.arange(600) % 6, None)] * 3, workers=1)] == [600] * 3
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_folder_of_nothing_but_corrupt_images_is_a_users_mistake(tree):
     for path in (tree / "train").rglob("*.png"):
         path.write_bytes(b"not a picture")
@@ -3824,6 +3837,55 @@ def test_the_benchmark_of_sampling_counts_every_step(finished):
     assert printed.count("of the product") == 3 and "one alone" in printed
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile has traced since; the traces run as they are, without a compiler. What it cannot trace whole raises."""
+    made, compile = [], nn.Module.compile
+
+    def run_as_it_is(graph, inputs):
+        made.append(graph)
+        return graph.forward
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: compile(module, backend=run_as_it_is, fullgraph=True, **how))
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()
+
+
+def tiny(name):
+    """A model of 32 x 32 pixels, 4 x 4 ids or patches, with compiled blocks and without."""
+    tokenizer = unified.tokenizer_config("toy", 8, 128) if unified.MODELS[name].tokenizer else None
+    model = unified.build(unified.model_config(name, "tiny", 32, 4, tokenizer))
+    twin = copy.deepcopy(model)
+    unified.compile_blocks(twin)
+    return twin, model
+
+
+@pytest.mark.parametrize("name", list(unified.MODELS))
+def test_compiled_blocks_compute_the_same_loss(name, graphs):
+    x, losses = some_pictures(8, 32).unflatten(0, (4, 2))[:, :unified.MODELS[name].views].squeeze(1), []
+    for model in tiny(name):
+        torch.manual_seed(0)
+        losses.append(model(x)[0])
+    assert graphs and losses[0].equal(losses[1])
+
+
+def test_blocks_of_one_shape_are_compiled_once(graphs):
+    model, _ = tiny("mage")
+    for _ in range(2):
+        model(some_ids(model))[0].backward()
+    assert len(graphs) == 2                                             # for the encoder's blocks, which read half of the ids, and the decoder's
+    model.vqgan.decode(torch.zeros(1, 4, 4, dtype=torch.long))
+    assert len(graphs) == 2 + 4                                         # 4, 8, 16 and 32 pixels
+
+
+def test_addps_decoder_is_compiled_once_for_any_number_of_tokens(graphs):
+    model, _ = tiny("addp")
+    for index in (0, 10, 30, 60):
+        model(some_ids(model), index=index)
+        first = len(graphs) if index == 0 else first
+    assert len(graphs) == first
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", list(unified.MODELS))
 def test_no_step_waits_for_the_gpu_or_takes_the_slow_attention(name):
@@ -3833,8 +3895,11 @@ def test_no_step_waits_for_the_gpu_or_takes_the_slow_attention(name):
     run = types.SimpleNamespace(world=1, rank=0, device=torch.device("cuda"), cfg=types.SimpleNamespace(seed=0, labels=False),
                                 autocast=functools.partial(torch.autocast, "cuda", torch.bfloat16))
     stage = train.Stage("model", model, {}, None, 8, method.views, 100, 8, 8, 1e-4, method.recipe, lambda step, first: model.draws(first, 8))
-    x = torch.randint(model.codes, (8, method.views, 256), device="cuda") if method.tokenizer else torch.rand(8, 1, 3, 64, 64, device="cuda")
-    batches = iter([(x, torch.zeros(8, dtype=torch.long, device="cuda"))] * 13)
+    labels, plan = torch.zeros(32, dtype=torch.long), train.plan(32, 0, method.views, 8, 8, 0, 1, 0, 13)
+    if method.tokenizer:
+        batches = train.cached_batches(torch.randint(model.codes, (32, 4, 256), dtype=torch.int16, device="cuda"), labels, plan)
+    else:
+        batches = unified.Pictures(torch.randint(256, (32, 3, 64, 64), dtype=torch.uint8), labels, [], (0.8, 1.0), "cuda").batches(plan)
     optimizer, weights = train.optimizer_of(model, 1e-4, stage.recipe), train.trainable(model)
     from torch.nn.attention import SDPBackend, sdpa_kernel
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):      # all but the slow one

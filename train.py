@@ -225,8 +225,8 @@ def cached_batches(ids, labels, plan):
     for index, crops in plan:
         first = crops[:, :1] % K
         view = torch.cat([first, (first + 1 + crops[:, 1:] % max(1, K - 1)) % K], 1)
-        where = index.to(ids.device)
-        yield ids[where[:, None], view.to(ids.device)].int() & 0xFFFF, labels[index]        # uint16 in the file, int16 in torch
+        where = index.to(ids.device, non_blocking=True)
+        yield ids[where[:, None], view.to(ids.device, non_blocking=True)].int() & 0xFFFF, labels[index]     # uint16 in the file, int16 in torch
 
 
 def trainable(net):
@@ -234,13 +234,13 @@ def trainable(net):
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
-def optimizer_of(net, lr, recipe):
-    """AdamW as the recipe says; its plain(name, parameter) tells which parameters do not decay."""
+def optimizer_of(net, lr, recipe, fused=True):
+    """AdamW as the recipe says, whose plain(name, parameter) tells which parameters do not decay; fused: in one kernel, None: as torch would."""
     groups = {True: [], False: []}
     for name, p in trainable(net).items():
         groups[recipe["plain"](name, p)].append(p)
     groups = [{"params": params, "weight_decay": 0.0 if plain else recipe["decay"]} for plain, params in groups.items()]
-    return torch.optim.AdamW(groups, lr=lr, betas=recipe["betas"], fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=recipe["betas"], fused=fused)
 
 
 def averages(net, recipe):
@@ -355,7 +355,7 @@ def update(run, stage, net, optimizer, weights, ema, step, batches, add):
         with contextlib.nullcontext() if micro == accumulate - 1 or run.world == 1 else net.no_sync():
             with run.autocast():
                 x = x.to(run.device, non_blocking=True)
-                loss, logs = net(x.squeeze(1) if stage.views == 1 else x, labels.to(run.device) if run.cfg.labels else None,
+                loss, logs = net(x.squeeze(1) if stage.views == 1 else x, labels.to(run.device, non_blocking=True) if run.cfg.labels else None,
                                  **stage.extra(step, place * stage.micro))
             (loss / accumulate).backward()
         add(loss, logs)
@@ -598,8 +598,8 @@ def step_operations(model, x):
 
 def benchmark(run):
     """Print the speed of training: of this model as train.py runs it, on ids made in every step too if it reads ids, and as plain as
-    can be: float32, attention written out, nothing compiled, and a wait for the device in every step. All are measured five times, in turn,
-    since the speed of a machine drifts: the figures are medians."""
+    can be: float32, attention written out, nothing compiled or fused, and a wait for the device in every step. All are measured five times,
+    in turn, since the speed of a machine drifts: the figures are medians."""
     cfg, method = run.cfg, unified.MODELS[run.cfg.model]
     stride = cfg.image_size // math.isqrt(cfg.ids)
     torch.manual_seed(cfg.seed)
@@ -625,7 +625,7 @@ def benchmark(run):
     for took, (title, (_, loss, start)) in zip(seconds, steps.items()):
         rate = step_operations(model, paths[title][0].squeeze(1)) / took
         print(f"{title:24s} {numpy.median(batch / took):8.1f} images/s +- {numpy.ptp(took) / 2 / numpy.median(took):.0%}  "
-              f"{numpy.median(rate) / 1e12:8.3f} TFLOP/s  {numpy.median(rate / product):4.0%} of the product  loss {loss:.4f}  first step {start:.1f} s")
+              f"{numpy.median(rate) / 1e12:8.3f} TFLOP/s  {numpy.median(rate / product):4.0%} of the product  loss {loss:.4f}  ready after {start:.1f} s")
     print("; ".join(f"{title}: {numpy.median(took / seconds[0]):.2f} times as long" for took, title in zip(seconds[1:], [*steps][1:])))
     if cfg.dataset != "shapes":
         try:
@@ -643,7 +643,7 @@ def reading_rate(cfg, batch, views):
 
 def training_step(run, model, x, method, plain):
     """A function that does one optimizer step on the batch x, the loss before any, on draws that are the same for every path, and the
-    seconds of the first step, compilation included. plain: see benchmark()."""
+    seconds that both take at first, compilation included. plain: see benchmark()."""
     stage = Stage("model", model.train(), {}, None, len(x), method.views, 10**6, len(x), len(x), 1e-4, method.recipe,
                   lambda step, first: model.draws(first, len(x)))
     run = copy.copy(run)
@@ -653,8 +653,9 @@ def training_step(run, model, x, method, plain):
         unified.write_out_attention(model)
     elif run.cfg.compile:
         unified.compile_blocks(model)
-    optimizer, weights = optimizer_of(model, stage.peak, method.recipe), trainable(model)
+    optimizer, weights = optimizer_of(model, stage.peak, method.recipe, None if plain else True), trainable(model)
     ema, labels = averages(model, method.recipe), torch.zeros(len(x), dtype=torch.long)
+    started = time.perf_counter()
     torch.manual_seed(0)
     with torch.no_grad(), run.autocast():
         loss = model.eval()(x.squeeze(1), **stage.extra(0, 0))[0].item()
@@ -662,7 +663,6 @@ def training_step(run, model, x, method, plain):
 
     def step():
         return update(run, stage, model, optimizer, weights, ema, 0, itertools.repeat((x, labels)), lambda loss, logs: loss.item() if plain else None)
-    started = time.perf_counter()
     step()[0].item()                                                                        # .item(): wait for it
     return step, loss, time.perf_counter() - started
 

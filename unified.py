@@ -272,7 +272,11 @@ class VQGAN(nn.Module):
 
     def decode(self, ids):
         """Ids (B, h, w) -> pixels (B, 3, S, S), not clamped: a released decoder overshoots [0, 1] a little."""
-        return self.decoder(self.quantize.lookup(ids))
+        return self.paint(self.quantize.lookup(ids))
+
+    def paint(self, z, pixels=2**22):
+        """Codes, or mixtures of them, (B, dim, h, w) -> pixels as decode() has them; so many at once, which take a few GiB."""
+        return torch.cat([self.decoder(part) for part in z.split(max(1, pixels // (self.stride ** 2 * math.prod(z.shape[2:]))))])
 
     @torch.no_grad()
     def reconstruct(self, x):
@@ -1040,7 +1044,7 @@ class ADDP(MAGE):
         """The picture x_t (n, 3, S, S), not clamped: known ids as their codes, hidden ones as the mean of all codes, weighted by softmax(logits)."""
         codes = self.vqgan.quantize.embedding.weight
         z = torch.where(hidden[..., None], logits.softmax(-1) @ codes, codes[ids]).mT.unflatten(2, (self.grid, self.grid))
-        return torch.cat([self.vqgan.decoder(part) for part in z.split(max(1, 2**22 // self.image_size ** 2))])     # a few GiB at a time
+        return self.vqgan.paint(z)
 
     def patches(self, x, finetune=False):
         """Pixels (B, 3, S, S) -> what the encoder's blocks read (B, 1 + L, C). Fine-tuning goes without the clamp and tokenizer_norm."""
@@ -1916,6 +1920,7 @@ def attention_kernels():
 def run_script(main):
     """Call main(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and exit code 1."""
     torch.set_flush_denormal(True)      # gates that start at 0 make gradients whose squares are denormal: a CPU takes ten times as long for those
+    torch.backends.cudnn.benchmark = True       # shapes stay the same: a GPU tries once which convolution is fastest
     try:
         with attention_kernels():
             main()
@@ -2164,10 +2169,10 @@ class Pictures:
     def batches(self, plan, workers=0):
         """The pictures of the plan, (x, labels) at a time; workers are not needed here."""
         for index, crops in plan:
-            x = self.images[index.to(self.images.device)].float() / 255
+            x = self.images[index.to(self.images.device, non_blocking=True)].float() / 255
             if crops is not None:
                 x = x.repeat_interleave(crops.size(1), 0)
-                x = self.crop(x, crops.flatten().to(x.device)).unflatten(0, crops.shape)
+                x = self.crop(x, crops.flatten().to(x.device, non_blocking=True)).unflatten(0, crops.shape)
             yield x, self.labels[index]
 
     def crop(self, x, crops):
@@ -2181,15 +2186,15 @@ class Pictures:
 
 
 class Folder(torch.utils.data.Dataset):
-    """Images of a tree ROOT/<class>/<file>, decoded by worker processes when they are asked for.
+    """Images of a tree ROOT/<class>/<file>, decoded by worker processes when they are asked for; as floats they exist on the device only.
 
     An image that cannot be read is named, and the next good one takes its place, label included; with strict it is a UserError.
     """
 
     SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
-    def __init__(self, root, classes, size, scale, strict=False):
-        self.root, self.classes, self.size, self.scale, self.strict = root, classes, size, scale, strict
+    def __init__(self, root, classes, size, scale, strict=False, device="cpu"):
+        self.root, self.classes, self.size, self.scale, self.strict, self.device = root, classes, size, scale, strict, torch.device(device)
         files = [(path, c) for c, name in enumerate(classes) for path in image_files(root / name)]
         self.paths, self.labels, self.unreadable = [p for p, _ in files], torch.tensor([c for _, c in files]), {}
 
@@ -2197,7 +2202,7 @@ class Folder(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, item):
-        """(index, crops) -> uint8 (V, 3, S, S) or (3, S, S), label, [(index, what was wrong) of unreadable images met]."""
+        """(index, crops) -> uint8 (V, 3, S, S) or (3, S, S), None if it may not be skipped; label; [(index, what was wrong) of unreadable images met]."""
         index, crops = item
         bad = []
         for i in [*range(index, len(self)), *range(index)]:
@@ -2208,7 +2213,7 @@ class Folder(torch.utils.data.Dataset):
                 bad.append((i, str(error)))
                 if self.strict:
                     break
-        return torch.zeros(0), 0, bad
+        return None, 0, bad
 
     def crop(self, image, crops):
         """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole picture (3, S, S)."""
@@ -2228,14 +2233,22 @@ class Folder(torch.utils.data.Dataset):
     def batches(self, plan, workers=0):
         """The pictures of the plan, (x, labels) at a time, decoded by so many processes. UserError for what Folder may not skip."""
         items = ([(i, None if crops is None else crops[j].tolist()) for j, i in enumerate(index.tolist())] for index, crops in plan)
-        for items in torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, collate_fn=list):
-            for i, error in (b for *_, bad in items for b in bad):
-                if self.strict or len(items[0][0]) == 0:
+        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, collate_fn=together, pin_memory=self.device.type == "cuda")
+        for x, labels, bad in loader:
+            for i, error in bad:
+                if x is None:
                     raise UserError(f"{self.paths[i]} cannot be read as an image ({error}); mend it, or leave --strict-images out")
                 if i not in self.unreadable:
                     print(f"skipped {self.paths[i]}: {error}", file=sys.stderr)
                 self.unreadable[i] = error
-            yield torch.stack([x for x, *_ in items]).float() / 255, torch.tensor([y for _, y, _ in items])
+            yield x.to(self.device, non_blocking=True).float().div_(255), labels
+
+
+def together(items):
+    """What Folder has of each image of a batch, put together by the process that decoded them: an array a batch is quicker handed on than
+    one an image, and takes one file handle. Pixels None if any of them are."""
+    x, labels, bad = zip(*items)
+    return None if any(v is None for v in x) else torch.stack(x), torch.tensor(labels), sum(bad, [])
 
 
 def image_files(folder):
@@ -2380,7 +2393,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
         if not data_dir:
             download_cifar10(root)
         return Pictures(*cifar10(root, train), (crop, 1.0), device)
-    return Folder(root / ("train" if train else "val"), folder_classes(root), size, (crop, 1.0), strict)
+    return Folder(root / ("train" if train else "val"), folder_classes(root), size, (crop, 1.0), strict, device)
 
 
 # Ids on disk. Tokenising costs more than a small model's whole training step, so every image is tokenised once, in V crops.
@@ -2541,11 +2554,13 @@ def machine_rates(device, dtype):
 
 
 def compile_blocks(model):
-    """torch.compile block by block: those of a transformer have one shape, so one is compiled and the others follow, in training and in
-    sampling; those of a U-Net all differ."""
-    torch._dynamo.config.recompile_limit = 64
-    for block in (*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())):
-        block.compile()
+    """torch.compile block by block, frozen parts too, for each shape that they meet: in a transformer one block is compiled and the others
+    follow, in training and in sampling; those of a U-Net and of a tokenizer differ. Only ADDP's decoder has no fixed number of tokens."""
+    torch._dynamo.config.cache_size_limit = 256
+    varying = [*model.decoder_blocks] if isinstance(model, ADDP) else []
+    for module in model.modules():
+        if isinstance(module, (Block, ResBlock, TimedBlock)):
+            module.compile(dynamic=module in varying)
 
 
 def write_out_attention(model):
