@@ -677,6 +677,7 @@ def main():
                        for part in (True, False))
         open_run(run)
         model, ema = get_model(run, *(get_frozen(run, train, test) if unified.MODELS[cfg.model].tokenizer else (None, None)), train, test)
+        unified.leave_processes()                                                           # nobody need wait for the report
         if run.rank == 0:
             report(run, model, ema, train, test)
     except torch.OutOfMemoryError:

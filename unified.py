@@ -2420,8 +2420,10 @@ def join_processes(device):
 
 
 def leave_processes():
-    """Part from them; nothing to do if there were none."""
+    """Part from them, if there are any: all together, else the last may hang (gloo in torch 2.6). Only who fails waits for nobody."""
     if torch.distributed.is_initialized():
+        if sys.exc_info()[0] is None:
+            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
