@@ -719,7 +719,10 @@ def open_sets(model, config, cfg):
     if not name:
         raise UserError(f"{cfg.run} does not say what it was trained on; add --dataset shapes, cifar10, imagenet or a folder")
     folder = cfg.data_dir or (config.get("data_dir", "") if name == config.get("dataset") else "")
-    return name, *(unified.open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images) for part in (True, False))
+    train, test = (unified.open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images) for part in (True, False))
+    if not cfg.dataset:
+        unified.same_data(config, train, cfg.run, f"put them back, or say --dataset {name} to probe it on these")
+    return name, train, test
 
 
 def fit_recipe(cfg, train, images):
@@ -802,7 +805,7 @@ def report(wanted, dataset, labels, results, seconds, cfg):
 
 def main():
     cfg = settle(unified.parse(Config, __doc__.split("\n")[0]))
-    cfg.device = str(unified.join_processes(unified.pick_device(cfg.device)))
+    cfg.device = str(unified.join_processes(cfg.device))
     first = unified.processes()[0] == 0
     try:
         with contextlib.redirect_stdout(sys.stdout if first else None):                     # all do the same, one tells

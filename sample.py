@@ -231,7 +231,7 @@ def benchmark(model, cfg, device):
 def main():
     cfg = unified.parse(Config, __doc__.split("\n")[0])
     check(cfg)
-    device = unified.join_processes(unified.pick_device(cfg.device))
+    device = unified.join_processes(cfg.device)
     cfg.device = str(device)
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):

@@ -9,17 +9,24 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import datetime
+import errno
+import faulthandler
 import functools
+import gc
 import hashlib
 import importlib
+import importlib.util
 import io
 import json
 import math
 import os
 import pathlib
 import pickle
+import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -48,11 +55,20 @@ PUBLISHED_FAKE_CLASS = 76                                               # id 110
 # What the tests share: how near is near, the golden files, and networks small enough to run a hundred times
 
 
+@pytest.fixture(scope="session")
+def terminal(pytestconfig):
+    """A file that pytest does not capture."""
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        return os.fdopen(os.dup(2), "w")
+
+
 @pytest.fixture(autouse=True)
-def the_same_draws_and_as_many_threads_every_time():
+def the_same_draws_as_many_threads_and_at_most_ten_minutes_every_time(terminal):
     torch.manual_seed(0)
     threads = torch.get_num_threads()
+    faulthandler.dump_traceback_later(600, exit=True, file=terminal)    # says where it hangs, and ends the suite
     yield
+    faulthandler.cancel_dump_traceback_later()
     torch.set_num_threads(threads)
 
 
@@ -119,6 +135,77 @@ def some_pictures(n=4, side=16, seed=4):
 
 def forbidden(*args, **kwargs):
     raise AssertionError("this must not run")
+
+
+# Processes. They are forked from one that has imported everything, since that takes longer than what most of them do. Each leads a
+# group of its own, which dies with it, at the latest after LIMIT seconds.
+
+LIMIT = 240
+FORKS = torch.multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_unified"])
+
+
+def act(printed, environment, call, args):
+    """What a started process does."""
+    os.setsid()
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    threads = int(environment.pop("threads"))
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    call(*args)
+
+
+def start(printed, call, *args, **environment):
+    """A process that calls call(*args); it prints into the file printed."""
+    environment.setdefault("threads", str(torch.get_num_threads()))     # another number rounds another way
+    process = FORKS.Process(target=act, args=(str(printed), environment, call, args))
+    process.start()
+    process.printed = pathlib.Path(printed)
+    return process
+
+
+def finish(process, seconds=LIMIT):
+    """Wait for it; returns its exit code, negative for a signal, and what it printed. All that it has started is killed."""
+    process.join(seconds)
+    code, printed = process.exitcode, process.printed.read_text(errors="replace") if process.printed.exists() else ""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    assert code is not None, f"still running after {seconds} seconds; it had printed\n{printed}"
+    return code, printed
+
+
+def until(condition, process, seconds=LIMIT):
+    """Wait for a condition that a running process brings about."""
+    end = time.monotonic() + seconds
+    while not condition() and process.is_alive() and time.monotonic() < end:
+        time.sleep(0.005)
+    if not condition():
+        pytest.fail(f"it never came to that; {finish(process, 0.1)}")
+
+
+def start_two(folder, call, *args):
+    """Two processes that meet as those of torchrun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [start(folder / f"printed-{rank}", call, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port, threads="1") for rank in range(2)]
+
+
+def both(folder, call, *args):
+    """What two processes printed that must end well."""
+    ended = [finish(process) for process in start_two(folder, call, *args)]
+    assert [code for code, _ in ended] == [0, 0], ended
+    return "".join(printed for _, printed in ended)
+
+
+def run_script(name, args, before=None):
+    """`python NAME ARGS`, after before(), in a process of its own."""
+    sys.argv = [str(HERE / name), *map(str, args)]
+    if before:
+        before()
+    unified.run_script(importlib.import_module(name.removesuffix(".py")).main)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -989,9 +1076,9 @@ def test_info_nce_is_the_equation_written_out():
     assert_close(unified.info_nce(z), unified.info_nce(z.flip(1)), 1e-6)                    # neither view is special
 
 
-def contrast_worker(rank, world, folder, z):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+def contrast_worker(folder, z):
+    unified.join_processes("cpu")
+    rank, world = unified.processes()
     mine = z.chunk(world)[rank].clone().requires_grad_()
     loss = unified.info_nce(mine)
     loss.backward()
@@ -1003,7 +1090,7 @@ def test_info_nce_over_two_processes_is_info_nce_over_one(tmp_path):
     z = unit_vectors(4).requires_grad_()
     loss = unified.info_nce(z)
     loss.backward()
-    torch.multiprocessing.spawn(contrast_worker, (2, str(tmp_path), z.detach()), nprocs=2)
+    both(tmp_path, contrast_worker, tmp_path, z.detach())
     losses, grads = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
     assert_close(torch.stack(losses).mean(), loss, 1e-6)
     assert_close(torch.cat(grads) / 2, z.grad, 1e-5)                    # DistributedDataParallel takes the mean over processes
@@ -1534,7 +1621,7 @@ def test_golden_addp_file_on_disk_samples_and_gives_features(tmp_path, monkeypat
 def test_a_run_of_addp_is_loaded_from_its_folder_predictor_included(tmp_path):
     arch = unified.model_config("addp", "tiny", 16, 4, unified.tokenizer_config("toy", 4, 32))
     model = unified.build(arch)
-    unified.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "config": {"arch": arch}})
+    train.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "config": {"arch": arch}})
     loaded, _ = unified.load_model(tmp_path)
     assert loaded.vqgan is loaded.token_predictor.vqgan and not loaded.training
     assert loaded.sample(2, steps=3).equal(model.eval().sample(2, steps=3))
@@ -1543,10 +1630,11 @@ def test_a_run_of_addp_is_loaded_from_its_folder_predictor_included(tmp_path):
 
 
 def test_addp_trains_on_the_ids_of_its_predictor_then_samples_and_is_probed(photos, finished, tmp_path):
-    run, before = tmp_path / "run", (finished[0] / "ids.npy").read_bytes()
+    run, (ids,) = tmp_path / "run", finished[0].glob("ids-*.npy")
+    before = ids.read_bytes()
     printed = script("train.py", *flags(photos, run, "--model", "addp", "--predictor", finished[0], "--micro-batch", 4))
-    assert "untrained" in printed and not (run / "ids.npy").exists() and not (run / "tokenizer.pt").exists()
-    assert (finished[0] / "ids.npy").read_bytes() == before
+    assert "untrained" in printed and not [*run.glob("ids*")] and not (run / "tokenizer.pt").exists()
+    assert [*finished[0].glob("ids*")] == [ids] and ids.read_bytes() == before
     ours, theirs = (unified.load_checkpoint(folder / "model.pt")["model"] for folder in (run, finished[0]))
     assert all(ours[f"token_predictor.{k}"].equal(v) for k, v in theirs.items())            # learned from, not changed
     assert '"held_out"' in (run / "log.jsonl").read_text()
@@ -2664,7 +2752,7 @@ def test_the_published_unet_loads_strictly_and_one_with_classes_is_refused(tmp_p
 def finished_adm(photos, tmp_path_factory):
     """The folder of a U-Net's checkpoint, its weights drawn."""
     folder, arch = tmp_path_factory.mktemp("adm"), dict(model="adm", image_size=16, ch=8, ch_mult=(1, 2), blocks=1, attention=(2,), head=8, groups=4, steps=100)
-    unified.save_checkpoint(folder / "model.pt", {"model": adm().state_dict(), "config": {"arch": arch, "dataset": str(photos), "classes": ["cat", "dog"]}})
+    train.save_checkpoint(folder / "model.pt", {"model": adm().state_dict(), "config": {"arch": arch, "dataset": str(photos), "classes": ["cat", "dog"]}})
     return folder
 
 
@@ -2921,7 +3009,7 @@ def test_a_device_that_is_not_there_is_named():
 def test_a_checkpoint_comes_back_and_the_previous_one_is_kept(tmp_path):
     path = tmp_path / "model.pt"
     for step in (1, 2, 3):
-        unified.save_checkpoint(path, {"step": step, "model": {"w": torch.full((2,), float(step))}, "config": {"a": [1, None, "b"]}})
+        train.save_checkpoint(path, {"step": step, "model": {"w": torch.full((2,), float(step))}, "config": {"a": [1, None, "b"]}})
     state = unified.load_checkpoint(path)
     assert state["step"] == 3 and state["model"]["w"].tolist() == [3.0, 3.0] and state["config"] == {"a": [1, None, "b"]}
     assert unified.load_checkpoint(tmp_path / "model.pt.prev")["step"] == 2
@@ -2930,10 +3018,10 @@ def test_a_checkpoint_comes_back_and_the_previous_one_is_kept(tmp_path):
 
 def test_a_crash_while_saving_loses_nothing(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
-    unified.save_checkpoint(path, {"step": 1})
+    train.save_checkpoint(path, {"step": 1})
     monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"half a fi") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        unified.save_checkpoint(path, {"step": 2})
+        train.save_checkpoint(path, {"step": 2})
     assert unified.load_checkpoint(path) == {"step": 1}
     path.rename(tmp_path / "model.pt.prev")                             # killed between the two renames
     assert unified.load_checkpoint(path) == {"step": 1}
@@ -3000,7 +3088,7 @@ def test_a_run_of_ours_is_loaded_from_its_folder(tmp_path):
     model = unified.build(arch)
     training = unified.TokenizerTraining(model.vqgan)                   # this is what train.py keeps of a tokenizer
     for name, net, config in [("model", model, {"arch": arch, "lr": 0.1}), ("tokenizer", training, {"tokenizer_arch": tokenizer_arch})]:
-        unified.save_checkpoint(tmp_path / f"{name}.pt", {"model": net.state_dict(), "config": config})
+        train.save_checkpoint(tmp_path / f"{name}.pt", {"model": net.state_dict(), "config": config})
     loaded, config = unified.load_model(tmp_path)
     assert config["lr"] == 0.1 and not loaded.training
     assert loaded.embed(x).equal(model.eval().embed(x))
@@ -3061,17 +3149,17 @@ def test_images_are_stacked_below_each_other():
 
 def test_a_chart_draws_its_curves():
     curves = {"a": [(0, 0.0), (10, 1.0)], "b": [(0, 1.0), (5, float("nan")), (10, 0.0)]}
-    image = numpy.array(unified.chart(curves, "loss", (400, 300))).astype(int)
+    image = numpy.array(train.chart(curves, "loss", (400, 300))).astype(int)
     inside = image[42:258, 72:378]
     for color in ((0x1f, 0x77, 0xb4), (0xd6, 0x27, 0x28)):              # two curves that cross the whole frame
         columns = (inside == color).all(2).any(0)
         assert columns.mean() > 0.95
     rising = [(inside[:, x] == (0x1f, 0x77, 0xb4)).all(1).nonzero()[0].mean() for x in (10, 290)]
     assert rising[0] > 200 and rising[1] < 20                           # up is more
-    image = numpy.array(unified.chart({"a": [(0, 1.0), (10, 100.0)], "b": [(5, 10.0)]}, "falls a hundredfold", (400, 300))).astype(int)
+    image = numpy.array(train.chart({"a": [(0, 1.0), (10, 100.0)], "b": [(5, 10.0)]}, "falls a hundredfold", (400, 300))).astype(int)
     rows, columns = (image[42:258, 72:378] == (0xd6, 0x27, 0x28)).all(2).nonzero()
     assert abs(rows.mean() - 108) < 4 and abs(columns.mean() - 153) < 4 and len(rows) > 20      # a dot; 10 is midway from 1 to 100
-    assert (numpy.array(unified.chart({}, "nothing yet")) == 255).mean() > 0.9
+    assert (numpy.array(train.chart({}, "nothing yet")) == 255).mean() > 0.9
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -3304,73 +3392,132 @@ def test_cifar10_is_downloaded_once_and_checked(tmp_path, monkeypatch):
 # 10. The id cache, the learning rate, the closed-form probe
 
 
-def test_cached_ids_are_the_ids_of_the_same_crops(tmp_path):
+def test_cached_ids_are_the_ids_of_the_same_crops(tmp_path, monkeypatch):
+    monkeypatch.setattr(unified, "at_once", lambda data, device: 4)
     vqgan, data = tokenizer(2), pictures(10, 8)
-    ids, labels = unified.cache_ids(tmp_path, vqgan, data, 3, 8, batch=4)
+    ids, labels = train.cache_ids(tmp_path, vqgan, data, 3)
     assert ids.shape == (10, 3, 16) and ids.dtype == numpy.uint16 and labels.equal(data.labels)
     crops = unified.fold(torch.arange(10)[:, None], torch.arange(3))
     x, _ = next(data.batches([(torch.arange(10), crops)]))
     assert torch.from_numpy(ids.astype(int)).equal(vqgan.encode(x.flatten(0, 1)).view(10, 3, 16))
-    (tmp_path / "whole").mkdir()
-    whole, _ = unified.cache_ids(tmp_path / "whole", vqgan, data, 1, 8)
+    whole, _ = train.cache_ids(tmp_path, vqgan, data, 1)
     assert torch.from_numpy(whole.astype(int)).equal(vqgan.encode(data.images.float() / 255).view(10, 1, 16))   # one view: the picture
 
 
-def test_an_interrupted_cache_is_continued_and_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    vqgan, data, plans = tokenizer(2), pictures(30, 8), []
+@pytest.mark.parametrize("done", [0, 3, 11, 20, 29])
+def test_ids_that_were_interrupted_are_continued_and_equal_uninterrupted_ones(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(unified, "at_once", lambda data, device: 2)     # one image of two views
+    monkeypatch.setattr(train, "SHARD", 12)
+    monkeypatch.setattr(unified, "SIGNALS", {})
+    vqgan, data, read = tokenizer(2), pictures(30, 8), []
     for name in ("through", "stopped"):
         (tmp_path / name).mkdir()
-    through, _ = unified.cache_ids(tmp_path / "through", vqgan, data, 2, 8, batch=1)
+    through, _ = train.cache_ids(tmp_path / "through", vqgan, data, 2)
     batches = data.batches
 
-    def stopping(plan, workers):
-        for i, item in enumerate(batches(plan)):
-            if i == 20:
-                raise KeyboardInterrupt
+    def counted(plan, workers):
+        for item in batches(plan):
+            read.append(item)
+            if len(read) == done + 1:
+                unified.SIGNALS[signal.SIGINT] = 0.0
             yield item
-    data.batches = stopping
-    with pytest.raises(KeyboardInterrupt):
-        unified.cache_ids(tmp_path / "stopped", vqgan, data, 2, 8, batch=1)
-    data.batches = lambda plan, workers: batches((plans.append(item) or item for item in plan), workers)
-    stopped, labels = unified.cache_ids(tmp_path / "stopped", vqgan, data, 2, 8, batch=1)
-    assert len(plans) == 10                                             # what was done is not done twice
+    data.batches = counted
+    with pytest.raises(train.Stopped, match="ids"):
+        train.cache_ids(tmp_path / "stopped", vqgan, data, 2)
+    assert len(read) == done + 1                                        # it stopped right there,
+    unified.SIGNALS.clear()
+    stopped, labels = train.cache_ids(tmp_path / "stopped", vqgan, data, 2)
+    assert len(read) == 30                                              # and what was done is not done twice
     assert (stopped == through).all() and labels.equal(data.labels)
+    assert sorted(p.name.split("-")[0] for p in (tmp_path / "stopped").iterdir()) == ["ids", "labels"]
 
 
-def test_a_finished_cache_is_read_and_one_of_another_tokenizer_is_not(tmp_path):
+def test_finished_ids_are_read_and_those_of_another_tokenizer_are_not(tmp_path):
     data = pictures(10, 8)
-    first, _ = unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)
-    first, batches = numpy.array(first), data.batches
-    data.batches = lambda plan, workers: map(forbidden, plan)
-    again, labels = unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)
+    first, _ = train.cache_ids(tmp_path, tokenizer(2), data, 2)
+    batches, data.batches = data.batches, lambda plan, workers: map(forbidden, plan)
+    again, labels = train.cache_ids(tmp_path, tokenizer(2), data, 2)
     assert (again == first).all() and labels.equal(data.labels)
     data.batches = batches
-    other, _ = unified.cache_ids(tmp_path, tokenizer(2, seed=9), data, 2, 8)
+    other, _ = train.cache_ids(tmp_path, tokenizer(2, seed=9), data, 2)
     assert (other != first).any()
+
+
+def test_runs_that_share_a_folder_keep_each_others_ids(tmp_path):
+    data, other = pictures(10, 8), pictures(12, 8)
+    first, labels = train.cache_ids(tmp_path, tokenizer(2), data, 2)
+    before, files = numpy.array(first), {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for options in ((tokenizer(2), other, 2), (tokenizer(2), data, 3), (tokenizer(2, seed=9), data, 2)):
+        train.cache_ids(tmp_path, *options)
+    assert all(p.read_bytes() == content for p, content in files.items())
+    assert (first == before).all() and len([*tmp_path.glob("ids-*.npy")]) == 4              # still mapped, still itself
+
+
+def test_images_that_were_exported_again_under_their_names_get_ids_of_their_own(tree):
+    first, _ = train.cache_ids(tree, tokenizer(2), unified.open_data("any", str(tree), 8, train=True), 1)
+    PIL.Image.effect_noise((20, 20), 99).convert("RGB").save(tree / "train/ant/0.png")
+    second, _ = train.cache_ids(tree, tokenizer(2), unified.open_data("any", str(tree), 8, train=True), 1)
+    assert (first[0] != second[0]).any() and (first[1:] == second[1:]).all()
+
+
+def test_a_folder_that_was_moved_keeps_its_ids(tree, tmp_path_factory):
+    vqgan, moved = tokenizer(2), tmp_path_factory.mktemp("moved") / "here"
+    marks = [train.fingerprint(vqgan, unified.open_data("any", str(tree), 8, train=True), 1)]
+    tree.rename(moved)
+    marks.append(train.fingerprint(vqgan, unified.open_data("any", str(moved), 8, train=True), 1))
+    (moved / "train/ant/2.png").unlink()
+    (moved / "train/ant/2.png").symlink_to("nowhere")
+    marks.append(train.fingerprint(vqgan, unified.open_data("any", str(moved), 8, train=True), 1))
+    assert marks[0] == marks[1] != marks[2]
+
+
+def test_every_image_in_memory_counts_for_its_ids():
+    vqgan, data = tokenizer(2), pictures(10, 8)
+    before = train.fingerprint(vqgan, data, 1)
+    data.images[7, 0, 0, 0] ^= 1
+    changed = train.fingerprint(vqgan, data, 1)
+    data.images[7, 0, 0, 0] ^= 1
+    data.labels = data.labels.flip(0)                                   # another order, the same sum
+    assert len({before, changed, train.fingerprint(vqgan, data, 1)}) == 3
 
 
 def test_a_corrupt_image_in_the_cache_has_the_label_of_its_replacement(tree):
     (tree / "train/ant/2.png").write_bytes(b"not a picture")
     data = unified.open_data("anything", str(tree), 8, train=True)
-    ids, labels = unified.cache_ids(tree, tokenizer(2), data, 1, 8)
+    ids, labels = train.cache_ids(tree, tokenizer(2), data, 1)
     assert labels.tolist() == [0, 0, 1, 1, 1, 1] and (ids[2] == ids[3]).all()
 
 
-def test_a_cache_that_was_begun_for_other_ids_is_not_taken_for_a_finished_one(tmp_path):
-    data, batches = pictures(10, 8), pictures(10, 8).batches
-    first = numpy.array(unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)[0])
-    data.batches = lambda plan, workers: map(forbidden, plan)
-    with pytest.raises(AssertionError):                                 # another tokenizer begins to overwrite it, and is killed
-        unified.cache_ids(tmp_path, tokenizer(2, seed=9), data, 2, 8)
-    data.batches = batches
-    assert (unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)[0] == first).all()
+@pytest.mark.parametrize("codes, kind", [(65536, numpy.uint16), (65537, numpy.int32), (70000, numpy.int32)])
+def test_ids_of_any_codebook_fit_their_file(codes, kind, tmp_path):
+    vqgan, data = tokenizer(2, codes), pictures(4, 8)
+    with torch.no_grad():
+        vqgan.quantize.embedding.weight[:-3] = 99                       # all z are nearest to one of the last codes
+    ids, labels = train.cache_ids(tmp_path, vqgan, data, 1)
+    assert ids.dtype == kind and ids.min() >= codes - 3
+    ids = torch.from_numpy(ids.view("int16") if ids.dtype == numpy.uint16 else ids)
+    (x, _), = train.cached_batches(ids, labels, [(torch.arange(4), torch.zeros(4, 1, dtype=torch.long))])
+    assert x[:, 0].long().equal(vqgan.encode(data.images.float() / 255).flatten(1))
 
 
-def test_a_note_of_progress_that_was_cut_off_starts_the_cache_afresh(tmp_path):
-    data = pictures(10, 8)
-    first = numpy.array(unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)[0])
-    (tmp_path / "ids.json").write_text((tmp_path / "ids.json").read_text()[:20])
-    assert (unified.cache_ids(tmp_path, tokenizer(2), data, 2, 8)[0] == first).all()
+def test_a_damaged_shard_is_made_again_and_damaged_ids_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHARD", 4)
+    vqgan, data = tokenizer(2), pictures(10, 8)
+    whole = numpy.array(train.cache_ids(tmp_path, vqgan, data, 2)[0])
+    (ids,), joined = tmp_path.glob("ids-*.npy"), train.join_shards
+    monkeypatch.setattr(train, "join_shards", lambda *_: None)
+    (content := ids.read_bytes()), ids.unlink()
+    with pytest.raises(unified.UserError, match="delete them"):         # all shards are there, and were not joined
+        train.cache_ids(tmp_path, vqgan, data, 2)
+    shards = sorted(ids.with_suffix("").iterdir())
+    shards[0].write_bytes(shards[0].read_bytes()[:-40])
+    shards[1].write_bytes(b"junk")
+    shards[2].with_name("000002.npz.9.tmp").write_bytes(b"half a")
+    monkeypatch.setattr(train, "join_shards", joined)
+    assert (train.cache_ids(tmp_path, vqgan, data, 2)[0] == whole).all()
+    ids.write_bytes(content[:-9])
+    with pytest.raises(unified.UserError, match="delete them"):
+        train.cache_ids(tmp_path, vqgan, data, 2)
 
 
 def test_pictures_are_mapped_in_order_or_the_same_part_of_them_every_time(monkeypatch):
@@ -3478,36 +3625,9 @@ def test_a_run_leaves_pictures_figures_and_the_next_commands(finished):
     assert {"model", "ema", "optimizer", "stage", "step", "config"} == set(unified.load_checkpoint(folder / "model.pt"))
 
 
-def test_a_killed_run_resumes_to_the_same_bits(photos, finished, tmp_path):
-    """Killed without warning in each stage; compared with the run that nothing disturbed."""
-    for name in ("tokenizer.pt", "model.pt"):
-        more = ("--labels", "--resume")
-        process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, flags(photos, tmp_path / "run", *more))], stderr=subprocess.DEVNULL)
-        while not (tmp_path / "run" / name).exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    script("train.py", *flags(photos, tmp_path / "run", "--labels", "--resume"))
-    for name in ("tokenizer.pt", "model.pt"):
-        ours, theirs = (unified.load_checkpoint(folder / name) for folder in (tmp_path / "run", finished[0]))
-        assert ours["step"] == theirs["step"]
-        assert all(torch.equal(v, theirs["model"][k]) for k, v in ours["model"].items())
-
-
-def test_a_run_asked_to_stop_saves_and_says_how_to_go_on(photos, tmp_path):
-    process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, flags(photos, tmp_path / "run", "--steps", 100_000))],
-                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "model.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.terminate()
-    printed = "".join(process.communicate())
-    assert process.returncode == 128 + signal.SIGTERM and "--resume" in printed
-    assert unified.load_checkpoint(tmp_path / "run" / "model.pt")["step"] > 0
-
-
 def test_mage_c_trains_on_two_views_of_a_shared_tokenizer(photos, finished, tmp_path):
     printed = script("train.py", *flags(photos, tmp_path / "c", "--model", "mage-c", "--tokenizer", finished[0], "--micro-batch", 4))
-    assert "contrastive term compares 4 of the 8" in printed and not (tmp_path / "c" / "ids.npy").exists()
+    assert "contrastive term compares 4 of the 8" in printed and not [*(tmp_path / "c").glob("ids*")]
     assert '"contrast"' in (tmp_path / "c" / "log.jsonl").read_text()
 
 
@@ -3571,11 +3691,10 @@ def test_the_unet_trains_and_shows_samples(photos, tmp_path):
 
 def test_averaged_weights_resume_to_the_same_bits(photos, diffused, tmp_path):
     more = ("--model", "umd", "--micro-batch", 4, "--views", 1, "--eval-every", 0)
-    process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, flags(photos, tmp_path / "run", *more))], stderr=subprocess.DEVNULL)
-    while not (tmp_path / "run" / "model.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
+    process = start(tmp_path / "printed", run_script, "train.py", flags(photos, tmp_path / "run", *more))
+    until((tmp_path / "run" / "model.pt").exists, process)
     process.kill()
-    process.wait()
+    finish(process)
     script("train.py", *flags(photos, tmp_path / "run", *more, "--resume"))
     ours, theirs = (unified.load_checkpoint(folder / "model.pt") for folder in (tmp_path / "run", diffused[0]))
     for part in ("model", "ema"):
@@ -3674,11 +3793,10 @@ def test_a_run_that_is_there_is_not_overwritten(photos, finished):
 # Several processes
 
 
-def train_together(rank, world, folder, micro, contrastive):
+def train_together(folder, micro, contrastive):
     """Twenty optimizer steps of 16 images as one of several processes; leaves losses, first gradients and parameters in folder/WORLD.pt."""
-    torch.set_num_threads(1)
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    unified.join_processes("cpu")
+    rank, world = unified.processes()
     run = types.SimpleNamespace(world=world, rank=rank, device=torch.device("cpu"), autocast=contextlib.nullcontext,
                                 cfg=types.SimpleNamespace(seed=0, labels=False))
     model = mage(contrastive=contrastive, dropout=0.0).train()
@@ -3707,9 +3825,8 @@ def train_together(rank, world, folder, micro, contrastive):
         losses.append(mean / world)
     if rank == 0:
         torch.save((torch.stack(losses), first, {k: p.detach() for k, p in weights.items()}), f"{folder}/{world}.pt")
-    if world > 1:
-        torch.distributed.barrier()
-        unified.leave_processes()
+    del net
+    unified.leave_processes()
 
 
 def without_keys(name, p):
@@ -3721,8 +3838,8 @@ def without_keys(name, p):
 def test_two_processes_train_as_one_does(contrastive, alone, losses_agree, tmp_path):
     """MAGE: one process that accumulates 2 x 8 images against two processes of 8. MAGE-C, which compares what is computed at once: 16 against 2 x 8."""
     torch.set_num_threads(1)
-    train_together(0, 1, tmp_path, alone, contrastive)
-    torch.multiprocessing.spawn(train_together, (2, str(tmp_path), 8, contrastive), nprocs=2)
+    train_together(tmp_path, alone, contrastive)
+    both(tmp_path, train_together, tmp_path, 8, contrastive)
     (losses, first, weights), (losses2, first2, weights2) = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     assert losses[0] != losses[-1]
     assert_close(losses2, losses, losses_agree)
@@ -3733,17 +3850,48 @@ def test_two_processes_train_as_one_does(contrastive, alone, losses_agree, tmp_p
             assert (without_keys(name, weights2[name]) - without_keys(name, p)).abs().max() < 1e-5, name
 
 
-def test_two_processes_share_the_ids_and_leave_one_run(photos, finished, tmp_path):
+def test_two_processes_share_the_ids_and_leave_one_run(photos, tmp_path):
+    """As a user starts them, with torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "train.py"]
-    done = subprocess.run([*command, *map(str, flags(photos, tmp_path / "run", "--labels"))], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (done.stdout + done.stderr).count("python probe.py") == 1
+    with open(tmp_path / "printed", "w") as file:
+        process = subprocess.Popen([*command, *map(str, flags(photos, tmp_path / "run", "--labels"))], stdout=file, stderr=file,
+                                   start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        process.wait(LIMIT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    printed = (tmp_path / "printed").read_text()
+    assert process.returncode == 0, printed
+    assert printed.count("python probe.py") == 1
     vqgan, _ = unified.load_tokenizer(tmp_path / "run")
     data = unified.open_data(str(photos), "", 32, train=True)
     (tmp_path / "alone").mkdir()
-    alone, labels = unified.cache_ids(tmp_path / "alone", vqgan, data, 2, 32)
-    assert (numpy.load(tmp_path / "run" / "ids.npy") == alone).all() and labels.equal(data.labels)
+    alone, labels = train.cache_ids(tmp_path / "alone", vqgan, data, 2)
+    (ids,) = (tmp_path / "run").glob("ids-*.npy")
+    assert (numpy.load(ids) == alone).all() and labels.equal(data.labels)
+
+
+def make_ids(folder, shard):
+    unified.join_processes("cpu")
+    train.SHARD = shard
+    train.cache_ids(folder, tokenizer(2), pictures(30, 8), 2)
+    unified.leave_processes()
+
+
+def test_ids_that_two_processes_began_are_finished_by_one_and_the_reverse(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHARD", 4)
+    vqgan, data = tokenizer(2), pictures(30, 8)
+    alone, _ = train.cache_ids(tmp_path, vqgan, data, 2)
+    alone, (ids,) = numpy.array(alone), tmp_path.glob("ids-*.npy")
+    monkeypatch.setattr(train, "join_shards", lambda *_: None)
+    ids.unlink()
+    with pytest.raises(unified.UserError):
+        train.cache_ids(tmp_path, vqgan, data, 2)
+    for path in sorted(ids.with_suffix("").iterdir())[::3]:
+        path.unlink()
+    both(tmp_path, make_ids, tmp_path, 4)
+    assert (numpy.load(ids) == alone).all()
 
 
 def test_umds_few_shot_evaluator_is_a_probe(diffused):
@@ -3752,12 +3900,10 @@ def test_umds_few_shot_evaluator_is_a_probe(diffused):
     assert "belongs to --head fewshot" in script("probe.py", diffused[0], "--head", "knn", "--shots", 4, expect=2)
 
 
-def test_two_processes_probe_as_one_does(diffused):
-    rows = []
-    for command in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        done = subprocess.run([*command, *map(str, ["--"] * (len(command) > 1) + [HERE / "probe.py", diffused[0], "--head", "mlp", "--epochs", 3, "--workers", 0])],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0 and done.stdout.count("raw pixels") == 1, done.stdout + done.stderr
+def test_two_processes_probe_as_one_does(diffused, tmp_path):
+    rows, args = [], (diffused[0], "--head", "mlp", "--epochs", 3, "--workers", 0)
+    for printed in (finish(start(tmp_path / "printed", run_script, "probe.py", args))[1], both(tmp_path, run_script, "probe.py", args)):
+        assert printed.count("raw pixels") == 1, printed
         rows.append(json.loads((diffused[0] / "probe.jsonl").read_text().splitlines()[-1]))
     one, two = ({k: v for k, v in row.items() if k != "seconds"} for row in rows)
     assert one == two
@@ -3777,11 +3923,8 @@ def test_the_method_that_the_readme_adds_trains_and_samples():
 
 
 def test_two_processes_make_the_pictures_of_one(finished, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", HERE / "sample.py"]
     flags = ["--n", 5, "--batch", 2, "--steps", 3, "--device", "cpu"]
-    done = subprocess.run([*command, *map(str, [finished[0], *flags, "--out", tmp_path / "two.png", "--npz", tmp_path / "two.npz", "--png-dir", tmp_path / "flat"])],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    both(tmp_path, run_script, "sample.py", [finished[0], *flags, "--out", tmp_path / "two.png", "--npz", tmp_path / "two.npz", "--png-dir", tmp_path / "flat"])
     script("sample.py", finished[0], *flags, "--out", tmp_path / "one.png", "--npz", tmp_path / "one.npz")
     one, two = (numpy.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("one", "two"))
     assert abs(one.astype(int) - two).max() <= 1 and len(list((tmp_path / "flat").iterdir())) == 5      # another number of threads rounds another way

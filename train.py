@@ -6,29 +6,39 @@
     python train.py --model addp --predictor out/shapes-mage                        ADDP, which learns from a trained MAGE
     torchrun --standalone --nproc-per-node 8 train.py ...    the same flags on 8 GPUs
 
-A run is a folder, out/<dataset>-<model> or, with --labels, out/<dataset>-<model>-labels: tokenizer.pt, ids.npy, model.pt, log.jsonl,
+A run is a folder, out/<dataset>-<model> or, with --labels, out/<dataset>-<model>-labels: tokenizer.pt, ids-*.npy, model.pt, log.jsonl,
 loss.png, reconstructions.png, samples.png.
 """
 import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
+import zipfile
 
 import numpy
+import PIL.Image
+import PIL.ImageDraw
 import torch
 import torch.distributed
 import tqdm
 
 import unified
-from unified import UserError, option
+from unified import Stopped, UserError, option
+
+try:
+    import fcntl
+except ImportError:                                                                         # Windows: nothing keeps a second process out
+    fcntl = None
 
 
 @dataclasses.dataclass
@@ -43,6 +53,7 @@ class Config:
     steps: int = option(None, "optimizer steps of the model; or say --epochs")
     epochs: float = option(None, "the same in passes over the training set")
     tokenizer_steps: int = option(None, "optimizer steps of the tokenizer")
+    tokenizer_batch_size: int = option(None, "images in each of them; 16 for small sets and on a CPU, else 256")
     adversarial: float = option(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0")
     tokenizer: str = option("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
     predictor: str = option("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a checkpoint or a published file")
@@ -70,10 +81,10 @@ class Config:
 
 # Defaults by data set. FOLDER is the papers' recipe: the method's own for the model, see unified.MODELS, and MaskGIT's for the tokenizer.
 SHAPES = dict(size="tiny", image_size=32, ids=16, codes=128, steps=3000, batch_size=64, lr=6e-3, views=1, tokenizer_size="toy",
-              tokenizer_steps=2000, tokenizer_batch=16, tokenizer_lr=4e-3, log_every=50, eval_every=1000, save_every=500)
+              tokenizer_steps=2000, tokenizer_batch_size=16, tokenizer_lr=4e-3, log_every=50, eval_every=1000, save_every=500)
 CIFAR10 = dict(SHAPES, ids=64, codes=1024, steps=4000, views=4, tokenizer_size=None, tokenizer_steps=4500)
 FOLDER = dict(size="base", image_size=256, ids=None, codes=1024, views=10, tokenizer_steps=1_000_000,
-              tokenizer_batch=256, tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
+              tokenizer_lr=1e-4, log_every=20, eval_every=5000, save_every=1000)
 SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)                                       # with --size tiny or small
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every", "resume"}
 
@@ -100,9 +111,10 @@ def settle(cfg):
             setattr(cfg, name, value)
     cfg.ids = cfg.ids or (64 if cfg.image_size < 128 else 256)
     cfg.adversarial = (0.8 if cfg.image_size >= 256 else 0.0) if cfg.adversarial is None else cfg.adversarial
+    cfg.tokenizer_batch_size = cfg.tokenizer_batch_size or (256 if cfg.device.startswith("cuda") else 16)    # a CPU takes minutes for 256
     cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
     cfg.out_dir = cfg.out_dir or f"out/{pathlib.Path(cfg.dataset).name}-{cfg.model}" + "-labels" * cfg.labels
-    for name in ("image_size", "ids", "codes", "batch_size", "steps", "tokenizer_steps", "epochs", "micro_batch", "log_every", "save_every"):
+    for name in ("image_size", "ids", "codes", "batch_size", "steps", "tokenizer_steps", "tokenizer_batch_size", "epochs", "micro_batch", "log_every", "save_every"):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
     teacher = unified.MODELS[cfg.model].predictor
@@ -137,21 +149,12 @@ class Run:
 
     def __init__(self, cfg, recipe):
         self.cfg, self.recipe, self.folder = cfg, recipe, pathlib.Path(cfg.out_dir)
-        self.device = unified.join_processes(unified.pick_device(cfg.device))
+        self.device = unified.join_processes(cfg.device)
         self.rank, self.world = unified.processes()
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
         if cfg.batch_size % ((cfg.micro_batch or 1) * self.world):
             raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of " + (f"--micro-batch {cfg.micro_batch} x " if cfg.micro_batch else "")
                             + f"{self.world} process{'es' * (self.world > 1)}")
-        self.stop = None                                                                    # number of the signal that asks us to
-        for number in () if cfg.benchmark else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask_to_stop)
-
-    def ask_to_stop(self, number, frame):
-        """Signal handler: the step at hand is finished first."""
-        if self.stop:                                                                       # asked twice: now
-            raise KeyboardInterrupt
-        self.stop = number
 
     def tell(self, text):
         """Print, once for all processes."""
@@ -172,7 +175,7 @@ class Run:
     def save(self, name, **state):
         """Write a checkpoint of the run's folder, once for all processes."""
         if self.rank == 0:
-            unified.save_checkpoint(self.folder / name, state)
+            save_checkpoint(self.folder / name, state)
 
     def micro_batch(self, batch, image_bytes):
         """Images computed at once: what was asked for, else the largest divisor of the batch whose activations fill at most 60 % of the memory."""
@@ -185,24 +188,38 @@ class Run:
         return next(m for m in range(share, 0, -1) if share % m == 0 and (m * image_bytes <= 0.6 * memory or m == 1))
 
 
-def open_run(run):
-    """Make or check the run's folder, and lock it against a second process."""
+def listen():
+    """From now on Ctrl-C and SIGTERM only ask for the end: all that runs long looks into unified.SIGNALS before its next step or batch."""
+    def ask(number, frame):
+        if unified.SIGNALS and time.monotonic() - min(unified.SIGNALS.values()) > 2:                        # not what torchrun merely passes on
+            raise KeyboardInterrupt
+        unified.SIGNALS.setdefault(number, time.monotonic())
+        if unified.processes()[0] == 0:
+            with contextlib.suppress(OSError):                                              # print() might be at work on a line right now
+                os.write(2, b"\nstopping after this step or batch; asked once more, at once\n")
+    unified.SIGNALS.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+
+
+def open_run(run, train):
+    """Make or check the run's folder, and lock it against a second process; from here on a signal asks for a checkpoint first."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    if run.rank == 0:
-        import fcntl                                                                        # the lock dies with the process
-        run.lock = open(run.folder / ".lock", "w")
-        try:
-            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{run.folder} is in use by another train.py; take another --out-dir")
-        if not run.cfg.resume and any(p.name != ".lock" for p in run.folder.iterdir()):
-            raise UserError(f"{run.folder} is not empty; --resume goes on with it, --out-dir takes another place")
+    run.lock = open(run.folder / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                            # it dies with the process
+    except OSError:
+        raise UserError(f"{run.folder} is in use by another train.py; take another --out-dir")
+    if not run.cfg.resume and any(p.name != ".lock" for p in run.folder.iterdir()):
+        raise UserError(f"{run.folder} is not empty; --resume goes on with it, --out-dir takes another place")
     for path in (run.folder / "model.pt", run.folder / "tokenizer.pt"):
         if path.exists():
             was, now = unified.load_checkpoint(path)["config"], dataclasses.asdict(run.cfg)
             for name in now.keys() - RESUME_MAY_CHANGE:
                 if was.get(name, now[name]) != now[name]:
                     raise UserError(f"this run has --{name.replace('_', '-')} {was[name]}, not {now[name]}; repeat its flags, or take another --out-dir")
+            unified.same_data(was, train, run.folder, "put them back, or take another --out-dir")
             return
 
 
@@ -226,7 +243,8 @@ def cached_batches(ids, labels, plan):
         first = crops[:, :1] % K
         view = torch.cat([first, (first + 1 + crops[:, 1:] % max(1, K - 1)) % K], 1)
         where = index.to(ids.device, non_blocking=True)
-        yield ids[where[:, None], view.to(ids.device, non_blocking=True)].int() & 0xFFFF, labels[index]     # uint16 in the file, int16 in torch
+        found = ids[where[:, None], view.to(ids.device, non_blocking=True)].int()
+        yield found & 0xFFFF if ids.dtype == torch.int16 else found, labels[index]          # torch has no uint16 that can be indexed
 
 
 def trainable(net):
@@ -253,8 +271,10 @@ def averaged(net, ema):
     """For a while the weights are their average ema, {name: tensor}, if there is one."""
     own = {name: p.detach().clone() for name, p in trainable(net).items()} if ema else {}
     net.load_state_dict(ema or {}, strict=False)
-    yield
-    net.load_state_dict(own, strict=False)
+    try:
+        yield
+    finally:
+        net.load_state_dict(own, strict=False)                                              # or a stop in between would save the average
 
 
 @dataclasses.dataclass
@@ -275,8 +295,23 @@ class Stage:
     evaluate: callable = lambda: {}                     # -> held-out figures, drawing pictures on the way
 
 
-class Stopped(Exception):
-    """A signal asked for the end; everything is saved."""
+def save_checkpoint(path, state):
+    """Write under a temporary name, flush, keep the previous file as NAME.prev, rename: a crash at any moment leaves a whole one.
+    UserError if it cannot be written, for want of room say; then nothing has changed."""
+    path = pathlib.Path(path)
+    new = path.with_name(path.name + ".tmp")
+    try:
+        with open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_name(path.name + ".prev"))
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:                                                # torch makes a RuntimeError of the file's
+        new.unlink(missing_ok=True)
+        reason = " ".join(str(error.__context__ or error).split())[:200]
+        raise UserError(f"{path} could not be written ({reason}); the last good checkpoint is untouched: make room, then --resume")
 
 
 def restore(run, stage, optimizer, ema):
@@ -289,10 +324,9 @@ def restore(run, stage, optimizer, ema):
         for name, average in ema.items():
             average.copy_(state["ema"][name])
         step = state["step"]
-    rows = run.rows()
-    kept = [r for r in rows if r["stage"] != stage.name or r["step"] <= step]
-    if run.rank == 0 and kept != rows:
-        (run.folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    if run.rank == 0:                                                                       # whole lines only: the last may be cut off
+        kept = [json.dumps(r) + "\n" for r in run.rows() if r["stage"] != stage.name or r["step"] <= step]
+        write_file(run.folder / "log.jsonl", lambda file: file.write("".join(kept).encode()))
     return step
 
 
@@ -300,19 +334,21 @@ class Meter:
     """Progress bar and log of one stage. Losses add up on the device and are read once a log interval."""
 
     def __init__(self, run, stage, step):
-        self.run, self.stage, self.logs, self.count, self.since, self.seen = run, stage, {}, 0, time.time(), step
+        self.run, self.stage, self.logs, self.since, self.seen = run, stage, {}, time.time(), step
+        self.started, self.first = None, step
         self.bar = tqdm.tqdm(total=stage.steps, initial=step, desc=stage.name, unit=" steps", disable=run.rank > 0, dynamic_ncols=True)
 
     def add(self, loss, logs):
         """Losses of one micro-batch: scalars on the device."""
         for name, value in {"loss": loss, **logs}.items():
-            self.logs[name] = self.logs.get(name, 0) + value.detach()
-        self.count += 1
+            total, count = self.logs.get(name, (0, 0))
+            self.logs[name] = total + value.detach(), count + 1
 
     def step(self, step, norm, lr, ema):
         """One optimizer step is done: write a row, evaluate, if it is time to. norm: of the gradient; ema: averaged weights."""
         self.bar.update()
         self.norm = norm
+        self.warn(step)
         if step % self.run.cfg.log_every == 0 or step == self.stage.steps:
             means = self.check(step)
             rate = (step - self.seen) * self.stage.batch / (time.time() - self.since)
@@ -320,24 +356,45 @@ class Meter:
             self.run.log(stage=self.stage.name, step=step, **means, lr=lr, grad_norm=norm.item(), images_per_second=rate,
                          memory_gib=memory)
             self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
-            self.logs, self.count, self.since, self.seen = {}, 0, time.time(), step
+            self.logs, self.since, self.seen = {}, time.time(), step
         every = self.run.cfg.eval_every
         if every and (step % every == 0 or step == self.stage.steps):
             if self.run.rank == 0:
-                self.stage.net.eval()
-                with averaged(self.stage.net, ema):
-                    self.run.log(stage=self.stage.name, step=step, **self.stage.evaluate())
-                self.stage.net.train()
+                self.evaluate(step, ema)
             self.since, self.seen = time.time(), step
 
+    def evaluate(self, step, ema):
+        """Held-out figures and images, unless a signal asks for the end meanwhile: the step itself is saved then."""
+        self.stage.net.eval()
+        with contextlib.suppress(Stopped), averaged(self.stage.net, ema):
+            self.run.log(stage=self.stage.name, step=step, **self.stage.evaluate())
+        self.stage.net.train()
+
+    def warn(self, step):
+        """Say once, after the first steps, of which the very first is no measure, if all would take more than a day."""
+        done, now = step - self.first, time.time()
+        if done == 1:
+            self.started = now
+        if done == 4:
+            days = (self.stage.steps - step) * (now - self.started) / 3 / 86400
+            if days > 1:
+                tokens = "--tokenizer-steps, --tokenizer-batch-size" if self.stage.name == "tokenizer" else "--steps, --batch-size"
+                self.run.tell(f"at this pace the {self.stage.name} takes {days:.0f} more days; {tokens}, --size tiny or --image-size 64 shorten that")
+
     def check(self, step):
-        """Mean of what was added, over all processes. A loss that is not finite ends the run here, before it is saved."""
-        means = {}
-        for name, value in self.logs.items():
-            value = value.float() / self.count
-            if self.run.world > 1:
-                torch.distributed.all_reduce(value)
-            means[name] = value.item() / self.run.world
+        """Mean of what was added, over all processes, of which some may lack a term. A loss that is not finite ends the run here, before it
+        is saved."""
+        names = [list(self.logs)]
+        if self.run.world > 1:
+            names = [None] * self.run.world
+            torch.distributed.all_gather_object(names, list(self.logs))
+        names = list(dict.fromkeys(itertools.chain(*names)))                                # those of all, in the same order everywhere
+        sums = torch.zeros(len(names), 2, device=self.run.device)
+        for row, name in zip(sums, names):
+            row[0], row[1] = self.logs.get(name, (0, 0))
+        if self.run.world > 1:
+            torch.distributed.all_reduce(sums)
+        means = dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist()))
         if not all(map(math.isfinite, [*means.values(), self.norm.item()])):
             raise UserError(f"the loss or its gradient is not finite at step {step}; {self.run.folder} keeps the last good checkpoint; a lower --lr may help")
         return means
@@ -382,16 +439,25 @@ def fit(run, stage):
     batches = stage.batches(plan(stage.images, cfg.seed, stage.views, stage.batch, stage.micro, run.rank, run.world, step, stage.steps))
     meter = Meter(run, stage, step)
     net.train()
+
+    def save():
+        run.save(f"{stage.name}.pt", model=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), stage=stage.name, step=step,
+                 config={**dataclasses.asdict(cfg), **stage.arch})
     while step < stage.steps:
-        norm, rate = update(run, stage, ddp, optimizer, weights, ema, step, batches, meter.add)
+        try:
+            norm, rate = update(run, stage, ddp, optimizer, weights, ema, step, batches, meter.add)
+        except UserError:                                                                   # an image or a worker: no weight has moved yet
+            if step:
+                save()
+            raise
         step += 1
         meter.step(step, norm, rate, ema)
-        if step % cfg.save_every == 0 or step == stage.steps or run.stop:
+        stop = unified.asked_to_stop()
+        if step % cfg.save_every == 0 or step == stage.steps or stop:
             meter.check(step)
-            run.save(f"{stage.name}.pt", model=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), stage=stage.name, step=step,
-                     config={**dataclasses.asdict(cfg), **stage.arch})
-        if run.stop:
-            raise Stopped(f"stopped at step {step} of the {stage.name}; everything is saved, --resume goes on")
+            save()
+        if stop and step < stage.steps:
+            raise Stopped(f"at step {step} of the {stage.name}")
     net.eval()
     return ema
 
@@ -443,17 +509,130 @@ def get_frozen(run, train, test):
     torch.manual_seed(cfg.seed)
     arch = unified.tokenizer_config(run.recipe.get("tokenizer_size") or cfg.size, cfg.image_size // math.isqrt(cfg.ids), cfg.codes)
     net = unified.TokenizerTraining(unified.VQGAN(**arch))
-    batch, steps = run.recipe["tokenizer_batch"], cfg.tokenizer_steps
+    batch, steps = cfg.tokenizer_batch_size, cfg.tokenizer_steps
 
     def evaluate():
         draw_reconstructions(run, lambda x: net.vqgan.reconstruct(x)[:1], test)
         return measure_tokenizer(run, net.vqgan, test, 500)
     bytes_each = 8 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"] * 12
     views = 0 if isinstance(train, unified.Pictures) else 1                                 # enlarged crops of 32 pixels are all blur
-    fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch}, lambda plan: train.batches(plan, cfg.workers), len(train), views, steps, batch,
+    fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch, **unified.described(train)}, lambda plan: train.batches(plan, cfg.workers), len(train), views, steps, batch,
                    run.micro_batch(batch, bytes_each), run.recipe["tokenizer_lr"], TOKENIZER_RECIPE,
                    lambda step, first: {"adversarial": cfg.adversarial * (step >= steps // 5)}, evaluate))
     return net.vqgan, arch
+
+
+# Ids on disk. Tokenising costs more than a small model's whole training step, so every image is tokenised once, in V crops. The work is
+# cut into shards, each a file of its own, so that any number of processes can share it, on machines that share a disk too, and any other
+# number can go on with it. No file is ever changed: each is written under another name and renamed, and its name says what it depends on.
+
+SHARD = 2048                        # images
+
+
+def fingerprint(vqgan, data, views):
+    """What ids depend on, as one hexadecimal word: the tokenizer, the images (of files name, size and time of change), their crops."""
+    digest = hashlib.sha256(repr((views, data.size, data.scale, len(data))).encode())
+    if isinstance(data, unified.Folder):
+        images = map(functools.partial(file_mark, data.root), data.paths)
+    else:
+        images = (part.cpu().numpy().tobytes() for part in data.images.split(1000))
+    weights = (p.detach().cpu().numpy().tobytes() for p in vqgan.parameters())
+    for part in itertools.chain(weights, images, [data.labels.numpy().tobytes()]):
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def file_mark(root, path):
+    """Bytes that tell a file from another one, and from itself after a change."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return b"%s %d %d\n" % (os.fsencode(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)
+    return os.fsencode(path.relative_to(root))                                              # a link to nowhere, say
+
+
+def write_file(path, write):
+    """write(file) under a name of this process's own, then rename: path is whole or not there."""
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(new, "wb") as file:
+            write(file)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def read_shard(path):
+    """Ids (m, V, L) and labels (m,) of the images that are done, in lists of one; empty lists if the file is damaged or not there."""
+    try:
+        with numpy.load(path) as shard:
+            return [shard["ids"]], [shard["labels"]]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return [], []
+
+
+def make_shards(shards, vqgan, data, views, workers):
+    """Complete shards, [(path, the images it holds: int (m,)), ...], as far as they are this process's; ends after the next batch if asked to."""
+    code = numpy.uint16 if len(vqgan.quantize.embedding.weight) <= 2**16 else numpy.int32
+    device = next(vqgan.parameters()).device
+    todo = [(path, index[sum(map(len, read_shard(path)[1])):]) for path, index in unified.share(shards)]
+    todo = [(path, index.split(max(1, unified.at_once(data, device) // views))) for path, index in todo if len(index)]
+    plan = [(part, None if views == 1 else unified.fold(part[:, None], torch.arange(views))) for _, parts in todo for part in parts]
+    bar = tqdm.tqdm(total=len(plan), desc="ids of every image", unit=" batches", disable=unified.processes()[0] > 0 or not plan, dynamic_ncols=True)
+    batches = data.batches(plan, workers)
+    for path, parts in todo:
+        (ids, labels), saved = read_shard(path), time.monotonic()
+        for left in reversed(range(len(parts))):
+            x, y = next(batches)
+            with torch.no_grad():
+                found = vqgan.encode(x.flatten(0, -4).to(device))                           # (B * V, h, w)
+            ids.append(found.cpu().numpy().astype(code).reshape(len(y), views, -1))
+            labels.append(y.numpy())
+            bar.update()
+            if not left or unified.SIGNALS or time.monotonic() - saved > 60:
+                done, saved = {"ids": numpy.concatenate(ids), "labels": numpy.concatenate(labels)}, time.monotonic()
+                write_file(path, lambda file: numpy.savez(file, **done))
+            if unified.SIGNALS:
+                return
+
+
+def join_shards(shards, ids_path, labels_path, shape):
+    """One file of the ids of all shards, shape (N, V, L), and before it one of their labels: when the ids are there, so is everything."""
+    def write(file):
+        labels = []
+        for path, index in shards:
+            ids, found = read_shard(path)
+            if sum(map(len, found)) != len(index):
+                raise UserError(f"{path} was lost while ids were made; start again with --resume")
+            if not labels:
+                numpy.lib.format.write_array_header_1_0(file, {"descr": ids[0].dtype.str, "fortran_order": False, "shape": shape})
+            file.write(ids[0].tobytes())
+            labels += found
+        write_file(labels_path, lambda file: numpy.save(file, numpy.concatenate(labels)))
+    if not ids_path.exists():                                                               # else another run was faster
+        write_file(ids_path, write)
+    shutil.rmtree(shards[0][0].parent, ignore_errors=True)
+
+
+def cache_ids(folder, vqgan, data, views, workers=0):
+    """Ids of every image, (N, V, L), mapped from folder/ids-<fingerprint>.npy, and the labels (N,) that belong to them.
+
+    views  V crops of each image; 1 means the whole picture.
+    Finished ids of the same tokenizer, data and crops are read, unfinished ones continued; processes share the work, runs may share the
+    folder. uint16, or int32 where the codebook has more codes than that counts. Raises Stopped if a signal asks for the end.
+    """
+    mark = unified.first_alone(lambda: fingerprint(vqgan, data, views))
+    ids, labels = (pathlib.Path(folder) / f"{name}-{mark}.npy" for name in ("ids", "labels"))
+    if not unified.first_alone(ids.exists):
+        shards = [(ids.with_suffix("") / f"{k:06d}.npz", index) for k, index in enumerate(torch.arange(len(data)).split(SHARD))]
+        make_shards(shards, vqgan, data, views, workers)
+        if unified.asked_to_stop():
+            raise Stopped("while ids were made")
+        unified.first_alone(lambda: join_shards(shards, ids, labels, (len(data), views, (data.size // vqgan.stride) ** 2)))
+    try:
+        return numpy.load(ids, mmap_mode="c"), torch.from_numpy(numpy.load(labels))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{ids} and its labels cannot be read ({error}); delete them, and they are made anew")
 
 
 def get_ids(run, vqgan, train):
@@ -462,9 +641,9 @@ def get_ids(run, vqgan, train):
     if cfg.views == 0 or vqgan is None:
         return lambda plan: train.batches(plan, cfg.workers)
     shared = pathlib.Path(cfg.tokenizer)
-    folder = shared if cfg.tokenizer and shared.is_dir() else run.folder
-    ids, labels = unified.cache_ids(folder, vqgan, train, cfg.views, cfg.image_size, cfg.workers)
-    ids = torch.from_numpy(ids.view("int16"))
+    folder = shared if cfg.tokenizer and shared.is_dir() and os.access(shared, os.W_OK) else run.folder
+    ids, labels = cache_ids(folder, vqgan, train, cfg.views, cfg.workers)
+    ids = torch.from_numpy(ids.view("int16") if ids.dtype == numpy.uint16 else ids)
     if run.device.type == "cuda" and ids.nbytes < torch.cuda.mem_get_info(run.device)[0] / 4:
         ids = ids.to(run.device)
     return lambda plan: cached_batches(ids, labels, plan)
@@ -508,15 +687,17 @@ def get_model(run, frozen, arch, train, test):
              + (f"; the loss starts near ln {model.codes} = {math.log(model.codes):.2f}" if method.tokenizer else ""))
     if method.views == 2 and micro * run.world < cfg.batch_size:
         run.tell(f"the contrastive term compares {micro * run.world} of the {cfg.batch_size} images with each other: those computed at once")
-    held, labels = unified.map_pictures(model.to_ids if method.tokenizer else lambda x: x, test, 512, workers=cfg.workers, device=run.device)
+    held_out = functools.cache(lambda: unified.map_pictures(model.to_ids if method.tokenizer else lambda x: x, test, 512, workers=cfg.workers,
+                                                            device=run.device))             # read by the first process, when it evaluates
 
     def evaluate():
         draw_what_it_does(run, model, test, steps=None if method.tokenizer else 20)
+        held, labels = held_out()
         torch.manual_seed(0)
         parts = zip(held.to(run.device).split(16), labels.to(run.device).split(16))         # each draws a hidden share of its own
         with torch.no_grad(), run.autocast():
-            return {"held_out": torch.stack([model(x, y if cfg.labels else None)[0] for x, y in parts]).mean().item()}
-    ema = fit(run, Stage("model", model, {"arch": arch, "classes": train.classes}, get_ids(run, getattr(model, "vqgan", None), train), len(train),
+            return {"held_out": torch.stack([model(x, y if cfg.labels else None)[0] for x, y in until_asked(parts)]).mean().item()}
+    ema = fit(run, Stage("model", model, {"arch": arch, **unified.described(train)}, get_ids(run, getattr(model, "vqgan", None), train), len(train),
                          method.views if method.tokenizer else cfg.views, steps, cfg.batch_size, micro, peak, recipe_of(cfg),
                          lambda step, first: model.draws(first, micro), evaluate))
     return model, ema
@@ -534,7 +715,42 @@ def sample_grid(run, model, steps, n=64):
     """n pictures of fixed seeds; with labels, a column a class."""
     labels = torch.arange(n, device=run.device) % 8 % model.classes if run.cfg.labels else None
     with run.autocast():
-        return model.sample(n, steps=steps, labels=labels).float().cpu()
+        for state in until_asked(model.sample_steps(n, steps=steps, labels=labels)):
+            pass
+        return model.render(state).float().cpu()
+
+
+def until_asked(items):
+    """The items, until a signal asks for the end."""
+    for item in items:
+        if unified.SIGNALS:
+            raise Stopped("while results were drawn")
+        yield item
+
+
+def chart(curves, title, size=(900, 500)):
+    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, drawn on one scale, logarithmic where y grows tenfold, with its extremes
+    written at the axes. Curves of few points have dots."""
+    image = PIL.Image.new("RGB", size, "white")
+    draw, points = PIL.ImageDraw.Draw(image), [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
+    left, top, right, bottom = 70, 40, size[0] - 20, size[1] - 40
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points)) if points else ((0, 1), (0, 1))
+    scale, middle = (math.log, math.sqrt(y0 * y1)) if 0 < 10 * y0 < y1 else (float, (y0 + y1) / 2)
+    draw.rectangle((left, top, right, bottom), outline="gray")
+    draw.text((left, 12), title + ", logarithmic" * (scale is math.log), fill="black")
+    for value, height in ((y0, bottom - 10), (middle, (top + bottom) / 2 - 6), (y1, top)):
+        draw.text((8, height), f"{value:.4g}", fill="black")
+    draw.text((left, bottom + 8), f"{x0:g}", fill="black")
+    draw.text((right - 50, bottom + 8), f"{x1:g}", fill="black")
+    for i, (name, curve) in enumerate(curves.items()):
+        color = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")[i % 5]
+        line = [(left + (x - x0) / max(x1 - x0, 1e-9) * (right - left),
+                 bottom - (scale(y) - scale(y0)) / max(scale(y1) - scale(y0), 1e-9) * (bottom - top)) for x, y in curve if math.isfinite(y)]
+        draw.line(line, fill=color, width=2)
+        for x, y in line if len(line) < 20 else ():
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+        draw.text((left + 200 + 150 * i, 12), name, fill=color)
+    return image
 
 
 def draw_losses(run):
@@ -545,7 +761,7 @@ def draw_losses(run):
         curves = {name: [(r["step"], r.get("masked", r[name])) for r in found] for name, found in rows_of.items()}     # of MAGE-C without the contrast
         curves = {name: curve for name, curve in curves.items() if curve}
         if curves:
-            yield unified.chart(curves, f"{stage}: loss by step")
+            yield chart(curves, f"{stage}: loss by step")
 
 
 def report(run, model, ema, train, test):
@@ -669,24 +885,26 @@ def training_step(run, model, x, method, plain):
 
 def main():
     cfg, recipe = settle(unified.parse(Config, __doc__.split("\n")[0]))
-    run = Run(cfg, recipe)
+    code, run = 0, Run(cfg, recipe)
     if cfg.benchmark:
         return benchmark(run)
     try:
         train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images, recipe_of(cfg)["crop"])
                        for part in (True, False))
-        open_run(run)
+        unified.first_alone(lambda: open_run(run, train))
+        listen()
         model, ema = get_model(run, *(get_frozen(run, train, test) if unified.MODELS[cfg.model].tokenizer else (None, None)), train, test)
         unified.leave_processes()                                                           # nobody need wait for the report
         if run.rank == 0:
             report(run, model, ema, train, test)
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory; try --micro-batch {max(1, (cfg.micro_batch or cfg.batch_size // run.world) // 2)}")
-    except Stopped as reason:
-        run.tell(str(reason))
-        sys.exit(128 + run.stop)
+    except Stopped as where:                                                                # all processes are here
+        run.tell(f"stopped {where}; everything is saved, --resume goes on")
+        code = 128 + next(iter(unified.SIGNALS), signal.SIGTERM)
     finally:
         unified.leave_processes()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,14 @@ Papers     [UMD] Hansen-Estruch et al. 2024, arXiv 2406.17688    [DiT] Peebles a
            [DiffSSL] Mukhopadhyay et al. 2023, 2307.08702 and 2311.17921
 """
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
+import datetime
+import errno
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -51,15 +55,17 @@ import math
 import os
 import pathlib
 import pickle
+import signal
 import sys
 import tarfile
+import threading
 import time
+import traceback
 import typing
 import urllib.request
 
 import numpy
 import PIL.Image
-import PIL.ImageDraw
 import torch
 import torch.distributed.nn
 import torch.nn as nn
@@ -1909,6 +1915,9 @@ class UserError(Exception):
     """A mistake the user can mend; its text says how. Scripts print it without a traceback and exit with code 2."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)        # what an OSError says when a disk, a quota or a file has no room left
+
+
 def attention_kernels():
     """A context in which Hopper GPUs take cuDNN's attention first, said to be the fastest there; other GPUs take what torch chooses."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
@@ -1926,6 +1935,11 @@ def run_script(main):
             main()
     except UserError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}; make room, then start it again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1960,20 +1974,7 @@ def parse(cls, description, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
-# Checkpoints: a dict of plain values and tensors. The previous one is kept beside the newest.
-
-
-def save_checkpoint(path, state):
-    """Write under a temporary name, flush, keep the previous file as NAME.prev, rename: a crash at any moment leaves a whole one."""
-    path = pathlib.Path(path)
-    new = path.with_name(path.name + ".tmp")
-    with open(new, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        os.replace(path, path.with_name(path.name + ".prev"))
-    os.replace(new, path)
+# Checkpoints: a dict of plain values and tensors.
 
 
 def load_checkpoint(path):
@@ -2100,31 +2101,6 @@ def stack(images):
     return sheet
 
 
-def chart(curves, title, size=(900, 500)):
-    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, drawn on one scale, logarithmic where y grows tenfold, with its extremes
-    written at the axes. Curves of few points have dots."""
-    image = PIL.Image.new("RGB", size, "white")
-    draw, points = PIL.ImageDraw.Draw(image), [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
-    left, top, right, bottom = 70, 40, size[0] - 20, size[1] - 40
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points)) if points else ((0, 1), (0, 1))
-    scale, middle = (math.log, math.sqrt(y0 * y1)) if 0 < 10 * y0 < y1 else (float, (y0 + y1) / 2)
-    draw.rectangle((left, top, right, bottom), outline="gray")
-    draw.text((left, 12), title + ", logarithmic" * (scale is math.log), fill="black")
-    for value, height in ((y0, bottom - 10), (middle, (top + bottom) / 2 - 6), (y1, top)):
-        draw.text((8, height), f"{value:.4g}", fill="black")
-    draw.text((left, bottom + 8), f"{x0:g}", fill="black")
-    draw.text((right - 50, bottom + 8), f"{x1:g}", fill="black")
-    for i, (name, curve) in enumerate(curves.items()):
-        color = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")[i % 5]
-        line = [(left + (x - x0) / max(x1 - x0, 1e-9) * (right - left),
-                 bottom - (scale(y) - scale(y0)) / max(scale(y1) - scale(y0), 1e-9) * (bottom - top)) for x, y in curve if math.isfinite(y)]
-        draw.line(line, fill=color, width=2)
-        for x, y in line if len(line) < 20 else ():
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-        draw.text((left + 200 + 150 * i, 12), name, fill=color)
-    return image
-
-
 # Data sets. Each has: images of one size, labels, class names, and batches(plan): for every (index (B,), crops (B, V) or None) of
 # the plan one (x, labels), x float in [0, 1] of shape (B, V, 3, S, S), or (B, 3, S, S) for the whole picture when crops is None.
 # A crop is named by an integer, so that the same crop comes out on any machine and after any interruption.
@@ -2231,17 +2207,71 @@ class Folder(torch.utils.data.Dataset):
         return torch.stack(views)
 
     def batches(self, plan, workers=0):
-        """The pictures of the plan, (x, labels) at a time, decoded by so many processes. UserError for what Folder may not skip."""
-        items = ([(i, None if crops is None else crops[j].tolist()) for j, i in enumerate(index.tolist())] for index, crops in plan)
-        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, collate_fn=together, pin_memory=self.device.type == "cuda")
-        for x, labels, bad in loader:
+        """The pictures of the plan, (x, labels) at a time, decoded by so many processes. UserError for what Folder may not skip.
+
+        Workers hand over at most a mebibyte at once, in shared memory, of which containers have little: a batch comes in several parts.
+        """
+        sizes = collections.deque()
+
+        def parts():
+            for index, crops in plan:
+                sizes.append(len(index))
+                items = list(zip(index.tolist(), [None] * len(index) if crops is None else crops.tolist()))
+                n = max(1, 2**20 // (3 * self.size ** 2 * (1 if crops is None else crops.size(1))))
+                yield from (items[k:k + n] for k in range(0, len(items), n))
+        loader = torch.utils.data.DataLoader(self, batch_sampler=parts(), num_workers=workers, collate_fn=together,
+                                             pin_memory=self.device.type == "cuda", timeout=5 if workers else 0)
+        images, labels = [], []
+        for x, y, bad in handed_over(loader):
             for i, error in bad:
                 if x is None:
                     raise UserError(f"{self.paths[i]} cannot be read as an image ({error}); mend it, or leave --strict-images out")
                 if i not in self.unreadable:
                     print(f"skipped {self.paths[i]}: {error}", file=sys.stderr)
                 self.unreadable[i] = error
-            yield x.to(self.device, non_blocking=True).float().div_(255), labels
+            images.append(x.to(self.device, non_blocking=True))
+            labels.append(y)
+            if sum(map(len, labels)) == sizes[0]:
+                yield torch.cat(images).float().div_(255), torch.cat(labels)
+                sizes.popleft()
+                images, labels = [], []
+
+
+@contextlib.contextmanager
+def shielded():
+    """Processes started in here ignore Ctrl-C and SIGTERM, which are for their parent to answer. And the parent's handler of SIGCHLD stays
+    as it is: the one that torch sets raises wherever the program happens to be, in the middle of an optimizer step, say."""
+    if not hasattr(signal, "pthread_sigmask"):                                              # Windows has neither signal
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def handed_over(loader, patience=300):
+    """What a DataLoader's workers hand over; UserError if one of them dies, or if nothing comes for so many seconds."""
+    with shielded():
+        parts, since = iter(loader), time.monotonic()
+    while True:
+        try:
+            part = next(parts)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            if "timed out" in str(error) and time.monotonic() - since < patience:           # torch looks for dead workers each time
+                continue
+            raise UserError(f"the processes that decode images have stopped ({error}); they may lack memory, or shared memory (/dev/shm), "
+                            "of which containers have little: --workers 0 does without them") from None
+        yield part
+        since = time.monotonic()
 
 
 def together(items):
@@ -2355,6 +2385,20 @@ def download_cifar10(folder):
     archive.unlink()
 
 
+def described(data):
+    """What a run was trained on, for its checkpoint."""
+    return {"classes": data.classes, "images": len(data), "layout": type(data).__name__}
+
+
+def same_data(config, data, run, remedy):
+    """UserError, ending in the remedy, if data are not what the run with this config was trained on: its labels would mean something else."""
+    for name, now in described(data).items():
+        was = config.get(name, now)                                                         # older checkpoints do not say
+        if was != now:
+            was, now = (", ".join([c for c in a if c not in b][:5] or a[:5]) if name == "classes" else a for a, b in ((was, now), (now, was)))
+            raise UserError(f"{run} was trained on other data, {name} {was} then and {now} now; {remedy}")
+
+
 EXPECTED_TREE = """
     {root}/train/n01440764/n01440764_10026.JPEG ...     a folder a class
     {root}/val/n01440764/ILSVRC2012_val_00000293.JPEG ...
@@ -2396,34 +2440,51 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     return Folder(root / ("train" if train else "val"), folder_classes(root), size, (crop, 1.0), strict, device)
 
 
-# Ids on disk. Tokenising costs more than a small model's whole training step, so every image is tokenised once, in V crops.
+# Processes, and the signals that ask them to end.
 
 
-def fingerprint(vqgan, data, views, size):
-    """What the cached ids depend on, as one hexadecimal word."""
-    digest = hashlib.sha256(repr((views, size, data.scale, len(data), data.labels.sum().item())).encode())
-    for source in ([p.detach().cpu().numpy().tobytes() for p in vqgan.parameters()],
-                   [str(p).encode() for p in data.paths] if isinstance(data, Folder) else [data.images[::97].cpu().numpy().tobytes()]):
-        for part in source:
-            digest.update(part)
-    return digest.hexdigest()[:16]
+class Stopped(Exception):
+    """A signal has asked for the end, and nothing is left half done; the text says where."""
 
 
-def join_processes(device):
-    """Meet the processes that torchrun started beside this one, if it did; returns the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+SIGNALS = {}                        # {number: when it came}: what has asked a training for its end; all that runs long looks here
+
+
+def asked_to_stop():
+    """Whether a signal has reached any of the processes. All of them come here together, so all stop after the same step."""
+    asked = torch.tensor(len(SIGNALS))
+    if processes()[1] > 1:
+        torch.distributed.all_reduce(asked)                                                 # on the CPU: no device is waited for
+    return bool(asked)
+
+
+def join_processes(name):
+    """Meet the processes that torchrun started beside this one, if it did; returns the device of this one, name being --device."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"                                           # not even a context on another's device
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(hours=2))           # the longest wait: for the slowest with its ids
     return device
 
 
 def leave_processes():
-    """Part from them, if there are any: all together, else the last may hang (gloo in torch 2.6). Only who fails waits for nobody."""
+    """Part from them, if there are any: all together, else the last may hang (gloo in torch 2.6). Only who fails waits for nobody.
+
+    DistributedDataParallel must be gone before: freed after the group it can hang for good, and a failure's traceback keeps it alive.
+    """
     if torch.distributed.is_initialized():
-        if sys.exc_info()[0] is None:
+        error = sys.exc_info()[1]
+        if error is None:
             torch.distributed.barrier()
+        while error:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
@@ -2433,56 +2494,32 @@ def processes():
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
 
 
+def first_alone(work):
+    """What work() returns in the first process, for which the others wait. Its UserError, which it alone tells, ends them all."""
+    rank, world = processes()
+    found = [None, None]
+    if rank == 0:
+        try:
+            found[0] = work()
+        except UserError as error:
+            found[1] = error
+    if world > 1:
+        torch.distributed.broadcast_object_list(found)
+    result, error = found
+    if error:
+        raise error if rank == 0 else SystemExit(2)
+    return result
+
+
 def share(items):
     """What this process takes of a list or tensor: of W processes each every W-th item."""
     rank, world = processes()
     return items[rank::world]
 
 
-def open_cache(folder, mark, shape):
-    """ids.npy and labels.npy of a folder, writable. Begun anew, with label -1 for every image still to do, unless ids.json bears the mark."""
-    state, paths = folder / "ids.json", (folder / "ids.npy", folder / "labels.npy")
-    try:
-        fits = json.loads(state.read_text()) == mark
-    except (OSError, ValueError):                                                           # none yet, or its writing was cut off
-        fits = False
-    rank, world = processes()
-    if rank == 0 and not fits:
-        state.unlink(missing_ok=True)                                                       # first: what is overwritten must not be taken for done
-        numpy.lib.format.open_memmap(paths[0], "w+", numpy.uint16, shape)
-        numpy.lib.format.open_memmap(paths[1], "w+", numpy.int64, shape[:1])[:] = -1
-        state.write_text(json.dumps(mark))
-    if world > 1:
-        torch.distributed.barrier()
-    return (numpy.lib.format.open_memmap(path, "r+") for path in paths)
-
-
 def at_once(data, device):
     """How many pictures of a data set to read at once: 2^21 pixels on a GPU; on a CPU 2^16, which is fastest with what its caches hold; at least 4."""
     return max(4, 2 ** (16 if torch.device(device).type == "cpu" else 21) // data.size ** 2)
-
-
-def cache_ids(folder, vqgan, data, views, size, workers=0, batch=256):
-    """Ids of every image, (N, V, L) uint16 memmap in folder/ids.npy, and the labels (N,) that belong to them.
-
-    views  V crops of each image; 1 means the whole picture.
-    A finished cache of the same tokenizer, data and crops is read, an unfinished one continued; several processes share the work.
-    """
-    folder, device, (rank, world) = pathlib.Path(folder), next(vqgan.parameters()).device, processes()
-    mark = {"fingerprint": fingerprint(vqgan, data, views, size)}
-    ids, labels = open_cache(folder, mark, (len(data), views, (size // vqgan.stride) ** 2))
-    missing = torch.from_numpy(labels < 0).nonzero().flatten()
-    parts = share(missing.split(batch)) if len(missing) else ()
-    plan = ((part, None if views == 1 else fold(part[:, None], torch.arange(views))) for part in parts)
-    for part, (x, y) in zip(tqdm.tqdm(parts, "ids of every image", unit=" batches", disable=rank > 0 or not parts), data.batches(plan, workers)):
-        with torch.no_grad():
-            found = torch.cat([vqgan.encode(chunk.to(device)).flatten(1) for chunk in x.flatten(0, -4).split(at_once(data, device))])
-        ids[part.numpy()] = found.cpu().numpy().reshape(-1, *ids.shape[1:])
-        ids.flush()                                                                         # before the labels, which say that it is done
-        labels[part.numpy()] = y.numpy()
-    if world > 1:
-        torch.distributed.barrier()
-    return ids, torch.from_numpy(numpy.array(labels))
 
 
 def collect(read, data, index, workers=0, device="cpu", name=None):
@@ -2495,6 +2532,8 @@ def collect(read, data, index, workers=0, device="cpu", name=None):
     bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None or processes()[0] > 0, dynamic_ncols=True)
     with torch.no_grad():
         for i, (part, (x, y)) in enumerate(zip(bar, data.batches(((part, None) for part in parts), workers))):
+            if SIGNALS:
+                raise Stopped("while images were read")
             rows = slice(i * batch, i * batch + len(y))
             for key, v in read(x.to(device), part).items():
                 found.setdefault(key, v.new_empty(len(index), *v.shape[1:]))[rows] = v
