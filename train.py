@@ -56,7 +56,7 @@ class Config:
     lr: float = option(None, "learning rate for 256 images a step; scaled with --batch-size")
     seed: int = option(0, "of everything random")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option(None, "of activations; bfloat16 on cuda, else float32", choices=["float32", "bfloat16"])
+    dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32", choices=["float32", "bfloat16"])
     compile: bool = option(torch.cuda.is_available(), "compile the blocks")
     workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
     strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
@@ -100,7 +100,7 @@ def settle(cfg):
             setattr(cfg, name, value)
     cfg.ids = cfg.ids or (64 if cfg.image_size < 128 else 256)
     cfg.adversarial = (0.8 if cfg.image_size >= 256 else 0.0) if cfg.adversarial is None else cfg.adversarial
-    cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
+    cfg.dtype = cfg.dtype or unified.default_dtype(cfg.device)
     cfg.out_dir = cfg.out_dir or f"out/{pathlib.Path(cfg.dataset).name}-{cfg.model}" + "-labels" * cfg.labels
     for name in ("image_size", "ids", "codes", "batch_size", "steps", "tokenizer_steps", "epochs", "micro_batch", "log_every", "save_every"):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
@@ -225,8 +225,8 @@ def cached_batches(ids, labels, plan):
     for index, crops in plan:
         first = crops[:, :1] % K
         view = torch.cat([first, (first + 1 + crops[:, 1:] % max(1, K - 1)) % K], 1)
-        where = index.to(ids.device, non_blocking=True)
-        yield ids[where[:, None], view.to(ids.device, non_blocking=True)].int() & 0xFFFF, labels[index]     # uint16 in the file, int16 in torch
+        where, view = (unified.send(v, ids.device) for v in (index, view))
+        yield ids[where[:, None], view].int() & 0xFFFF, labels[index]                       # uint16 in the file, int16 in torch
 
 
 def trainable(net):
@@ -354,8 +354,8 @@ def update(run, stage, net, optimizer, weights, ema, step, batches, add):
         torch.manual_seed(unified.fold(run.cfg.seed, len(stage.name), step, place))
         with contextlib.nullcontext() if micro == accumulate - 1 or run.world == 1 else net.no_sync():
             with run.autocast():
-                x = x.to(run.device, non_blocking=True)
-                loss, logs = net(x.squeeze(1) if stage.views == 1 else x, labels.to(run.device, non_blocking=True) if run.cfg.labels else None,
+                x = unified.send(x, run.device)
+                loss, logs = net(x.squeeze(1) if stage.views == 1 else x, unified.send(labels, run.device) if run.cfg.labels else None,
                                  **stage.extra(step, place * stage.micro))
             (loss / accumulate).backward()
         add(loss, logs)
