@@ -57,7 +57,8 @@ class Config:
     lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, or ten times that below 500,000 images")
     seed: int = option(0, "of everything random")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32", choices=["float32", "bfloat16"])
+    dtype: str = option(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32",
+                        choices=["float32", "bfloat16"])
     compile: bool = option(None, "compile the blocks; on cuda, if not said otherwise")
     weights: str = option("", "raw, or ema for the averaged ones; as in the paper, if not given", choices=["raw", "ema"])
     workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
@@ -242,7 +243,7 @@ def stream(read, data, plan, cfg):
 
 
 def read_one(read, data, index, cfg):
-    """What a reader finds in the first picture of index: {key: (1, ...)}. Not compiled, since nothing else is of this size."""
+    """What a reader finds in the first picture of index: {key: (1, ...)}; not compiled for a single one."""
     with torch.compiler.set_stance("force_eager"):
         return next(stream(read, data, [(index[:1], None)], cfg))[0]
 

@@ -48,7 +48,8 @@ class Config:
     overwrite: bool = option(False, "replace files that are there")
     benchmark: bool = option(False, "measure the speed of sampling, and leave")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32", choices=["float32", "bfloat16"])
+    dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
+                        choices=["float32", "bfloat16"])
     weights: str = option("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
     compile: bool = option(False, "compile the blocks: slower to start, then faster")
 

@@ -354,8 +354,8 @@ def update(run, stage, net, optimizer, weights, ema, step, batches, add):
         torch.manual_seed(unified.fold(run.cfg.seed, len(stage.name), step, place))
         with contextlib.nullcontext() if micro == accumulate - 1 or run.world == 1 else net.no_sync():
             with run.autocast():
-                x = unified.send(x, run.device)
-                loss, logs = net(x.squeeze(1) if stage.views == 1 else x, unified.send(labels, run.device) if run.cfg.labels else None,
+                x, labels = (unified.send(v, run.device) for v in (x, labels))
+                loss, logs = net(x.squeeze(1) if stage.views == 1 else x, labels if run.cfg.labels else None,
                                  **stage.extra(step, place * stage.micro))
             (loss / accumulate).backward()
         add(loss, logs)

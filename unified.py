@@ -845,8 +845,8 @@ class MAGE(Model):
         initial = counts = torch.full((n,), self.length) if known is None else hidden.sum(1).cpu()
         for step in range(steps):
             progress = (step + 1) / steps
-            scale, first = 1 + (guidance - 1) * progress, 1 if alike and step == 0 else n   # from nothing, all begin alike: one pass will do
-            logits = self.logits(ids[:first], hidden[:first], labels, scale, x, counts[:first]).expand(n, -1, -1)
+            w, first = 1 + (guidance - 1) * progress, 1 if alike and step == 0 else n   # from nothing, all begin alike: one pass will do
+            logits = self.logits(ids[:first], hidden[:first], labels, w, x, counts[:first]).expand(n, -1, -1)
             counts = hidden_left(initial, counts, step, steps, schedule, self.rounds_up)    # what hidden.sum(1) will be
             noise = temperature * (1 - progress) * gumbel(uniform(seeds, 2 * step + 1, self.length))
             ids, hidden = demask(logits, ids, hidden, counts, uniform(seeds, 2 * step, self.length), noise)
@@ -1480,8 +1480,8 @@ class MapAttention(nn.Module):
         self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero(nn.Conv1d(dim, dim, 1))
 
     def forward(self, x):
-        qkv = F.linear(self.norm(x.flatten(2)).mT, self.qkv.weight[..., 0], self.qkv.bias)  # a convolution's order of memory fits no
-        q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)              # fused kernel. Head by head: 'legacy order'
+        qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C): what convolutions give is in
+        q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)              # no fused kernel's order. 'Legacy order'
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x + F.linear(y, self.proj_out.weight[..., 0], self.proj_out.bias).mT.view(x.shape)
 
