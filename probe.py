@@ -57,7 +57,9 @@ class Config:
     lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, or ten times that below 500,000 images")
     seed: int = option(0, "of everything random")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option("float32", "of activations", choices=["float32", "bfloat16"])
+    dtype: str = option(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32",
+                        choices=["float32", "bfloat16"])
+    compile: bool = option(None, "compile the blocks; on cuda, if not said otherwise")
     weights: str = option("", "raw, or ema for the averaged ones; as in the paper, if not given", choices=["raw", "ema"])
     workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
     strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
@@ -93,6 +95,8 @@ def settle(cfg):
         raise UserError(f"--limit must be at least 20, since a tenth of the training images is held out, not {cfg.limit}")
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; leave --layers, --t and --pool out")
+    cfg.dtype = cfg.dtype or unified.default_dtype(cfg.device)
+    cfg.compile = cfg.device.startswith("cuda") if cfg.compile is None else cfg.compile
     cfg.pool = cfg.pool or ("16" if cfg.head in ON_MAPS else "1" if cfg.sgd or cfg.head == "mlp" else "")
     if cfg.head in ON_MAPS and not (cfg.pool.isdigit() and int(cfg.pool)):
         raise UserError(f"--head {cfg.head} reads maps; --pool takes the number of cells on a side, 16 if not given")
@@ -211,7 +215,7 @@ def reader(nets, wanted, cfg, alike=False):
     and the draws of each t."""
     @torch.no_grad()
     def read(x, names):
-        seeds, found = unified.fold(cfg.seed, names).to(x.device), {}
+        seeds, found = unified.send(unified.fold(cfg.seed, names), x.device), {}
         with autocast(cfg):
             seen = tokens(nets["top1"], x)                                                  # both networks have the same tokenizer
             for net, model in nets.items():
@@ -234,12 +238,19 @@ def of(found, net):
 def stream(read, data, plan, cfg):
     """Batches of features: for each (index (B,), crops (B, 1) or None) of the list plan yields {key: (B, ...)}, labels (B,)."""
     for (index, crops), (x, y) in zip(plan, data.batches(plan, cfg.workers)):
-        yield read(x.flatten(0, -4).to(cfg.device), index if crops is None else crops.flatten()), y.to(cfg.device)
+        x, y = (unified.send(v, cfg.device) for v in (x.flatten(0, -4), y))
+        yield read(x, index if crops is None else crops.flatten()), y
+
+
+def read_one(read, data, index, cfg):
+    """What a reader finds in the first picture of index: {key: (1, ...)}; not compiled for a single one."""
+    with torch.compiler.set_stance("force_eager"):
+        return next(stream(read, data, [(index[:1], None)], cfg))[0]
 
 
 def collect(read, data, index, cfg, title):
     """Features of the whole pictures index (N,): {key: (N, ...)}, labels (N,). UserError if they do not fit into memory."""
-    sample, _ = next(stream(read, data, [(index[:1], None)], cfg))
+    sample = read_one(read, data, index, cfg)
     need = len(index) * sum(v.nbytes for v in sample.values())
     there = torch.cuda.mem_get_info()[0] if cfg.device.startswith("cuda") else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > 0.8 * there:
@@ -331,8 +342,8 @@ def knn(x, y, x_test, y_test, k=20, temperature=0.07):
     for query, answer in zip(x_test.split(256), y_test.split(256)):                         # all similarities at once may not fit
         cosine, nearest = (F.normalize(query) @ x.T).topk(min(k, len(x)))
         winner = (votes[nearest] * (cosine / temperature).exp()[..., None]).sum(1).argmax(1)
-        hits += (winner == answer).sum().item()
-    return hits / len(y_test)
+        hits += (winner == answer).sum()
+    return hits.item() / len(y_test)
 
 
 def fewshot_scores(x, y, x_test, classes, penalty=1024.0):
@@ -370,7 +381,8 @@ def draw(y, shots, seed):
 
 
 def few_umd(x, y, x_test, y_test, classes):
-    """Accuracy by UMD's few-shot evaluator."""
+    """Accuracy by UMD's few-shot evaluator. Computed on the CPU if the device, as Apple's, has no float64."""
+    x, y, x_test, y_test = (v.cpu() if v.device.type == "mps" else v for v in (x, y, x_test, y_test))
     return (fewshot_scores(x, y, x_test, classes).argmax(1) == y_test).float().mean().item()
 
 
@@ -676,14 +688,15 @@ def finetune(net, data, index, test, decay, title, cfg):
 
     def logits(x):
         with autocast(cfg):
-            return head(net.features(x.to(cfg.device), net.best_t, finetune=True)[0].mean((2, 3))).float()
+            m = net.features(unified.send(x, cfg.device), net.best_t, finetune=True)[0]
+        return head(m.float().mean((2, 3)))
     embedding = getattr(net, "token_emb", nn.Identity()).train()
     with progress(cfg.epochs * steps, title) as bar:
         for epoch in range(cfg.epochs):
             parts = index[unified.shuffled(len(index), cfg.seed, epoch)].split(cfg.batch_size)[:steps]
             plan = [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in map(unified.share, parts)]
             for i, (x, y) in enumerate(data.batches(plan, cfg.workers)):
-                mixup_loss(logits, x.squeeze(1), y.to(cfg.device)).backward()
+                mixup_loss(logits, x.squeeze(1), unified.send(y, cfg.device)).backward()
                 average_gradients(p for group in optimizer.param_groups for p in group["params"])
                 for group in optimizer.param_groups:
                     group["lr"] = rate(epoch + i / steps, cfg) * group["scale"]
@@ -759,7 +772,7 @@ def compare(nets, wanted, train, index, test, cfg):
 
 def compare_trained(read, nets, wanted, train, index, test, cfg):
     """compare() for heads that are trained."""
-    sample, _ = next(stream(read, train, [(index[:1], None)], cfg))
+    sample = read_one(read, train, index, cfg)
     heads = {net: new_head(net, nets, wanted, sample, len(train.classes), cfg) for net in dict.fromkeys(net for net, _ in sample)}
     width = heads["top1"].linear.in_features
     dims = [2 ** k for k in range(3, width.bit_length()) if 2 ** k < width] + [width] if cfg.matryoshka else [None]
@@ -821,6 +834,8 @@ def run(cfg, first):
     wanted = places(model, cfg)
     dataset, train, test = open_sets(model.to(cfg.device), config, cfg)
     index = unified.shuffled(len(train), cfg.seed)[:cfg.limit]
+    if cfg.compile:
+        unified.compile_blocks(model)
     if cfg.head in RECIPES:
         fit_recipe(cfg, train, len(index))
     if cfg.head in ONE_PLACE:
@@ -828,6 +843,8 @@ def run(cfg, first):
     if cfg.head in ON_MAPS:
         wanted = [place._replace(pool=cfg.pool) for place in wanted]
     nets = {"top1": model, "untrained": untrained(model, config)}
+    if cfg.compile:
+        unified.compile_blocks(nets["untrained"])
     labels = {"top1": "this model", "pixels": "raw pixels",
               "untrained": "the same network untrained" + " (transformer untrained, tokenizer trained)" * hasattr(model, "vqgan")}
     if cfg.head == "finetune":

@@ -48,7 +48,8 @@ class Config:
     overwrite: bool = option(False, "replace files that are there")
     benchmark: bool = option(False, "measure the speed of sampling, and leave")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "of activations", choices=["float32", "bfloat16"])
+    dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
+                        choices=["float32", "bfloat16"])
     weights: str = option("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
     compile: bool = option(False, "compile the blocks: slower to start, then faster")
 
@@ -232,7 +233,7 @@ def main():
     cfg = unified.parse(Config, __doc__.split("\n")[0])
     check(cfg)
     device = unified.join_processes(cfg.device)
-    cfg.device = str(device)
+    cfg.device, cfg.dtype = str(device), cfg.dtype or unified.default_dtype(device)
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             run(cfg, device)

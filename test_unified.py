@@ -767,7 +767,7 @@ def test_guidance_exaggerates_what_the_label_changes():
 def test_guidance_grows_linearly_over_the_steps():
     model, used = mage(classes=3), []
     logits = model.logits
-    model.logits = lambda ids, hidden, labels, guidance, x: used.append(guidance) or logits(ids, hidden, labels, guidance)
+    model.logits = lambda ids, hidden, labels, guidance, *rest: used.append(guidance) or logits(ids, hidden, labels, guidance)
     model.sample(1, steps=4, guidance=3.0, labels=torch.tensor([1]))
     assert used == [1.5, 2.0, 2.5, 3.0]
 
@@ -3918,6 +3918,9 @@ def test_the_method_that_the_readme_adds_trains_and_samples():
         loss.backward()
         assert all(p.grad is not None for p in model.parameters())
         assert model.sample(2, steps=3).shape == (2, 3, 16, 16) and model.embed(some_pictures()).shape == (4, 128)
+        model.to("meta")
+        with Elsewhere():
+            assert model.sample(2, steps=2).is_meta
     finally:
         unified.MODELS.pop("denoiser", None)
 
@@ -3928,6 +3931,338 @@ def test_two_processes_make_the_pictures_of_one(finished, tmp_path):
     script("sample.py", finished[0], *flags, "--out", tmp_path / "one.png", "--npz", tmp_path / "one.npz")
     one, two = (numpy.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("one", "two"))
     assert abs(one.astype(int) - two).max() <= 1 and len(list((tmp_path / "flat").iterdir())) == 5      # another number of threads rounds another way
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# GPU paths, checked without a GPU: a model on "meta" has no numbers, and whoever asks for one would have waited
+
+
+KINDS = list(unified.MODELS)
+TAKES_LABELS = [name for name in KINDS if name not in ("addp", "adm")]
+
+
+def small(name, classes=0, size="tiny"):
+    """A model of 32 x 32 pixels, 4 x 4 ids or patches, none of whose weights are all zero."""
+    tokenizer = unified.tokenizer_config("toy", 8, 128) if unified.MODELS[name].tokenizer else None
+    model = unified.build(unified.model_config(name, size, 32, 4, tokenizer, classes))
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    return model
+
+
+class Elsewhere(torch.utils._python_dispatch.TorchDispatchMode):
+    """Makes "meta" a GPU without float64, for which nobody waits. Refused: to read values off it, to copy to it and
+    wait, shapes that values decide, float64, and what mixes devices. The first reads have answers, if any are given."""
+
+    WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "bincount", "equal"}
+
+    def __init__(self, *answers):
+        super().__init__()
+        self.answers = list(answers)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        given = [v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        there = any(v.is_meta for v in given)
+        if name in ("_to_copy", "copy_"):
+            return self.copy(func, args, kwargs)
+        if there:
+            assert name not in self.WAITS, f"{name} waits"
+            assert all(v.is_meta or v.dim() == 0 for v in given), f"{name} of two devices"
+            assert not name.startswith("index") or given[1].dtype != torch.bool, f"{name} by a mask waits"
+        return self.checked(func(*args, **kwargs))
+
+    def copy(self, func, args, kwargs):
+        source, target = args[0], kwargs.get("device", args[0].device)
+        if func.overloadpacket.__name__ == "copy_":
+            source, target = args[1], args[0].device
+        if source.is_meta and target.type == "cpu":
+            assert self.answers, "a copy to the CPU waits"
+            return self.answers.pop(0)
+        if not source.is_meta and target.type == "meta":
+            assert kwargs.get("non_blocking", args[2:] == (True,)), "a copy to the device waits"
+        return self.checked(func(*args, **kwargs))
+
+    def checked(self, result):
+        found = [v for v in torch.utils._pytree.tree_leaves(result) if isinstance(v, torch.Tensor) and v.is_meta]
+        assert all(v.dtype != torch.float64 for v in found), "float64 on the device"
+        return result
+
+
+def test_elsewhere_refuses_what_it_should():
+    x, i = torch.ones(3, device="meta"), torch.zeros(2, dtype=torch.long)
+    for wrong in (lambda: x.sum().item(), lambda: bool((x > 0).all()), lambda: x.tolist(), lambda: x.cpu(),
+                  lambda: x.nonzero(), lambda: x.unique(), lambda: x[x > 0], lambda: x.index_put_((x > 0,), x[0]),
+                  lambda: torch.ones(3).to("meta"), lambda: x.copy_(torch.ones(3)), lambda: x.double(),
+                  lambda: i[i.to("meta", non_blocking=True)], lambda: x[i], lambda: x + torch.ones(3)):
+        with Elsewhere(), pytest.raises(AssertionError):
+            wrong()
+    with Elsewhere(i):
+        assert x.cpu() is i and (x + torch.ones((), dtype=torch.float64)).is_meta
+
+
+def trainer(model, method, device, autocast=contextlib.nullcontext, labels=False, size=32):
+    """A function that takes a step of training on 8 images as train.py does: cached ids, or a set on the device."""
+    run = types.SimpleNamespace(world=1, rank=0, device=torch.device(device), autocast=autocast,
+                                cfg=types.SimpleNamespace(seed=0, labels=labels))
+
+    def extra(step, first):
+        return model.draws(first, 8) if method else {"adversarial": 0.8}
+    views, recipe = (method.views, method.recipe) if method else (1, train.TOKENIZER_RECIPE)
+    stage = train.Stage("model", model.train(), {}, None, 8, views, 100, 8, 8, 1e-4, recipe, extra)
+    y, plan = torch.arange(32) % 3, train.plan(32, 0, views, 8, 8, 0, 1, 0, 100)
+    if method and method.tokenizer:
+        ids = torch.randint(model.codes, (32, 4, model.length), dtype=torch.int16)
+        batches = train.cached_batches(ids.to(device), y, plan)
+    else:
+        x = torch.randint(256, (32, 3, size, size), dtype=torch.uint8)
+        batches = unified.Pictures(x, y, [], (0.8, 1.0), device).batches(plan)
+    optimizer = train.optimizer_of(model, 1e-4, recipe, None if device == "meta" else True)
+    weights, ema = train.trainable(model), train.averages(model, recipe)
+    return lambda step: train.update(run, stage, model, optimizer, weights, ema, step, batches, lambda *_: None)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "tokenizer"])
+def test_no_training_step_waits_for_the_device_or_needs_float64_there(name):
+    method = unified.MODELS.get(name)
+    labels = name in TAKES_LABELS
+    model = small(name, 3 * labels) if method else unified.TokenizerTraining(tokenizer())
+    step = trainer(model.to("meta"), method, "meta", labels=labels)
+    with Elsewhere():
+        norm, _ = step(0)
+    assert norm.is_meta
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_generation_never_waits_for_the_device_once_it_has_begun(name):
+    labels, token = name in TAKES_LABELS and name != "mae", unified.MODELS[name].tokenizer
+    model = small(name, 3 * labels).eval().to("meta")
+    told = dict(labels=torch.zeros(4, dtype=torch.long, device="meta"), guidance=2.0) if labels else {}
+    hole = dict(known=torch.zeros(4, 3, 32, 32, device="meta"), mask=torch.ones(4, 32, 32, device="meta") > 0)
+    for more in ([{}] if model.generates else []) + [hole]:
+        for temperature in (None, 0.0):
+            read = bool(more) and (token or name == "mae")              # once: how large each hole is
+            with Elsewhere(*[torch.tensor([9, 4, 16, 9])] * read) as device:
+                states = model.sample_steps(4, steps=3, temperature=temperature, **told, **more)
+                first = next(states)
+                assert not device.answers
+                assert all(model.render(state).is_meta for state in (first, *states))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_features_need_no_float64_on_the_device(name):
+    model, x = small(name).eval().to("meta"), torch.zeros(4, 3, 32, 32, device="meta")
+    with Elsewhere():
+        for t in (0,) if name == "addp" else (0, 0.3 if unified.MODELS[name].tokenizer else 50):
+            noise = model.noise(torch.arange(4, device="meta"))
+            assert all(m.is_meta for m in model.features(x, t, layers=list(model.layers), noise=noise))
+        assert all(model.embed(x, pool=pool).is_meta for pool in model.pools)
+        if hasattr(model, "reconstruct"):
+            assert all(y.is_meta for y in model.reconstruct(x))
+
+
+class Apples(torch.Tensor):
+    """Numbers that lie on a device of Apple's, as far as they can be told: it has no float64."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        assert not isinstance(result, cls) or result.dtype != torch.float64, "float64 on the device"
+        return result
+
+
+def test_closed_form_probes_need_no_float64_on_the_device():
+    x, y = torch.randn(120, 8), torch.arange(120) % 3
+    there = [v.as_subclass(Apples) for v in (x, y, x, y)]
+    assert unified.ridge_probe(*there) == unified.ridge_probe(x, y, x, y)
+    assert unified.ridge_probe(there[0][None], there[1], there[0][None], there[3]) == [unified.ridge_probe(x, y, x, y)]
+    assert probe.few_umd(*there, 3) == probe.few_umd(x, y, x, y, 3)
+    assert probe.knn(*there) == probe.knn(x, y, x, y)
+
+
+def test_copies_to_apples_devices_are_waited_for(monkeypatch):
+    how, x = [], types.SimpleNamespace(to=lambda device, non_blocking: how.append(non_blocking))
+    for device in ("cuda:1", torch.device("mps"), "cpu"):
+        unified.send(x, device)
+    assert how == [True, False, True]
+
+
+def test_schedules_stay_on_the_cpu_in_float64():
+    for name in ("umd", "adm"):
+        abar = small(name).to("meta").abar
+        assert abar.device.type == "cpu" and abar.dtype == torch.float64
+
+
+# Attention: what fused kernels take.
+
+
+class Bfloat16(torch.overrides.TorchFunctionMode):
+    """What autocast does on a GPU, also where there is none: matrix products and convolutions in bfloat16."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.linear, F.conv2d, F.conv1d, F.conv_transpose2d):
+            args = [v.to(torch.bfloat16) if isinstance(v, torch.Tensor) else v for v in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """q, k, v and the dropout of every fused attention since."""
+    calls, fused = [], F.scaled_dot_product_attention
+
+    def recorded(q, k, v, dropout_p=0.0):
+        calls.append((q, k, v, dropout_p))
+        return fused(q, k, v, dropout_p=dropout_p)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    return calls
+
+
+@pytest.mark.parametrize("name", [*KINDS, "difformer"])
+def test_a_fused_kernel_takes_every_attention(name, attended):
+    if name == "difformer":
+        model, x = probe.DifFormer({1: (32, 4, 4)}, {0: [1]}, 3, heads=4), torch.zeros(4, 32, 4, 4)
+    else:
+        model = small(name, 0, "small" if name in ("mage", "mage-c", "addp") else "tiny")   # these have dropout
+        x = torch.zeros(4, unified.MODELS[name].views, 3, 32, 32).squeeze(1)
+    model, x = model.to("meta"), x.to("meta")
+    for dtype, mode in ((torch.float32, contextlib.nullcontext()), (torch.bfloat16, Bfloat16())):
+        with mode:
+            model.train()(x)
+            if name != "difformer":
+                model.eval().features(x.reshape(-1, 3, 32, 32), layers=list(model.layers))
+        assert attended and {v.dtype for call in attended for v in call[:3]} == {dtype}
+        assert all(v.stride(-1) == 1 for call in attended for v in call[:3])
+        dropped = {call[3] for call in attended}
+        assert dropped == ({0.0, 0.1} if name.startswith(("mage", "addp")) else {0.0})
+        attended.clear()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_torch_itself_chooses_a_fused_kernel(name, attended):
+    model = small(name).eval()
+    model.features(some_pictures(2, 32), layers=list(model.layers))
+    fused = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
+    assert attended and all(torch._fused_sdp_choice(q, k, v) == fused for q, k, v, _ in attended)
+
+
+@pytest.mark.parametrize("version, first", [("2.13.0", "CUDNN_ATTENTION"), ("2.9.1", "FLASH_ATTENTION")])
+def test_hopper_takes_cudnns_attention_first_unless_it_would_round_the_dropout(version, first, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(unified, "sdpa_kernel", lambda order, set_priority: [kernel.name for kernel in order])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    order = unified.attention_kernels()
+    assert order[0] == first and sorted(order[:2]) == ["CUDNN_ATTENTION", "FLASH_ATTENTION"] and order[3:] == ["MATH"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert isinstance(unified.attention_kernels(), contextlib.nullcontext)
+
+
+# bfloat16: where it ends, and who takes it.
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pixels_are_float32_whatever_the_network_computes_in(name):
+    model, made = small(name).eval(), []
+    last = model.vqgan.decoder.conv_out if unified.MODELS[name].tokenizer else getattr(model, "to_pixels", None)
+    (last or model.out[-1]).register_forward_hook(lambda layer, inputs, output: made.append(output.dtype))
+    mask = torch.zeros(2, 32, 32, dtype=torch.bool)
+    mask[0, :8, :8], mask[1, 4:20, 6:] = True, True
+    with torch.autocast("cpu", torch.bfloat16):
+        for hole in [{}] * model.generates + [dict(known=some_pictures(2, 32), mask=mask)]:
+            x = [model.render(state) for state in model.sample_steps(2, steps=2, **hole)]
+            assert {v.dtype for v in (*x, model.sample(2, steps=2, **hole))} == {torch.float32}
+        if hasattr(model, "reconstruct"):
+            assert {v.dtype for v in model.reconstruct(some_pictures(2, 32))} == {torch.float32}
+    assert set(made) == {torch.float32}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(7, 5): from now on there seems to be a GPU of this CUDA capability."""
+    def pretend(*capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(unified, "pick_device", torch.device)
+    return pretend
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 0), "float32"), ((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_bfloat16_is_the_default_where_it_is_computed_in(capability, dtype, gpu, monkeypatch):
+    import sample
+    gpu(*capability)
+    monkeypatch.setattr(unified, "join_processes", lambda device: device)
+    monkeypatch.setattr(sample, "run", lambda cfg, device: settled.append(cfg.dtype))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())       # looks for the device
+    for device, expected in (("cuda", dtype), ("cuda:1", dtype), ("cpu", "float32"), ("mps", "float32")):
+        settled = [unified.default_dtype(device), train.settle(train.Config(device=device))[0].dtype,
+                   probe.settle(probe.Config(run="", device=device)).dtype]
+        monkeypatch.setattr(unified, "parse", lambda cls, *_: cls(run="", device=device))
+        sample.main()
+        assert set(settled) == {expected}
+    assert train.settle(train.Config(device="cuda", dtype="float32"))[0].dtype == "float32"
+    assert probe.settle(probe.Config(run="", device="cuda", dtype="float32")).dtype == "float32"
+
+
+def test_a_probe_compiles_on_a_gpu_and_not_on_a_cpu(gpu):
+    gpu(8, 0)
+    for device, compile in (("cuda", True), ("cuda:1", True), ("cpu", False), ("mps", False)):
+        assert probe.settle(probe.Config(run="", device=device)).compile == compile
+    assert not probe.settle(probe.Config(run="", device="cuda", compile=False)).compile
+
+
+def test_a_compiled_probe_finds_what_the_plain_one_does(graphs, monkeypatch):
+    found, config = [], {"arch": unified.model_config("umd", "tiny", 32, 4)}
+    data = unified.Pictures(*unified.draw_shapes(torch.arange(40), 32), list(unified.SHAPES), (1.0, 1.0))
+    monkeypatch.setattr(unified, "load_model", lambda *_: (unified.build(config["arch"]).eval(), config))
+    monkeypatch.setattr(probe, "open_sets", lambda *_: ("", data, data))
+    monkeypatch.setattr(probe, "report", lambda wanted, dataset, labels, results, *rest: found.append(results))
+    for compile in (False, True):
+        torch.manual_seed(0)
+        probe.run(settings(head="knn", compile=compile), True)
+        assert len(graphs) == compile                                   # one for all blocks, none for a single picture
+    assert found[0] == found[1]
+
+
+def test_the_head_of_finetuning_is_float32_beside_a_network_in_bfloat16(monkeypatch):
+    model, seen = small("mage"), []
+
+    def loss(logits, x, y):
+        seen.append(logits(x))
+        return seen[0].sum()
+    monkeypatch.setattr(probe, "mixup_loss", loss)
+    cfg = settings(head="finetune", dtype="bfloat16", batch_size=8, epochs=1, lr=1e-3)
+    data = unified.Pictures((255 * some_pictures(8, 32)).byte(), torch.arange(8) % 2, ["a", "b"], (1.0, 1.0))
+    probe.finetune(model, data, torch.arange(8), data, 1.0, "", cfg)
+    assert seen[0].dtype == torch.float32 and not seen[0].equal(seen[0].bfloat16().float())
+
+
+# Compiled blocks and DistributedDataParallel.
+
+
+def test_ddp_leaves_compiled_blocks_whole(graphs):
+    """A block is as large as three of DDP's buckets here. By default torch would cut it where these end."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        numbers = []
+        parallel = functools.partial(torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=1)
+        for wrap in (lambda net: net, parallel):
+            torch._dynamo.reset()
+            graphs.clear()
+            model = mage(width=256, decoder_width=256, decoder_heads=4)
+            unified.compile_blocks(model)
+            net = wrap(model)
+            for _ in range(2):
+                net(some_ids(model))[0].backward()
+            numbers.append(len(graphs))
+        assert numbers == [2, 2]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -4035,18 +4370,10 @@ def test_no_step_waits_for_the_gpu_or_takes_the_slow_attention(name):
     method = unified.MODELS[name]
     tokenizer_arch = unified.tokenizer_config("tiny", 4) if method.tokenizer else None
     model = unified.build(unified.model_config(name, "small", 64, 16, tokenizer_arch)).to("cuda")
-    run = types.SimpleNamespace(world=1, rank=0, device=torch.device("cuda"), cfg=types.SimpleNamespace(seed=0, labels=False),
-                                autocast=functools.partial(torch.autocast, "cuda", torch.bfloat16))
-    stage = train.Stage("model", model, {}, None, 8, method.views, 100, 8, 8, 1e-4, method.recipe, lambda step, first: model.draws(first, 8))
-    labels, plan = torch.zeros(32, dtype=torch.long), train.plan(32, 0, method.views, 8, 8, 0, 1, 0, 13)
-    if method.tokenizer:
-        batches = train.cached_batches(torch.randint(model.codes, (32, 4, 256), dtype=torch.int16, device="cuda"), labels, plan)
-    else:
-        batches = unified.Pictures(torch.randint(256, (32, 3, 64, 64), dtype=torch.uint8), labels, [], (0.8, 1.0), "cuda").batches(plan)
-    optimizer, weights = train.optimizer_of(model, 1e-4, stage.recipe), train.trainable(model)
+    one = trainer(model, method, "cuda", functools.partial(torch.autocast, "cuda", torch.bfloat16), size=64)
     from torch.nn.attention import SDPBackend, sdpa_kernel
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):      # all but the slow one
         for step in range(13):
             torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
-            train.update(run, stage, model, optimizer, weights, {}, step, batches, lambda loss, logs: None)
+            one(step)
     torch.cuda.set_sync_debug_mode("default")

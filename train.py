@@ -67,7 +67,7 @@ class Config:
     lr: float = option(None, "learning rate for 256 images a step; scaled with --batch-size")
     seed: int = option(0, "of everything random")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option(None, "of activations; bfloat16 on cuda, else float32", choices=["float32", "bfloat16"])
+    dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32", choices=["float32", "bfloat16"])
     compile: bool = option(torch.cuda.is_available(), "compile the blocks")
     workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
     strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
@@ -112,7 +112,7 @@ def settle(cfg):
     cfg.ids = cfg.ids or (64 if cfg.image_size < 128 else 256)
     cfg.adversarial = (0.8 if cfg.image_size >= 256 else 0.0) if cfg.adversarial is None else cfg.adversarial
     cfg.tokenizer_batch_size = cfg.tokenizer_batch_size or (256 if cfg.device.startswith("cuda") else 16)    # a CPU takes minutes for 256
-    cfg.dtype = cfg.dtype or ("bfloat16" if cfg.device.startswith("cuda") else "float32")
+    cfg.dtype = cfg.dtype or unified.default_dtype(cfg.device)
     cfg.out_dir = cfg.out_dir or f"out/{pathlib.Path(cfg.dataset).name}-{cfg.model}" + "-labels" * cfg.labels
     for name in ("image_size", "ids", "codes", "batch_size", "steps", "tokenizer_steps", "tokenizer_batch_size", "epochs", "micro_batch", "log_every", "save_every"):
         if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
@@ -242,8 +242,8 @@ def cached_batches(ids, labels, plan):
     for index, crops in plan:
         first = crops[:, :1] % K
         view = torch.cat([first, (first + 1 + crops[:, 1:] % max(1, K - 1)) % K], 1)
-        where = index.to(ids.device, non_blocking=True)
-        found = ids[where[:, None], view.to(ids.device, non_blocking=True)].int()
+        where, view = (unified.send(v, ids.device) for v in (index, view))
+        found = ids[where[:, None], view].int()
         yield found & 0xFFFF if ids.dtype == torch.int16 else found, labels[index]          # torch has no uint16 that can be indexed
 
 
@@ -411,8 +411,8 @@ def update(run, stage, net, optimizer, weights, ema, step, batches, add):
         torch.manual_seed(unified.fold(run.cfg.seed, len(stage.name), step, place))
         with contextlib.nullcontext() if micro == accumulate - 1 or run.world == 1 else net.no_sync():
             with run.autocast():
-                x = x.to(run.device, non_blocking=True)
-                loss, logs = net(x.squeeze(1) if stage.views == 1 else x, labels.to(run.device, non_blocking=True) if run.cfg.labels else None,
+                x, labels = (unified.send(v, run.device) for v in (x, labels))
+                loss, logs = net(x.squeeze(1) if stage.views == 1 else x, labels if run.cfg.labels else None,
                                  **stage.extra(step, place * stage.micro))
             (loss / accumulate).backward()
         add(loss, logs)

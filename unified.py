@@ -144,6 +144,17 @@ def put(into, index, x):
     return into.scatter(1, index[..., None].expand(-1, -1, x.size(2)), x)
 
 
+def send(x, device):
+    """x on the device. Nobody waits for the copy but on Apple's, which would read x when it may be freed."""
+    return x.to(device, non_blocking=torch.device(device).type != "mps")
+
+
+def in_float32(layer, x):
+    """layer(x) in float32 at least, whatever autocast says: pixels, and sums over a whole width, need it."""
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # "meta" has no autocast
+        return layer(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # 2. Pictures <-> ids: the VQ tokenizer
 #
@@ -235,7 +246,7 @@ class Decoder(nn.Module):
                 x = block(x)
             if "upsample" in level:
                 x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2.0))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return in_float32(self.conv_out, F.silu(self.norm_out(x)))
 
 
 class Codebook(nn.Module):
@@ -248,9 +259,9 @@ class Codebook(nn.Module):
 
     def distances(self, z):
         """Squared distance of every position to every code, in float32: (B, dim, h, w) -> (B * h * w, K), row by row."""
-        with torch.autocast(z.device.type, enabled=False):                                  # sums over the width need it
-            z, e = z.movedim(1, -1).flatten(0, -2).float(), self.embedding.weight
+        def squares(z, e=self.embedding.weight):
             return ((z * z).sum(1, keepdim=True) + (e * e).sum(1)).addmm_(z, e.T, alpha=-2)     # in place: no second large matrix
+        return in_float32(squares, z.movedim(1, -1).flatten(0, -2))
 
     def lookup(self, ids):
         """Codes of an id map: int (B, h, w) -> (B, dim, h, w)."""
@@ -288,7 +299,7 @@ class VQGAN(nn.Module):
     def reconstruct(self, x):
         """Pixels (B, 3, S, S) -> what is left of them after a round trip through ids, in [0, 1], and the ids (B, h, w)."""
         ids = self.encode(x)
-        return self.decode(ids).float().clamp(0, 1), ids
+        return self.decode(ids).clamp(0, 1), ids
 
 
 # How it is trained. Rounding has no gradient, so the decoder's gradient is copied to the encoder ("straight through"), and two
@@ -442,7 +453,8 @@ def categorical(p, u):
 #     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps ~ N(0, 1)                                   [DDPM, eq. 4]
 #
 # A network that guesses eps from x_t guesses x_0 with it. Generation starts at noise and goes to ever larger abar: guess x_0, then
-# put back as much noise as the next step has. Below, abar is a float64 tensor (B,) or (), and pixels are in [-1, 1].
+# put back as much noise as the next step has. Below, abar is a float64 tensor (B,) or (), on the CPU like the steps, since some
+# GPUs have no float64 and reading a step off any of them would mean waiting; and pixels are in [-1, 1].
 
 
 def alpha_bar(schedule, steps=1000):
@@ -456,8 +468,8 @@ def alpha_bar(schedule, steps=1000):
 
 
 def spread(a, x):
-    """A float64 number a picture, (B,) or (), in the shape and precision of pixels x (B, 3, S, S)."""
-    return a.to(x.device, x.dtype).view(-1, 1, 1, 1)
+    """A float64 number a picture, (B,) or (), rounded and sent to where pixels x (B, 3, S, S) can be multiplied by it."""
+    return send(a.to(x.dtype), x.device).view(-1, 1, 1, 1) if a.dim() else a.to(x.dtype)
 
 
 def q_sample(x0, abar, noise):
@@ -497,16 +509,16 @@ def denoise(guess, noise, abar, eta=1.0, known=None, mask=None):
 
     guess        x, step -> x0 in [-1, 1], and what scales the noise (see ddim_step) or None
     noise        draw -> standard normal numbers (n, 3, S, S): 0 is the start, 2 step + 1 is added by that step, 2 step + 2 is put on known
-    abar         float64 (steps,), ascending: how noisy x is when each step begins
-    known, mask  pixels in [-1, 1] and bool (n, S, S), True = to be painted: after every step the rest is what is known, made as noisy as x
-                 [RePaint], in the end not at all
+    abar         float64 (steps,), on the CPU, ascending: how noisy x is when each step begins
+    known, mask  pixels in [0, 1] and bool (n, S, S), True = to be painted: after every step the rest is what is
+                 known, made as noisy as x [RePaint], in the end not at all
     """
     x = noise(0)
     for step, (now, after) in enumerate(zip(abar, [*abar[1:], torch.ones_like(abar[0])])):
         x0, std = guess(x, step)
         x = ddim_step(x, x0, now, after, eta, noise(2 * step + 1), std)
         if known is not None:
-            x = torch.where(mask[:, None], x, q_sample(known, after, noise(2 * step + 2)))
+            x = torch.where(mask[:, None], x, q_sample(2 * known - 1, after, noise(2 * step + 2)))
         yield Denoising(x)
 
 
@@ -734,12 +746,10 @@ class MAGE(Model):
     def hide(self, x, rate=None, noise=None):
         """Pixels or ids -> ids (B, L); which are hidden: bool (B, L); which positions enter the encoder: int (B, L/2), ascending."""
         ids = self.to_ids(x)
-        if noise is None:
-            noise = torch.rand(ids.shape, device=ids.device)
-        if rate is None:
-            rate = truncated_normal(torch.rand((), device=ids.device))
+        noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
+        rate = truncated_normal(torch.rand(())) if rate is None else rate                   # a CPU's
         order = ranks(noise)
-        mask = order < (self.length * torch.as_tensor(rate, dtype=torch.float64)).ceil()
+        mask = order < math.ceil(self.length * float(rate))
         dropped = math.ceil(0.5 * self.length)                                              # half of all, always hidden ones
         return ids, mask, order.argsort(1)[:, dropped:].sort(1).values
 
@@ -795,9 +805,9 @@ class MAGE(Model):
 
     rounds_up = False                                           # see hidden_left
 
-    def logits(self, ids, hidden, labels=None, guidance=1.0, x=None):
-        """Logits (n, L, K) of partly hidden ids; nothing is dropped here, so the encoder reads every [MASK]. x, the picture so far, is
-        for models that read pixels."""
+    def logits(self, ids, hidden, labels=None, guidance=1.0, x=None, counts=None):
+        """Logits (n, L, K) of partly hidden ids; nothing is dropped here, so the encoder reads every [MASK]. For ADDP:
+        x, the picture so far, and counts, how many ids of each are hidden, int (n,) on the CPU."""
         def one(labels):
             return self.decode(self.encode(self.words(ids, hidden, labels)), hidden)
         if labels is None or guidance == 1:
@@ -833,19 +843,19 @@ class MAGE(Model):
         schedule      how the hidden share falls: "cosine", or "linear", as published for ADDP with 256 steps
         yields        a Decoding after each step; nothing is hidden in the last one
         """
-        steps = steps or min(20, self.length)
+        steps, x = steps or min(20, self.length), None
         alike = known is None and labels is None
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
         ids, hidden = self.start(n, known, mask)
         seeds = torch.arange(n, device=ids.device) if seeds is None else seeds
-        initial, x = hidden.sum(1), None
+        initial = counts = torch.full((n,), self.length) if known is None else hidden.sum(1).cpu()
         for step in range(steps):
             progress = (step + 1) / steps
-            first = 1 if alike and step == 0 else n             # from nothing, all pictures begin with the same guesses: one pass will do
-            logits = self.logits(ids[:first], hidden[:first], labels, 1 + (guidance - 1) * progress, x).expand(n, -1, -1)
-            left = hidden_left(initial, hidden.sum(1), step, steps, schedule, self.rounds_up)
+            w, first = 1 + (guidance - 1) * progress, 1 if alike and step == 0 else n   # from nothing, all begin alike: one pass will do
+            logits = self.logits(ids[:first], hidden[:first], labels, w, x, counts[:first]).expand(n, -1, -1)
+            counts = hidden_left(initial, counts, step, steps, schedule, self.rounds_up)    # what hidden.sum(1) will be
             noise = temperature * (1 - progress) * gumbel(uniform(seeds, 2 * step + 1, self.length))
-            ids, hidden = demask(logits, ids, hidden, left, uniform(seeds, 2 * step, self.length), noise)
+            ids, hidden = demask(logits, ids, hidden, counts, uniform(seeds, 2 * step, self.length), noise)
             x = self.paint(ids, hidden, logits)
             if step + 1 == steps:
                 hidden = torch.zeros_like(hidden)               # hidden_left() never returns 0; here every guess is kept
@@ -926,7 +936,7 @@ def demask(logits, ids, hidden, left, u, noise):
     p = logits.softmax(-1)
     ids = torch.where(hidden, categorical(p, u), ids)
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + noise
-    return ids, ranks(confidence.masked_fill(~hidden, math.inf)) < left[:, None]
+    return ids, ranks(confidence.masked_fill(~hidden, math.inf)) < send(left, ids.device)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1037,8 +1047,7 @@ class ADDP(MAGE):
         """Pixels or ids -> ids (B, L); which are hidden, and which were a few steps earlier, those and more: bool (B, L) each; and how
         many of each picture are not hidden: int."""
         ids = self.to_ids(x)
-        if noise is None:
-            noise = torch.rand(ids.shape, device=ids.device)
+        noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
         share, weight = nested_shares()                                                     # on the CPU: the number decides shapes
         index = int(categorical(weight, torch.rand((), dtype=torch.float64)) if index is None else index)
         gap = int(torch.randint(1, 6, ()) if gap is None else gap)
@@ -1098,17 +1107,18 @@ class ADDP(MAGE):
 
     rounds_up = True                                            # the first step may keep nothing
 
-    def logits(self, ids, hidden, labels=None, guidance=1.0, x=None):
+    def logits(self, ids, hidden, labels=None, guidance=1.0, x=None, counts=None):
         """Logits (n, L, K) from the picture so far and the known ids. Labels are not read. While all is hidden, no picture is needed: the
         decoder overwrites whatever the encoder says. A hole begins with what the predictor expects in it."""
-        if hidden.all():
+        counts = hidden.sum(1).cpu() if counts is None else counts
+        if counts.min() == self.length:
             latent = self.cls_token.expand(len(ids), 1 + self.length, -1)
         else:
             latent = self.encode(self.paint(ids, hidden, self.token_predictor.logits(ids, hidden)) if x is None else x)
-        counts, logits = hidden.sum(1), torch.empty(*ids.shape, self.codes, device=ids.device)
-        for count in counts.unique().tolist():                  # holes may differ in size, and words are appended in equal numbers only
-            rows = counts == count
-            logits[rows] = self.decode(latent[rows], ids[rows], hidden[rows], self.length - count).float()
+        logits = torch.empty(*ids.shape, self.codes, device=ids.device)
+        for count in set(counts.tolist()):                      # words are appended in equal numbers only
+            rows = send((counts == count).nonzero().flatten(), ids.device)
+            logits[rows] = self.decode(latent[rows], ids[rows], hidden[rows], self.length - count)
         return logits
 
     def render(self, state):
@@ -1198,7 +1208,7 @@ class UMD(Model):
             raise ValueError(f"image size {image_size} is not a multiple of the grid, {grid}")
         self.image_size, self.grid, self.length, self.classes = image_size, grid, grid ** 2, classes
         self.clean, self.hidden_clean, self.hidden_noised, patch = clean, hidden_clean, hidden_noised, image_size // grid
-        self.register_buffer("abar", torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar("cosine")]), persistent=False)    # (1 + T,)
+        self.abar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar("cosine")])    # (1 + T,); no buffer
         self.t_range = (0, len(self.abar) - 1, "the noise step, 0 for none")
         self.generates = clean < 1
         self.best_t = 0 if clean else 51                # where nothing clean was ever seen, a little noise serves best [official default]
@@ -1255,7 +1265,7 @@ class UMD(Model):
         """
         x0, B = 2 * x - 1, len(x)
         N = B - (int(B * self.clean) if clean is None else clean)
-        t = torch.randint(1, len(self.abar), (N,), device=x.device) if t is None else t
+        t = torch.randint(1, len(self.abar), (N,)) if t is None else t.cpu()
         noise = torch.randn_like(x0[:N]) if noise is None else noise
         mask_noise = torch.rand(B, self.length, device=x.device) if mask_noise is None else mask_noise
         loss, logs = 0, {}
@@ -1293,7 +1303,7 @@ class UMD(Model):
 
         visible  int (B, M): the patches that the network sees, all if None        labels, keep_label as for forward
         """
-        c = self.condition(t, labels, keep_label)
+        c = self.condition(send(t, x.device), labels, keep_label)
         return self.decode(self.encode(x, c, visible), c, visible)
 
     def condition(self, t, labels=None, keep_label=None):
@@ -1327,7 +1337,7 @@ class UMD(Model):
             x = block(x, c)
         shift, scale = self.decoder_modulation(c)[:, None].chunk(2, -1)
         x = self.decoder_norm(x)[:, 1:] * (1 + scale) + shift
-        return self.to_pixels(x.mT.unflatten(2, (self.grid, self.grid))).float().chunk(2, 1)
+        return in_float32(self.to_pixels, x.mT.unflatten(2, (self.grid, self.grid))).chunk(2, 1)
 
     def decoder_input(self, latent, visible=None):
         """The mean of the class tokens, all that the decoder learns of the picture as a whole; then patches in their places, the
@@ -1357,12 +1367,11 @@ class UMD(Model):
             yield self.fill(known, mask)
             return
         T = len(self.abar) - 1
-        t = torch.tensor([*range(T, 1, -math.ceil(T / (steps or 125))), 1], device=self.abar.device)
-        seeds = torch.arange(n, device=t.device) if seeds is None else seeds
-        known = None if known is None else 2 * known - 1
+        t = [*range(T, 1, -math.ceil(T / (steps or 125))), 1]
+        seeds = torch.arange(n, device=self.norm.weight.device) if seeds is None else seeds
 
         def guess(x, step):
-            _, eps = self.guided(x, t[step].expand(n), labels, guidance)
+            _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, guidance)
             return x0_from_noise(x, self.abar[t[step]], eps).clamp(-1, 1), None
         eta = 1.0 if temperature is None else temperature
         yield from denoise(guess, lambda draw: self.noise(seeds, draw), self.abar[t], eta, known, mask)
@@ -1371,10 +1380,13 @@ class UMD(Model):
         """MAE's way to inpaint: patches that the mask touches are hidden, and guessed at once from the rest."""
         if known is None:
             raise ValueError("this model has seen clean pictures only: it fills holes, but cannot start from nothing")
-        hidden = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1) > 0
-        x0 = [self.predict(2 * x[None] - 1, torch.zeros(1, dtype=torch.long, device=x.device), visible=(~gaps).nonzero().T)[0]
-              for x, gaps in zip(known, hidden)]                                            # one by one: holes differ in size
-        return Denoising(torch.where(mask[:, None], torch.cat(x0).clamp(-1, 1), 2 * known - 1))
+        hidden = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()
+        visible, counts = hidden.argsort(stable=True, dim=1), (1 - hidden).sum(1).cpu()
+        x, x0 = 2 * known - 1, torch.empty_like(known)
+        for count in set(counts.tolist()):                                                  # holes differ in size
+            rows = send((counts == count).nonzero().flatten(), x.device)
+            x0[rows], _ = self.predict(x[rows], torch.zeros_like(rows), visible=visible[rows, :count])
+        return Denoising(torch.where(mask[:, None], x0.clamp(-1, 1), x))
 
     @torch.no_grad()
     def reconstruct(self, x, mask_noise=None):
@@ -1399,9 +1411,8 @@ class UMD(Model):
 
     def noised(self, x, t, noise=None):
         """Pixels (B, 3, S, S) in [0, 1] -> what the network reads at time t, and its condition (B, C)."""
-        noise = torch.randn_like(x) if noise is None else noise
-        t = torch.full((len(x),), int(t), device=x.device)
-        return q_sample(2 * x - 1, self.abar[t], noise), self.condition(t)
+        xt = q_sample(2 * x - 1, self.abar[int(t)], torch.randn_like(x) if noise is None else noise)
+        return xt, self.condition(torch.full((len(x),), int(t), device=x.device))
 
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
         """Block outputs as maps; arguments as for MAGE.features, with t from 0 (clean) to T and noise (B, 3, S, S)."""
@@ -1475,10 +1486,10 @@ class MapAttention(nn.Module):
         self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero(nn.Conv1d(dim, dim, 1))
 
     def forward(self, x):
-        qkv = self.qkv(self.norm(x.flatten(2))).unflatten(1, (self.heads, 3, -1))           # channels: q, k, v of head 0, then of head 1,
-        q, k, v = qkv.mT.unbind(2)                                                          # ... (the 'legacy order'); 3 x (B, n, L, d)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(y.mT.flatten(1, 2)).view(x.shape)
+        qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C): what convolutions give is in
+        q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)              # no fused kernel's order. 'Legacy order'
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + F.linear(y, self.proj_out.weight[..., 0], self.proj_out.bias).mT.view(x.shape)
 
 
 class TimedBlock(nn.Sequential):
@@ -1525,7 +1536,7 @@ def hybrid_loss(out, x0, xt, noise, i, abar):
     """The two terms of the loss for each picture: squared error of the noise, and vb in bits. (B,) each.
 
     out  (B, 6, S, S): guess of the noise, and v        x0, xt, noise  (B, 3, S, S), x0 in [-1, 1]
-    i    int (B,), steps of the process abar (T,), which may be one that kept_steps has shortened
+    i    int (B,), on the CPU: steps of the process abar (T,), which may be one that kept_steps has shortened
     """
     eps, v = out.chunk(2, 1)
     now, after = abar[i], F.pad(abar, (1, 0), value=1.0)[i]
@@ -1533,7 +1544,7 @@ def hybrid_loss(out, x0, xt, noise, i, abar):
     mean = ddim_step(xt, x0_from_noise(xt, now, eps.detach()), now, after, eta=1.0)
     log_var, log_true = learned_log_variance(v, i, abar), spread(log_variances(abar)[0][i], v)
     kl = 0.5 * (log_var - log_true - 1 + (log_true - log_var).exp() + (true - mean) ** 2 * (-log_var).exp())
-    nats = torch.where(i == 0, discretised_nll(x0, mean, 0.5 * log_var).mean((1, 2, 3)), kl.mean((1, 2, 3)))
+    nats = torch.where(spread(i == 0, x0) > 0, discretised_nll(x0, mean, 0.5 * log_var), kl).mean((1, 2, 3))
     return (noise - eps).square().mean((1, 2, 3)), nats / math.log(2)
 
 
@@ -1557,7 +1568,7 @@ class ADM(Model):
         if classes:
             raise ValueError("this network takes no labels")
         self.image_size, self.classes, self.layers = image_size, classes, {}                # layers: {block: (channels, h, w)}
-        self.register_buffer("abar", alpha_bar(schedule, steps), persistent=False)
+        self.abar = alpha_bar(schedule, steps)                                              # no buffer
         self.time_embed = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
         residual = functools.partial(TimedResBlock, emb=4 * ch, groups=groups, dropout=dropout)
         widths = [int(ch * m) for m in ch_mult]
@@ -1599,7 +1610,7 @@ class ADM(Model):
 
         add  {layer: map} is added to the output of that layer, before anyone reads it
         """
-        phase = angles(t, self.time_embed[0].in_features, self.time_embed[0].in_features // 2)
+        phase = angles(send(t, x.device), self.time_embed[0].in_features, self.time_embed[0].in_features // 2)
         emb, stack, maps = self.time_embed(torch.cat([phase.cos(), phase.sin()], 1).to(x.dtype)), [], {}
         for b, block in enumerate(self.blocks, 1):
             if b > len(self.input_blocks) + 1:
@@ -1613,7 +1624,7 @@ class ADM(Model):
                 maps[b] = x
                 if b == max(layers):
                     return [maps[b] for b in layers]
-        return self.out(x)
+        return in_float32(self.out, x)
 
     def noised(self, x, t, noise=None):
         """Pixels (B, 3, S, S) in [0, 1] and steps int (B,) -> x_0 in [-1, 1], x_t, and the noise in it, drawn if None."""
@@ -1624,9 +1635,9 @@ class ADM(Model):
 
     def forward(self, x, labels=None, *, t=None, noise=None):
         """Loss of one batch: pixels (B, 3, S, S) in [0, 1] -> scalar, dict of its terms. t int (B,) and noise like x are drawn if None."""
-        t = torch.randint(len(self.abar), (len(x),), device=x.device) if t is None else t
+        t = torch.randint(len(self.abar), (len(x),)) if t is None else t.cpu()
         x0, xt, noise = self.noised(x, t, noise)
-        mse, vb = hybrid_loss(self.predict(xt, t).float(), x0, xt, noise, t, self.abar)
+        mse, vb = hybrid_loss(self.predict(xt, t), x0, xt, noise, t, self.abar)
         return (mse + vb).mean(), {"mse": mse.mean(), "vb": vb.mean()}
 
     # ---- generation
@@ -1643,18 +1654,17 @@ class ADM(Model):
         """
         if labels is not None:
             raise ValueError("this network takes no labels")
-        T, eta, device = len(self.abar), 1.0 if temperature is None else temperature, self.abar.device
+        T, eta = len(self.abar), 1.0 if temperature is None else temperature
         steps = min(steps or (250 if eta else 25), T)
-        kept = torch.tensor(kept_steps(T, [steps]) if eta else strided_steps(T, steps), device=device)
+        kept = kept_steps(T, [steps]) if eta else strided_steps(T, steps)
         abar, last = self.abar[kept], len(kept) - 1
-        seeds = torch.arange(n, device=device) if seeds is None else seeds
+        seeds = torch.arange(n, device=self.out[0].weight.device) if seeds is None else seeds
 
         def guess(x, step):
             i = last - step
-            eps, v = self.predict(x, kept[i].expand(n)).float().chunk(2, 1)
+            eps, v = self.predict(x, torch.full((n,), kept[i], device=x.device)).chunk(2, 1)
             std = (0.5 * learned_log_variance(v, i, abar)).exp() if eta == 1 and i else None
             return x0_from_noise(x, abar[i], eps).clamp(-1, 1), std
-        known = None if known is None else 2 * known - 1
         yield from denoise(guess, lambda draw: self.noise(seeds, draw), abar.flip(0), eta, known, mask)
 
     # ---- representation
@@ -1681,7 +1691,7 @@ class ADM(Model):
         add     {layer: map (B, C, h, w)} added to the output of that layer
         returns [map (B, C, h, w) for each of layers]
         """
-        t = torch.as_tensor(t, device=x.device).long().expand(len(x))
+        t = torch.as_tensor(t).cpu().long().expand(len(x))
         return self.predict(self.noised(x, t, noise)[1], t, layers or [self.best_layer], add)
 
     pools = ("mean",)
@@ -1919,9 +1929,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)        # what an OSError says w
 
 
 def attention_kernels():
-    """A context in which Hopper GPUs take cuDNN's attention first, said to be the fastest there; other GPUs take what torch chooses."""
+    """A context in which Hopper GPUs take cuDNN's attention first, said to be the fastest there; other GPUs take what torch chooses.
+    cuDNN's has dropout in sixteenths only: torch 2.12 gives another one to flash, older ones have it rounded, so there flash is first."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        order.insert(0 if torch.__version__ >= (2, 12) else 1, SDPBackend.CUDNN_ATTENTION)
         return sdpa_kernel(order, set_priority=True)
     return contextlib.nullcontext()
 
@@ -1951,6 +1963,12 @@ def pick_device(name):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not to be had here; --device cpu always is")
+
+
+def default_dtype(name):
+    """'bfloat16' on GPUs that compute in it, else 'float32': CPUs, and GPUs before Ampere, only emulate it."""
+    cuda = pick_device(name).type == "cuda"
+    return "bfloat16" if cuda and torch.cuda.get_device_capability(name)[0] >= 8 else "float32"
 
 
 def option(default, help, **more):
@@ -2145,10 +2163,10 @@ class Pictures:
     def batches(self, plan, workers=0):
         """The pictures of the plan, (x, labels) at a time; workers are not needed here."""
         for index, crops in plan:
-            x = self.images[index.to(self.images.device, non_blocking=True)].float() / 255
+            x = self.images[send(index, self.images.device)].float() / 255
             if crops is not None:
                 x = x.repeat_interleave(crops.size(1), 0)
-                x = self.crop(x, crops.flatten().to(x.device, non_blocking=True)).unflatten(0, crops.shape)
+                x = self.crop(x, send(crops.flatten(), x.device)).unflatten(0, crops.shape)
             yield x, self.labels[index]
 
     def crop(self, x, crops):
@@ -2229,7 +2247,7 @@ class Folder(torch.utils.data.Dataset):
                 if i not in self.unreadable:
                     print(f"skipped {self.paths[i]}: {error}", file=sys.stderr)
                 self.unreadable[i] = error
-            images.append(x.to(self.device, non_blocking=True))
+            images.append(send(x, self.device))
             labels.append(y)
             if sum(map(len, labels)) == sizes[0]:
                 yield torch.cat(images).float().div_(255), torch.cat(labels)
@@ -2598,6 +2616,7 @@ def compile_blocks(model):
     """torch.compile block by block, frozen parts too, for each shape that they meet: in a transformer one block is compiled and the others
     follow, in training and in sampling; those of a U-Net and of a tokenizer differ. Only ADDP's decoder has no fixed number of tokens."""
     torch._dynamo.config.cache_size_limit = 256
+    torch._dynamo.config.optimize_ddp = False                   # else a block is cut where DDP's buckets end
     varying = [*model.decoder_blocks] if isinstance(model, ADDP) else []
     for module in model.modules():
         if isinstance(module, (Block, ResBlock, TimedBlock)):
@@ -2635,7 +2654,8 @@ def ridge(gram, cross, penalty):
 
 def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
     """Accuracy in [0, 1] on the test set of the best ridge on standardised features; the test set chooses nothing. x (N, C) gives a number,
-    x (places, N, C) a list of them; y (N,)."""
+    x (places, N, C) a list of them; y (N,). Computed on the CPU if the device, as Apple's, has no float64."""
+    x, y, x_test, y_test = (v.cpu() if v.device.type == "mps" else v for v in (x, y, x_test, y_test))
     mean, std, classes = x.mean(-2, keepdim=True), x.std(-2, keepdim=True) + 1e-6, 1 + max(y.max(), y_test.max()).item()
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     held, rest = order[:len(y) // 10], order[len(y) // 10:]
