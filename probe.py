@@ -239,7 +239,7 @@ def stream(read, data, plan, cfg):
 
 def machine_memory():
     """Bytes of memory of this machine; no limit where nobody says, as on Windows."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 60
 
 
 def collect(read, data, index, cfg, title):

@@ -2366,8 +2366,8 @@ def download_cifar10(folder, timeout=60):
                 os.rename(os.path.join(own, inside.name), inside)
     except Exception as error:                                      # sockets, HTTP, gzip and tar have theirs
         if not inside.exists():
-            raise UserError(f"CIFAR-10 could not be downloaded ({error!r}); try again, or unpack {CIFAR10_URL} "
-                            "yourself and pass its folder as --data-dir")
+            raise UserError(f"CIFAR-10 could not be downloaded ({error!r}); try again, or unpack "
+                            f"{CIFAR10_URL} yourself and pass its folder as --data-dir")
 
 
 EXPECTED_TREE = """
