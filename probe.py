@@ -248,11 +248,16 @@ def read_one(read, data, index, cfg):
         return next(stream(read, data, [(index[:1], None)], cfg))[0]
 
 
+def machine_memory():
+    """Bytes of memory of this machine; no limit where nobody says, as on Windows."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 60
+
+
 def collect(read, data, index, cfg, title):
     """Features of the whole pictures index (N,): {key: (N, ...)}, labels (N,). UserError if they do not fit into memory."""
     sample = read_one(read, data, index, cfg)
     need = len(index) * sum(v.nbytes for v in sample.values())
-    there = torch.cuda.mem_get_info()[0] if cfg.device.startswith("cuda") else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = torch.cuda.mem_get_info()[0] if cfg.device.startswith("cuda") else machine_memory()
     if need > 0.8 * there:
         raise UserError(f"features of {len(index)} pictures need {need / 2**30:.0f} GiB; --limit {int(0.5 * there / need * len(index))} fits, "
                         "a smaller --pool may, and trained heads have --augment, which keeps none")

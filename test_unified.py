@@ -6,18 +6,21 @@ The other tests need nothing but this folder: no data, no network, no GPU.  Run:
 """
 import argparse
 import ast
+import collections
 import contextlib
 import copy
 import dataclasses
 import datetime
 import errno
 import faulthandler
+import fractions
 import functools
 import gc
 import hashlib
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -27,11 +30,15 @@ import random
 import resource
 import signal
 import socket
+import socketserver
+import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import types
+import zlib
 
 import numpy
 import PIL.Image
@@ -3386,6 +3393,433 @@ def test_cifar10_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     unified.download_cifar10(tmp_path / "data")                         # already there: nothing is fetched
     with pytest.raises(unified.UserError, match="--data-dir"):
         unified.download_cifar10(tmp_path / "other")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 10. Damaged files and downloads
+#
+# UNIFIED_FUZZ=1000 python -m pytest -s -k damaged test_unified.py     damages a thousand of each kind
+
+
+def answer(fault, archive):
+    """What a server says that hands out an archive with this fault."""
+    found, half = b"HTTP/1.1 200 OK\r\n", archive[:len(archive) // 2]
+    length = b"Content-Length: %d\r\n\r\n" % len(archive)
+    return {"archive": found + length + archive, "length-unknown": found + b"\r\n" + archive,
+            "moved": b"HTTP/1.1 302 Found\r\nLocation: /archive\r\n\r\n",
+            "moved-nowhere": b"HTTP/1.1 302 Found\r\nLocation: /missing\r\n\r\n",
+            "missing": b"HTTP/1.1 404 Not Found\r\n\r\n", "broken": b"HTTP/1.1 500 Internal Error\r\n\r\n",
+            "silent": b"", "no-http": b"hello\r\n", "garbage": found + length + bytes(len(archive)),
+            "chunk-cut-off": found + b"Transfer-Encoding: chunked\r\n\r\nffff\r\n" + half[:99],
+            }.get(fault, found + length + half)                         # cut-off, reset, stalled, slow ...
+
+
+class Web(socketserver.StreamRequestHandler):
+    """Answers with the fault that the address names."""
+
+    def handle(self):
+        fault = self.rfile.readline().split()[1].decode()[1:]
+        while self.rfile.readline().strip():
+            pass
+        first, archive = fault not in self.server.asked, self.server.archive
+        self.server.asked.append(fault)
+        self.wfile.write(answer(fault, archive))
+        if fault == "reset":                                            # an error, not an end
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+        if fault == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+        if fault in ("stalled", "interrupted") or fault == "stalled-once" and first:
+            self.server.over.wait(20)
+        elif fault in ("slow", "stalled-once"):
+            time.sleep(0.3)
+            self.wfile.write(archive[len(archive) // 2:])
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A local server in place of CIFAR-10's: .archive, bytes; .asked for which faults; .pick(fault)."""
+    inside = small_cifar(tmp_path / "web", monkeypatch)
+    with tarfile.open(tmp_path / "web.tar.gz", "w:gz") as tar:
+        tar.add(inside, inside.name)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Web) as server:
+        server.daemon_threads, server.asked, server.over = True, [], threading.Event()
+
+        def pick(fault, archive=(tmp_path / "web.tar.gz").read_bytes()):
+            server.archive = archive
+            monkeypatch.setattr(unified, "CIFAR10_URL", "http://%s:%d/" % server.server_address + fault)
+            monkeypatch.setitem(unified.CIFAR10_MD5, inside.name.removesuffix("batches-py") + "python.tar.gz",
+                                hashlib.md5(archive).hexdigest())
+        server.pick = pick
+        monkeypatch.setenv("no_proxy", "*")
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.over.set()
+        server.shutdown()
+
+
+def nothing_is_left_and_the_next_call_succeeds(web, folder):
+    """After a failure."""
+    assert [p.name for p in folder.iterdir()] == [".lock"]
+    web.pick("archive")
+    unified.download_cifar10(folder)
+    assert len(unified.open_data("cifar10", str(folder), 32, train=False)) == 10
+
+
+@pytest.mark.parametrize("fault", ["missing", "broken", "moved-nowhere", "silent", "no-http", "garbage",
+                                   "cut-off", "chunk-cut-off", "reset", "stalled"])
+def test_a_download_that_fails_ends_in_one_sentence_and_leaves_nothing(web, tmp_path, fault):
+    web.pick(fault)
+    with pytest.raises(unified.UserError, match="--data-dir") as error:
+        unified.download_cifar10(tmp_path / "data", timeout=0.3)
+    assert "\n" not in str(error.value)
+    nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
+
+
+@pytest.mark.parametrize("fault", ["moved", "length-unknown"])
+def test_a_download_may_be_moved_and_of_unknown_length(web, tmp_path, fault):
+    web.pick(fault)
+    unified.download_cifar10(tmp_path)
+    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+
+
+def test_a_download_with_another_checksum_is_not_unpacked(web, tmp_path, monkeypatch):
+    web.pick("archive")
+    monkeypatch.setitem(unified.CIFAR10_MD5, "cifar-10-python.tar.gz", "0" * 32)
+    with pytest.raises(unified.UserError, match="checksum"):
+        unified.download_cifar10(tmp_path / "data")
+    nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5])                           # while it fetches, while it unpacks
+def test_a_full_disk_ends_a_download_in_one_sentence(web, tmp_path, share):
+    web.pick("archive")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:                                                                # an error of the same kind
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(web.archive)), limits[1]))
+        with pytest.raises(unified.UserError, match="File too large.*--data-dir"):
+            unified.download_cifar10(tmp_path / "data")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
+
+
+def test_ctrl_c_in_a_download_leaves_nothing(web, tmp_path):
+    web.pick("interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        unified.download_cifar10(tmp_path / "data")
+    nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
+
+
+@pytest.mark.parametrize("kind", ["above", "absolute", "link"])
+def test_an_archive_writes_nothing_outside_its_folder(web, tmp_path, kind):
+    target = tmp_path / "evil"
+    evil = tarfile.TarInfo({"above": "../../evil", "absolute": str(target), "link": "way"}[kind])
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w:gz") as tar:
+        if kind == "link":
+            evil.type, evil.linkname = tarfile.SYMTYPE, str(tmp_path)
+            tar.addfile(evil)
+            evil = tarfile.TarInfo("way/evil")
+        tar.addfile(evil)
+    web.pick("archive", file.getvalue())
+    with pytest.raises(unified.UserError, match="--data-dir"):
+        unified.download_cifar10(tmp_path / "data")
+    assert not target.exists()
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [".lock"]
+
+
+def in_process(folder, **options):
+    """A download in a process of its own, which ends with code 2 after a UserError."""
+    def download():
+        try:
+            unified.download_cifar10(folder, **options)
+        except unified.UserError:
+            os._exit(2)
+    process = torch.multiprocessing.get_context("fork").Process(target=download, daemon=True)
+    process.start()
+    return process
+
+
+def exit_codes(processes):
+    """Of all of them, after 20 seconds at most."""
+    end = time.time() + 20
+    for process in processes:
+        process.join(max(0.0, end - time.time()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def test_of_several_processes_one_downloads_and_the_others_wait(web, tmp_path):
+    web.pick("slow")
+    assert exit_codes([in_process(tmp_path) for _ in range(4)]) == [0] * 4
+    assert web.asked == ["slow"] and len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+
+
+def test_when_the_one_that_downloads_fails_the_others_of_its_group_end_soon(web, tmp_path, monkeypatch):
+    web.pick("stalled")
+    monkeypatch.setattr(unified, "processes", lambda: (0, 4))
+    started = time.time()
+    assert exit_codes([in_process(tmp_path, timeout=1.5) for _ in range(4)]) == [2] * 4
+    assert web.asked == ["stalled"] and time.time() - started < 5       # one by one they would take 6
+
+
+def test_when_the_one_that_downloads_is_killed_another_run_takes_over(web, tmp_path):
+    web.pick("stalled-once")
+    first = in_process(tmp_path)
+    while not web.asked and first.is_alive():
+        time.sleep(0.01)
+    second = in_process(tmp_path)
+    time.sleep(0.2)
+    first.kill()
+    assert exit_codes([first, second]) == [-signal.SIGKILL, 0]
+    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+
+
+def test_without_locks_the_first_to_finish_counts(web, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "lockf")                                    # as on Windows
+    web.pick("slow")
+    assert exit_codes([in_process(tmp_path) for _ in range(3)]) == [0] * 3
+    assert web.asked == ["slow"] * 3
+    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+
+
+def test_what_is_killed_while_unpacking_does_not_pass_for_complete(web, tmp_path):
+    web.pick("archive")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL))        # the last moment
+        assert exit_codes([in_process(tmp_path)]) == [-signal.SIGKILL]
+    assert not (tmp_path / "cifar-10-batches-py").exists()
+    unified.download_cifar10(tmp_path)
+    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+
+
+# Accidents, by a seed
+
+
+ACCIDENTS = int(os.environ.get("UNIFIED_FUZZ", 60))
+
+
+def damaged(data, others, g):
+    """The bytes of a file after an accident that g chooses, more often near an end, where headers are."""
+    data, at = bytearray(data), (g.random(8) ** 3 * len(data)).astype(int)
+    if g.random() < 0.3:
+        at = len(data) - 1 - at
+    kind = g.choice(["flips", "cut off", "another header", "absurd number", "zeros", "garbage behind"])
+    if kind == "flips":
+        for i in at[:g.integers(1, 9)]:
+            data[i] ^= 1 << int(g.integers(8))
+    if kind == "cut off":
+        del data[at[0]:]
+    if kind == "another header":
+        n = 2 ** int(g.integers(1, 8))
+        data[:n] = others[g.integers(len(others))][:n]
+    if kind == "absurd number":
+        i = int(g.integers(64))
+        data[i:i + 4] = bytes.fromhex(g.choice(["00000000", "ffffffff", "ffffff7f", "00000080", "00002710"]))
+    if kind == "zeros":
+        data[at[0]:at[0] + 512] = bytes(len(data[at[0]:at[0] + 512]))
+    if kind == "garbage behind":
+        data += g.bytes(at[0] + 1)
+    return bytes(data)
+
+
+@contextlib.contextmanager
+def limits(seconds=60 + ACCIDENTS, gib=2):
+    """What takes longer, or more memory than this on top of what was taken before, fails."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"{seconds} seconds were not enough"))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    print(f"{time.time() - started:.1f} s, {memory:.2f} GiB more than before")
+    assert memory < gib
+
+
+def result_or_sentence(read, path):
+    """What read(path) returns, or None if it is a UserError that names the file, and nothing else may be."""
+    try:
+        return read(path)
+    except unified.UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+def image_files_of_all_formats():
+    """{suffix and kind: bytes}."""
+    image, files, formats = noisy_image(24, 20).resize((60, 50)), {}, {"jpg": "jpeg", "tif": "tiff"}
+    for kind, mode, options in [
+            ("png", "RGB", {}), ("png", "P", {}), ("png", "RGBA", {}), ("jpg", "RGB", {}),
+            ("jpg", "CMYK", {}), ("jpg", "RGB", {"progressive": True}), ("gif", "P", {}), ("bmp", "RGB", {}),
+            ("tif", "RGB", {}), ("tif", "RGB", {"compression": "tiff_lzw"}),
+            ("tif", "RGB", {"compression": "jpeg"}), ("webp", "RGB", {}),
+            ("webp", "RGB", {"lossless": True})]:
+        image.convert(mode).save(file := io.BytesIO(), formats.get(kind, kind), **options)
+        files[f"{kind} {mode} {options}"] = file.getvalue()
+    return files
+
+
+def test_damaged_images_are_read_or_named(tmp_path, capfd):
+    files, g, counts = image_files_of_all_formats(), numpy.random.default_rng(5), collections.Counter()
+    others = [*files.values(), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"8BPS\0\1", b"PK\3\4",
+              b"P6\n99999 99999\n255\n"]
+    good, first = noisy_image(60, 50, 1), torch.tensor([0])
+    (tmp_path / "a").mkdir()
+    good.save(tmp_path / "a/good.png")
+    with limits():
+        for i, (kind, data) in zip(range(ACCIDENTS), itertools.cycle(files.items())):
+            path = tmp_path / f"a/bad.{kind.split()[0]}"
+            path.write_bytes(damaged(data, others, g))
+            x = result_or_sentence(lambda path: unified.read_image(path, 16), path)
+            folder = unified.Folder(tmp_path, ["a"], 16, (0.2, 1.0))
+            (whole, _), (crops, _) = folder.batches([(first, None), (first, torch.tensor([[1, 2]]))])
+            assert folder.paths[0] == path and crops.shape == (1, 2, 3, 16, 16)
+            assert whole[0].equal(unified.from_image(good, 16).float() / 255 if x is None else x)
+            assert (x is None) == (0 in folder.unreadable)              # then the next one took its place
+            counts[x is not None] += 1
+            path.unlink()
+        print(f"{counts[True]} damaged images read, {counts[False]} named")
+    with capfd.disabled():
+        print(*capfd.readouterr().out.splitlines(), sep=", ")
+
+
+@pytest.mark.parametrize("error", [struct.error("4 bytes"), EOFError(), IndexError("pop"), KeyError(7),
+                                   TypeError("None"), RuntimeError("codec"), MemoryError(), zlib.error("-3"),
+                                   PIL.Image.DecompressionBombError("large")], ids=repr)
+def test_whatever_a_codec_raises_the_image_is_named(tree, monkeypatch, error):
+    def load(image):
+        raise error
+    data = unified.Folder(tree / "train", ["ant"], 16, (0.2, 1.0))
+    monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", load)
+    for crops in (None, [1, 2]):
+        assert [i for i, _ in data[0, crops][2]] == [0, 1, 2]
+    with pytest.raises(unified.UserError, match="0.png"):
+        unified.read_image(data.paths[0], 16)
+
+
+def test_an_image_of_a_hair_takes_no_memory(tmp_path):
+    PIL.Image.new("RGB", (1, 60_000)).save(tmp_path / "hair.png")
+    with limits(20, 0.5), pytest.raises(unified.UserError, match="hair.png.*1 x 60000"):   # took 1.4 GiB
+        unified.read_image(tmp_path / "hair.png", 64)
+
+
+TINY_VQGAN = dict(codebook_size=32, codebook_dim=8, ch=8, ch_mult=[1, 1], blocks=1, groups=4)
+TINY = {"mage": dict(model="mage", tokenizer=TINY_VQGAN, image_size=8, width=32, depth=1, heads=4,
+                     decoder_width=32, decoder_depth=1, decoder_heads=4),
+        "umd": dict(model="umd", image_size=8, grid=4, classes=0, width=32, depth=1, heads=4, decoder_depth=1,
+                    **unified.MODELS["umd"].options),
+        "adm": dict(model="adm", image_size=16, ch=32, ch_mult=[1, 2], blocks=1, attention=[2], head=64)}
+
+
+def run_checkpoint(arch):
+    """What train.py keeps of a model, or of a tokenizer, with fresh weights."""
+    net, key = unified.build(arch), "arch" if "model" in arch else "tokenizer_arch"
+    state = net.state_dict() if key == "arch" else nn.ModuleDict({"vqgan": net}).state_dict()
+    return {"model": state, "ema": {}, "stage": "model", "step": 3, "config": {key: arch}}
+
+
+def load_any(path):
+    if "tokenizer" in path.name:
+        return unified.load_tokenizer(path)[0]
+    return unified.load_model(path, tell=lambda line: None)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_checkpoints_are_read_whole_or_named(tmp_path, capfd):
+    published = unified.build(dict(TINY_VQGAN, ch=32, groups=32)).state_dict()
+    files = {"model.pt": run_checkpoint(TINY["mage"]), "tokenizer.pt": run_checkpoint(TINY_VQGAN),
+             "unet.pt": unified.build(TINY["adm"]).state_dict(), "tokenizer.ckpt": {"state_dict": published}}
+    files = {name: saved(state) for name, state in files.items()}
+    torch.save({"state_dict": published}, file := io.BytesIO(), _use_new_zipfile_serialization=False)
+    files["old tokenizer.ckpt"] = file.getvalue()                       # before torch 1.6: no checksums
+    g, counts, whole = numpy.random.default_rng(0), collections.Counter(), {}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        whole[name] = load_any(tmp_path / name).state_dict()
+    others = [*files.values(), b"\x89PNG\r\n\x1a\n", b"hello", b"\x80\2"]
+    with limits():
+        for i, (name, data) in zip(range(ACCIDENTS), itertools.cycle(files.items())):
+            (tmp_path / name).write_bytes(damaged(data, others, g))
+            model = result_or_sentence(load_any, tmp_path / name)
+            right = model and all(v.equal(whole[name][k]) for k, v in model.state_dict().items())
+            assert model is None or right or name == "old tokenizer.ckpt"
+            counts["named" if model is None else "right" if right else "wrong"] += 1
+        print(f"{counts['right']} damaged checkpoints read, {counts['named']} named, "
+              f"{counts['wrong']} without checksums read with other weights")
+    with capfd.disabled():
+        print(*capfd.readouterr().out.splitlines(), sep=", ")
+
+
+def test_a_flipped_bit_in_a_weight_is_not_loaded_and_the_previous_checkpoint_named(tmp_path):
+    path = tmp_path / "model.pt"
+    for step in (1, 2):
+        train.save_checkpoint(path, {"step": step, "model": torch.full((99,), 0.5)})
+        if step == 1:
+            data = bytearray(path.read_bytes())
+            data[data.index(torch.full((99,), 0.5).numpy().tobytes()) + 3] ^= 64
+            path.write_bytes(data)
+            with pytest.raises(unified.UserError, match="model.pt .*checksum.*copy or download it again"):
+                unified.load_checkpoint(path)
+    path.write_bytes(data)
+    with pytest.raises(unified.UserError, match="model.pt .*checksum.*rename .*model.pt.prev"):
+        unified.load_checkpoint(path)
+
+
+def test_torchs_advice_to_trust_a_file_is_not_passed_on(tmp_path):
+    (tmp_path / "bad.pt").write_bytes(saved({"model": fractions.Fraction(1, 2)}))
+    with pytest.raises(unified.UserError, match="UnpicklingError") as error:
+        unified.load_checkpoint(tmp_path / "bad.pt")
+    assert "weights_only" not in str(error.value) and "trusted" not in str(error.value)
+
+
+def with_another_value(nested, value):
+    """Copies of nested dicts, each with one value replaced, or left out if it is ...; and with one more."""
+    for k, v in nested.items():
+        yield {i: w for i, w in nested.items() if i != k} | ({} if value is ... else {k: value})
+        for inner in with_another_value(v, value) if isinstance(v, dict) else ():
+            yield {**nested, k: inner}
+    yield {**nested, "unknown": value}
+
+
+@pytest.mark.parametrize("name", [*TINY, "tokenizer"])
+@pytest.mark.parametrize("value", [10**9, -1, 0, 1.5, "many", None, ...], ids=str)
+def test_absurd_sizes_in_a_checkpoint_end_in_one_sentence(tmp_path, name, value):
+    state = run_checkpoint(TINY.get(name, TINY_VQGAN))
+    with limits(60, 1):
+        for config in with_another_value(state["config"], value):
+            torch.save({**state, "config": config}, tmp_path / f"{name}.pt")
+            result_or_sentence(load_any, tmp_path / f"{name}.pt")
+
+
+@pytest.mark.parametrize("name", ["mage", "tokenizer"])
+@pytest.mark.parametrize("value", [3, "x", None, [], {}, {3: 4}, {"vqgan.a": 3}, torch.zeros(3)], ids=str)
+def test_a_checkpoint_with_something_else_in_place_of_a_part_ends_in_one_sentence(tmp_path, name, value):
+    state = run_checkpoint(TINY.get(name, TINY_VQGAN))
+    for part in ("model", "config"):
+        rest = {k: v for k, v in state.items() if k != part}
+        for changed in (rest, {**rest, part: value}):
+            torch.save(changed, tmp_path / f"{name}.pt")
+            assert result_or_sentence(load_any, tmp_path / f"{name}.pt") is None
+
+
+def test_a_damaged_line_of_the_log_does_not_count(tmp_path):
+    run = types.SimpleNamespace(folder=tmp_path)
+    rows = [{"stage": "model", "step": i, "loss": 0.5} for i in range(3)]
+    assert train.Run.rows(run) == []
+    good = [json.dumps(row).encode() for row in rows]
+    for bad in (b'{"stage": "model", "st{"stage": "model", "step": 9}', b"\xff\xfe}", bytes(40), b"3", b"",
+                b'{"step": 4}', b'{"stage": "model"}', b'{"stage": "model", "step": "4"}'):
+        (tmp_path / "log.jsonl").write_bytes(b"\n".join([good[0], bad, *good[1:], good[0][:9]]))
+        assert train.Run.rows(run) == rows
+
+
+def test_features_are_collected_where_nobody_says_how_much_memory_there_is(monkeypatch):
+    monkeypatch.delattr(os, "sysconf")                                  # as on Windows
+    cfg, data = settings(head="ridge"), pictures(6, 16)
+    found, _ = probe.collect(lambda x, names: {"": x.flatten(1)}, data, torch.arange(6), cfg, "")
+    assert found[""].shape == (6, 768)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

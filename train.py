@@ -168,9 +168,12 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def rows(self):
-        """log.jsonl so far; a last line that was cut off does not count."""
-        path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        """log.jsonl so far; lines that were cut off or damaged do not count."""
+        path, rows = self.folder / "log.jsonl", []
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):                                       # no UTF-8, no JSON
+                rows.append(json.loads(line))
+        return [r for r in rows if isinstance(r, dict) and isinstance(r.get("step"), int) and "stage" in r]
 
     def save(self, name, **state):
         """Write a checkpoint of the run's folder, once for all processes."""

@@ -59,10 +59,12 @@ import signal
 import sys
 import tarfile
 import threading
+import tempfile
 import time
 import traceback
 import typing
 import urllib.request
+import zipfile
 
 import numpy
 import PIL.Image
@@ -72,6 +74,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tqdm
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1992,22 +1995,33 @@ def parse(cls, description, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
-# Checkpoints: a dict of plain values and tensors.
+# Checkpoints: a dict of plain values and tensors, written by train.py with the previous one beside them.
+
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """Whatever fails in here is the fault of the file at path: a UserError says so, caused by what failed."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:              # of a dozen kinds; torch's advice to trust the file is left out
+        text = " ".join(f"{type(error).__name__}: {error}".partition(": Weights only")[0].split())[:200]
+        mend = f"rename {path}.prev to it" if os.path.exists(f"{path}.prev") else "copy or download it again"
+        raise UserError(f"{path} cannot be read as {kind} ({text}); if it is damaged, {mend}") from error
 
 
 def load_checkpoint(path):
-    """The dict in a checkpoint, on the CPU, executing nothing that is in the file. UserError if it is missing, cut off or foreign."""
-    path = pathlib.Path(path)
-    previous = path.with_name(path.name + ".prev")
-    if not path.exists() and previous.exists():                                             # killed between the two renames
-        path = previous
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):                        # published files hold their arguments
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    """The dict in a checkpoint, on the CPU; nothing in it runs. UserError if missing, foreign or damaged."""
+    path, previous = pathlib.Path(path), pathlib.Path(f"{path}.prev")
+    path = previous if previous.exists() and not path.exists() else path            # killed between the two
+    if not path.exists():
         raise UserError(f"there is no checkpoint {path}; python train.py makes one")
-    except Exception as error:                                                              # torch raises half a dozen kinds here
-        raise UserError(f"{path} is no checkpoint that can be read, or it was cut off ({type(error).__name__})")
+    with reading(path, "a checkpoint"), open(path, "rb") as file:
+        if file.read(2) == b"PK" and (bad := zipfile.ZipFile(file).testzip()):          # torch does not check
+            raise ValueError(f"wrong checksum of {bad}")
+        with torch.serialization.safe_globals([argparse.Namespace]):                    # in published files
+            state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds {type(state).__name__}, not the dict of a checkpoint")
     return state
@@ -2015,11 +2029,17 @@ def load_checkpoint(path):
 
 def load_strictly(model, state, path):
     """load_state_dict, with one sentence instead of a page if it does not fit."""
-    try:
+    with reading(path, "weights of this model"):
         model.load_state_dict(state)
-    except (RuntimeError, AttributeError) as error:
-        raise UserError(f"the weights in {path} do not fit: {' '.join(str(error).split())[:200]}")
     return model
+
+
+def rebuild(config, state, path):
+    """A config's model with these weights, in eval mode. Absurd sizes: UserError before they take memory."""
+    left = iter([None] * (2 * len(state) + 1000))                   # each is set twice, and some may lack
+    with torch.device("meta"), register_module_parameter_registration_hook(lambda *_: next(left)):
+        build(config).load_state_dict(state, assign=True)
+    return load_strictly(build(config), state, path).eval()
 
 
 def load_model(path, ema=None, tell=print):
@@ -2028,48 +2048,36 @@ def load_model(path, ema=None, tell=print):
     ema   True: the averaged weights, where a checkpoint has them; None: if the paper reads features off them
     tell  called with one line about parameters that nothing reads
     """
-    path = pathlib.Path(path)
-    path = path / "model.pt" if path.is_dir() else path
+    path = pathlib.Path(path, "model.pt" if os.path.isdir(path) else "")
     state = load_checkpoint(path)
-    if isinstance(state.get("config"), dict) and "arch" in state["config"]:
-        config = state["config"]["arch"]
-        ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
-        return load_strictly(build(config), {**state["model"], **(ema and state.get("ema") or {})}, path).eval(), state["config"]
-    weights = state.get("model", state)
-    readers = [reader for name, reader in PUBLISHED.items() if isinstance(weights, dict) and parts(weights, name)]
-    if isinstance(weights, dict) and ("x_embedder.proj.weight" in weights or "decoder_pred.weight" in weights and not readers):
-        raise UserError(f"{path} is a file of the official DiT or MAE and does not fit: dit and mae here are the two ends of UMD, other networks")
-    if not readers:
-        raise UserError(f"{path} is neither a checkpoint of train.py nor a file published by the authors of MAGE, ADDP or ADM")
-    try:
+    with reading(path, "a model of train.py, nor as MAGE, ADDP or ADM in a size that was published"):
+        if isinstance(state.get("config"), dict) and "arch" in state["config"]:
+            config = state["config"]["arch"]
+            ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
+            return rebuild(config, {**state["model"], **(ema and state.get("ema") or {})}, path), state["config"]
+        weights = state.get("model", state)
+        readers = [reader for name, reader in PUBLISHED.items() if isinstance(weights, dict) and parts(weights, name)]
+        if isinstance(weights, dict) and ("x_embedder.proj.weight" in weights or "decoder_pred.weight" in weights and not readers):
+            raise UserError(f"{path} is a file of the official DiT or MAE and does not fit: dit and mae here are the two ends of UMD, other networks")
+        if not readers:
+            raise UserError(f"{path} is neither a checkpoint of train.py nor a file published by the authors of MAGE, ADDP or ADM")
         config, weights, dead = readers[0](weights)
-    except KeyError as error:
-        raise UserError(f"{path} looks like a published file but lacks, or has at an unknown width, {error}")
-    except ValueError as error:
-        raise UserError(f"{path} cannot be used: {error}")
-    unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
-    tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n not in unknown) or 'nothing'}"
-         + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else ""))
-    return load_strictly(build(config), weights, path).eval(), {"arch": config}
+        unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
+        tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n not in unknown) or 'nothing'}"
+             + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else ""))
+        return rebuild(config, weights, path), {"arch": config}
 
 
 def load_tokenizer(path):
     """Trained VQGAN and its config from a run folder, a tokenizer.pt, or a published tokenizer file."""
-    path = pathlib.Path(path)
-    path = path / "tokenizer.pt" if path.is_dir() else path
+    path = pathlib.Path(path, "tokenizer.pt" if os.path.isdir(path) else "")
     state = load_checkpoint(path)
-    if isinstance(state.get("config"), dict) and "tokenizer_arch" in state["config"]:
-        config, weights = state["config"]["tokenizer_arch"], state["model"]
-        weights = parts(weights, "vqgan.")
-    else:
-        weights = state.get("state_dict", state)
-        if not isinstance(weights, dict) or "quantize.embedding.weight" not in weights:
-            raise UserError(f"{path} is neither a tokenizer of train.py nor a published one: it has no quantize.embedding.weight")
-        try:
-            config = published_tokenizer(weights)
-        except KeyError as error:
-            raise UserError(f"{path} looks like a tokenizer but lacks {error}")
-    return load_strictly(VQGAN(**config), weights, path).eval(), config
+    with reading(path, "a tokenizer of train.py or a published one"):
+        if isinstance(state.get("config"), dict) and "tokenizer_arch" in state["config"]:
+            config, weights = state["config"]["tokenizer_arch"], parts(state["model"], "vqgan.")
+        else:
+            config = published_tokenizer(weights := state.get("state_dict", state))
+        return rebuild(config, weights, path), config
 
 
 # Pictures in and out.
@@ -2083,18 +2091,18 @@ def to_uint8(x):
 def from_image(image, size):
     """PIL image -> uint8 (3, size, size): shorter side resized, centre cropped, as every evaluation does [MAGE, resize 292 / crop 256]."""
     scale = size * (1.14 if min(image.size) >= size * 1.14 else 1) / min(image.size)
-    image = image.convert("RGB").resize([max(size, round(side * scale)) for side in image.size], PIL.Image.Resampling.BICUBIC)
+    sides = [max(size, round(side * scale)) for side in image.size]
+    if math.prod(sides) > 2 * PIL.Image.MAX_IMAGE_PIXELS:                               # PIL reads no more
+        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too narrow")
+    image = image.convert("RGB").resize(sides, PIL.Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
     return torch.from_numpy(numpy.array(image.crop((left, top, left + size, top + size)))).movedim(2, 0)
 
 
 def read_image(path, size):
     """File -> pixels (3, size, size) in [0, 1]. UserError if it is no readable image."""
-    try:
-        with PIL.Image.open(path) as image:
-            return from_image(image, size).float() / 255
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error})")
+    with reading(path, "an image"), PIL.Image.open(path) as image:
+        return from_image(image, size).float() / 255
 
 
 def grid(x, columns=8, least=1024):
@@ -2201,10 +2209,10 @@ class Folder(torch.utils.data.Dataset):
         bad = []
         for i in [*range(index, len(self)), *range(index)]:
             try:
-                with PIL.Image.open(self.paths[i]) as image:
+                with reading(self.paths[i], "an image"), PIL.Image.open(self.paths[i]) as image:
                     return self.crop(image, crops), self.labels[i], bad
-            except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-                bad.append((i, str(error)))
+            except UserError as error:
+                bad.append((i, str(error.__cause__)))
                 if self.strict:
                     break
         return None, 0, bad
@@ -2370,37 +2378,44 @@ def cifar10(folder, train):
     """The public archive's batches -> uint8 (N, 3, 32, 32), labels (N,), class names. They are pickles, which can run code, so
     each is read only if it has the published checksum."""
     def read(name):
-        try:
-            data = (folder / "cifar-10-batches-py" / name).read_bytes()
-        except OSError:
-            raise UserError(f"{folder} holds no cifar-10-batches-py/{name}; leave --data-dir out to download CIFAR-10")
+        path = folder / "cifar-10-batches-py" / name
+        data = path.read_bytes() if path.exists() else b""
         if hashlib.md5(data).hexdigest() != CIFAR10_MD5[name]:
-            raise UserError(f"{folder / 'cifar-10-batches-py' / name} is not the published file (its md5 differs); download it again")
+            raise UserError(f"{path} is missing or damaged; delete its folder and leave --data-dir out")
         return pickle.loads(data, encoding="latin1")
     batches = [read(f"data_batch_{i}") for i in range(1, 6)] if train else [read("test_batch")]
     images = torch.from_numpy(numpy.concatenate([b["data"] for b in batches])).unflatten(1, (3, 32, 32))
     return images, torch.tensor(sum((b["labels"] for b in batches), [])), read("batches.meta")["label_names"]
 
 
-def download_cifar10(folder):
-    """Fetch and unpack the public archive (163 MiB) into folder, once, checking its checksum."""
-    if (folder / "cifar-10-batches-py" / "test_batch").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = folder / "cifar-10-python.tar.gz"
+def download_cifar10(folder, timeout=60):
+    """Fetch and unpack the public archive (163 MiB) into folder, once; it takes its name when it is complete.
+    Who else shares the disk waits meanwhile; if it has no locks, all fetch and the first to finish counts."""
+    inside, started, digest = folder / "cifar-10-batches-py", time.monotonic(), hashlib.md5()
     try:
-        with urllib.request.urlopen(CIFAR10_URL, timeout=60) as source, open(archive, "wb") as target, \
-                tqdm.tqdm(total=int(source.headers["Content-Length"]), unit="B", unit_scale=True, desc="CIFAR-10") as bar:
-            while chunk := source.read(1 << 20):
-                target.write(chunk)
-                bar.update(len(chunk))
-    except OSError as error:
-        raise UserError(f"CIFAR-10 could not be downloaded ({error}); unpack {CIFAR10_URL} yourself and pass its folder as --data-dir")
-    if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5[archive.name]:
-        raise UserError(f"{archive} has a wrong checksum; delete it and try again")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    archive.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            with contextlib.suppress(AttributeError, OSError):                              # not on Windows
+                os.lockf(lock.fileno(), os.F_LOCK, 0)                                       # dies with us
+            if inside.exists():
+                return
+            if processes()[1] > 1 and time.monotonic() - started > 1:         # else all would fail one by one
+                raise TimeoutError("another process has tried")
+            with tempfile.TemporaryDirectory(prefix=".", dir=folder) as own, \
+                    tempfile.TemporaryFile(dir=folder) as archive, \
+                    urllib.request.urlopen(CIFAR10_URL, timeout=timeout) as source:
+                for chunk in tqdm.tqdm(iter(lambda: source.read(1 << 20), b""), "CIFAR-10", 163, unit=" MiB"):
+                    digest.update(chunk)
+                    archive.write(chunk)
+                if digest.hexdigest() != CIFAR10_MD5["cifar-10-python.tar.gz"]:
+                    raise ValueError(f"{archive.tell()} bytes came, with a wrong checksum")
+                archive.seek(0)
+                tarfile.open(fileobj=archive).extractall(own, filter="data")
+                os.rename(os.path.join(own, inside.name), inside)
+    except Exception as error:                                      # sockets, HTTP, gzip and tar have theirs
+        if not inside.exists():
+            raise UserError(f"CIFAR-10 could not be downloaded ({error!r}); try again, or unpack "
+                            f"{CIFAR10_URL} yourself and pass its folder as --data-dir")
 
 
 def described(data):
