@@ -46,7 +46,6 @@ class Config:
     png_dir: str = option("", "also write each picture to this folder; one that is half full is continued")
     out: str = option("", "the PNG to write, if not samples-<seed>.png in the run's folder")
     overwrite: bool = option(False, "replace files that are there")
-    benchmark: bool = option(False, "measure the speed of sampling, and leave")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
                         choices=["float32", "bfloat16"])
@@ -215,20 +214,6 @@ def write_reconstructed(path, model, cfg):
     unified.grid(torch.stack(row, 1).flatten(0, 1), len(row)).save(path)
 
 
-def benchmark(model, cfg, device):
-    """Print how fast pictures are made, decoding included: --batch at once, one alone, and --batch with attention written out."""
-    product, _ = unified.machine_rates(device, torch.float32)
-    print(f"matrix product measured here: {product / 1e12:.3g} TFLOP/s")
-    for title, n, plain in ((f"{cfg.batch} at once", cfg.batch, False), ("one alone", 1, False),
-                            (f"{cfg.batch} at once, attention written out", cfg.batch, True)):
-        if plain and not unified.write_out_attention(model):
-            continue
-        seconds = unified.seconds_of(device, lambda: model.sample(n, steps=cfg.steps))
-        rate = unified.count_operations(model, lambda model: model.requires_grad_(False).sample(n, steps=cfg.steps)) / seconds
-        print(f"{title:40s} {n / seconds:8.2f} images/s  {1000 * seconds:8.0f} ms a call  {rate / 1e12:8.3f} TFLOP/s  "
-              f"{rate / product:4.0%} of the product")
-
-
 def main():
     cfg = unified.parse(Config, __doc__.split("\n")[0])
     check(cfg)
@@ -253,8 +238,6 @@ def run(cfg, device):
         raise UserError(f"--reconstruct: {cfg.run} has neither a tokenizer nor learned to guess what is hidden")
     if not hasattr(model, "vqgan") and not 0 <= (cfg.temperature or 0) <= 1:
         raise UserError(f"--temperature {cfg.temperature:g} is DDIM's eta for a model that starts from noise; take 0 to 1")
-    if cfg.benchmark:
-        return benchmark(model, cfg, device)
     cfg.n = cfg.n or (6 if cfg.image else 64)
     labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
     path = target(cfg, "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples")

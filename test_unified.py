@@ -3149,7 +3149,7 @@ def test_a_grid_holds_every_picture_in_its_place():
 
 
 def test_images_are_stacked_below_each_other():
-    sheet = unified.stack([PIL.Image.new("RGB", (4, 2), "black"), PIL.Image.new("RGB", (3, 5), "red")])
+    sheet = train.stack([PIL.Image.new("RGB", (4, 2), "black"), PIL.Image.new("RGB", (3, 5), "red")])
     assert sheet.size == (4, 7)
     assert [sheet.getpixel(at) for at in [(3, 1), (2, 2), (2, 6), (3, 6)]] == [(0, 0, 0), (255, 0, 0), (255, 0, 0), (255, 255, 255)]
 
@@ -4368,6 +4368,313 @@ def test_two_processes_make_the_pictures_of_one(finished, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# Signals, and what is lost when something fails: nothing
+
+
+@pytest.fixture
+def no_signals(monkeypatch):
+    """What unified.SIGNALS holds of its own."""
+    monkeypatch.setattr(unified, "SIGNALS", {})
+    return unified.SIGNALS
+
+
+def same_weights(one, two, names=("tokenizer.pt", "model.pt"), parts=("model", "ema", "optimizer")):
+    """Whether the checkpoints of two runs hold the same bits."""
+    def leaves(value):
+        if isinstance(value, dict):
+            return [leaf for key in value for leaf in leaves(value[key])]
+        return [leaf for item in value for leaf in leaves(item)] if isinstance(value, (list, tuple)) else [value]
+    states = [[unified.load_checkpoint(folder / name) for name in names] for folder in (one, two)]
+    one, two = (leaves([[state[part] for part in (*parts, "step")] for state in side]) for side in states)
+    return len(one) == len(two) and all(v.equal(w) if isinstance(v, torch.Tensor) else v == w for v, w in zip(one, two))
+
+
+BARS = ("tokenizer:", "ids of every image:", "model:", "features:")     # what is printed when a stage begins
+
+
+def slow_ids():
+    """Ids a shard and an image at a time, as of a large set; and steps long enough to be hit."""
+    train.SHARD, unified.at_once = 8, lambda data, device: 2
+    update = train.update
+    train.update = lambda *args: (time.sleep(0.02), update(*args))[1]
+
+
+def test_a_run_killed_at_twenty_moments_ends_with_the_same_bits(photos, tmp_path):
+    """Five times in each stage, without warning or asked to stop, at moments that a seed decides; each time it goes on with --resume."""
+    more = ("--labels", "--tokenizer-steps", 12, "--steps", 12, "--save-every", 3)
+    assert finish(start(tmp_path / "quiet", run_script, "train.py", flags(photos, tmp_path / "through", *more), slow_ids))[0] == 0
+    dice, run, codes = random.Random(0), tmp_path / "run", []
+    for stage in range(4):
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
+            process = start(tmp_path / f"printed-{len(codes)}", run_script, "train.py", flags(photos, run, "--resume", *more), slow_ids)
+            until(lambda: process.printed.exists() and any(bar in process.printed.read_text() for bar in BARS[stage:]), process)
+            time.sleep(0.4 * dice.random() ** 2)
+            os.kill(process.pid, number)
+            codes.append(finish(process)[0])
+            (run / "model.pt.tmp").write_bytes(b"half a checkpoint")                        # as a kill while saving leaves it
+    assert codes.count(-signal.SIGKILL) == 8, codes
+    assert {-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT} >= set(codes) - {-signal.SIGTERM, 0, 130}, codes
+    code, printed = finish(start(tmp_path / "printed", run_script, "train.py", flags(photos, run, "--resume", *more), slow_ids))
+    assert code == 0 and "python probe.py" in printed and "Traceback" not in printed
+    assert same_weights(run, tmp_path / "through")
+    rows = [[(r["stage"], r["step"], r["loss"]) for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+            for folder in (run, tmp_path / "through")]
+    assert [row for row in rows[0] if row not in rows[1]] == [] or {r[:2] for r in rows[0]} == {r[:2] for r in rows[1]}
+
+
+def chosen_method(method):
+    torch.multiprocessing.set_start_method(method, force=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_signal_to_all_of_a_group_reaches_no_worker_before_its_parent(method, number, photos, tmp_path):
+    """As SLURM, systemd, timeout and a terminal send it. What decodes images is forked or not."""
+    args = flags(photos, tmp_path / "run", "--model", "umd", "--views", 1, "--steps", 100_000, "--workers", 2, "--eval-every", 0)
+    process = start(tmp_path / "printed", run_script, "train.py", args, functools.partial(chosen_method, method))
+    until((tmp_path / "run" / "model.pt").exists, process)
+    os.killpg(process.pid, number)
+    code, printed = finish(process, 60)
+    assert code == 128 + number and "stopping" in printed and "--resume goes on" in printed and "Traceback" not in printed, printed
+    assert unified.load_checkpoint(tmp_path / "run" / "model.pt")["step"] > 0
+
+
+def test_a_worker_that_dies_ends_the_run_in_a_sentence_with_what_was_trained_saved(photos, tmp_path):
+    args = flags(photos, tmp_path / "run", "--model", "umd", "--views", 1, "--steps", 100_000, "--workers", 1, "--eval-every", 0, "--save-every", 100_000)
+    process = start(tmp_path / "printed", run_script, "train.py", args)
+    until(lambda: (tmp_path / "run" / "log.jsonl").exists() and '"step": 4' in (tmp_path / "run" / "log.jsonl").read_text(), process)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    code, printed = finish(process, 120)
+    assert code == 2 and "shared memory (/dev/shm)" in printed and "--workers 0" in printed and "Traceback" not in printed, printed
+    assert unified.load_checkpoint(tmp_path / "run" / "model.pt")["step"] >= 4
+
+
+def test_workers_that_hand_nothing_over_end_the_wait(monkeypatch):
+    class Stuck(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            time.sleep(3)
+    loader = torch.utils.data.DataLoader(Stuck(), sampler=[0], num_workers=1, timeout=1, multiprocessing_context="fork")
+    with pytest.raises(unified.UserError, match="/dev/shm.*--workers 0"):
+        next(unified.handed_over(loader, patience=1))
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(unified.handed_over(item() for item in [lambda: (_ for _ in ()).throw(RuntimeError("a bug"))]))
+
+
+def test_what_workers_hand_over_at_once_fits_into_a_containers_shared_memory(tree, monkeypatch):
+    sizes, together = [], unified.together
+
+    def measured(items):
+        x, *rest = together(items)
+        sizes.append(x.nbytes)
+        return x, *rest
+    monkeypatch.setattr(unified, "together", measured)
+    data = unified.open_data("anything", str(tree), 64, train=True)
+    index = torch.arange(256) % 6
+    x, y = next(data.batches([(index, unified.fold(index[:, None], torch.arange(10)))]))   # what made ids stand still at its third batch
+    assert x.shape == (256, 10, 3, 64, 64) and y.equal(data.labels[index]) and sum(sizes) == x.numel() and max(sizes) <= 2**20
+    assert_close(x[251], next(data.batches([(index[251:252], unified.fold(index[251:252, None], torch.arange(10)))]))[0][0], 0)
+
+
+def test_every_long_loop_stops_at_its_next_batch(no_signals, monkeypatch):
+    """Features and PSNR, results that are drawn; of ids see test_ids_that_were_interrupted_..."""
+    monkeypatch.setattr(unified, "at_once", lambda data, device: 2)
+    read = []
+
+    def embed(x):
+        read.append(len(x))
+        if len(read) == 3:
+            no_signals[signal.SIGINT] = 0.0
+        return x.mean((2, 3))
+    with pytest.raises(unified.Stopped, match="images were read"):
+        unified.map_pictures(embed, pictures(20, 8))
+    assert len(read) == 3
+    with pytest.raises(unified.Stopped, match="drawn"):
+        list(train.until_asked(read))
+
+
+def test_a_stop_while_averaged_weights_are_shown_saves_the_raw_ones(no_signals):
+    net = nn.Linear(2, 2)
+    own, ema = copy.deepcopy(net.state_dict()), {name: p.detach() + 1 for name, p in net.named_parameters()}
+
+    def evaluate():
+        assert net.weight.equal(ema["weight"])
+        raise unified.Stopped("while it is shown")
+    meter = train.Meter.__new__(train.Meter)
+    meter.run, meter.stage = types.SimpleNamespace(log=forbidden), types.SimpleNamespace(net=net, name="model", evaluate=evaluate)
+    meter.evaluate(5, ema)
+    assert all(v.equal(own[k]) for k, v in net.state_dict().items()) and net.training
+
+
+def test_a_signal_is_answered_in_words_at_once_and_a_second_one_at_once_in_deed(no_signals, capfd, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train.listen()
+        signal.raise_signal(signal.SIGTERM)
+        assert "stopping" in capfd.readouterr().err and list(no_signals) == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)                             # what torchrun passes on a moment later changes nothing
+        no_signals[signal.SIGTERM] -= 3
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        train.listen()
+        assert not no_signals
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def slowly_and_unevenly():
+    """The second of two processes takes longer over what comes between two steps, and so sees a signal in another one."""
+    listen, warn = train.listen, train.Meter.warn
+    train.Meter.warn = lambda meter, step: (time.sleep(0.05 * meter.run.rank), warn(meter, step))
+
+
+def test_two_processes_stop_after_the_same_step_and_save_once(photos, finished, tmp_path):
+    args = flags(photos, tmp_path / "run", "--labels", "--tokenizer", finished[0], "--steps", 100_000, "--eval-every", 0, "--save-every", 100_000)
+    processes = start_two(tmp_path, run_script, "train.py", args, slowly_and_unevenly)
+    log = tmp_path / "run" / "log.jsonl"
+    until(lambda: log.exists() and '"step": 6' in log.read_text(), processes[0])
+    os.kill(processes[1].pid, signal.SIGTERM)                           # one of them alone is told
+    ended = [finish(process) for process in processes]
+    assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert ended[0][1].count("everything is saved") == 1 and "everything" not in ended[1][1]
+    step = unified.load_checkpoint(tmp_path / "run" / "model.pt")["step"]
+    assert step >= 6 and f"stopped at step {step} of the model" in ended[0][1]
+    assert "Traceback" not in ended[0][1] + ended[1][1]
+
+
+def test_processes_may_log_different_terms(photos, tmp_path):
+    """One image each: of UMD one process has the clean part alone, the other the noised."""
+    both(tmp_path, run_script, "train.py", flags(photos, tmp_path / "run", "--model", "umd", "--views", 1, "--batch-size", 2, "--micro-batch", 1,
+                                                 "--steps", 2, "--eval-every", 0))
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert {"x0", "eps", "x0_clean"} <= row.keys() and row["loss"] > 0
+
+
+def test_terms_count_as_often_as_they_were_logged():
+    run = types.SimpleNamespace(world=1, rank=0, device=torch.device("cpu"), folder="")
+    meter = train.Meter(run, types.SimpleNamespace(name="model", steps=1), 0)
+    for loss, logs in ((1.0, {"x0": 1.0}), (3.0, {"x0_clean": 5.0}), (5.0, {"x0": 3.0})):
+        meter.add(torch.tensor(loss), {k: torch.tensor(v) for k, v in logs.items()})
+    meter.norm = torch.tensor(1.0)
+    assert meter.check(1) == {"loss": 3.0, "x0": 2.0, "x0_clean": 5.0}
+
+
+def fail_in_a_step():
+    def update(run, stage, net, *_):
+        assert isinstance(net, nn.parallel.DistributedDataParallel)
+        raise KeyError("a bug in a step")
+    train.update, destroy = update, torch.distributed.destroy_process_group
+
+    def parted():
+        left = [o for o in gc.get_objects() if type(o) is nn.parallel.DistributedDataParallel]
+        print(f"{len(left)} wrappers left")
+        destroy()
+    torch.distributed.destroy_process_group = parted
+
+
+@pytest.mark.parametrize("before", [fail_in_a_step])
+def test_ddp_is_gone_before_its_group_is_even_after_a_failure(before, photos, finished, tmp_path):
+    """Freed later it could wait for the group's thread, which waits for Python: for good."""
+    args = flags(photos, tmp_path / "run", "--labels", "--tokenizer", finished[0], "--eval-every", 0)
+    ended = [finish(process) for process in start_two(tmp_path, run_script, "train.py", args, before)]
+    for code, printed in ended:
+        assert code == 1 and "a bug in a step" in printed and "\n0 wrappers left" in "\n" + printed, printed
+
+
+@pytest.mark.parametrize("name, world, device, backend", [("cuda", 2, "cuda:1", "cpu:gloo,cuda:nccl"), ("cpu", 2, "cpu", "gloo"),
+                                                           ("cuda:3", 1, "cuda:3", None)])
+def test_a_process_touches_its_own_device_only_and_waits_for_hours(name, world, device, backend, monkeypatch):
+    touched, joined = [], []
+    monkeypatch.setenv("WORLD_SIZE", str(world)), monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch, "empty", lambda n, device: touched.append(device) or types.SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: touched.append(str(device)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: joined.append((backend, timeout)))
+    assert unified.join_processes(name) == torch.device(device) and set(touched) == {device}
+    assert not joined if backend is None else joined[0][0] == backend and joined[0][1] >= datetime.timedelta(hours=1)
+
+
+def test_what_a_run_was_trained_on_must_not_change(photos, finished, tmp_path):
+    import shutil
+    tree, run = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
+    script("train.py", *flags(tree, run, "--labels", "--eval-every", 0))
+    rerun = flags(tree, run, "--labels", "--eval-every", 0, "--resume")
+    for part in ("train", "val"):
+        (tree / part / "cat").rename(tree / part / "zebra")             # the labels change places
+    said = script("train.py", *rerun, expect=2)
+    assert "classes cat then and zebra now" in said and "--out-dir" in said
+    said = script("probe.py", run, "--workers", 0, expect=2)
+    assert "classes cat then" in said and f"--dataset {tree}" in said
+    assert "raw pixels" in script("probe.py", run, "--workers", 0, "--dataset", tree)       # on other data, as asked
+    for part in ("train", "val"):
+        (tree / part / "zebra").rename(tree / part / "cat")
+    next((tree / "train" / "cat").iterdir()).unlink()
+    assert "images 48 then and 47 now" in script("train.py", *rerun, expect=2)
+
+
+def no_room(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+@pytest.mark.parametrize("limit, last", [(8_000_000, "tokenizer.pt"), (600_000, None)])
+def test_a_disk_without_room_is_a_sentence_and_the_last_checkpoint_stays(limit, last, photos, tmp_path):
+    process = start(tmp_path / "printed", run_script, "train.py", flags(photos, tmp_path / "run"), functools.partial(no_room, limit))
+    code, printed = finish(process)
+    assert code == 2 and "make room" in printed and "Traceback" not in printed, printed
+    assert not [*(tmp_path / "run").glob("*.tmp")]
+    if last:
+        assert "last good checkpoint is untouched" in printed and unified.load_checkpoint(tmp_path / "run" / last)["step"] == 3
+
+
+def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    train.save_checkpoint(path, {"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(unified.UserError, match="No space left.*untouched.*--resume"):
+        train.save_checkpoint(path, {"step": 2})
+    assert unified.load_checkpoint(path) == {"step": 1} and [*tmp_path.iterdir()] == [path]
+
+
+def without_unix():
+    """As on Windows, as far as the scripts can see."""
+    for name in ("SC_PHYS_PAGES", "sysconf"):
+        if hasattr(os, name):
+            delattr(os, name)
+    del signal.pthread_sigmask, signal.SIGCHLD
+    sys.modules["fcntl"] = None
+    importlib.reload(train)
+
+
+@pytest.mark.parametrize("name", ["train.py", "probe.py"])
+def test_scripts_run_without_what_windows_lacks(name, photos, finished, tmp_path):
+    args = flags(photos, tmp_path / "run", "--labels", "--eval-every", 0) if name == "train.py" else (finished[0], "--workers", 0)
+    code, printed = finish(start(tmp_path / "printed", run_script, name, args, without_unix))
+    assert code == 0, printed
+
+
+def test_a_stage_of_more_than_a_day_is_announced_once(monkeypatch):
+    now, told = [1000.0], []
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    for name, steps, seconds in (("tokenizer", 1_000_000, 60), ("model", 2_000_000, 5), ("model", 100, 60)):
+        run = types.SimpleNamespace(rank=1, tell=told.append)
+        meter = train.Meter(run, types.SimpleNamespace(name=name, steps=steps), 7)
+        for step in range(8, 30):
+            now[0] += 500 if step == 8 else seconds                     # the first step compiles
+            meter.warn(step)
+    assert len(told) == 2 and "694 more days" in told[0] and "--tokenizer-batch-size" in told[0] and "116 more days" in told[1]
+
+
+@pytest.mark.parametrize("args, batch", [({}, 16), (dict(dataset="imagenet"), 16), (dict(dataset="imagenet", device="cuda"), 256),
+                                         (dict(dataset="imagenet", tokenizer_batch_size=8), 8), (dict(dataset="imagenet", size="tiny"), 16)])
+def test_the_tokenizers_batch_fits_the_device_or_is_what_was_asked_for(args, batch, monkeypatch):
+    monkeypatch.setattr(unified, "default_dtype", lambda device: "float32")
+    assert train.settle(train.Config(device=args.pop("device", "cpu"), **args))[0].tokenizer_batch_size == batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # GPU paths, checked without a GPU: a model on "meta" has no numbers, and whoever asks for one would have waited
 
 
@@ -4630,7 +4937,7 @@ def gpu(monkeypatch):
 def test_bfloat16_is_the_default_where_it_is_computed_in(capability, dtype, gpu, monkeypatch):
     import sample
     gpu(*capability)
-    monkeypatch.setattr(unified, "join_processes", lambda device: device)
+    monkeypatch.setattr(unified, "join_processes", torch.device)
     monkeypatch.setattr(sample, "run", lambda cfg, device: settled.append(cfg.dtype))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())       # looks for the device
     for device, expected in (("cuda", dtype), ("cuda:1", dtype), ("cpu", "float32"), ("mps", "float32")):
@@ -4737,16 +5044,13 @@ def test_operations_are_those_of_the_formulas(name, size, pixels, formula, publi
         assert train.step_operations(model, torch.zeros(2, 3, 256, 256, device="meta")) / 2 - counted == pytest.approx(128.6e9, rel=0.01)
 
 
-def test_the_benchmark_compares_with_the_plain_path():
+def test_the_benchmark_compares_with_the_plain_path(monkeypatch):
+    measure = train.seconds_of
+    monkeypatch.setattr(train, "seconds_of", lambda device, function, least=0: measure(device, function, 0.01))
     printed = script("train.py", "--benchmark", "--batch-size", 4, "--device", "cpu")
     assert "of the product" in printed and "plain path" in printed and "times as long" in printed
     losses = [float(line.split("loss")[1].split()[0]) for line in printed.splitlines() if "loss" in line and "every step" not in line]
     assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], abs=2e-3)
-
-
-def test_the_benchmark_of_sampling_counts_every_step(finished):
-    printed = script("sample.py", finished[0], "--benchmark", "--batch", 4, "--steps", 3, "--device", "cpu")
-    assert printed.count("of the product") == 3 and "one alone" in printed
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ import PIL.ImageDraw
 import torch
 import torch.distributed
 import tqdm
+from torch.utils.flop_counter import FlopCounterMode
 
 import unified
 from unified import Stopped, UserError, option
@@ -309,12 +310,21 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            os.replace(path, path.with_name(path.name + ".prev"))
+            keep(path, path.with_name(path.name + ".prev"))
         os.replace(new, path)
     except (OSError, RuntimeError) as error:                                                # torch makes a RuntimeError of the file's
         new.unlink(missing_ok=True)
         reason = " ".join(str(error.__context__ or error).split())[:200]
         raise UserError(f"{path} could not be written ({reason}); the last good checkpoint is untouched: make room, then --resume")
+
+
+def keep(path, previous):
+    """The same file under a second name: somebody might be reading it under the first one."""
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)
+    except OSError:                                                                         # not every file system can
+        os.replace(path, previous)
 
 
 def restore(run, stage, optimizer, ema):
@@ -756,6 +766,14 @@ def chart(curves, title, size=(900, 500)):
     return image
 
 
+def stack(images):
+    """PIL images of one width, below each other."""
+    sheet = PIL.Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, (0, sum(i.height for i in images[:k])))
+    return sheet
+
+
 def draw_losses(run):
     """loss.png: training and held-out loss of both stages."""
     rows = run.rows()
@@ -773,7 +791,7 @@ def report(run, model, ema, train, test):
     figures = measure_tokenizer(run, vqgan, test, len(test)) if vqgan else {}
     with averaged(model, ema):
         draw_what_it_does(run, model, test, steps=None if unified.MODELS[cfg.model].tokenizer else 25)
-    unified.stack(list(draw_losses(run))).save(run.folder / "loss.png")
+    stack(list(draw_losses(run))).save(run.folder / "loss.png")
     fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"]).to(run.device).eval()
     if vqgan:
         fresh.vqgan.load_state_dict(vqgan.state_dict())
@@ -804,6 +822,44 @@ next""")
 # How fast it is: --benchmark. Rates are of whole steps, optimizer included, on random data; operations are those of the model, counted once.
 
 
+def count_operations(model, function):
+    """Floating-point operations that function(model) takes, found on a copy of the model that computes nothing."""
+    with FlopCounterMode(display=False) as counter:
+        function(copy.deepcopy(model).to("meta"))
+    return counter.get_total_flops()
+
+
+def seconds_of(device, function, least=1.5):
+    """Seconds a call of function(), over at least so many seconds of calls, after a few that do not count."""
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    for _ in range(10 if device.type == "cuda" else 1):
+        function()
+    wait()
+    calls, started = 0, time.perf_counter()
+    while not calls or time.perf_counter() - started < least:
+        for _ in range(50 if device.type == "cuda" else 1):
+            function()
+            calls += 1
+        wait()
+    return (time.perf_counter() - started) / calls
+
+
+def machine_rates(device, dtype):
+    """What the device can do, measured now: a large matrix product, in operations a second, and a copy, in bytes read and written a second."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n * n, device=device)
+    return 2 * n ** 3 / seconds_of(device, lambda: a @ a, 0.5), 2 * b.nbytes / seconds_of(device, b.clone, 0.5)
+
+
+def write_out_attention(model):
+    """From now on the readable equation instead of the fused kernel, in transformer blocks."""
+    for module in model.modules():
+        if isinstance(module, unified.Attention):
+            module.fused = False
+
+
 def step_operations(model, x):
     """Floating-point operations of a training step on a batch like x; of making ids only the encoder's convolutions count, as in the papers."""
     def step(model):
@@ -812,7 +868,7 @@ def step_operations(model, x):
             z = model.vqgan.encoder(ids.flatten(0, -4))
             ids = z[:, 0].flatten(1).long().view(*x.shape[:-3], -1)
         model(ids)[0].backward()
-    return unified.count_operations(model, step)
+    return count_operations(model, step)
 
 
 def benchmark(run):
@@ -837,7 +893,7 @@ def benchmark(run):
         if run.device.type == "cuda" and len(steps) == 1:
             print(f"memory at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     for _ in tqdm.tqdm(range(5), "measuring", leave=False):
-        turns.append((*unified.machine_rates(run.device, yardstick), *(unified.seconds_of(run.device, s[0]) for s in steps.values())))
+        turns.append((*machine_rates(run.device, yardstick), *(seconds_of(run.device, s[0]) for s in steps.values())))
     product, copying, *seconds = numpy.array(turns).T                                       # (5,) each
     print(f"{cfg.model} {cfg.size}, {cfg.image_size} pixels, {batch} images a step, {cfg.dtype} on {run.device}"
           f"\nmeasured here: {str(yardstick)[6:]} matrix product {numpy.median(product) / 1e12:.3g} TFLOP/s, copy {numpy.median(copying) / 1e9:.3g} GB/s")
@@ -857,7 +913,7 @@ def reading_rate(cfg, batch, views):
     """Images a second that the data set hands over: in memory, or decoded by worker processes."""
     data = unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, True, cfg.device, cfg.strict_images, recipe_of(cfg)["crop"])
     batches = data.batches(plan(len(data), cfg.seed, views, batch, batch, 0, 1, 0, 10**6), cfg.workers)
-    return batch / unified.seconds_of(torch.device("cpu"), lambda: next(batches)[0].flatten()[0].item(), 5.0)       # .item(): wait for it
+    return batch / seconds_of(torch.device("cpu"), lambda: next(batches)[0].flatten()[0].item(), 5.0)       # .item(): wait for it
 
 
 def training_step(run, model, x, method, plain):
@@ -869,7 +925,7 @@ def training_step(run, model, x, method, plain):
     run.world = 1
     if plain:
         run.autocast = contextlib.nullcontext
-        unified.write_out_attention(model)
+        write_out_attention(model)
     elif run.cfg.compile:
         unified.compile_blocks(model)
     optimizer, weights = optimizer_of(model, stage.peak, method.recipe, None if plain else True), trainable(model)

@@ -58,8 +58,8 @@ import pickle
 import signal
 import sys
 import tarfile
-import threading
 import tempfile
+import threading
 import time
 import traceback
 import typing
@@ -75,7 +75,6 @@ import torch.nn.functional as F
 import tqdm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # 1. Attention: every token reads from every other token
@@ -2119,14 +2118,6 @@ def grid(x, columns=8, least=1024):
     return PIL.Image.fromarray(sheet)
 
 
-def stack(images):
-    """PIL images of one width, below each other."""
-    sheet = PIL.Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
-    for k, image in enumerate(images):
-        sheet.paste(image, (0, sum(i.height for i in images[:k])))
-    return sheet
-
-
 # Data sets. Each has: images of one size, labels, class names, and batches(plan): for every (index (B,), crops (B, V) or None) of
 # the plan one (x, labels), x float in [0, 1] of shape (B, V, 3, S, S), or (B, 3, S, S) for the whole picture when crops is None.
 # A crop is named by an integer, so that the same crop comes out on any machine and after any interruption.
@@ -2593,40 +2584,6 @@ def learning_rate(position, warmup, total, peak, least=0.0):
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
 
 
-# How fast something is. Random data, since zeros are faster; operations are those of the model, counted once, whatever is done twice.
-
-
-def count_operations(model, function):
-    """Floating-point operations that function(model) takes, found on a copy of the model that computes nothing."""
-    with FlopCounterMode(display=False) as counter:
-        function(copy.deepcopy(model).to("meta"))
-    return counter.get_total_flops()
-
-
-def seconds_of(device, function, least=1.5):
-    """Seconds a call of function(), over at least so many seconds of calls, after a few that do not count."""
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    for _ in range(10 if device.type == "cuda" else 1):
-        function()
-    wait()
-    calls, started = 0, time.perf_counter()
-    while not calls or time.perf_counter() - started < least:
-        for _ in range(50 if device.type == "cuda" else 1):
-            function()
-            calls += 1
-        wait()
-    return (time.perf_counter() - started) / calls
-
-
-def machine_rates(device, dtype):
-    """What the device can do, measured now: a large matrix product, in operations a second, and a copy, in bytes read and written a second."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n * n, device=device)
-    return 2 * n ** 3 / seconds_of(device, lambda: a @ a, 0.5), 2 * b.nbytes / seconds_of(device, b.clone, 0.5)
-
-
 def compile_blocks(model):
     """torch.compile block by block, frozen parts too, for each shape that they meet: in a transformer one block is compiled and the others
     follow, in training and in sampling; those of a U-Net and of a tokenizer differ. Only ADDP's decoder has no fixed number of tokens."""
@@ -2636,14 +2593,6 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, (Block, ResBlock, TimedBlock)):
             module.compile(dynamic=module in varying)
-
-
-def write_out_attention(model):
-    """From now on the readable equation instead of the fused kernel, in transformer blocks; returns whether there are any."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.fused = False
-    return any(isinstance(module, Attention) for module in model.modules())
 
 
 # The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set. Leading dimensions are
