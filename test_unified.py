@@ -4450,6 +4450,17 @@ def test_a_worker_that_dies_ends_the_run_in_a_sentence_with_what_was_trained_sav
     assert unified.load_checkpoint(tmp_path / "run" / "model.pt")["step"] >= 4
 
 
+def read_with_a_worker(tree):
+    before = signal.getsignal(signal.SIGCHLD)
+    data = unified.open_data("anything", str(tree), 16, train=True)
+    for _ in data.batches([(torch.arange(6), None)], workers=1):
+        print("same" if signal.getsignal(signal.SIGCHLD) == before else "torch's")
+
+
+def test_nothing_raises_in_the_middle_of_a_step_when_a_worker_dies(tree, tmp_path):
+    assert finish(start(tmp_path / "printed", read_with_a_worker, tree)) == (0, "same\n")    # torch's handler of SIGCHLD would
+
+
 def test_workers_that_hand_nothing_over_end_the_wait(monkeypatch):
     class Stuck(torch.utils.data.Dataset):
         def __getitem__(self, i):
@@ -4627,6 +4638,19 @@ def test_a_disk_without_room_is_a_sentence_and_the_last_checkpoint_stays(limit, 
     assert not [*(tmp_path / "run").glob("*.tmp")]
     if last:
         assert "last good checkpoint is untouched" in printed and unified.load_checkpoint(tmp_path / "run" / last)["step"] == 3
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_checkpoint_can_be_read_while_it_is_replaced(links, tmp_path, monkeypatch):
+    path, replace, there = tmp_path / "model.pt", os.replace, []
+    train.save_checkpoint(path, {"step": 1})
+    monkeypatch.setattr(os, "replace", lambda *names: (there.append(path.exists()), replace(*names)))
+    if not links:                                                       # as some network file systems
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "Operation not permitted")))
+    for step in (2, 3):
+        train.save_checkpoint(path, {"step": step})
+    assert [unified.load_checkpoint(tmp_path / name)["step"] for name in ("model.pt", "model.pt.prev")] == [3, 2]
+    assert there == [True] * 2 if links else there == [True, False] * 2                     # then .prev is read in its place
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
