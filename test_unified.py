@@ -27,6 +27,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import resource
 import signal
 import socket
@@ -229,6 +230,18 @@ def test_unified_needs_four_packages_only():
     imports = [n for n in ast.walk(ast.parse((HERE / "unified.py").read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
     names = {name.split(".")[0] for n in imports for name in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])}
     assert names - set(sys.stdlib_module_names) == {"torch", "numpy", "PIL", "tqdm"}
+
+
+def test_nothing_stands_in_the_readmes_table_of_faults_without_a_test():
+    table = (HERE / "README.md").read_text().split("## When something goes wrong")[1].split("## ")[0]
+    names = [name for row in table.splitlines() if row.startswith("| ") for name in re.findall(r"`(\w+)`", row.split("|")[-2])]
+    tests = [name for name in globals() if name.startswith("test_")]
+    assert len(names) > 15 and [name for name in names if not any(name in test for test in tests)] == []
+
+
+def test_no_two_tests_have_one_name():
+    names = [node.name for node in ast.parse(pathlib.Path(__file__).read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert sorted(names) == sorted(set(names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1984,7 +1997,7 @@ def test_diffusion_samples_depend_on_their_seed_and_not_on_their_company():
     assert together.min() >= 0 and together.max() <= 1
 
 
-def test_diffusion_paints_each_pictures_own_hole_and_nothing_else():
+def test_umd_inpaints_each_images_own_mask_and_nothing_else():
     model, x, mask = umd(), some_pictures(2), torch.zeros(2, 16, 16, dtype=torch.bool)
     mask[0, :8], mask[1, 4:8, 4:8] = True, True
     y = model.sample(2, steps=4, known=x, mask=mask)
