@@ -48,7 +48,7 @@ class Config:
     hidden: str = option("512", "mlp: widths of its hidden layers, such as 512,256")
     feedback: str = option("", "diffeed: the layers fed back to their mirrors; the last one of each size of map, if not given")
     matryoshka: bool = option(False, "trained heads: at the same time from the first 8, 16, 32, ... dimensions alone")
-    dataset: str = option("", "shapes, cifar10, imagenet, or a folder with train/<class>/* and val/<class>/*; else the run's own")
+    dataset: str = option("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own")
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
     limit: int = option(None, "training images used at most")
     augment: bool = option(False, "trained heads: fresh crops and noise in every epoch, as published, instead of features computed once")
@@ -62,7 +62,7 @@ class Config:
     compile: bool = option(None, "compile the blocks; on cuda, if not said otherwise")
     weights: str = option("", "raw, or ema for the averaged ones; as in the paper, if not given", choices=["raw", "ema"])
     workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
-    strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
+    strict_images: bool = option(False, "stop at an unreadable image instead of leaving it out")
 
 
 # Batch, epochs, lr for 256 images; None is set when the images have been counted, see fit_recipe. The linear row is MAE's and MAGE's.
@@ -235,9 +235,10 @@ def of(found, net):
     return [v for (owner, _), v in found.items() if owner == net]
 
 
-def stream(read, data, plan, cfg):
-    """Batches of features: for each (index (B,), crops (B, 1) or None) of the list plan yields {key: (B, ...)}, labels (B,)."""
-    for (index, crops), (x, y) in zip(plan, data.batches(plan, cfg.workers)):
+def stream(read, data, plan, cfg, replace=False):
+    """Batches of features: for each (index (B,), crops (B, 1) or None) of the list plan yields {key: (B, ...)}, labels (B,). An unreadable
+    image has label -1; or, to be replaced, another one takes its place."""
+    for (index, crops), (x, y) in zip(plan, data.batches(plan, cfg.workers, replace)):
         x, y = (unified.send(v, cfg.device) for v in (x.flatten(0, -4), y))
         yield read(x, index if crops is None else crops.flatten()), y
 
@@ -262,7 +263,8 @@ def collect(read, data, index, cfg, title):
         raise UserError(f"features of {len(index)} pictures need {need / 2**30:.0f} GiB; --limit {int(0.5 * there / need * len(index))} fits, "
                         "a smaller --pool may, and trained heads have --augment, which keeps none")
     found, y = unified.collect(read, data, unified.share(index), cfg.workers, cfg.device, title)
-    return {key: gather(v, len(index)) for key, v in found.items()}, gather(y.to(cfg.device), len(index))
+    y = gather(y.to(cfg.device), len(index))
+    return {key: gather(v, len(index))[y >= 0] for key, v in found.items()}, y[y >= 0]      # unreadable images count nowhere
 
 
 def gather(mine, n):
@@ -284,6 +286,44 @@ def average_gradients(parameters):
             p.grad /= world
 
 
+# The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set. Leading dimensions are
+# probes of their own: many places of a network are probed in the matrix products of one.
+
+
+def moments(x, y, mean, std, classes):
+    """Sums over pictures that ridge regression needs, in float64, a chunk at a time, since a copy of x in float64 may not fit: x (..., N, C),
+    y (N,) -> features with themselves (..., C + 1, C + 1), features with one-hot labels (..., C + 1, classes); a 1 is appended as last feature."""
+    gram, cross = 0, 0
+    for x, y in zip(x.split(2048, -2), y.split(2048)):
+        x = F.pad((x - mean) / std, (0, 1), value=1.0).double()
+        gram, cross = gram + x.mT @ x, cross + x.mT @ F.one_hot(y, classes).double()
+    return gram, cross
+
+
+def ridge(gram, cross, penalty):
+    """Least squares with an L2 penalty a picture (gram[-1, -1] of them) from moments() -> weight (..., C + 1, classes), the last row the
+    bias. penalty: one, or (..., 1, 1)."""
+    diagonal = penalty * gram[..., -1:, -1:] * torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + diagonal)).float()
+
+
+def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
+    """Accuracy in [0, 1] on the test set of the best ridge on standardised features; the test set chooses nothing. x (N, C) gives a number,
+    x (places, N, C) a list of them; y (N,). Computed on the CPU if the device, as Apple's, has no float64."""
+    x, y, x_test, y_test = (v.cpu() if v.device.type == "mps" else v for v in (x, y, x_test, y_test))
+    mean, std, classes = x.mean(-2, keepdim=True), x.std(-2, keepdim=True) + 1e-6, 1 + max(y.max(), y_test.max()).item()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    held, rest = order[:len(y) // 10], order[len(y) // 10:]
+    (gram, cross), (gram_held, cross_held) = (moments(x[..., part, :], y[part], mean, std, classes) for part in (rest, held))
+
+    def accuracy(weight, x, y):
+        guesses = [((x - mean) / std @ weight[..., :-1, :] + weight[..., -1:, :]).argmax(-1) for x in x.split(2048, -2)]
+        return torch.cat(guesses, -1).eq(y).float().mean(-1)
+    scores = torch.stack([accuracy(ridge(gram, cross, p), x[..., held, :], y[held]) for p in penalties])
+    best = torch.tensor(penalties, dtype=gram.dtype, device=gram.device)[scores.argmax(0)][..., None, None]
+    return accuracy(ridge(gram + gram_held, cross + cross_held, best), x_test, y_test).tolist()
+
+
 # Where to read? Every candidate is probed by ridge regression on training pictures: nine tenths to fit, one tenth to judge.
 
 
@@ -299,7 +339,7 @@ def choose(model, candidates, train, index, cfg):
         for width in {v.size(1) for v in of(x, "top1")}:                                    # equally wide ones in one product
             alike = [place for place in wanted if x["top1", place].size(1) == width]
             v = torch.stack([x["top1", place] for place in alike])
-            scores.update(zip(alike, unified.ridge_probe(v[:, held:], y[held:], v[:, :held], y[:held])))
+            scores.update(zip(alike, ridge_probe(v[:, held:], y[held:], v[:, :held], y[:held])))
     best = max(candidates, key=scores.get)
     print(f"ridge on {len(y) - held} training pictures, accuracy in % on {held} others of the training set; [taken]")
     columns = list(dict.fromkeys(place[1:] for place in candidates))
@@ -599,7 +639,7 @@ def fresh_batches(read, data, index, batch, cfg):
         whole = [unified.share(one) for one in index[unified.shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]]
         parts = [part for one in whole for part in one.split(unified.at_once(data, cfg.device))]
         rows, labels = [], []
-        for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None] if cfg.augment else None) for part in parts], cfg):
+        for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None] if cfg.augment else None) for part in parts], cfg, replace=True):
             rows, labels = rows + [found], labels + [y]
             if sum(map(len, labels)) == len(whole[0]):
                 yield {key: torch.cat([row[key] for row in rows]) for key in found}, torch.cat(labels)
@@ -646,12 +686,14 @@ def score_heads(heads, read, data, dims, cfg):
     """Accuracy of each head on a whole data set, for each d of dims: {net: [in [0, 1], ...]}. (MAE and MAGE report their best epoch.)"""
     plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(unified.at_once(data, cfg.device))]
     hits = {net: torch.zeros(len(dims), device=cfg.device) for net in heads}
+    readable = torch.zeros((), device=cfg.device)
     for found, y in stream(read, data, plan, cfg):
+        readable += (y >= 0).sum()
         for net, head in heads.items():
             hits[net] += torch.stack([(logits.argmax(1) == y).sum() for logits in head.eval().nested(*of(found, net), dims=dims)])
-    for count in hits.values() if unified.processes()[1] > 1 else ():
+    for count in (readable, *hits.values()) if unified.processes()[1] > 1 else ():
         torch.distributed.all_reduce(count)
-    return {net: (count / len(data)).tolist() for net, count in hits.items()}
+    return {net: (count / readable).tolist() for net, count in hits.items()}
 
 
 # Fine-tuning (official file: main_finetune.py): the whole network learns the classes; the tokenizer stays as it is.
@@ -724,8 +766,10 @@ def mixup_loss(logits, x, y, alpha=0.8, smoothing=0.1):
 def accuracy(logits, data, cfg):
     """Share of a data set's whole pictures where the largest of logits(x) is the label's."""
     plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(unified.at_once(data, cfg.device))]
-    hits = torch.cat([logits(x).argmax(1) == y.to(cfg.device) for x, y in data.batches(plan, cfg.workers)])
-    return gather(hits.float(), len(data)).mean().item()
+    hits = [torch.stack([logits(x).argmax(1) == y, y >= 0], 1) for x, y in
+            ((x, y.to(cfg.device)) for x, y in data.batches(plan, cfg.workers, replace=False))]
+    right, readable = gather(torch.cat(hits).float(), len(data)).sum(0).tolist()
+    return right / readable
 
 
 # What is asked for, and how it is told.
@@ -738,6 +782,8 @@ def open_sets(model, config, cfg):
         raise UserError(f"{cfg.run} does not say what it was trained on; add --dataset shapes, cifar10, imagenet or a folder")
     folder = cfg.data_dir or (config.get("data_dir", "") if name == config.get("dataset") else "")
     train, test = (unified.open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images) for part in (True, False))
+    if len(train.classes) < 2 or not test.unseen or len(train) < 20:
+        raise UserError(f"{name} cannot be probed, which takes two classes, 20 images to train on and others to test on: {train.summary}")
     if not cfg.dataset:
         unified.same_data(config, train, cfg.run, f"put them back, or say --dataset {name} to probe it on these")
     return name, train, test
@@ -771,7 +817,7 @@ def compare(nets, wanted, train, index, test, cfg):
     x, x_test = ({name: v for (name, _), v in found.items()} for found in (x, x_test))
     if cfg.head == "fewshot":
         return fewshot(x, y, x_test, y_test, len(train.classes), cfg)
-    head = {"ridge": unified.ridge_probe, "knn": knn}[cfg.head]
+    head = {"ridge": ridge_probe, "knn": knn}[cfg.head]
     return [(cfg.head, len(y), {name: [head(x[name], y, x_test[name], y_test)] for name in x})]
 
 
@@ -838,6 +884,7 @@ def run(cfg, first):
     model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights))
     wanted = places(model, cfg)
     dataset, train, test = open_sets(model.to(cfg.device), config, cfg)
+    print(train.summary or f"{dataset}: {len(train)} images to train on, {len(test)} to test on")
     index = unified.shuffled(len(train), cfg.seed)[:cfg.limit]
     if cfg.compile:
         unified.compile_blocks(model)
@@ -862,9 +909,9 @@ def run(cfg, first):
         results = compare(nets, wanted, train, index, test, cfg)
     if first:
         report(wanted, dataset, labels, results, time.time() - started, cfg)
-    unreadable = sum(len(getattr(data, "unreadable", ())) for data in (train, test))
-    if unreadable:
-        print(f"{unreadable} unreadable images were skipped and named above")
+    for data, fate in ((train, "left out or replaced"), (test, "left out")):
+        if data.unreadable:
+            print(f"{len(data.unreadable)} unreadable images, named above, were {fate}")
 
 
 if __name__ == "__main__":

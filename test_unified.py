@@ -43,6 +43,7 @@ import zlib
 
 import numpy
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 import torch.distributed
@@ -2681,7 +2682,7 @@ def test_a_sweep_reads_every_layer_at_the_steps_of_diffssl():
 def test_probing_many_places_at_once_is_probing_each():
     (x, y), (x_test, y_test) = clouds(120, 2.0), clouds(90, 2.0, seed=1)
     places, tests = torch.stack([x, x.flip(1), x * torch.randn(5)]), torch.stack([x_test, x_test.flip(1), torch.randn(90, 5)])
-    assert unified.ridge_probe(places, y, tests, y_test) == [unified.ridge_probe(a, y, b, y_test) for a, b in zip(places, tests)]
+    assert probe.ridge_probe(places, y, tests, y_test) == [probe.ridge_probe(a, y, b, y_test) for a, b in zip(places, tests)]
 
 
 def test_matryoshka_reads_the_first_dimensions_only_and_all_sizes_at_once():
@@ -3231,7 +3232,7 @@ def test_both_kinds_of_data_set_cut_the_same_crop(monkeypatch):
     for flip in (False, True):
         monkeypatch.setattr(unified, "crop_boxes", box_of(9, 5, 16, 20, flip))
         ours = unified.Pictures(x, None, [], (0.2, 1.0)).crop(x, torch.zeros(1).long())[0]
-        folders = unified.Folder(pathlib.Path(), [], 32, (0.2, 1.0)).crop(image, [0])[0] / 255
+        folders = unified.Folder(pathlib.Path(), [], [], [], 32, (0.2, 1.0)).crop(image, [0])[0] / 255
         assert (ours - folders)[:, 2:-2, 2:-2].abs().max() < 1.5 / 255  # PIL rounds to bytes and repeats the box's rim
         rim = x[..., 5:25, 9:25].flip(3) if flip else x[..., 5:25, 9:25]
         assert (ours - F.interpolate(rim, size=(32, 32), mode="bilinear")[0])[:, 2:-2, 2:-2].abs().max() < 1e-4
@@ -3243,7 +3244,7 @@ def test_a_large_jpeg_is_decoded_smaller_only_where_its_crops_stay_large_enough(
     PIL.Image.fromarray(unified.to_uint8(smooth[0])).save(file, "JPEG", quality=95)
     for w, h, decoded in ((480, 360, (63, 47)), (100, 90, (251, 188)), (60, 40, (501, 375))):
         monkeypatch.setattr(unified, "crop_boxes", box_of(15, 9, w, h, False))
-        data, sizes = unified.Folder(pathlib.Path(), [], 32, (0.2, 1.0)), []
+        data, sizes = unified.Folder(pathlib.Path(), [], [], [], 32, (0.2, 1.0)), []
         whole = data.crop(PIL.Image.open(file).convert("RGB"), [0, 1])                      # what is no file any more is not decoded again
         opened = PIL.Image.open(file)
         monkeypatch.setattr(opened, "convert", lambda mode: sizes.append(opened.size) or type(opened).convert(opened, mode))
@@ -3285,19 +3286,93 @@ def test_a_folder_is_read_in_order_with_its_labels(tree):
     assert greys(unified.open_data(str(tree), "", 16, train=False).batches([(torch.arange(6), None)]))[3] == (130, 1)
 
 
-def test_a_corrupt_image_is_named_and_the_next_good_one_takes_its_place(tree, capsys):
+def folder(root, classes=("ant", "bee"), size=16, **options):
+    """A Folder of root/<class>/*, not looked at beforehand."""
+    files = [(path, c) for c, name in enumerate(classes) for path in unified.image_files(root / name, [])]
+    return unified.Folder(root, *zip(*files), list(classes), size, (0.2, 1.0), **options)
+
+
+def test_an_unreadable_image_gives_its_place_to_one_that_is_drawn_or_is_left_out(tree, capsys):
     (tree / "train/ant/2.png").write_bytes(b"not a picture")
     broken = tree / "train/bee/2.png"
     broken.write_bytes(broken.read_bytes()[:-30])                       # looks like one until it is decoded
-    data = unified.Folder(tree / "train", ["ant", "bee"], 16, (0.2, 1.0))
-    plan = [(torch.arange(6), None)] * 2
-    assert greys(data.batches(plan)) == [(0, 0), (10, 0), (30, 1), (30, 1), (40, 1), (0, 0)] * 2                # with their own labels
+    data, plan = folder(tree / "train"), [(torch.arange(6), None)] * 2
+    first, again = greys(data.batches(plan[:1])), greys(folder(tree / "train").batches(plan[1:]))
+    good = [(0, 0), (10, 0), (30, 1), (40, 1)]
+    assert first == again and [first[i] for i in (0, 1, 3, 4)] == good and {first[2], first[5]} <= set(good)     # with their own labels
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "ant/2.png" in said[0] and "bee/2.png" in said[1]             # once each, though met twice
-    assert sorted(data.unreadable) == [2, 5]
-    strict = unified.Folder(tree / "train", ["ant", "bee"], 16, (0.2, 1.0), strict=True)
+    assert len(said) == 4 and all("another image takes its place" in line for line in said)
+    assert "ant/2.png" in said[0] and "bee/2.png" in said[1] and sorted(data.unreadable) == [2, 5]
+    data = folder(tree / "train")
+    left = [greys(data.batches(plan[:1], replace=False)) for _ in range(2)]
+    assert left[0] == left[1] == good[:2] + [(0, -1)] + good[2:] + [(0, -1)]
+    assert [line.count("left out: ") for line in capsys.readouterr().err.splitlines()] == [1, 1]                # told once
+    means, labels = unified.map_pictures(lambda x: x.mean((1, 2, 3)), data)
+    assert labels.tolist() == [0, 0, 1, 1] and len(means) == 4
     with pytest.raises(unified.UserError, match="ant/2.png"):
-        list(strict.batches(plan))
+        list(folder(tree / "train", strict=True).batches(plan))
+
+
+def test_those_that_take_the_place_of_unreadable_images_are_many_and_no_neighbours(tmp_path, monkeypatch):
+    """As the twins that a Mac leaves, and classes of empty files: the next good one was the same for all."""
+    for i in range(60):
+        PIL.Image.new("RGB", (8, 8), (i,) * 3).save(tmp_path / f"{i:02d}.png")
+    for i in range(0, 60, 2):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"")
+    opened, data = [], unified.Folder(tmp_path, sorted(tmp_path.iterdir()), [0] * 60, [], 8, (0.2, 1.0))
+    open_ = PIL.Image.open
+    monkeypatch.setattr(PIL.Image, "open", lambda path, *more: (opened.append(path), open_(path, *more))[1])
+    found = [g for g, _ in greys(data.batches([(torch.arange(60), None)]))]
+    taken = [found[i] for i in range(0, 60, 2)]
+    assert found[1::2] == list(range(1, 60, 2)) and len(set(taken)) > 12 and all(abs(g - i) > 1 for g, i in zip(taken, range(0, 60, 2)))
+    assert all(opened.count(p) == 1 for p in data.paths[::2])           # remembered
+    list(data.batches([(torch.arange(60), None)]))
+    assert all(opened.count(p) == 1 for p in data.paths[::2])
+
+
+def test_many_unreadable_images_take_no_more_time_than_they_are(tmp_path):
+    for i in range(1500):
+        (tmp_path / f"{i:04d}.png").write_bytes(b"version https://git-lfs" if i % 3 else b"")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "0700.png")
+    opened, data = [0], unified.Folder(tmp_path, sorted(tmp_path.iterdir()), [0] * 1500, [], 8, (0.2, 1.0))
+    with pytest.raises(unified.UserError, match="1500 .* looked at|of 500 images that were looked at"):
+        unified.look_at(data)
+    started = time.time()
+    list(data.batches([(torch.arange(1500), None)], replace=False))
+    assert time.time() - started < 20 and len(data.unreadable) == 1499
+
+
+def test_a_folder_of_nothing_but_corrupt_images_is_a_users_mistake(tree):
+    for path in (tree / "train").rglob("*.png"):
+        path.write_bytes(b"not a picture")
+    with pytest.raises(unified.UserError, match="png"):
+        list(folder(tree / "train").batches([(torch.arange(2), None)]))
+    with pytest.raises(unified.UserError, match="6 of 6 images.*none of ant, bee"):
+        unified.open_data("anything", str(tree), 16, train=True)
+
+
+def test_a_class_or_a_tenth_that_cannot_be_opened_stops_the_run_before_it_starts(tree):
+    for i in range(3, 40):
+        PIL.Image.new("RGB", (20, 20)).save(tree / f"train/ant/{i:02d}.png")
+    for path in (tree / "train/bee").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(unified.UserError, match="3 of 43 images.*none of bee"):
+        unified.open_data("anything", str(tree), 16, train=True)
+    PIL.Image.new("RGB", (20, 20)).save(tree / "train/bee/0.png")
+    assert len(unified.open_data("anything", str(tree), 16, train=True)) == 43              # two in 43
+    for i in range(3, 6):
+        (tree / f"train/ant/{i:02d}.png").write_bytes(b"")
+    with pytest.raises(unified.UserError, match="5 of 43"):
+        unified.open_data("anything", str(tree), 16, train=True)
+
+
+def test_unreadable_test_images_count_in_no_accuracy(tree, monkeypatch):
+    (tree / "val/ant/1.png").write_bytes(b"")
+    data, cfg = folder(tree / "val"), settings(head="linear")
+    logits = lambda x: F.one_hot((x.mean((1, 2, 3)) > 0.45).long(), 2).float()              # right for all
+    assert probe.accuracy(logits, data, cfg) == 1.0
+    found, y = probe.collect(lambda x, names: {"x": x.mean((2, 3))}, data, torch.arange(6), cfg, None)
+    assert y.tolist() == [0, 0, 1, 1, 1] and len(found["x"]) == 5
 
 
 def test_a_batch_of_a_folder_takes_no_file_handle_an_image(tree):
@@ -3312,28 +3387,266 @@ def test_a_batch_of_a_folder_takes_no_file_handle_an_image(tree):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_folder_of_nothing_but_corrupt_images_is_a_users_mistake(tree):
-    for path in (tree / "train").rglob("*.png"):
-        path.write_bytes(b"not a picture")
-    data = unified.Folder(tree / "train", ["ant", "bee"], 16, (0.2, 1.0))
-    with pytest.raises(unified.UserError, match="png"):
-        list(data.batches([(torch.arange(2), None)]))
+# What people bring
 
 
-def test_classes_are_folders_with_images_and_must_agree(tree, capsys):
+MODES = {                               # of one grey image g, uint8 (h, w), or of a coloured one, in every mode that a file can have
+    "1": lambda g: PIL.Image.fromarray(g).convert("1"), "L": lambda g: PIL.Image.fromarray(g), "P": lambda g: PIL.Image.fromarray(g).convert("P"),
+    "RGB": lambda g: PIL.Image.fromarray(g).convert("RGB"), "CMYK": lambda g: PIL.Image.fromarray(g).convert("CMYK"),
+    "LA": lambda g: PIL.Image.fromarray(g).convert("LA"), "RGBA": lambda g: PIL.Image.fromarray(g).convert("RGBA"),
+    "I;16": lambda g: PIL.Image.fromarray(g.astype(numpy.uint16) * 257),
+    "I;16B": lambda g: PIL.Image.frombytes("I;16B", g.shape[::-1], (g.astype(">u2") * 257).astype(">u2").tobytes()),
+    "I of 8 bits": lambda g: PIL.Image.fromarray(g.astype(numpy.int32)), "I of 16 bits": lambda g: PIL.Image.fromarray(g.astype(numpy.int32) * 257),
+    "I of 31 bits": lambda g: PIL.Image.fromarray(g.astype(numpy.int32) * (2**31 // 255)), "F": lambda g: PIL.Image.fromarray((g / 255).astype(numpy.float32)),
+    "YCbCr": lambda g: PIL.Image.fromarray(g).convert("RGB").convert("YCbCr"), "HSV": lambda g: PIL.Image.fromarray(g).convert("RGB").convert("HSV"),
+    "PA": lambda g: PIL.Image.fromarray(g).convert("PA"), "RGBX": lambda g: PIL.Image.fromarray(g).convert("RGBX"),
+    "RGBa": lambda g: PIL.Image.fromarray(g).convert("RGBA").convert("RGBa"), "La": lambda g: PIL.Image.fromarray(g).convert("LA").convert("La")}
+
+
+def test_images_of_any_mode_are_their_twins_in_8_bit_rgb():
+    g = numpy.linspace(0, 255, 400).astype(numpy.uint8).reshape(20, 20)
+    g[0, 0], g[-1, -1] = 0, 255
+    for mode, made in MODES.items():
+        image, twin = made(g), PIL.Image.fromarray(g).convert("1" if mode == "1" else "L").convert("RGB")
+        assert image.mode == mode.split(" of")[0]
+        off = numpy.abs(numpy.asarray(unified.upright(image)).astype(int) - numpy.asarray(twin)).max()
+        assert off <= 1, (mode, off)
+
+
+@pytest.mark.parametrize("mode, suffix", [("1", "png"), ("L", "png"), ("P", "gif"), ("P", "png"), ("RGB", "png"), ("RGB", "webp"), ("LA", "png"), ("RGBA", "png"),
+                                          ("RGBA", "webp"), ("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("I of 16 bits", "tif"), ("I of 31 bits", "tif"),
+                                          ("F", "tif"), ("CMYK", "tif"), ("YCbCr", "tif"), ("RGBX", "tif"), ("CMYK", "jpg"), ("L", "jpg")])
+def test_training_probing_and_painting_read_files_of_any_mode_alike(mode, suffix, tmp_path):
+    g = numpy.kron(numpy.array([[0, 80], [160, 255]]), numpy.ones((16, 16))).astype(numpy.uint8)
+    for name, image in (("a", MODES[mode](g)), ("b", PIL.Image.fromarray(g).convert("1" if mode == "1" else "L").convert("RGB"))):
+        (tmp_path / name).mkdir()
+        lossless = {"lossless": True} if suffix == "webp" else {"quality": 100} if suffix == "jpg" else {}
+        image.save(tmp_path / name / (f"x.{suffix}" if name == "a" else "x.png"), **(lossless if name == "a" else {}))
+    data = [folder(tmp_path, [name], 32) for name in ("a", "b")]
+    plan = [(torch.tensor([0]), None), (torch.tensor([0]), torch.tensor([[1, 2, 3]]))]     # probing, training
+    for (ours, _), (theirs, _) in zip(*(d.batches(plan) for d in data)):
+        assert (ours - theirs).abs().max() <= (3 if suffix == "jpg" else 1) / 255 + 1e-6
+    assert (unified.read_image(data[0].paths[0], 32) - unified.read_image(data[1].paths[0], 32)).abs().max() <= (3 if suffix == "jpg" else 1) / 255 + 1e-6
+
+
+@pytest.mark.parametrize("values", [-1.0, 3.0, 255.0, math.nan, math.inf])
+def test_floats_of_unknown_range_are_refused(values, tmp_path):
+    PIL.Image.fromarray(numpy.full((8, 8), values, numpy.float32)).save(tmp_path / "depth.tif")
+    with pytest.raises(unified.UserError, match="depth.tif.*not 0 .. 1"):
+        unified.read_image(tmp_path / "depth.tif", 8)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_photos_lie_as_viewers_show_them(number, suffix, tmp_path):
+    g = numpy.kron(numpy.array([[250, 10, 90], [170, 130, 50]]), numpy.ones((40, 40))).astype(numpy.uint8)     # 80 x 120, no symmetry
+    exif, path = PIL.Image.Exif(), tmp_path / f"a.{suffix}"
+    exif[0x0112] = number
+    PIL.Image.fromarray(g).convert("RGB").save(path, exif=exif, quality=100)
+    with PIL.Image.open(path) as image:
+        seen = PIL.ImageOps.exif_transpose(image).convert("L")
+    assert seen.size == ((120, 80) if number < 5 else (80, 120))
+    assert (unified.read_image(path, 80)[0] - unified.from_image(seen, 80)[0] / 255).abs().mean() < 0.02
+    data, twin = folder(tmp_path, [""], 8), unified.Folder(tmp_path, [], [], [], 8, (0.2, 1.0))
+    crops = torch.tensor([[3, 4, 5, 6]])                                # small ones, of a JPEG that is decoded smaller
+    (ours, _), = data.batches([(torch.tensor([0]), crops)])
+    assert (ours[0] - twin.crop(seen.convert("RGB"), crops[0].tolist()).float() / 255).abs().mean() < 0.03
+
+
+def test_exif_that_cannot_be_read_says_nothing(tmp_path):
+    PIL.Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
+    assert unified.read_image(tmp_path / "a.jpg", 8)[0].mean() > 0.95
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("P", "gif"), ("RGBA", "webp"), ("L", "png")])
+def test_what_is_transparent_is_white(mode, suffix, tmp_path):
+    icon = numpy.zeros((8, 8, 4), numpy.uint8)                          # black on a transparent ground
+    icon[2:6, 2:6, 3] = 255
+    image, path, more = PIL.Image.fromarray(icon), tmp_path / f"icon.{suffix}", {}
+    if mode in "PL":
+        image = PIL.Image.fromarray((icon[..., 3] == 0).astype(numpy.uint8)).convert(mode)
+        image.putpalette([0] * 6) if mode == "P" else None
+        more = {"transparency": 1}
+    image = image if mode in "PL" else image.convert(mode)
+    image.save(path, **more)
+    x = unified.read_image(path, 8)
+    assert x[:, 3:5, 3:5].max() < 0.02 and x[:, 0].min() == 1
+
+
+def test_a_gigapixel_file_is_named_wherever_it_is_given(tmp_path, photos, finished):
+    """A header of 40,000 x 40,000 pixels without any."""
+    PIL.Image.new("1", (40, 40)).save(file := io.BytesIO(), "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = struct.pack(">II", 40_000, 40_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "giga.png").write_bytes(data)
+    with pytest.raises(unified.UserError, match="giga.png"):
+        unified.read_image(tmp_path / "giga.png", 32)
+    assert "giga.png" in script("sample.py", finished[0], "--image", tmp_path / "giga.png", "--box", "0,0,8,8", expect=2)
+    with pytest.raises(unified.UserError, match="giga.png"):
+        unified.open_data("anything", str(tmp_path), 32, train=True)
+
+
+@pytest.mark.parametrize("size", ["toy", "tiny", "small"])
+def test_flat_images_of_any_value_train(size):
+    for value in (0.0, 1 / 255, 0.5, 1.0):
+        torch.manual_seed(0)
+        net = unified.TokenizerTraining(unified.VQGAN(**unified.tokenizer_config(size, 4, 32)))
+        optimizer = torch.optim.AdamW(net.parameters(), 3e-4)
+        losses = []
+        for _ in range(4):
+            loss, _ = net(torch.full((2, 3, 16, 16), value))
+            loss.backward()
+            losses.append(loss.item())
+            assert torch.nn.utils.clip_grad_norm_(net.parameters(), 3.0).isfinite()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert min(losses[1:]) < losses[0]
+
+
+def test_grain_is_for_flat_images_only_and_below_a_grey_level():
+    x = some_pictures(3)
+    x[1] = torch.tensor([0.2, 0.0, 0.7])[:, None, None]
+    seen = unified.with_grain(x, some_noise(3, 3, 16, 16))
+    assert seen[[0, 2]].equal(x[[0, 2]]) and 0 < (seen[1] - x[1]).abs().max() <= 0.5 / 255
+
+
+def poisoned_steps(bad):
+    """train.update on a small network, whose gradient is not finite in the steps of bad: [(weights, EMA) after each step], and the Meter."""
+    run = types.SimpleNamespace(world=1, rank=0, device=torch.device("cpu"), autocast=contextlib.nullcontext, folder="RUN", tell=print,
+                                cfg=types.SimpleNamespace(seed=0, labels=False, log_every=10**6, eval_every=0))
+    net = nn.Linear(3, 1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net
+
+        def forward(self, x, labels=None):
+            return self.inner(x).square().mean(), {}
+    model = Net()
+    stage = train.Stage("model", model, {}, None, 8, 0, 50, 4, 4, 1e-2, dict(unified.MAGE_RECIPE, ema=0.5))
+    optimizer, weights = train.optimizer_of(model, 1e-2, stage.recipe), train.trainable(model)
+    ema, meter, seen = train.averages(model, stage.recipe), train.Meter(run, stage, 0), []
+    for step in range(12):
+        x = torch.full((4, 3), math.nan if step in bad else 1.0)
+        norm, rate = train.update(run, stage, model, optimizer, weights, ema, step, itertools.repeat((x, torch.zeros(4))), meter.add)
+        meter.step(step + 1, norm, rate, ema)
+        seen.append(net.weight.detach().clone())
+    return seen, meter
+
+
+def test_a_step_whose_gradient_is_not_finite_moves_nothing_and_is_told(capsys):
+    seen, meter = poisoned_steps({3, 7})
+    assert all(w.isfinite().all() for w in seen)
+    assert [i for i in range(1, 12) if seen[i].equal(seen[i - 1])] == [3, 7]
+    assert math.isfinite(meter.check(12)["loss"]) and "2 of the steps up to 12 were skipped" in capsys.readouterr().out
+
+
+def test_several_steps_in_a_row_without_a_finite_gradient_end_the_run():
+    with pytest.raises(unified.UserError, match="6 steps in a row up to step 12; RUN keeps the last good checkpoint"):
+        poisoned_steps(set(range(6, 12)))[1].check(12)
+
+
+# Folders
+
+
+def make_images(root, names, start=0):
+    for i, name in enumerate(names, start):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (12, 12), (i % 256, i // 256, 0)).save(root / name, "PNG")
+
+
+def both_parts(root):
+    return [unified.open_data(str(root), "", 8, train) for train in (True, False)]
+
+
+def test_names_that_belong_to_programs_are_no_data_at_any_depth(tree):
+    for name in (".ipynb_checkpoints/0.png", "__MACOSX/0.png", "ant/._0.png", "ant/.cache/1.png", "ant/__thumbs/1.png", "ant/.DS_Store"):
+        make_images(tree / "train", [name])
+    train, test = both_parts(tree)
+    assert train.classes == ["ant", "bee"] and len(train) == 6 and "left out" not in train.summary
+
+
+def test_class_folders_are_read_recursively_and_by_content_where_the_suffix_says_nothing(tree):
+    make_images(tree / "train", ["ant/deep/er/a.jfif", "ant/b", "ant/c.JPG", "ant/d.img", "bee/2024/e.jpe"])
+    (tree / "train/ant/notes.txt").write_text("hello")
+    (tree / "train/ant/table").write_bytes(b"1,2,3")
+    (tree / "train/ant/deep/up").symlink_to(tree / "train")             # no endless tale
+    train, _ = both_parts(tree)
+    assert len(train) == 11 and {p.name for p in train.paths} >= {"a.jfif", "b", "c.JPG", "d.img", "e.jpe"}
+    assert "left out 2 files that are no images (notes.txt, table)" in train.summary
+
+
+@pytest.mark.parametrize("second", ["val", "valid", "validation", "test"])
+def test_a_second_part_may_be_called_as_people_call_it(second, tree):
+    (tree / "val").rename(tree / second)
+    train, test = both_parts(tree)
+    assert (len(train), len(test), test.classes) == (6, 6, ["ant", "bee"]) and f"6 to test on ({second}/)" in train.summary
+
+
+def test_of_class_folders_alone_a_tenth_is_held_out_that_stays_so_when_others_come(tmp_path):
+    make_images(tmp_path, [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(100)])
+    train, test = both_parts(tmp_path)
+    assert train.classes == test.classes == ["ant", "bee"] and len(train) + len(test) == 200 and 10 <= len(test) <= 32
+    assert not {*train.paths} & {*test.paths} and "by a hash" in train.summary and test.unseen
+    assert all(data.classes[label] == path.parent.name for data in (train, test) for path, label in zip(data.paths, data.labels))
+    make_images(tmp_path, [f"ant/{i}-new.png" for i in range(50)])
+    more, held = both_parts(tmp_path)
+    assert {*train.paths} <= {*more.paths} and {*test.paths} <= {*held.paths}
+    make_images(tmp_path, ["train/0.png", "train/1.png"])               # a class of trains
+    assert both_parts(tmp_path)[0].classes == ["ant", "bee", "train"]
+
+
+def test_images_without_classes_train_and_are_not_probed(tmp_path):
+    make_images(tmp_path / "mine", [f"{i}.png" for i in range(40)])
+    train, test = both_parts(tmp_path / "mine")
+    assert train.classes == [] and len(train) + len(test) == 40 and "without classes" in train.summary and train.labels.eq(0).all()
+    printed = script("train.py", *flags(tmp_path / "mine", tmp_path / "run", "--eval-every", 0))
+    assert "no probe: it takes two classes" in printed and (tmp_path / "run" / "samples.png").exists()
+    assert "two classes" in script("probe.py", tmp_path / "run", "--workers", 0, expect=2)
+    assert "no class folders" in script("train.py", *flags(tmp_path / "mine", tmp_path / "other", "--labels"), expect=2)
+
+
+@pytest.mark.parametrize("names", [["a.png"], ["ant/a.png", "bee/b.png"], ["ant/a.png", "ant/b.png", "bee/c.png", "bee/d.png", "cow/e.png"]])
+def test_sets_as_small_as_people_start_with_are_trained_on(names, tmp_path):
+    make_images(tmp_path / "few", names)
+    train, test = both_parts(tmp_path / "few")
+    assert len(train) >= 1 and len(test) >= 1
+    printed = script("train.py", *flags(tmp_path / "few", tmp_path / "run", "--eval-every", 3))
+    assert "no probe" in printed and "python sample.py" in printed
+    if len(train) == len(names):
+        assert not test.unseen and "too few to hold any out" in printed
+
+
+def test_what_cannot_be_a_data_set_is_refused_with_the_tree_that_is_expected(tree):
     (tree / "train/empty").mkdir()
-    assert unified.folder_classes(tree) == ["ant", "bee"]
-    assert "train/empty" in capsys.readouterr().err
-    (tree / "val/cat").mkdir()
+    train, _ = both_parts(tree)
+    assert train.classes == ["ant", "bee"] and "left out 1 folders without an image (empty)" in train.summary
     (tree / "val/bee").rename(tree / "val/cow")
     with pytest.raises(unified.UserError, match="bee, cow"):
-        unified.folder_classes(tree)
-    with pytest.raises(unified.UserError, match="n01440764"):           # the tree that is expected
-        unified.folder_classes(tree / "nowhere")
-    for path in (tree / "val").rglob("*.png"):
-        path.unlink()
-    with pytest.raises(unified.UserError, match=f"{tree}/val"):
-        unified.folder_classes(tree)
+        both_parts(tree)
+    for path in [*(tree / "val").rglob("*.png")]:
+        path.rename(tree / "val" / f"{path.parent.name}-{path.name}")   # flat, as in ImageNet's archive
+    with pytest.raises(unified.UserError, match="(?s)differ in their classes.*n01440764"):
+        both_parts(tree)
+    for root in (tree / "nowhere", tree / "train/empty"):
+        with pytest.raises(unified.UserError, match="(?s)no image in.*n01440764"):
+            both_parts(root)
+    import shutil
+    shutil.rmtree(tree / "train")
+    with pytest.raises(unified.UserError, match="no image in .*train"):
+        both_parts(tree)
+
+
+def test_names_of_any_bytes_are_read_and_shown(tmp_path, photos):
+    root = tmp_path / "my photos"
+    for i in range(60):
+        make_images(root, [os.fsdecode(b"caf\xe9 %d/\xff\xfe %d.png" % (i % 2, i))], i)
+    (root / os.fsdecode(b"caf\xe9 0") / os.fsdecode(b"\xff broken.png")).write_bytes(b"")
+    code, printed = finish(start(tmp_path / "printed", run_script, "train.py", flags(root, tmp_path / "a run", "--labels", "--eval-every", 0)))
+    assert code == 0 and "broken.png" in printed and f"python sample.py '{tmp_path / 'a run'}'" in printed, printed
+    assert finish(start(tmp_path / "printed", run_script, "probe.py", (tmp_path / "a run", "--workers", 0)))[0] == 0
 
 
 @pytest.mark.parametrize("name", list(unified.SHAPES))
@@ -3686,11 +3999,11 @@ def test_damaged_images_are_read_or_named(tmp_path, capfd):
             path = tmp_path / f"a/bad.{kind.split()[0]}"
             path.write_bytes(damaged(data, others, g))
             x = result_or_sentence(lambda path: unified.read_image(path, 16), path)
-            folder = unified.Folder(tmp_path, ["a"], 16, (0.2, 1.0))
-            (whole, _), (crops, _) = folder.batches([(first, None), (first, torch.tensor([[1, 2]]))])
-            assert folder.paths[0] == path and crops.shape == (1, 2, 3, 16, 16)
+            found = folder(tmp_path, ["a"])
+            (whole, _), (crops, _) = found.batches([(first, None), (first, torch.tensor([[1, 2]]))])
+            assert found.paths[0] == path and crops.shape == (1, 2, 3, 16, 16)
             assert whole[0].equal(unified.from_image(good, 16).float() / 255 if x is None else x)
-            assert (x is None) == (0 in folder.unreadable)              # then the next one took its place
+            assert (x is None) == (0 in found.unreadable)              # then the next one took its place
             counts[x is not None] += 1
             path.unlink()
         print(f"{counts[True]} damaged images read, {counts[False]} named")
@@ -3704,10 +4017,10 @@ def test_damaged_images_are_read_or_named(tmp_path, capfd):
 def test_whatever_a_codec_raises_the_image_is_named(tree, monkeypatch, error):
     def load(image):
         raise error
-    data = unified.Folder(tree / "train", ["ant"], 16, (0.2, 1.0))
+    data = folder(tree / "train", ["ant"])
     monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", load)
     for crops in (None, [1, 2]):
-        assert [i for i, _ in data[0, crops][2]] == [0, 1, 2]
+        assert sorted(folder(tree / "train", ["ant"])[0, crops, True][2]) == [0, 1, 2]
     with pytest.raises(unified.UserError, match="0.png"):
         unified.read_image(data.paths[0], 16)
 
@@ -4001,15 +4314,15 @@ def test_ridge_is_least_squares_with_a_penalty():
     for penalty in (0.01, 0.1):
         rows = numpy.concatenate([ones, math.sqrt(penalty * 3000) * numpy.eye(6)])          # a penalty is rows that ask for zero
         target = numpy.concatenate([numpy.eye(3)[y.numpy()], numpy.zeros((6, 3))])
-        weight = unified.ridge(*unified.moments(x, y, mean, std, 3), penalty)
+        weight = probe.ridge(*probe.moments(x, y, mean, std, 3), penalty)
         assert_close(weight, torch.from_numpy(numpy.linalg.lstsq(rows, target, rcond=None)[0]), 1e-5)
 
 
 def test_the_ridge_probe_solves_a_separable_problem_and_the_test_set_chooses_nothing():
-    assert unified.ridge_probe(*clouds(300, 0.05), *clouds(90, 0.05, seed=1)) == 1.0
+    assert probe.ridge_probe(*clouds(300, 0.05), *clouds(90, 0.05, seed=1)) == 1.0
     (x, y), (x_test, y_test) = clouds(120, 2.0), clouds(90, 2.0, seed=1)
-    together = unified.ridge_probe(x, y, x_test, y_test)
-    apart = [unified.ridge_probe(x, y, x_test[i:i + 1], y_test[i:i + 1]) for i in range(90)]
+    together = probe.ridge_probe(x, y, x_test, y_test)
+    apart = [probe.ridge_probe(x, y, x_test[i:i + 1], y_test[i:i + 1]) for i in range(90)]
     assert 0.34 < together < 0.9 and together == pytest.approx(sum(apart) / 90)
 
 
@@ -4858,8 +5171,8 @@ class Apples(torch.Tensor):
 def test_closed_form_probes_need_no_float64_on_the_device():
     x, y = torch.randn(120, 8), torch.arange(120) % 3
     there = [v.as_subclass(Apples) for v in (x, y, x, y)]
-    assert unified.ridge_probe(*there) == unified.ridge_probe(x, y, x, y)
-    assert unified.ridge_probe(there[0][None], there[1], there[0][None], there[3]) == [unified.ridge_probe(x, y, x, y)]
+    assert probe.ridge_probe(*there) == probe.ridge_probe(x, y, x, y)
+    assert probe.ridge_probe(there[0][None], there[1], there[0][None], there[3]) == [probe.ridge_probe(x, y, x, y)]
     assert probe.few_umd(*there, 3) == probe.few_umd(x, y, x, y, 3)
     assert probe.knn(*there) == probe.knn(x, y, x, y)
 

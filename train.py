@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import sys
@@ -33,6 +34,7 @@ import torch.distributed
 import tqdm
 from torch.utils.flop_counter import FlopCounterMode
 
+import probe
 import unified
 from unified import Stopped, UserError, option
 
@@ -44,7 +46,7 @@ except ImportError:                                                             
 
 @dataclasses.dataclass
 class Config:
-    dataset: str = option("shapes", "shapes, cifar10, imagenet, or a folder with train/<class>/* and val/<class>/*")
+    dataset: str = option("shapes", "shapes, cifar10, imagenet, or a folder of images, of class folders, or of train and val with class folders")
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
     model: str = option("mage", "what to train; mae, maskdit and dit are the ends of UMD, not the official networks", choices=list(unified.MODELS))
     size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet", choices=["tiny", "small", "base", "large"])
@@ -71,7 +73,7 @@ class Config:
     dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32", choices=["float32", "bfloat16"])
     compile: bool = option(torch.cuda.is_available(), "compile the blocks")
     workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
-    strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
+    strict_images: bool = option(False, "stop at an unreadable image instead of training on another in its place")
     benchmark: bool = option(False, "measure the speed of training on random data, and leave")
     out_dir: str = option("", "the run's folder, if not out/<dataset>-<model>, or -<model>-labels")
     resume: bool = option(False, "go on where the run in this folder stopped; same flags, more --steps if you like")
@@ -348,26 +350,28 @@ class Meter:
 
     def __init__(self, run, stage, step):
         self.run, self.stage, self.logs, self.since, self.seen = run, stage, {}, time.time(), step
-        self.started, self.first = None, step
+        self.started, self.first, self.skipped, self.in_a_row = None, step, 0, 0            # the last two: steps without a finite gradient
         self.bar = tqdm.tqdm(total=stage.steps, initial=step, desc=stage.name, unit=" steps", disable=run.rank > 0, dynamic_ncols=True)
 
     def add(self, loss, logs):
         """Losses of one micro-batch: scalars on the device."""
         for name, value in {"loss": loss, **logs}.items():
-            total, count = self.logs.get(name, (0, 0))
-            self.logs[name] = total + value.detach(), count + 1
+            (total, count), value = self.logs.get(name, (0, 0)), value.detach()
+            self.logs[name] = total + value.nan_to_num(0, 0, 0), count + value.isfinite()
 
     def step(self, step, norm, lr, ema):
         """One optimizer step is done: write a row, evaluate, if it is time to. norm: of the gradient; ema: averaged weights."""
         self.bar.update()
-        self.norm = norm
+        bad = ~norm.isfinite()
+        self.skipped, self.in_a_row = self.skipped + bad, (self.in_a_row + 1) * bad         # on the device: nothing waits
         self.warn(step)
         if step % self.run.cfg.log_every == 0 or step == self.stage.steps:
             means = self.check(step)
             rate = (step - self.seen) * self.stage.batch / (time.time() - self.since)
             memory = torch.cuda.max_memory_allocated(self.run.device) / 2**30 if self.run.device.type == "cuda" else None
-            self.run.log(stage=self.stage.name, step=step, **means, lr=lr, grad_norm=norm.item(), images_per_second=rate,
-                         memory_gib=memory)
+            norm = norm.item()
+            self.run.log(stage=self.stage.name, step=step, **means, lr=lr, grad_norm=norm if math.isfinite(norm) else None,
+                         images_per_second=rate, memory_gib=memory)
             self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
             self.logs, self.since, self.seen = {}, time.time(), step
         every = self.run.cfg.eval_every
@@ -395,8 +399,8 @@ class Meter:
                 self.run.tell(f"at this pace the {self.stage.name} takes {days:.0f} more days; {tokens}, --size tiny or --image-size 64 shorten that")
 
     def check(self, step):
-        """Mean of what was added, over all processes, of which some may lack a term. A loss that is not finite ends the run here, before it
-        is saved."""
+        """Mean of what was added, over all processes, of which some may lack a term. Steps whose gradient was not finite have moved no weight;
+        they are told, and several in a row end the run here, before it is saved."""
         names = [list(self.logs)]
         if self.run.world > 1:
             names = [None] * self.run.world
@@ -408,8 +412,13 @@ class Meter:
         if self.run.world > 1:
             torch.distributed.all_reduce(sums)
         means = dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist()))
-        if not all(map(math.isfinite, [*means.values(), self.norm.item()])):
-            raise UserError(f"the loss or its gradient is not finite at step {step}; {self.run.folder} keeps the last good checkpoint; a lower --lr may help")
+        skipped, in_a_row = int(self.skipped), int(self.in_a_row)
+        if skipped and (in_a_row >= 5 or in_a_row == step - self.first):
+            raise UserError(f"the loss or its gradient is not finite, {in_a_row} steps in a row up to step {step}; {self.run.folder} keeps the last good "
+                            "checkpoint; a lower --lr may help, or another --seed")
+        if skipped:
+            self.run.tell(f"{skipped} of the steps up to {step} were skipped: their gradient was not finite")
+            self.skipped = 0
         return means
 
 
@@ -430,6 +439,8 @@ def update(run, stage, net, optimizer, weights, ema, step, batches, add):
             (loss / accumulate).backward()
         add(loss, logs)
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["clip"])
+    if optimizer.defaults["fused"]:                                                         # as torch's GradScaler says it: then no weight moves
+        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -787,36 +798,46 @@ def draw_losses(run):
 
 def report(run, model, ema, train, test):
     """What has been learned, in figures and pictures, and what to type next."""
-    cfg, vqgan, top1 = run.cfg, getattr(model, "vqgan", None), {}
+    cfg, vqgan = run.cfg, getattr(model, "vqgan", None)
     figures = measure_tokenizer(run, vqgan, test, len(test)) if vqgan else {}
     with averaged(model, ema):
         draw_what_it_does(run, model, test, steps=None if unified.MODELS[cfg.model].tokenizer else 25)
     stack(list(draw_losses(run))).save(run.folder / "loss.png")
-    fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"]).to(run.device).eval()
+    top1 = closing_probe(run, model, ema, train, test) if len(train.classes) > 1 and len(train) >= 20 and test.unseen else {}
+    run.log(stage="report", step=0, **figures, probe=top1)
+    for data, fate in ((train, "another took its place"), (test, "left out")):
+        if data.unreadable:
+            run.tell(f"{len(data.unreadable)} images of {unified.shown(data.root)} cannot be read: {fate}")
     if vqgan:
-        fresh.vqgan.load_state_dict(vqgan.state_dict())
+        run.tell(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test)} test pictures, {figures['codes_used']:.0%} of the codes used")
+    made = ", ".join(f"{run.folder}/{name}.png" for name in ("samples", "reconstructions", "loss") if (run.folder / f"{name}.png").exists())
+    run.tell(f"pictures    {made}")
+    if top1:
+        run.tell(f"linear probe (ridge, {min(len(train), 10_000)} training pictures), accuracy on the test set")
+        for name, title in (("features", "features of this model"), ("the same network untrained",) * 2, ("raw pixels",) * 2):
+            run.tell(f"    {top1[name]:6.1%}  {title}")
+    else:
+        run.tell("no probe: it takes two classes, 20 images to train on, and others to test on")
+    folder = shlex.quote(str(run.folder))
+    run.tell("next")
+    if model.generates:
+        run.tell(f"    python sample.py {folder} --n 64 --gif                 more pictures, and how they come about")
+    run.tell(f"    python probe.py {folder} --head knn                    other ways to read the features\n" if top1 else "")
+
+
+def closing_probe(run, model, ema, train, test):
+    """{what is read: accuracy on the test set} by ridge regression, of the model, of the same network untrained, and of pixels."""
+    cfg, top1 = run.cfg, {}
+    fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"]).to(run.device).eval()
+    if hasattr(model, "vqgan"):
+        fresh.vqgan.load_state_dict(model.vqgan.state_dict())
     pixels = torch.nn.AdaptiveAvgPool2d(min(32, cfg.image_size))
     torch.manual_seed(0)
     for name, embed in (("features", model.embed), ("the same network untrained", fresh.embed), ("raw pixels", lambda x: pixels(x).flatten(1))):
         with averaged(model, ema if recipe_of(cfg)["probe_ema"] else {}):
             parts = [unified.map_pictures(embed, data, 10_000, workers=cfg.workers, device=run.device, name=name) for data in (train, test)]
-        top1[name] = unified.ridge_probe(*parts[0], *parts[1])
-    run.log(stage="report", step=0, **figures, probe=top1)
-    for data in (train, test):
-        if getattr(data, "unreadable", None):
-            run.tell(f"{len(data.unreadable)} images of {data.root} could not be read and were skipped")
-    if vqgan:
-        run.tell(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test)} test pictures, {figures['codes_used']:.0%} of the codes used")
-    made = ", ".join(f"{run.folder}/{name}.png" for name in ("samples", "reconstructions", "loss") if (run.folder / f"{name}.png").exists())
-    run.tell(f"""pictures    {made}
-linear probe (ridge, {min(len(train), 10_000)} training pictures), accuracy on the test set
-    {top1['features']:6.1%}  features of this model
-    {top1['the same network untrained']:6.1%}  the same network untrained
-    {top1['raw pixels']:6.1%}  raw pixels
-next""")
-    if model.generates:
-        run.tell(f"    python sample.py {run.folder} --n 64 --gif                 more pictures, and how they come about")
-    run.tell(f"    python probe.py {run.folder} --head knn                    other ways to read the features\n")
+        top1[name] = probe.ridge_probe(*parts[0], *parts[1])
+    return top1
 
 
 # How fast it is: --benchmark. Rates are of whole steps, optimizer included, on random data; operations are those of the model, counted once.
@@ -950,6 +971,10 @@ def main():
     try:
         train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images, recipe_of(cfg)["crop"])
                        for part in (True, False))
+        if train.summary:
+            run.tell(train.summary)
+        if cfg.labels and not train.classes:
+            raise UserError(f"--labels: {unified.shown(train.root)} has no class folders")
         unified.first_alone(lambda: open_run(run, train))
         listen()
         model, ema = get_model(run, *(get_frozen(run, train, test) if unified.MODELS[cfg.model].tokenizer else (None, None)), train, test)

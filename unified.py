@@ -50,6 +50,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -327,6 +328,13 @@ def entropy_gap(distances, temperature=0.01):
     return -(p * logp).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
 
 
+def with_grain(x, grain):
+    """Pixels (B, 3, S, S) in which images of one flat colour get grain, uniform in [0, 1] and like x, of half a grey level. All black and without
+    biases a dozen norms would see no variance at all, and each make the gradient a thousand times as long."""
+    flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)     # (B, 1, 1, 1)
+    return x + flat * (grain - 0.5) / 255
+
+
 class PatchDiscriminator(nn.Module):
     """Says of each patch of about 22 pixels whether it is real. Pixels (B, 3, S, S) -> scores (B, 1, S / 8, S / 8)."""
 
@@ -347,7 +355,7 @@ class TokenizerTraining(nn.Module):
     """The tokenizer, the discriminator that it is trained against, and their loss as one module.
 
     vqgan  the VQGAN to train; WEIGHTS are those of the terms, ours but for the commitment's [VQ-VAE]
-    forward(x (B, 3, S, S) in [0, 1], adversarial) -> (scalar loss, dict of its terms). The adversarial weight is an argument since
+    forward(x (B, 3, S, S) in [0, 1], adversarial, grain of with_grain, drawn if None) -> (scalar loss, dict of its terms). The adversarial weight is an argument since
     it is 0 during a warm-up; 0.8 is [VQGAN]'s. Generator and discriminator terms do not touch each other's parameters, so one
     backward pass and one optimizer step serve both.
     """
@@ -358,7 +366,8 @@ class TokenizerTraining(nn.Module):
         super().__init__()
         self.vqgan, self.discriminator = vqgan, PatchDiscriminator()
 
-    def forward(self, x, labels=None, adversarial=0.0):
+    def forward(self, x, labels=None, adversarial=0.0, grain=None):
+        x = with_grain(x, torch.rand_like(x) if grain is None else grain)
         z = self.vqgan.encoder(x)
         distances = self.vqgan.quantize.distances(z)
         codes = self.vqgan.quantize.lookup(distances.argmin(1).view(-1, *z.shape[2:]))
@@ -1944,6 +1953,9 @@ def run_script(main):
     """Call main(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and exit code 1."""
     torch.set_flush_denormal(True)      # gates that start at 0 make gradients whose squares are denormal: a CPU takes ten times as long for those
     torch.backends.cudnn.benchmark = True       # shapes stay the same: a GPU tries once which convolution is fastest
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")                                   # names of files may be any bytes
     try:
         with attention_kernels():
             main()
@@ -2087,13 +2099,50 @@ def to_uint8(x):
     return (x.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
 
+TURNS = dict(enumerate((PIL.Image.Transpose[name] for name in ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270",
+                                                                "TRANSVERSE", "ROTATE_90")), 2))        # by EXIF's orientation
+
+
+def turn_of(image):
+    """What has to be done to a PIL image so that it lies as a viewer shows it; None for nothing, or if its EXIF cannot be read."""
+    try:
+        return TURNS.get(image.getexif().get(0x0112))
+    except Exception:
+        return None
+
+
+def grey_levels(image):
+    """A PIL image of more than 8 bits a value -> mode L. Integers by the range of their type (of 32 bits, which also hold less: the smallest of
+    8, 16 and 31 that fits), floats in [0, 1]; ValueError for others, whose range nobody knows."""
+    x = numpy.asarray(image).astype(numpy.float64)
+    low, high = x.min(), x.max()
+    top = 1.0 if image.mode == "F" else 65535 if image.mode != "I" else 255 if high < 256 else 65535 if high < 65536 else 2**31 - 1
+    if not 0 <= low <= high <= top:
+        raise ValueError(f"its values lie in {low:g} .. {high:g}, not 0 .. {top:g}")
+    return PIL.Image.fromarray((x * (255 / top)).round().astype(numpy.uint8))
+
+
+def upright(image):
+    """A PIL image, just opened, as a viewer shows it: RGB, turned as EXIF says, on white where it is transparent."""
+    image.load()                                                                            # TIFF files are turned in here
+    turn = turn_of(image)
+    if image.mode[0] in "IF":
+        image = grey_levels(image)
+    elif image.mode.lower().endswith("a") or "transparency" in image.info:
+        image = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
 def from_image(image, size):
-    """PIL image -> uint8 (3, size, size): shorter side resized, centre cropped, as every evaluation does [MAGE, resize 292 / crop 256]."""
+    """PIL image, just opened -> uint8 (3, size, size): shorter side resized, centre cropped, as every evaluation does [MAGE, 292 / 256]."""
+    image = upright(image)
     scale = size * (1.14 if min(image.size) >= size * 1.14 else 1) / min(image.size)
     sides = [max(size, round(side * scale)) for side in image.size]
     if math.prod(sides) > 2 * PIL.Image.MAX_IMAGE_PIXELS:                               # PIL reads no more
         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too narrow")
-    image = image.convert("RGB").resize(sides, PIL.Image.Resampling.BICUBIC)
+    image = image.resize(sides, PIL.Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
     return torch.from_numpy(numpy.array(image.crop((left, top, left + size, top + size)))).movedim(2, 0)
 
@@ -2147,20 +2196,20 @@ def shuffled(n, *seeds):
 
 
 class Pictures:
-    """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time.
+    """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time. Attributes as Folder's.
 
     scale  share of the area that a crop keeps, (0.2, 1) in the papers
     """
 
     def __init__(self, images, labels, classes, scale, device="cpu"):
         self.images, self.labels, self.classes, self.scale = images.to(device), labels, classes, scale
-        self.size = images.size(-1)
+        self.size, self.layout, self.summary, self.unreadable, self.unseen = images.size(-1), "in memory", "", {}, True
 
     def __len__(self):
         return len(self.images)
 
-    def batches(self, plan, workers=0):
-        """The pictures of the plan, (x, labels) at a time; workers are not needed here."""
+    def batches(self, plan, workers=0, replace=True):
+        """The pictures of the plan, (x, labels) at a time; workers are not needed here, and all can be read."""
         for index, crops in plan:
             x = self.images[send(index, self.images.device)].float() / 255
             if crops is not None:
@@ -2179,52 +2228,65 @@ class Pictures:
 
 
 class Folder(torch.utils.data.Dataset):
-    """Images of a tree ROOT/<class>/<file>, decoded by worker processes when they are asked for; as floats they exist on the device only.
+    """Image files, decoded by worker processes when they are asked for; as floats they exist on the device only.
 
-    An image that cannot be read is named, and the next good one takes its place, label included; with strict it is a UserError.
+    paths, labels  of the images, int (N,)       classes  names, none for images without labels       root  what messages are about
+    layout         how it lies on the disk       summary  what was found, in lines, or ""             strict  stop at an unreadable image
+    unseen         False for test images that stand in for too few: they are those to train on
     """
 
-    SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-    def __init__(self, root, classes, size, scale, strict=False, device="cpu"):
-        self.root, self.classes, self.size, self.scale, self.strict, self.device = root, classes, size, scale, strict, torch.device(device)
-        files = [(path, c) for c, name in enumerate(classes) for path in image_files(root / name)]
-        self.paths, self.labels, self.unreadable = [p for p, _ in files], torch.tensor([c for _, c in files]), {}
+    def __init__(self, root, paths, labels, classes, size, scale, strict=False, device="cpu", layout="", summary=""):
+        self.root, self.paths, self.labels, self.classes, self.size, self.scale = root, paths, torch.tensor(labels), classes, size, scale
+        self.strict, self.device, self.layout, self.summary = strict, torch.device(device), layout, summary
+        self.unreadable, self.named, self.unseen = {}, {}, True                             # index: why; those that were told
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, item):
-        """(index, crops) -> uint8 (V, 3, S, S) or (3, S, S), None if it may not be skipped; label; [(index, what was wrong) of unreadable images met]."""
-        index, crops = item
-        bad = []
-        for i in [*range(index, len(self)), *range(index)]:
-            try:
-                with reading(self.paths[i], "an image"), PIL.Image.open(self.paths[i]) as image:
-                    return self.crop(image, crops), self.labels[i], bad
-            except UserError as error:
-                bad.append((i, str(error.__cause__)))
-                if self.strict:
+        """(index, crops, replace) -> uint8 (V, 3, S, S) or (3, S, S); label; {index: what is wrong} of unreadable images met just now.
+
+        In place of an unreadable image comes a black one of label -1 or, to replace it, another one that the first crop's number, or else the
+        index, decides, never its neighbour on the disk. Each is opened once.
+        """
+        (index, crops, replace), bad, i, draw = item, {}, item[0], 0
+        while True:
+            if i not in self.unreadable:
+                try:
+                    with reading(self.paths[i], "an image"), PIL.Image.open(self.paths[i]) as image:
+                        return self.crop(image, crops), self.labels[i], bad
+                except UserError as error:
+                    bad[i] = self.unreadable[i] = str(error.__cause__)
+            if not replace or self.strict or len(self.unreadable) == len(self):
+                side = (self.size, self.size)
+                return torch.zeros((3, *side) if crops is None else (len(crops), 3, *side), dtype=torch.uint8), torch.tensor(-1), bad
+            for draw in range(draw + 1, draw + 20):
+                i = fold(index if crops is None else crops[0], draw) % len(self)
+                if abs(i - index) > 1:
                     break
-        return None, 0, bad
 
     def crop(self, image, crops):
         """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole picture (3, S, S)."""
         if crops is None:
             return from_image(image, self.size)
-        width, height = image.size
+        jpeg, views = image.format == "JPEG", []
+        image = image if jpeg else upright(image)
+        sideways = jpeg and turn_of(image) in list(TURNS.values())[3:]
+        width, height = image.size[::-1] if sideways else image.size
         left, top, w, h, flips = crop_boxes(torch.as_tensor(crops), width, height, self.scale)
         least = self.size / min(w.min(), h.min()).item()
-        image.draft("RGB", (math.ceil(least * width), math.ceil(least * height)))           # a JPEG is decoded at 1/2, 1/4 or 1/8 if that will do
+        if jpeg:                                                                            # is decoded at 1/2, 1/4 or 1/8 if that will do
+            image.draft("RGB", tuple(math.ceil(least * side) for side in image.size))
+            image = upright(image)
         boxes = torch.stack([left, top, left + w, top + h], 1) / round(width / image.width)
-        image, views = image.convert("RGB"), []
         for box, flip in zip(boxes.tolist(), flips):
             view = numpy.array(image.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR, box))
             views.append(torch.from_numpy(view[:, ::-1].copy() if flip else view).movedim(2, 0))
         return torch.stack(views)
 
-    def batches(self, plan, workers=0):
-        """The pictures of the plan, (x, labels) at a time, decoded by so many processes. UserError for what Folder may not skip.
+    def batches(self, plan, workers=0, replace=True):
+        """The images of the plan, (x, labels) at a time, decoded by so many processes. Unreadable ones are named, and replaced by others or
+        given the label -1; UserError if strict, or if there is nothing else.
 
         Workers hand over at most a mebibyte at once, in shared memory, of which containers have little: a batch comes in several parts.
         """
@@ -2233,19 +2295,20 @@ class Folder(torch.utils.data.Dataset):
         def parts():
             for index, crops in plan:
                 sizes.append(len(index))
-                items = list(zip(index.tolist(), [None] * len(index) if crops is None else crops.tolist()))
+                items = [(i, None if crops is None else crops[j].tolist(), replace) for j, i in enumerate(index.tolist())]
                 n = max(1, 2**20 // (3 * self.size ** 2 * (1 if crops is None else crops.size(1))))
                 yield from (items[k:k + n] for k in range(0, len(items), n))
         loader = torch.utils.data.DataLoader(self, batch_sampler=parts(), num_workers=workers, collate_fn=together,
                                              pin_memory=self.device.type == "cuda", timeout=5 if workers else 0)
         images, labels = [], []
         for x, y, bad in handed_over(loader):
-            for i, error in bad:
-                if x is None:
-                    raise UserError(f"{self.paths[i]} cannot be read as an image ({error}); mend it, or leave --strict-images out")
-                if i not in self.unreadable:
-                    print(f"skipped {self.paths[i]}: {error}", file=sys.stderr)
-                self.unreadable[i] = error
+            for i, error in bad.items():
+                if self.strict or replace and -1 in y:
+                    raise UserError(f"{shown(self.paths[i])} cannot be read as an image ({error}); mend it" +
+                                    (", or leave --strict-images out" if self.strict else f": no other in {shown(self.root)} can"))
+                if i not in self.named:
+                    print(f"unreadable, {'another image takes its place' if replace else 'left out'}: {shown(self.paths[i])} ({error})", file=sys.stderr)
+                self.unreadable[i] = self.named[i] = error
             images.append(send(x, self.device))
             labels.append(y)
             if sum(map(len, labels)) == sizes[0]:
@@ -2293,14 +2356,47 @@ def handed_over(loader, patience=300):
 
 def together(items):
     """What Folder has of each image of a batch, put together by the process that decoded them: an array a batch is quicker handed on than
-    one an image, and takes one file handle. Pixels None if any of them are."""
+    one an image, and takes one file handle."""
     x, labels, bad = zip(*items)
-    return None if any(v is None for v in x) else torch.stack(x), torch.tensor(labels), sum(bad, [])
+    return torch.stack(x), torch.stack(labels), dict(item for part in bad for item in part.items())
 
 
-def image_files(folder):
-    """Image files right inside a folder, sorted by name."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in Folder.SUFFIXES) if folder.is_dir() else []
+def shown(path):
+    """A path as it can be printed, whatever bytes it is made of."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+# Folders, as people have them. Names that begin with . or __ belong to programs, not to the data, at any depth.
+
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")      # of files whose suffix says nothing
+
+
+def entries(folder):
+    """What lies in a folder, sorted by name: (folders, files)."""
+    found = [e for e in sorted(os.scandir(folder), key=lambda e: e.name) if not e.name.startswith((".", "__"))] if folder.is_dir() else []
+    return [folder / e.name for e in found if e.is_dir()], [folder / e.name for e in found if not e.is_dir()]
+
+
+def is_image(path):
+    """By its suffix or, if that says nothing, by how the file begins."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    PIL.Image.init()
+    try:
+        with PIL.Image.open(path, formats=[f for f in FORMATS if f in PIL.Image.OPEN]):
+            return True
+    except Exception:                                                                       # anything else than an image
+        return False
+
+
+def image_files(folder, others):
+    """Image files in a folder and in those inside it, but for links that lead up again. What is no image joins the list others."""
+    folders, files = entries(folder)
+    images = [p for p in files if is_image(p)]
+    others += sorted(set(files) - set(images))
+    here = folder.resolve()
+    return images + [file for p in folders if p.resolve() not in (here, *here.parents) for file in image_files(p, others)]
 
 
 # The set that needs no download: eight shapes in four colours on a plain ground; place, size and turn vary a little. Colour says
@@ -2411,7 +2507,7 @@ def download_cifar10(folder, timeout=60):
 
 def described(data):
     """What a run was trained on, for its checkpoint."""
-    return {"classes": data.classes, "images": len(data), "layout": type(data).__name__}
+    return {"classes": data.classes, "images": len(data), "layout": data.layout}
 
 
 def same_data(config, data, run, remedy):
@@ -2426,28 +2522,81 @@ def same_data(config, data, run, remedy):
 EXPECTED_TREE = """
     {root}/train/n01440764/n01440764_10026.JPEG ...     a folder a class
     {root}/val/n01440764/ILSVRC2012_val_00000293.JPEG ...
-If val/ is flat, as in the official archive, sort its files into the same class folders first; any tree of this form will do."""
+If val/ is flat, as in the official archive, sort its files into the same class folders first. Class folders without train/ and val/, or
+images without classes, will do too."""
 
 
-def folder_classes(root):
-    """Class names of DIR/train and DIR/val, which must agree. Folders without an image are no class: they are named and skipped."""
-    names = {}
-    for part in ("train", "val"):
-        folders = sorted(p for p in (root / part).iterdir() if p.is_dir()) if (root / part).is_dir() else []
-        empty = [p for p in folders if not image_files(p)]
-        if empty:
-            print(f"skipped, no image in it: {', '.join(map(str, empty))}", file=sys.stderr)
-        names[part] = [p.name for p in folders if p not in empty]
-        if not names[part]:
-            raise UserError(f"no class folder with images in {root / part}; expected" + EXPECTED_TREE.format(root=root))
-    odd = sorted(set(names["train"]) ^ set(names["val"]))
+def labelled(folder, notes):
+    """{class: its image files} of a folder of class folders, {"": files} if images lie right in it. Notes gets a line on all that was left out."""
+    others = []
+    found = {p.name: image_files(p, others) for p in entries(folder)[0]}
+    loose = [p for p in entries(folder)[1] if is_image(p)]
+    empty = [name for name, files in found.items() if not files]
+    found = {name: files for name, files in found.items() if files} or ({"": loose} if loose else {})
+    for what, names in (("folders without an image", empty), ("files that are no images", [shown(p.name) for p in others]),
+                        ("images beside the class folders", [shown(p.name) for p in loose if "" not in found])):
+        if names:
+            notes.append(f"{shown(folder)}: left out {len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})")
+    return found
+
+
+def held_out(files, labels):
+    """Whether each file is held out to test on: a tenth of each class, by a hash of its name, so that nothing changes when others come; none of
+    a class of which nothing would be left."""
+    picked = [int(hashlib.md5(os.fsencode(p.name)).hexdigest(), 16) % 10 == 0 for p in files]
+    left = {c for held, c in zip(picked, labels) if not held}
+    return [held and c in left for held, c in zip(picked, labels)]
+
+
+def find_images(root):
+    """(layout, classes, {True: files and labels to train on, False: to test on}, lines on what was found) of a folder. UserError if there is
+    nothing, or if the classes of its parts differ."""
+    notes, tree = [], EXPECTED_TREE.format(root=shown(root))
+    second = next((name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()), None)
+    split = second or entries(root / "train")[0]                                            # else it may be a class of trains
+    names = ["train", second] if second else ["train"] if split else [""]
+    parts = [labelled(root / name, notes) for name in names]
+    for name, part in zip(names, parts):
+        if not part:
+            raise UserError(f"no image in {shown(root / name)}, nor in class folders there; expected" + tree)
+    odd = sorted(set(parts[0]) ^ set(parts[-1]))
     if odd:
-        raise UserError(f"{root}/train and {root}/val differ in their classes: {', '.join(odd[:5])} {'...' if odd[5:] else ''} only in one of them")
-    return names["train"]
+        raise UserError(f"{shown(root)}/train and {shown(root)}/{second} differ in their classes: {', '.join(odd[:5])} {'...' if odd[5:] else ''} only in one of them"
+                        + ("; expected" + tree) * ("" in odd))
+    files, labels = zip(*(([p for files in part.values() for p in files], [c for c, files in enumerate(part.values()) for _ in files]) for part in parts))
+    if second:
+        how, train, test = f"{second}/", (files[0], labels[0]), (files[1], labels[1])
+    else:
+        how, held = "a tenth of each class, by a hash of the file's name", held_out(files[0], labels[0])
+        train, test = ([[v for v, h in zip(column, held) if h == part] for column in (files[0], labels[0])] for part in (False, True))
+    classes = [name for name in parts[0] if name]
+    notes.insert(0, f"{shown(root)}: {len(train[0])} images {f'of {len(classes)} classes' if classes else 'without classes'} to train on, "
+                 + (f"{len(test[0])} to test on ({how})" if test[0] else "too few to hold any out: what is shown and measured is of these"))
+    return f"{' and '.join(names) or 'one part'}, {'class folders' if classes else 'flat'}", classes, {True: train, False: test}, "\n".join(notes)
+
+
+def look_at(data, count=500):
+    """Open the heads of some images of every class. UserError if none of a class can be opened, or if one in ten cannot."""
+    bad, seen, whole = [], 0, []
+    for c, name in enumerate(data.classes or [""]):
+        index = (data.labels == c).nonzero().flatten()
+        some = index[torch.linspace(0, len(index) - 1, min(len(index), max(2, count // max(1, len(data.classes))))).long()].tolist()
+        failed = []
+        for i in some:
+            try:
+                with PIL.Image.open(data.paths[i]):
+                    pass
+            except Exception:                                                               # what it is will be said when it is read
+                failed.append(i)
+        bad, seen, whole = bad + failed, seen + len(some), whole + [name] * (len(failed) == len(some))
+    if whole or len(bad) > max(1, seen / 10):
+        raise UserError(f"{len(bad)} of {seen} images that were looked at in {shown(data.root)} cannot be opened, {shown(data.paths[bad[0]])} for one"
+                        + (f"; none of {', '.join(whole[:3])}" if data.classes and whole else "") + "; mend them, or take them out")
 
 
 def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0.2):
-    """A data set by name: 'shapes', 'cifar10', 'imagenet', or the path of a tree in the layout of ImageNet.
+    """A data set by name: 'shapes', 'cifar10', 'imagenet', or the path of a folder: class folders in train and val (or valid, validation, test),
+    class folders alone, or images without classes.
 
     data_dir  where it lies, '' for ./data/<name>        size  S        train  True: training part        strict  see Folder
     crop      share of the area that a crop keeps at least; one half and more of shapes, since less may show none
@@ -2461,7 +2610,12 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
         if not data_dir:
             download_cifar10(root)
         return Pictures(*cifar10(root, train), (crop, 1.0), device)
-    return Folder(root / ("train" if train else "val"), folder_classes(root), size, (crop, 1.0), strict, device)
+    layout, classes, parts, summary = find_images(root)
+    data = Folder(root, *(parts[train] if parts[train][0] else parts[True]), classes, size, (crop, 1.0), strict, device, layout, summary)
+    data.unseen = not train and bool(parts[False][0])
+    if train and not strict:
+        look_at(data)
+    return data
 
 
 # Processes, and the signals that ask them to end.
@@ -2555,7 +2709,7 @@ def collect(read, data, index, workers=0, device="cpu", name=None):
     found, labels, parts = {}, torch.empty(len(index), dtype=torch.long), index.split(batch)
     bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None or processes()[0] > 0, dynamic_ncols=True)
     with torch.no_grad():
-        for i, (part, (x, y)) in enumerate(zip(bar, data.batches(((part, None) for part in parts), workers))):
+        for i, (part, (x, y)) in enumerate(zip(bar, data.batches(((part, None) for part in parts), workers, replace=False))):
             if SIGNALS:
                 raise Stopped("while images were read")
             rows = slice(i * batch, i * batch + len(y))
@@ -2574,7 +2728,7 @@ def map_pictures(function, data, count=None, workers=0, device="cpu", name=None)
     if count and count < len(data):
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
     found, labels = collect(lambda x, _: {"": function(x).cpu()}, data, index, workers, device, name)
-    return found[""], labels
+    return found[""][labels >= 0], labels[labels >= 0]
 
 
 def learning_rate(position, warmup, total, peak, least=0.0):
@@ -2593,41 +2747,3 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, (Block, ResBlock, TimedBlock)):
             module.compile(dynamic=module in varying)
-
-
-# The quickest linear probe: ridge regression in closed form, its strength chosen on a tenth of the training set. Leading dimensions are
-# probes of their own: many places of a network are probed in the matrix products of one.
-
-
-def moments(x, y, mean, std, classes):
-    """Sums over pictures that ridge regression needs, in float64, a chunk at a time, since a copy of x in float64 may not fit: x (..., N, C),
-    y (N,) -> features with themselves (..., C + 1, C + 1), features with one-hot labels (..., C + 1, classes); a 1 is appended as last feature."""
-    gram, cross = 0, 0
-    for x, y in zip(x.split(2048, -2), y.split(2048)):
-        x = F.pad((x - mean) / std, (0, 1), value=1.0).double()
-        gram, cross = gram + x.mT @ x, cross + x.mT @ F.one_hot(y, classes).double()
-    return gram, cross
-
-
-def ridge(gram, cross, penalty):
-    """Least squares with an L2 penalty a picture (gram[-1, -1] of them) from moments() -> weight (..., C + 1, classes), the last row the
-    bias. penalty: one, or (..., 1, 1)."""
-    diagonal = penalty * gram[..., -1:, -1:] * torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + diagonal)).float()
-
-
-def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
-    """Accuracy in [0, 1] on the test set of the best ridge on standardised features; the test set chooses nothing. x (N, C) gives a number,
-    x (places, N, C) a list of them; y (N,). Computed on the CPU if the device, as Apple's, has no float64."""
-    x, y, x_test, y_test = (v.cpu() if v.device.type == "mps" else v for v in (x, y, x_test, y_test))
-    mean, std, classes = x.mean(-2, keepdim=True), x.std(-2, keepdim=True) + 1e-6, 1 + max(y.max(), y_test.max()).item()
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    held, rest = order[:len(y) // 10], order[len(y) // 10:]
-    (gram, cross), (gram_held, cross_held) = (moments(x[..., part, :], y[part], mean, std, classes) for part in (rest, held))
-
-    def accuracy(weight, x, y):
-        guesses = [((x - mean) / std @ weight[..., :-1, :] + weight[..., -1:, :]).argmax(-1) for x in x.split(2048, -2)]
-        return torch.cat(guesses, -1).eq(y).float().mean(-1)
-    scores = torch.stack([accuracy(ridge(gram, cross, p), x[..., held, :], y[held]) for p in penalties])
-    best = torch.tensor(penalties, dtype=gram.dtype, device=gram.device)[scores.argmax(0)][..., None, None]
-    return accuracy(ridge(gram + gram_held, cross + cross_held, best), x_test, y_test).tolist()
