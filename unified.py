@@ -2251,7 +2251,7 @@ class Folder(torch.utils.data.Dataset):
         """
         (index, crops, replace), bad, i, draw = item, {}, item[0], 0
         while True:
-            if i not in self.unreadable:
+            if i not in self.unreadable and (i == index or abs(i - index) > 1 or draw > 100):  # then nothing but neighbours is left
                 try:
                     with reading(self.paths[i], "an image"), PIL.Image.open(self.paths[i]) as image:
                         return self.crop(image, crops), self.labels[i], bad
@@ -2260,10 +2260,8 @@ class Folder(torch.utils.data.Dataset):
             if not replace or self.strict or len(self.unreadable) == len(self):
                 side = (self.size, self.size)
                 return torch.zeros((3, *side) if crops is None else (len(crops), 3, *side), dtype=torch.uint8), torch.tensor(-1), bad
-            for draw in range(draw + 1, draw + 20):
-                i = fold(index if crops is None else crops[0], draw) % len(self)
-                if abs(i - index) > 1:
-                    break
+            draw += 1
+            i = fold(index if crops is None else crops[0], draw) % len(self)
 
     def crop(self, image, crops):
         """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole picture (3, S, S)."""
