@@ -355,9 +355,9 @@ class TokenizerTraining(nn.Module):
     """The tokenizer, the discriminator that it is trained against, and their loss as one module.
 
     vqgan  the VQGAN to train; WEIGHTS are those of the terms, ours but for the commitment's [VQ-VAE]
-    forward(x (B, 3, S, S) in [0, 1], adversarial, grain of with_grain, drawn if None) -> (scalar loss, dict of its terms). The adversarial weight is an argument since
-    it is 0 during a warm-up; 0.8 is [VQGAN]'s. Generator and discriminator terms do not touch each other's parameters, so one
-    backward pass and one optimizer step serve both.
+    forward(x (B, 3, S, S) in [0, 1], adversarial, grain) -> (scalar loss, dict of its terms). The adversarial weight is an argument
+    since it is 0 during a warm-up; 0.8 is [VQGAN]'s; grain, see with_grain, is drawn if None. Generator and discriminator terms do
+    not touch each other's parameters, so one backward pass and one optimizer step serve both.
     """
 
     WEIGHTS = {"l1": 3.0, "l2": 10.0, "commitment": 0.25, "codebook": 1.0, "coverage": 0.5, "entropy": 0.03}
