@@ -156,8 +156,9 @@ def check_sizes(cfg, method):
     elif not cfg.tokenizer:
         squares = (2, 4, 8, 16) if method.tokenizer else range(1, size + 1)
         if side ** 2 != cfg.ids or size % side or size // side not in squares:
-            fit = [f"--image-size {size + -size % 16} --ids {(-size // 16) ** 2}"] * (size > 16 and size % 16 > 0)
-            fit += [f"--ids {(size // s) ** 2}" for s in reversed(squares) if size % s == 0 and 1 < s <= 16 and s < size]
+            unit = 16 if size >= 64 else 4
+            fit = [f"--image-size {size + -size % unit} --ids {(-size // unit) ** 2}"] * (size % unit > 0)
+            fit += [f"--ids {(size // s) ** 2}" for s in reversed(squares) if size % s == 0 and 1 < s <= min(16, size // 2)]
             raise UserError(f"--ids {cfg.ids} does not cut --image-size {size} into equal squares"
                             + " of 2, 4, 8 or 16 pixels" * method.tokenizer + f"; take {' or '.join(fit[:3])}")
 
