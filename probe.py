@@ -53,19 +53,25 @@ class Config:
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
     limit: int = option(None, "training images used at most; a tenth of them is held out", least=20)
     augment: bool = option(False, "trained heads: fresh crops and noise in every epoch, as published, instead of features computed once")
-    batch_size: int = option(None, "images a step; 4096 for linear, 256 for finetune, 128 for the others and with --sgd, 16 for diffeed", most=10**6)
+    batch_size: int = option(None, "images a step; 4096 for linear, 256 for finetune, 128 for the others and with --sgd, 16 for diffeed",
+                             most=10**6)
     epochs: int = option(None, "passes over the training set; 90 for linear, 20 for finetune, 10 for the others, 28 with --sgd")
-    lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, or ten times that below 500,000 images", least=1e-9)
+    lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, or ten times that below 500,000 images",
+                       least=1e-9)
     seed: int = option(0, "of everything random", least=0, most=2**32 - 1)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = option(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32",
                         choices=["float32", "bfloat16"])
     compile: bool = option(None, "compile the blocks; on cuda, if not said otherwise")
-    weights: str = option("", "raw, or ema for the averaged ones; as in the paper, if not given", choices=["raw", "ema"])
-    workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder", least=0, most=1000)
+    weights: str = option("", "raw, or ema for the averaged ones; as in the paper, if not given",
+                          choices=["raw", "ema"])
+    workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder",
+                          least=0, most=1000)
     strict_images: bool = option(False, "stop at an unreadable image instead of skipping it")
-    adm_heads: int = option(None, "attention heads in a file of guided-diffusion, whose own default is 4; one for 64 channels, if not given")
-    adm_order: str = option(None, "their channels' order in it; new after --use_new_attention_order True", choices=["legacy", "new"])
+    adm_heads: int = option(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
+                                  "one for 64 channels, if not given")
+    adm_order: str = option(None, "their channels' order in it; new after --use_new_attention_order True",
+                            choices=["legacy", "new"])
 
 
 # Batch, epochs, lr for 256 images; None is set when the images have been counted, see fit_recipe. The linear row is MAE's and MAGE's.
@@ -800,12 +806,13 @@ def compare_trained(read, nets, wanted, train, index, test, cfg):
 
 
 def results_folder(run):
-    """Where the checkpoint lies or, if that place is read-only, the current folder; UserError if neither can be written to."""
+    """Where the checkpoint lies or, if that is read-only, the current folder; UserError if both are."""
     folder = pathlib.Path(run) if os.path.isdir(run) else pathlib.Path(run).parent
     for place in (folder, pathlib.Path()):
         if os.access(place, os.W_OK):
             return place
-    raise UserError(f"neither {folder} nor the current folder can be written to; start this in a folder of your own")
+    raise UserError(f"neither {folder} nor the current folder can be written to; "
+                    "start this in a folder of your own")
 
 
 def report(wanted, dataset, labels, results, seconds, cfg):
@@ -845,10 +852,11 @@ def main():
 def run(cfg, first):
     """All that is asked for. first: this process writes the results."""
     started = time.time()
-    model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights), heads=cfg.adm_heads, order=cfg.adm_order)
+    model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights),
+                                       heads=cfg.adm_heads, order=cfg.adm_order)
     wanted = places(model, cfg)
     if cfg.head == "diffeed":
-        feedback_of(model, cfg)                                                             # refuses, if at all, before any work
+        feedback_of(model, cfg)                         # refuses, if at all, before any work
     dataset, train, test = open_sets(model.to(cfg.device), config, cfg)
     index = unified.shuffled(len(train), cfg.seed)[:cfg.limit]
     if cfg.compile:

@@ -4,7 +4,7 @@
     python sample.py out/RUN --gif                                              and how they come about
     python sample.py out/RUN --label star --guidance 2                          after training with --labels
     python sample.py out/RUN --image a.png b.png --box 8,8,24,24 0,0,16,32      paint each picture's box anew; --outside: all but the box
-    python sample.py out/RUN --image a.png --mask m.png                         paint what is white in the mask
+    python sample.py out/RUN --image a.png --mask m.png                         paint where the mask is white
     python sample.py out/RUN --n 50000 --npz samples.npz                        for FID tools; --png-dir DIR for those that read PNG files
     torchrun --standalone --nproc-per-node 8 -- sample.py out/RUN ...           the same on 8 GPUs; mind the lone --
 
@@ -42,16 +42,17 @@ class Config:
                                       "of models that start from noise DDIM's eta, 0 to 1", least=0)
     seed: int = option(0, "another one gives other pictures", least=0, most=2**32 - 1)
     label: str = option("", "class name or number; several with commas take turns, all takes every class in turn")
-    guidance: float = option(1.0, "how much to exaggerate what the label changes; 1 is not at all", least=0, most=1000)
+    guidance: float = option(1.0, "how much to exaggerate what the label changes; 1 is not at all",
+                             least=0, most=1000)
     image: str = option((), "pictures to paint into, centre-cropped to the model's size", nargs="+")
     box: str = option((), "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
-    mask: str = option((), "instead of boxes images, white where to paint, cropped like the pictures; one for all or one for each",
-                       nargs="+")
+    mask: str = option((), "instead of boxes images, white where to paint, cropped like the pictures; "
+                           "one for all or one for each", nargs="+")
     outside: bool = option(False, "keep the box, or what is white in the mask, and paint all around it")
     reconstruct: bool = option(False, "only send each --image through the tokenizer and back; umd and mae hide most of it and guess it")
     gif: bool = option(False, "also write the decoding as a film")
     npz: str = option("", "also write all pictures to this file, as arr_0, uint8 (N, S, S, 3)")
-    png_dir: str = option("", "also write each picture to this folder; one that the same command left half full is continued")
+    png_dir: str = option("", "also write each picture to this folder; what this command began is continued")
     out: str = option("", "the PNG to write, if not samples-<seed>.png in the run's folder")
     overwrite: bool = option(False, "replace files that are there")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
@@ -59,8 +60,10 @@ class Config:
                         choices=["float32", "bfloat16"])
     weights: str = option("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
     compile: bool = option(False, "compile the blocks: slower to start, then faster")
-    adm_heads: int = option(None, "attention heads in a file of guided-diffusion, whose own default is 4; one for 64 channels, if not given")
-    adm_order: str = option(None, "their channels' order in it; new after --use_new_attention_order True", choices=["legacy", "new"])
+    adm_heads: int = option(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
+                                  "one for 64 channels, if not given")
+    adm_order: str = option(None, "their channels' order in it; new after --use_new_attention_order True",
+                            choices=["legacy", "new"])
 
 
 GRID = 64                                                                                   # pictures in the PNG and the film
@@ -71,23 +74,25 @@ def check(cfg):
     if cfg.reconstruct and not cfg.image:
         raise UserError("--reconstruct needs pictures; name them with --image")
     if cfg.image and bool(cfg.box) + bool(cfg.mask) + cfg.reconstruct != 1:
-        raise UserError("--image needs a hole to paint; say either --box x0,y0,x1,y1 or --mask FILE, or else --reconstruct")
+        raise UserError("--image needs a hole to paint; say either --box x0,y0,x1,y1 or --mask FILE, "
+                        "or else --reconstruct")
     if (cfg.box or cfg.mask or cfg.outside) and not cfg.image:
         raise UserError("--box, --mask and --outside are about your own pictures; name them with --image")
     if cfg.image and (cfg.npz or cfg.png_dir):
         raise UserError("--npz and --png-dir are for pictures from nothing; leave --image out")
     if cfg.reconstruct and cfg.gif:
-        raise UserError("--gif shows how pictures come about, and --reconstruct makes them at once; leave one out")
+        raise UserError("--gif films steps, --reconstruct makes them at once; leave one out")
     if len(cfg.box or cfg.mask) not in (0, 1, len(cfg.image)):
-        raise UserError(f"{len(cfg.box or cfg.mask)} holes for {len(cfg.image)} pictures; give one, or one for each")
+        count = len(cfg.box or cfg.mask)
+        raise UserError(f"{count} holes for {len(cfg.image)} pictures; give one, or one for each")
 
 
 def target(cfg):
-    """Where the grid goes. Refuses, before any work, what cannot be written or is there already, and two outputs in one place."""
+    """Where the grid goes. Refuses what cannot be written or is there, and two outputs in one place."""
     kind = "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples"
     path = pathlib.Path(cfg.out) if cfg.out else results_folder(cfg.run) / f"{kind}-{cfg.seed}.png"
     if path.suffix.lower() != ".png":
-        raise UserError(f"--out {path} is to be a PNG; name it {path.with_suffix('.png') if path.name else 'samples.png'}")
+        raise UserError(f"--out {path} is to be a PNG; give it a name that ends in .png")
     files = [writable(path, "--out"), *([writable(path.with_suffix(".gif"), "--gif")] if cfg.gif else []),
              *([writable(cfg.npz, "--npz")] if cfg.npz else [])]
     for p in files:
@@ -95,8 +100,9 @@ def target(cfg):
             raise UserError(f"{p} is there already; --overwrite replaces it, --out takes another name, --seed other pictures")
     if len({os.path.realpath(p) for p in files}) < len(files):
         raise UserError(f"--npz {cfg.npz} is where another output goes; name another file")
-    if cfg.png_dir and os.path.realpath(writable(cfg.png_dir, "--png-dir", folder=True)) in {os.path.realpath(p.parent) for p in files}:
-        raise UserError(f"--png-dir {cfg.png_dir} gets other output, too; name a folder for its pictures alone")
+    folder = writable(cfg.png_dir, "--png-dir", folder=True) if cfg.png_dir else None
+    if folder and os.path.realpath(folder) in {os.path.realpath(p.parent) for p in files}:
+        raise UserError(f"--png-dir {folder} gets other output, too; name a folder for its pictures alone")
     return path
 
 
@@ -129,11 +135,12 @@ def hole(box, size):
 
 
 def holes(cfg, size):
-    """--box or --mask -> bool (images, size, size), True = to be painted. A mask is cropped and resized as an image of its size is."""
-    masks = [unified.read_image(p, size).mean(0) > 0.5 for p in cfg.mask] or [hole(box, size) for box in cfg.box]
+    """--box or --mask -> bool (images, size, size), True = painted. Masks are cropped as images are."""
+    masks = [unified.read_image(p, size).mean(0) > 0.5 for p in cfg.mask] or [hole(b, size) for b in cfg.box]
     for name, mask in zip(cfg.mask or cfg.box, masks):
         if mask.all() if cfg.outside else not mask.any():
-            raise UserError(f"{name} leaves nothing to paint; white, or the inside of a box, is painted, with --outside the rest")
+            raise UserError(f"{name} leaves nothing to paint; white, or the inside of a box, is painted, "
+                            "or with --outside the rest")
     return torch.stack(masks * (len(cfg.image) if len(masks) == 1 else 1)) ^ cfg.outside
 
 
@@ -146,8 +153,8 @@ def generate(model, cfg, index, labels=None, **known):
 
 
 def decodings(model, cfg, parts, labels, **known):
-    """For each of parts, numbers of pictures (n,), yields it and the states of their decoding, to be used up before the next;
-    a bar counts passes through the network. known: of all pictures, by number."""
+    """For each of parts, numbers of pictures (n,), yields it and the states of their decoding, to be used up
+    before the next; a bar counts passes through the network. known: of all pictures, by number."""
     def counted(states):
         for state in states:
             bar.update()
@@ -158,12 +165,12 @@ def decodings(model, cfg, parts, labels, **known):
         for done, part in enumerate(parts, 1):
             there = {name: v[part.to(v.device)] for name, v in known.items()}
             yield part, counted(generate(model, cfg, part, labels, **there))
-            bar.total = bar.n // done * len(parts)                                          # what it takes is known now
+            bar.total = bar.n // done * len(parts)              # what it takes is known now
 
 
 def pictures(model, cfg, index, labels):
-    """Pictures with the numbers index (n,), --batch at a time and process: yields their numbers and uint8 (B, S, S, 3), to
-    every process."""
+    """Pictures with the numbers index (n,), --batch at a time and process: yields their numbers and uint8
+    (B, S, S, 3), to every process."""
     rank, world = unified.processes()
     parts = index.split(cfg.batch) if len(index) else ()
     mine = decodings(model, cfg, parts[rank::world], labels)
@@ -196,7 +203,8 @@ def write_grid(path, made):
 
 def write_decoding(path, model, cfg, labels):
     """The film of the same pictures: how they came about."""
-    [(_, states)] = [(part, list(states)) for part, states in decodings(model, cfg, [torch.arange(min(cfg.n, GRID))], labels)]
+    parts = [torch.arange(min(cfg.n, GRID))]
+    [states] = [list(states) for _, states in decodings(model, cfg, parts, labels)]
     write_film(path, [model.render(s).cpu() for s in thinned(states)], 8)
 
 
@@ -204,13 +212,14 @@ def write_npz(path, made, shape):
     """All pictures, streamed into an .npz, so that 50,000 need no memory; complete or not there."""
     def write(whole):
         with zipfile.ZipFile(whole, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            numpy.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            numpy.lib.format.write_array_header_1_0(file, header)
             for _, x in made:
                 file.write(x.tobytes())
     write_file(path, write)
 
 
-NOTE = "made-by.json"                                                                       # in --png-dir; no evaluator takes it for an image
+NOTE = "made-by.json"                   # in --png-dir; no evaluator takes it for an image
 
 
 def made_by(model, config, cfg):
@@ -223,17 +232,18 @@ def made_by(model, config, cfg):
 
 
 def missing(folder, note, cfg):
-    """Numbers of the pictures that the folder lacks. UserError if it holds some that were not made as the note says."""
+    """Numbers of the pictures that the folder lacks. UserError if it holds some that were made otherwise."""
     numbered = [p for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.exists() else []
     if cfg.overwrite:
-        for path in numbered:                                                               # or a shorter set would keep some
+        for path in numbered:                                   # or a shorter set would keep some
             path.unlink()
     elif unified.image_files(folder):
         with contextlib.suppress(OSError, ValueError):
             if json.loads((folder / NOTE).read_text()) == note:
-                return torch.tensor([i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()], dtype=torch.long)
-        raise UserError(f"{folder} holds images that this model, seed and options did not make, or nothing says so; "
-                        "--png-dir takes another folder, --overwrite replaces what is numbered")
+                left = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
+                return torch.tensor(left, dtype=torch.long)
+        raise UserError(f"{folder} holds images that other weights, options or a seed made, or who knows what; take "
+                        "another --png-dir, or --overwrite, which deletes those that are numbered")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / NOTE, lambda file: file.write(json.dumps(note).encode()))
     return torch.arange(cfg.n)
@@ -288,7 +298,8 @@ def main():
 
 def run(cfg, device, path):
     """All that is asked for; the grid goes to path."""
-    model, config = unified.load_model(cfg.run, ema=cfg.weights == "ema", heads=cfg.adm_heads, order=cfg.adm_order)
+    attention = {"heads": cfg.adm_heads, "order": cfg.adm_order}
+    model, config = unified.load_model(cfg.run, ema=cfg.weights == "ema", **attention)
     model.to(device)
     if cfg.compile:
         unified.compile_blocks(model)
@@ -299,12 +310,13 @@ def run(cfg, device, path):
     if not hasattr(model, "vqgan") and not 0 <= (cfg.temperature or 0) <= 1:
         raise UserError(f"--temperature {cfg.temperature:g} is DDIM's eta for a model that starts from noise; take 0 to 1")
     cfg.n = cfg.n or (6 if cfg.image else 64)
-    widest = 65_000 // (model.image_size + 2) - 2                                           # a GIF's sides are below 2 ** 16
+    widest = 65_000 // (model.image_size + 2) - 2                   # a GIF's sides are below 2 ** 16
     if cfg.image and max(cfg.n, len(cfg.image)) > widest:
-        raise UserError(f"{cfg.n} pictures beside each --image do not fit on one sheet; take --n {widest} and {widest} images at most")
+        raise UserError(f"{len(cfg.image)} rows of --n {cfg.n} are too large a sheet; take {widest} at most")
     labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
-    unit, there = ("ids", model.length) if hasattr(model, "vqgan") else ("timesteps", len(getattr(model, "abar", ())))
+    there = model.length if hasattr(model, "vqgan") else len(getattr(model, "abar", ()))
     if cfg.steps and 0 < there < cfg.steps and unified.processes()[0] == 0:
+        unit = "ids" if hasattr(model, "vqgan") else "timesteps"
         print(f"--steps {cfg.steps}: there are {there} {unit} only, and more steps gain nothing")
     first = unified.processes()[0] == 0
     if cfg.reconstruct and first:

@@ -1479,21 +1479,21 @@ class TimedResBlock(nn.Module):
 
 
 class MapAttention(nn.Module):
-    """Self-attention over the places of a map, no positions. (B, C, h, w) -> the same. Official name: AttentionBlock. Heads of width
-    head, or so many; order of channels: "legacy", q, k and v of each head, or "new", q of all heads, k of all, v of all."""
+    """Self-attention over a map (B, C, h, w), without positions. Heads of width head, or so many; order of
+    channels "legacy": q, k, v of each head; "new": q of all heads, k, v. Official name: AttentionBlock."""
 
     def __init__(self, dim, head, groups, heads=None, order="legacy"):
         super().__init__()
         if dim % (heads or head):
-            raise ValueError(f"width {dim} does not divide into {heads or 'heads of'} {'heads' if heads else head}; see --adm-heads")
+            raise ValueError(f"width {dim} is no multiple of {heads or head}, see --adm-heads")
         self.heads = n = heads or dim // head
-        self.split, self.axes = {"legacy": ((n, 3, -1), (3, 0, 2, 1, 4)), "new": ((3, n, -1), (2, 0, 3, 1, 4))}[order]
+        self.split = {"legacy": ((n, 3, -1), (3, 0, 2, 1, 4)), "new": ((3, n, -1), (2, 0, 3, 1, 4))}[order]
         self.norm = nn.GroupNorm(groups, dim)
         self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero(nn.Conv1d(dim, dim, 1))
 
     def forward(self, x):
         qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C): what convolutions give is in
-        q, k, v = qkv.unflatten(2, self.split).permute(self.axes)                           # no fused kernel's order
+        q, k, v = qkv.unflatten(2, self.split[0]).permute(self.split[1])        # no fused kernel's order
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x + F.linear(y, self.proj_out.weight[..., 0], self.proj_out.bias).mT.view(x.shape)
 
@@ -1903,8 +1903,8 @@ def published_addp(state, heads=None, predictor_heads=None):
 def published_adm(state, head=64, **attention):
     """Official ADM state dict (256x256_diffusion_uncond.pt and its like) -> (config, the same state, no names left out).
 
-    Heads, order of channels in attention, noise and side of the image cannot be seen; heads are 64 wide and the smallest maps
-    8 x 8 in all published files. attention: heads and order, if others. ValueError for a conditional one: labels have no place.
+    Heads, order of channels, noise and side of the image cannot be seen; published heads are 64 wide, the
+    smallest maps 8 x 8. attention: heads and order, if others. ValueError for a conditional one: labels have no place.
     """
     if "label_emb.weight" in state:
         raise ValueError("it is class-conditional; ADM is read without classes only")
@@ -1912,8 +1912,8 @@ def published_adm(state, head=64, **attention):
     levels = 1 + sum(any(f"output_blocks.{i}.{j}.in_layers.0.weight" in state for j in (1, 2)) for i in ups)    # those that enlarge
     blocks = count(state, "input_blocks.") // levels - 1
     first = [f"input_blocks.{1 + i * (blocks + 1)}" for i in range(levels)]
-    config = {"model": "adm", "image_size": 8 * 2 ** (levels - 1), "ch": ch, "blocks": blocks, "head": head, **attention,
-              "ch_mult": [state[f"{name}.0.out_layers.3.weight"].size(0) / ch for name in first],
+    config = {"model": "adm", "image_size": 8 * 2 ** (levels - 1), "ch": ch, "blocks": blocks, "head": head,
+              **attention, "ch_mult": [state[f"{name}.0.out_layers.3.weight"].size(0) / ch for name in first],
               "attention": [2 ** i for i, name in enumerate(first) if f"{name}.1.norm.weight" in state]}
     return config, state, []
 
@@ -1923,7 +1923,7 @@ PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": p
 
 
 def published_weights(state, ema=True):
-    """{name: tensor} of a published file, wherever it keeps them, less what wrappers put before names; ema: averaged, if there."""
+    """{name: tensor}, wherever a file has them, less prefixes of wrappers; ema: the averaged, if any."""
     keys = ["model", "state_dict", "model_state_dict", "model_ema", "ema"]
     found = [state[k] for k in keys[::-1 if ema else 1] if isinstance(state.get(k), dict)] or [state]
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in {**found[-1], **found[0]}.items()}
@@ -1985,7 +1985,7 @@ def default_dtype(name):
 
 
 def option(default, help, least=1, most=2**31 - 1, **more):
-    """A dataclass field that parse() turns into a command-line option, a number from least to most. more: choices, positional."""
+    """A field that parse() makes an option of, numbers from least to most. more: choices, positional=True."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
 
 
@@ -2005,8 +2005,8 @@ def parse(cls, description, argv=None):
     cfg = cls(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(cls):
         value, (least, most) = getattr(cfg, field.name), field.metadata["range"]
-        if field.type in (int, float) and value is not None and not least <= value <= most:    # nan is not, either
-            raise UserError(f"--{field.name.replace('_', '-')} takes a number from {least} to {most}, not {value}")
+        if field.type in (int, float) and value is not None and not least <= value <= most:     # nor is nan
+            refuse(f"--{field.name.replace('_', '-')} takes a number from {least} to {most}, not {value}")
     return cfg
 
 
@@ -2022,8 +2022,8 @@ def reading(path, kind):
         raise
     except Exception as error:              # of a dozen kinds; torch's advice to trust the file is left out
         if held := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path} holds {held[1]} beside its tensors, and loading that could run code; where the file was made, "
-                            "save the model's state_dict() alone") from error
+            raise UserError(f"{path} holds {held[1]} beside its tensors, and loading that could run code; "
+                            "where the file was made, save the model's state_dict() alone") from error
         text = " ".join(f"{type(error).__name__}: {error}".partition(": Weights only")[0].split())[:200]
         mend = f"rename {path}.prev to it" if os.path.exists(f"{path}.prev") else "copy or download it again"
         raise UserError(f"{path} cannot be read as {kind} ({text}); if it is damaged, {mend}") from error
@@ -2064,7 +2064,7 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
     """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE, ADDP or ADM.
 
     ema   True: the averaged weights, where a checkpoint has them; None: if the paper reads features off them
-    tell  called with one line about parameters that nothing reads, and what is assumed        heads, order  of a published ADM, see MapAttention
+    tell  called with one line about what is assumed or never read     heads, order  of ADM, see MapAttention
     """
     path = pathlib.Path(path, "model.pt" if os.path.isdir(path) else "")
     state, attention = load_checkpoint(path), {k: v for k, v in dict(heads=heads, order=order).items() if v}
@@ -2079,14 +2079,14 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
             raise UserError(f"{path} is a file of the official DiT or MAE and does not fit: dit and mae here are the two ends of UMD, other networks")
         if not readers or attention and (ours or readers != [published_adm]):
             tokenizer = {"quantize.embedding.weight", "vqgan.quantize.embedding.weight"} & weights.keys()
-            raise UserError(f"{path} is " + ("no published ADM; leave --adm-heads and --adm-order out" if attention else
-                            "a tokenizer, not a model; name the run's folder or its model.pt" if tokenizer else
-                            "neither a checkpoint of train.py nor a file published by the authors of MAGE, ADDP or ADM"))
+            raise UserError(f"{path} is " + ("no published ADM; leave --adm-... out" if attention else
+                            "a tokenizer, not a model; name its run's folder or model.pt" if tokenizer else
+                            "neither a checkpoint of train.py nor a file published for MAGE, ADDP or ADM"))
         config, weights, dead = readers[0](weights, **attention)
         unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
-        assumed = f"; assumed: heads {heads or 'of 64 channels'}, {order or 'legacy'} order of channels, linear noise"
+        assumed = f"; assumed: heads {heads or 'of 64 channels'}, {order or 'legacy'} order" if "head" in config else ""
         tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n not in unknown) or 'nothing'}"
-             + assumed * (readers == [published_adm]) + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else ""))
+             + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else "") + assumed)
         return rebuild(config, weights, path), {"arch": config}
 
 
@@ -2097,7 +2097,7 @@ def load_tokenizer(path):
     with reading(path, "a tokenizer of train.py or a published one"):
         if isinstance(state.get("config"), dict) and "tokenizer_arch" in state["config"]:
             config, weights = state["config"]["tokenizer_arch"], parts(state["model"], "vqgan.")
-        elif (weights := published_weights(state)) and any(parts(weights, name) for name in (*PUBLISHED, "blocks.")):
+        elif any(parts(weights := published_weights(state), name) for name in (*PUBLISHED, "blocks.")):
             raise UserError(f"{path} is a model, not a tokenizer; name its run's folder or a tokenizer.pt")
         else:
             config = published_tokenizer(weights)
