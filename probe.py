@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -50,19 +51,27 @@ class Config:
     matryoshka: bool = option(False, "trained heads: at the same time from the first 8, 16, 32, ... dimensions alone")
     dataset: str = option("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own")
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
-    limit: int = option(None, "training images used at most")
+    limit: int = option(None, "training images used at most; a tenth of them is held out", least=20)
     augment: bool = option(False, "trained heads: fresh crops and noise in every epoch, as published, instead of features computed once")
-    batch_size: int = option(None, "images a step; 4096 for linear, 256 for finetune, 128 for the others and with --sgd, 16 for diffeed")
+    batch_size: int = option(None, "images a step; 4096 for linear, 256 for finetune, 128 for the others and with --sgd, 16 for diffeed",
+                             most=10**6)
     epochs: int = option(None, "passes over the training set; 90 for linear, 20 for finetune, 10 for the others, 28 with --sgd")
-    lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, or ten times that below 500,000 images")
-    seed: int = option(0, "of everything random")
+    lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, or ten times that below 500,000 images",
+                       least=1e-9)
+    seed: int = option(0, "of everything random", least=0, most=2**32 - 1)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = option(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32",
                         choices=["float32", "bfloat16"])
     compile: bool = option(None, "compile the blocks; on cuda, if not said otherwise")
-    weights: str = option("", "raw, or ema for the averaged ones; as in the paper, if not given", choices=["raw", "ema"])
-    workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
+    weights: str = option("", "raw, or ema for the averaged ones; as in the paper, if not given",
+                          choices=["raw", "ema"])
+    workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder",
+                          least=0, most=1000)
     strict_images: bool = option(False, "stop at an unreadable image instead of leaving it out")
+    adm_heads: int = option(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
+                                  "one for 64 channels, if not given")
+    adm_order: str = option(None, "their channels' order in it; new after --use_new_attention_order True",
+                            choices=["legacy", "new"])
 
 
 # Batch, epochs, lr for 256 images; None is set when the images have been counted, see fit_recipe. The linear row is MAE's and MAGE's.
@@ -89,19 +98,15 @@ def settle(cfg):
             raise UserError(f"--{name.replace('_', '-')} belongs to --head {', '.join(RECIPES)}; {cfg.head} is computed in one go")
     for name, value in zip(("batch_size", "epochs", "lr"), recipe):
         setattr(cfg, name, value if getattr(cfg, name) is None else getattr(cfg, name))
-        if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
-    if cfg.limit is not None and cfg.limit < 20:
-        raise UserError(f"--limit must be at least 20, since a tenth of the training images is held out, not {cfg.limit}")
+    numbers(cfg.hidden, int, "--hidden", least=1, most=2**16)
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; leave --layers, --t and --pool out")
     cfg.dtype = cfg.dtype or unified.default_dtype(cfg.device)
     cfg.compile = cfg.device.startswith("cuda") if cfg.compile is None else cfg.compile
     cfg.pool = cfg.pool or ("16" if cfg.head in ON_MAPS else "1" if cfg.sgd or cfg.head == "mlp" else "")
-    if cfg.head in ON_MAPS and not (cfg.pool.isdigit() and int(cfg.pool)):
+    if cfg.head in ON_MAPS and not is_side(cfg.pool):
         raise UserError(f"--head {cfg.head} reads maps; --pool takes the number of cells on a side, 16 if not given")
-    if cfg.workers < 0:
-        raise UserError(f"--workers must be 0 or more, not {cfg.workers}")
+    results_folder(cfg.run)
     return cfg
 
 
@@ -115,12 +120,20 @@ class Place(typing.NamedTuple):
     pool: str
 
 
-def numbers(text, kind, flag):
-    """'4,5,6' -> [4, 5, 6]."""
+def numbers(text, kind, flag, least=0, most=10**6):
+    """'4,5,6' -> [4, 5, 6], all of them from least to most."""
     try:
-        return [kind(part) for part in text.split(",") if part]
+        found = [kind(part) for part in text.split(",")] if text else []
     except ValueError:
-        raise UserError(f"{flag} takes numbers with commas between them, not {text}")
+        found = [math.nan]
+    if not all(least <= value <= most for value in found):
+        raise UserError(f"{flag} takes numbers from {least} to {most} with commas between them, not {text}")
+    return found
+
+
+def is_side(pool):
+    """Whether --pool says cells on a side."""
+    return pool.isdecimal() and 0 < len(pool) < 6 and int(pool) > 0
 
 
 def places(model, cfg):
@@ -136,7 +149,7 @@ def places(model, cfg):
         if not least <= t <= most or (isinstance(most, int) and t != int(t)):
             raise UserError(f"--t {t:g} does not fit this model; it is {meaning}, {least} to {most}")
     for pool in pools:
-        if pool not in ("mean", "class") and not (pool.isdigit() and int(pool)):
+        if pool not in ("mean", "class") and not is_side(pool):
             raise UserError(f"there is no pooling {pool!r}; --pool takes mean, class, or cells on a side")
     if "class" in pools and "class" not in model.pools:
         raise UserError("this model has no class position; --pool takes mean, or cells on a side")
@@ -349,7 +362,7 @@ def choose(model, candidates, train, index, cfg):
         texts = [f"{100 * scores[place]:.1f}" if place in scores else "" for place in row]
         print(f"{layer:5d}" + "".join(f"{f'[{text}]' if place == best else text + ' ':>14}" for place, text in zip(row, texts)))
     if cfg.sweep and unified.processes()[0] == 0:
-        path = results_folder(cfg) / "sweep.png"
+        path = results_folder(cfg.run) / "sweep.png"
         heat_map(scores, best, f"ridge accuracy (percent); layers to the right, t down; best: layer {best.layer}, t {best.t:g}").save(path)
         print(f"drawn in {path}")
     return best
@@ -838,10 +851,14 @@ def compare_trained(read, nets, wanted, train, index, test, cfg):
     return [(cfg.head + (f"-{d}" if d else ""), images, {name: [score[i]] for name, score in scores.items()}) for i, d in enumerate(dims)]
 
 
-def results_folder(cfg):
-    """Where the checkpoint lies or, if that place is read-only, the current folder."""
-    folder = pathlib.Path(cfg.run) if pathlib.Path(cfg.run).is_dir() else pathlib.Path(cfg.run).parent
-    return folder if os.access(folder, os.W_OK) else pathlib.Path()
+def results_folder(run):
+    """Where the checkpoint lies or, if that is read-only, the current folder; UserError if both are."""
+    folder = pathlib.Path(run) if os.path.isdir(run) else pathlib.Path(run).parent
+    for place in (folder, pathlib.Path()):
+        if os.access(place, os.W_OK):
+            return place
+    raise UserError(f"neither {folder} nor the current folder can be written to; "
+                    "start this in a folder of your own")
 
 
 def report(wanted, dataset, labels, results, seconds, cfg):
@@ -849,7 +866,7 @@ def report(wanted, dataset, labels, results, seconds, cfg):
 
     wanted  the places read        labels  {'top1': what it is, ...} of what is compared        results  as compare() returns them
     """
-    path = results_folder(cfg) / "probe.jsonl"
+    path = results_folder(cfg.run) / "probe.jsonl"
     layers, levels = (list(dict.fromkeys(column)) for column in zip(*((place.layer, place.t) for place in wanted)))
     for head, images, scores in results:
         print(f"{head} on {dataset}: layer {', '.join(map(str, layers))}, t {', '.join(f'{t:g}' for t in levels)}, {wanted[0].pool}, "
@@ -881,8 +898,11 @@ def main():
 def run(cfg, first):
     """All that is asked for. first: this process writes the results."""
     started = time.time()
-    model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights))
+    model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights),
+                                       heads=cfg.adm_heads, order=cfg.adm_order)
     wanted = places(model, cfg)
+    if cfg.head == "diffeed":
+        feedback_of(model, cfg)                         # refuses, if at all, before any work
     dataset, train, test = open_sets(model.to(cfg.device), config, cfg)
     print(train.summary or f"{dataset}: {len(train)} images to train on, {len(test)} to test on")
     index = unified.shuffled(len(train), cfg.seed)[:cfg.limit]

@@ -4,14 +4,18 @@
     python sample.py out/RUN --gif                                              and how they come about
     python sample.py out/RUN --label star --guidance 2                          after training with --labels
     python sample.py out/RUN --image a.png b.png --box 8,8,24,24 0,0,16,32      paint each picture's box anew; --outside: all but the box
+    python sample.py out/RUN --image a.png --mask m.png                         paint where the mask is white
     python sample.py out/RUN --n 50000 --npz samples.npz                        for FID tools; --png-dir DIR for those that read PNG files
     torchrun --standalone --nproc-per-node 8 -- sample.py out/RUN ...           the same on 8 GPUs; mind the lone --
 
 Picture i depends on the weights, --seed and i, not on --n or --batch.
 """
 import collections
+import contextlib
 import dataclasses
+import hashlib
 import itertools
+import json
 import os
 import pathlib
 import zipfile
@@ -23,27 +27,32 @@ import torch.distributed
 import tqdm
 
 import unified
+from probe import results_folder
+from train import writable, write_file
 from unified import UserError, option
 
 
 @dataclasses.dataclass
 class Config:
     run: str = option(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
-    n: int = option(None, "pictures; 64, or 6 for each --image")
+    n: int = option(None, "pictures; 64, or 6 for each --image", most=10**7)
     batch: int = option(64, "pictures computed at once")
     steps: int = option(None, "rounds of decoding; 20, or fewer if there are fewer ids; from noise 125, of adm 250, or 25 at --temperature 0")
     temperature: float = option(None, "more is more varied, less is cleaner: of the noise on the confidence, 6 for 256 ids; "
-                                      "of models that start from noise DDIM's eta, 0 to 1")
-    seed: int = option(0, "another one gives other pictures")
+                                      "of models that start from noise DDIM's eta, 0 to 1", least=0)
+    seed: int = option(0, "another one gives other pictures", least=0, most=2**32 - 1)
     label: str = option("", "class name or number; several with commas take turns, all takes every class in turn")
-    guidance: float = option(1.0, "how much to exaggerate what the label changes; 1 is not at all")
+    guidance: float = option(1.0, "how much to exaggerate what the label changes; 1 is not at all",
+                             least=0, most=1000)
     image: str = option((), "pictures to paint into, centre-cropped to the model's size", nargs="+")
     box: str = option((), "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
-    outside: bool = option(False, "keep the box and paint all around it")
+    mask: str = option((), "instead of boxes images, white where to paint, cropped like the pictures; "
+                           "one for all or one for each", nargs="+")
+    outside: bool = option(False, "keep the box, or what is white in the mask, and paint all around it")
     reconstruct: bool = option(False, "only send each --image through the tokenizer and back; umd and mae hide most of it and guess it")
     gif: bool = option(False, "also write the decoding as a film")
     npz: str = option("", "also write all pictures to this file, as arr_0, uint8 (N, S, S, 3)")
-    png_dir: str = option("", "also write each picture to this folder; one that is half full is continued")
+    png_dir: str = option("", "also write each picture to this folder; what this command began is continued")
     out: str = option("", "the PNG to write, if not samples-<seed>.png in the run's folder")
     overwrite: bool = option(False, "replace files that are there")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
@@ -51,6 +60,10 @@ class Config:
                         choices=["float32", "bfloat16"])
     weights: str = option("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
     compile: bool = option(False, "compile the blocks: slower to start, then faster")
+    adm_heads: int = option(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
+                                  "one for 64 channels, if not given")
+    adm_order: str = option(None, "their channels' order in it; new after --use_new_attention_order True",
+                            choices=["legacy", "new"])
 
 
 GRID = 64                                                                                   # pictures in the PNG and the film
@@ -58,30 +71,38 @@ GRID = 64                                                                       
 
 def check(cfg):
     """Refuse what makes no sense together."""
-    for name in ("n", "batch", "steps"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
-            raise UserError(f"--{name} must be positive, not {getattr(cfg, name)}")
     if cfg.reconstruct and not cfg.image:
         raise UserError("--reconstruct needs pictures; name them with --image")
-    if cfg.image and not cfg.box and not cfg.reconstruct:
-        raise UserError("--image needs a hole to paint; say --box x0,y0,x1,y1, or --reconstruct")
-    if (cfg.box or cfg.outside) and not cfg.image:
-        raise UserError("--box and --outside are about your own pictures; name them with --image")
+    if cfg.image and bool(cfg.box) + bool(cfg.mask) + cfg.reconstruct != 1:
+        raise UserError("--image needs a hole to paint; say either --box x0,y0,x1,y1 or --mask FILE, "
+                        "or else --reconstruct")
+    if (cfg.box or cfg.mask or cfg.outside) and not cfg.image:
+        raise UserError("--box, --mask and --outside are about your own pictures; name them with --image")
     if cfg.image and (cfg.npz or cfg.png_dir):
         raise UserError("--npz and --png-dir are for pictures from nothing; leave --image out")
-    if len(cfg.box) not in (0, 1, len(cfg.image)):
-        raise UserError(f"{len(cfg.box)} boxes for {len(cfg.image)} pictures; give one, or one for each")
+    if cfg.reconstruct and cfg.gif:
+        raise UserError("--gif films steps, --reconstruct makes them at once; leave one out")
+    if len(cfg.box or cfg.mask) not in (0, 1, len(cfg.image)):
+        count = len(cfg.box or cfg.mask)
+        raise UserError(f"{count} holes for {len(cfg.image)} pictures; give one, or one for each")
 
 
-def target(cfg, kind):
-    """Where the PNG goes; refuses to overwrite."""
-    run = pathlib.Path(cfg.run)
-    path = pathlib.Path(cfg.out) if cfg.out else (run if run.is_dir() else run.parent) / f"{kind}-{cfg.seed}.png"
-    for p in (path, *([path.with_suffix(".gif")] if cfg.gif else []), *([pathlib.Path(cfg.npz)] if cfg.npz else [])):
+def target(cfg):
+    """Where the grid goes. Refuses what cannot be written or is there, and two outputs in one place."""
+    kind = "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples"
+    path = pathlib.Path(cfg.out) if cfg.out else results_folder(cfg.run) / f"{kind}-{cfg.seed}.png"
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path} is to be a PNG; give it a name that ends in .png")
+    files = [writable(path, "--out"), *([writable(path.with_suffix(".gif"), "--gif")] if cfg.gif else []),
+             *([writable(cfg.npz, "--npz")] if cfg.npz else [])]
+    for p in files:
         if p.exists() and not cfg.overwrite:
             raise UserError(f"{p} is there already; --overwrite replaces it, --out takes another name, --seed other pictures")
-        if not p.parent.is_dir():
-            raise UserError(f"there is no folder {p.parent} to write {p.name} to")
+    if len({os.path.realpath(p) for p in files}) < len(files):
+        raise UserError(f"--npz {cfg.npz} is where another output goes; name another file")
+    folder = writable(cfg.png_dir, "--png-dir", folder=True) if cfg.png_dir else None
+    if folder and os.path.realpath(folder) in {os.path.realpath(p.parent) for p in files}:
+        raise UserError(f"--png-dir {folder} gets other output, too; name a folder for its pictures alone")
     return path
 
 
@@ -94,22 +115,33 @@ def class_numbers(cfg, model, names):
     if not names:
         raise UserError(f"--label {cfg.label}: {cfg.run} was trained without labels; train.py --labels makes one that takes them")
     wanted = names if cfg.label == "all" else cfg.label.split(",")
+    numbers = {**{str(i): i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
     for name in wanted:
-        if name not in names and not (name.isdigit() and int(name) < len(names)):
+        if name not in numbers:
             raise UserError(f"--label {name} is no class; they are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}, or 0 to {len(names) - 1}")
-    return torch.tensor([names.index(name) if name in names else int(name) for name in wanted])
+    return torch.tensor([numbers[name] for name in wanted])
 
 
-def hole(box, size, outside):
-    """'x0,y0,x1,y1' -> bool (size, size), True = to be painted."""
+def hole(box, size):
+    """'x0,y0,x1,y1' -> bool (size, size), True inside."""
     try:
         x0, y0, x1, y1 = (int(v) for v in box.split(","))
         assert 0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size
     except (ValueError, AssertionError):
         raise UserError(f"--box {box} is not x0,y0,x1,y1 with 0 <= x0 < x1 <= {size} and 0 <= y0 < y1 <= {size}")
-    mask = torch.full((size, size), outside)
-    mask[y0:y1, x0:x1] = not outside
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[y0:y1, x0:x1] = True
     return mask
+
+
+def holes(cfg, size):
+    """--box or --mask -> bool (images, size, size), True = painted. Masks are cropped as images are."""
+    masks = [unified.read_image(p, size).mean(0) > 0.5 for p in cfg.mask] or [hole(b, size) for b in cfg.box]
+    for name, mask in zip(cfg.mask or cfg.box, masks):
+        if mask.all() if cfg.outside else not mask.any():
+            raise UserError(f"{name} leaves nothing to paint; white, or the inside of a box, is painted, "
+                            "or with --outside the rest")
+    return torch.stack(masks * (len(cfg.image) if len(masks) == 1 else 1)) ^ cfg.outside
 
 
 def generate(model, cfg, index, labels=None, **known):
@@ -120,21 +152,36 @@ def generate(model, cfg, index, labels=None, **known):
     return model.sample_steps(len(index), steps=cfg.steps, temperature=cfg.temperature, guidance=cfg.guidance, labels=labels, seeds=seeds, **known)
 
 
+def decodings(model, cfg, parts, labels, **known):
+    """For each of parts, numbers of pictures (n,), yields it and the states of their decoding, to be used up
+    before the next; a bar counts passes through the network. known: of all pictures, by number."""
+    def counted(states):
+        for state in states:
+            bar.update()
+            yield state
+    published = min(20, model.length) if hasattr(model, "vqgan") else 125 if hasattr(model, "clean") else 250
+    with tqdm.tqdm(total=(cfg.steps or published) * len(parts), unit="pass", dynamic_ncols=True,
+                   disable=unified.processes()[0] > 0) as bar:
+        for done, part in enumerate(parts, 1):
+            there = {name: v[part.to(v.device)] for name, v in known.items()}
+            yield part, counted(generate(model, cfg, part, labels, **there))
+            bar.total = bar.n // done * len(parts)              # what it takes is known now
+
+
 def pictures(model, cfg, index, labels):
-    """Pictures with the numbers index (n,), --batch at a time and process: yields their numbers and uint8 (B, S, S, 3), to every process."""
+    """Pictures with the numbers index (n,), --batch at a time and process: yields their numbers and uint8
+    (B, S, S, 3), to every process."""
     rank, world = unified.processes()
     parts = index.split(cfg.batch) if len(index) else ()
-    with tqdm.tqdm(total=len(index), unit="picture", dynamic_ncols=True, disable=rank > 0) as bar:
-        for first in range(0, len(parts), world):
-            mine, everyone = [], [None] * world
-            for part in parts[first + rank:first + rank + 1]:
-                *_, state = generate(model, cfg, part, labels)
-                mine.append((part, unified.to_uint8(model.render(state))))
-            if world > 1:
-                torch.distributed.all_gather_object(everyone, mine)
-            for part, x in itertools.chain(*everyone) if world > 1 else mine:
-                yield part, x
-                bar.update(len(part))
+    mine = decodings(model, cfg, parts[rank::world], labels)
+    for _ in range(0, len(parts), world):
+        made, everyone = [], [None] * world
+        for part, states in itertools.islice(mine, 1):
+            *_, state = states
+            made.append((part, unified.to_uint8(model.render(state))))
+        if world > 1:
+            torch.distributed.all_gather_object(everyone, made)
+        yield from itertools.chain(*everyone) if world > 1 else made
 
 
 def thinned(states):
@@ -156,27 +203,50 @@ def write_grid(path, made):
 
 def write_decoding(path, model, cfg, labels):
     """The film of the same pictures: how they came about."""
-    states = list(generate(model, cfg, torch.arange(min(cfg.n, GRID)), labels))
+    parts = [torch.arange(min(cfg.n, GRID))]
+    [states] = [list(states) for _, states in decodings(model, cfg, parts, labels)]
     write_film(path, [model.render(s).cpu() for s in thinned(states)], 8)
 
 
 def write_npz(path, made, shape):
     """All pictures, streamed into an .npz, so that 50,000 need no memory; complete or not there."""
-    new = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(new, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-        numpy.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for _, x in made:
-            file.write(x.tobytes())
-    os.replace(new, path)
+    def write(whole):
+        with zipfile.ZipFile(whole, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            numpy.lib.format.write_array_header_1_0(file, header)
+            for _, x in made:
+                file.write(x.tobytes())
+    write_file(path, write)
 
 
-def missing(folder, cfg):
-    """Numbers of the pictures that the folder lacks; all processes are told what the first one finds."""
+NOTE = "made-by.json"                   # in --png-dir; no evaluator takes it for an image
+
+
+def made_by(model, config, cfg):
+    """What pictures depend on: a digest of network and weights, and the options that change them."""
+    digest = hashlib.sha256(json.dumps(config["arch"], sort_keys=True).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    options = ("seed", "steps", "temperature", "label", "guidance", "dtype")
+    return {"weights": digest.hexdigest(), **{name: getattr(cfg, name) for name in options}}
+
+
+def missing(folder, note, cfg):
+    """Numbers of the pictures that the folder lacks. UserError if it holds some that were made otherwise."""
+    numbered = [p for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.exists() else []
+    if cfg.overwrite:
+        for path in numbered:                                   # or a shorter set would keep some
+            path.unlink()
+    elif unified.image_files(folder):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((folder / NOTE).read_text()) == note:
+                left = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
+                return torch.tensor(left, dtype=torch.long)
+        raise UserError(f"{folder} holds images that other weights, options or a seed made, or who knows what; take "
+                        "another --png-dir, or --overwrite, which deletes those that are numbered")
     folder.mkdir(parents=True, exist_ok=True)
-    found = [torch.tensor([i for i in range(cfg.n) if cfg.overwrite or not (folder / f"{i:06d}.png").exists()], dtype=torch.long)]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
+    write_file(folder / NOTE, lambda file: file.write(json.dumps(note).encode()))
+    return torch.arange(cfg.n)
 
 
 def write_pngs(folder, made):
@@ -191,13 +261,12 @@ def write_painted(path, model, cfg, labels):
     """A row for each --image: as it is, with its hole, and n times painted."""
     size = model.image_size
     x = torch.stack([unified.read_image(p, size) for p in cfg.image]).to(cfg.device)
-    boxes = cfg.box if len(cfg.box) == len(x) else cfg.box * len(x)
-    mask = torch.stack([hole(box, size, cfg.outside) for box in boxes]).to(cfg.device)
-    known, holes = x.repeat_interleave(cfg.n, 0), mask.repeat_interleave(cfg.n, 0)
-    rows, films = [], []
-    for part in tqdm.tqdm(torch.arange(len(known)).split(cfg.batch), unit="batch", dynamic_ncols=True):
-        states = list(generate(model, cfg, part, labels, known=known[part.to(cfg.device)], mask=holes[part.to(cfg.device)]))
-        films.append(torch.stack([model.render(s).cpu() for s in (thinned(states) if cfg.gif else states[-1:])]))
+    mask = holes(cfg, size).to(cfg.device)
+    everything, films = torch.arange(len(x) * cfg.n), []
+    known = {"known": x.repeat_interleave(cfg.n, 0), "mask": mask.repeat_interleave(cfg.n, 0)}
+    for _, states in decodings(model, cfg, everything.split(cfg.batch), labels, **known):
+        states = thinned(list(states)) if cfg.gif else [*states][-1:]
+        films.append(torch.stack([model.render(s).cpu() for s in states]))
     film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                                # (steps, images, n, 3, S, S)
     left = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()
     frames = [torch.cat([left, frame], 1).flatten(0, 1) for frame in film]
@@ -217,18 +286,20 @@ def write_reconstructed(path, model, cfg):
 def main():
     cfg = unified.parse(Config, __doc__.split("\n")[0])
     check(cfg)
+    path = target(cfg)
     device = unified.join_processes(cfg.device)
     cfg.device, cfg.dtype = str(device), cfg.dtype or unified.default_dtype(device)
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            run(cfg, device)
+            run(cfg, device, path)
     finally:
         unified.leave_processes()
 
 
-def run(cfg, device):
-    """All that is asked for."""
-    model, config = unified.load_model(cfg.run, ema=cfg.weights == "ema")
+def run(cfg, device, path):
+    """All that is asked for; the grid goes to path."""
+    attention = {"heads": cfg.adm_heads, "order": cfg.adm_order}
+    model, config = unified.load_model(cfg.run, ema=cfg.weights == "ema", **attention)
     model.to(device)
     if cfg.compile:
         unified.compile_blocks(model)
@@ -239,8 +310,14 @@ def run(cfg, device):
     if not hasattr(model, "vqgan") and not 0 <= (cfg.temperature or 0) <= 1:
         raise UserError(f"--temperature {cfg.temperature:g} is DDIM's eta for a model that starts from noise; take 0 to 1")
     cfg.n = cfg.n or (6 if cfg.image else 64)
+    widest = 65_000 // (model.image_size + 2) - 2                   # a GIF's sides are below 2 ** 16
+    if cfg.image and max(cfg.n, len(cfg.image)) > widest:
+        raise UserError(f"{len(cfg.image)} rows of --n {cfg.n} are too large a sheet; take {widest} at most")
     labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
-    path = target(cfg, "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples")
+    there = model.length if hasattr(model, "vqgan") else len(getattr(model, "abar", ()))
+    if cfg.steps and 0 < there < cfg.steps and unified.processes()[0] == 0:
+        unit = "ids" if hasattr(model, "vqgan") else "timesteps"
+        print(f"--steps {cfg.steps}: there are {there} {unit} only, and more steps gain nothing")
     first = unified.processes()[0] == 0
     if cfg.reconstruct and first:
         write_reconstructed(path, model, cfg)
@@ -252,7 +329,9 @@ def run(cfg, device):
         if cfg.npz:
             wanted.append((everything, lambda made: write_npz(pathlib.Path(cfg.npz), made, (cfg.n, model.image_size, model.image_size, 3))))
         if cfg.png_dir:
-            wanted.append((missing(pathlib.Path(cfg.png_dir), cfg), lambda made: write_pngs(pathlib.Path(cfg.png_dir), made)))
+            folder = pathlib.Path(cfg.png_dir)
+            index = unified.first_alone(lambda: missing(folder, made_by(model, config, cfg), cfg))
+            wanted.append((index, lambda made: write_pngs(folder, made)))
         for index, write in wanted:
             made = pictures(model, cfg, index, labels)
             if first:
@@ -262,7 +341,7 @@ def run(cfg, device):
         if cfg.gif and first:
             write_decoding(path.with_suffix(".gif"), model, cfg, labels)
     if first:
-        print(f"wrote {path}" + (f", {path.with_suffix('.gif')}" if cfg.gif and not cfg.reconstruct else ""))
+        print(f"wrote {path}" + (f", {path.with_suffix('.gif')}" if cfg.gif else ""))
 
 
 if __name__ == "__main__":

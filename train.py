@@ -49,36 +49,46 @@ class Config:
     dataset: str = option("shapes", "shapes, cifar10, imagenet, or a folder of images, of class folders, or of train and val with class folders")
     data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
     model: str = option("mage", "what to train; mae, maskdit and dit are the ends of UMD, not the official networks", choices=list(unified.MODELS))
-    size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet", choices=["tiny", "small", "base", "large"])
-    image_size: int = option(None, "side in pixels; 32, or on folders 256, 64 for tiny and small")
-    ids: int = option(None, "ids, or patches of pixels, an image; 16 on shapes (64 of pixels), else 64 below 128 pixels and 256 from there on")
-    codes: int = option(None, "entries of the codebook; 128 on shapes, else 1024")
+    size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet",
+                       choices=["tiny", "small", "base", "large"])
+    image_size: int = option(None, "side in pixels; 32, or on folders 256, 64 for tiny and small",
+                             least=8, most=4096)
+    ids: int = option(None, "ids, or patches of pixels, an image; 16 on shapes (64 of pixels), else 64 below 128 pixels and 256 from "
+                            "there on; from 256 pixels on one for 16 x 16 pixels", least=4, most=2**20)
+    codes: int = option(None, "entries of the codebook; 128 on shapes, else 1024", most=2**20)
     steps: int = option(None, "optimizer steps of the model; or say --epochs")
-    epochs: float = option(None, "the same in passes over the training set")
+    epochs: float = option(None, "the same in passes over the training set", least=1e-9)
     tokenizer_steps: int = option(None, "optimizer steps of the tokenizer")
-    tokenizer_batch_size: int = option(None, "images in each of them; 16 for small sets and on a CPU, else 256")
-    adversarial: float = option(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0")
+    tokenizer_batch_size: int = option(None, "images in each of them; 16 for small sets and on a CPU, else 256",
+                                       most=10**6)
+    adversarial: float = option(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0",
+                                least=0)
     tokenizer: str = option("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
     predictor: str = option("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a checkpoint or a published file")
     views: int = option(None, "random crops of each image kept as ids; 1 keeps the whole picture, 0 tokenises fresh crops in every step. "
-                              "Models of pixels: 0 takes the whole picture, 1 a fresh crop in every step")
+                              "Models of pixels: 0 takes the whole picture, 1 a fresh crop in every step",
+                       least=0, most=1000)
     labels: bool = option(False, "condition on class labels, so that sample.py --label works")
     init: str = option("", "a run of the same model and size to start from; with --labels, to teach it the classes")
     init_encoder: str = option("", "a run whose encoder blocks, of the same width, to start from")
-    batch_size: int = option(None, "images an optimizer step, all devices and accumulated micro-batches together")
-    micro_batch: int = option(None, "images that one device computes at once; as many as fit, if not given")
-    lr: float = option(None, "learning rate for 256 images a step; scaled with --batch-size")
-    seed: int = option(0, "of everything random")
+    batch_size: int = option(None, "images an optimizer step, all devices and accumulated micro-batches together",
+                             most=10**6)
+    micro_batch: int = option(None, "images that one device computes at once; as many as fit, if not given",
+                              most=10**6)
+    lr: float = option(None, "learning rate for 256 images a step; scaled with --batch-size", least=1e-9)
+    seed: int = option(0, "of everything random", least=0, most=2**32 - 1)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32", choices=["float32", "bfloat16"])
+    dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
+                        choices=["float32", "bfloat16"])
     compile: bool = option(torch.cuda.is_available(), "compile the blocks")
-    workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder")
-    strict_images: bool = option(False, "stop at an unreadable image instead of training on another in its place")
+    workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder",
+                          least=0, most=1000)
+    strict_images: bool = option(False, "stop at an unreadable image instead of training on another")
     benchmark: bool = option(False, "measure the speed of training on random data, and leave")
     out_dir: str = option("", "the run's folder, if not out/<dataset>-<model>, or -<model>-labels")
     resume: bool = option(False, "go on where the run in this folder stopped; same flags, more --steps if you like")
     log_every: int = option(None, "steps between rows of log.jsonl")
-    eval_every: int = option(None, "steps between held-out losses and sample grids; 0 for never")
+    eval_every: int = option(None, "steps between held-out losses and sample grids; 0 for never", least=0)
     save_every: int = option(None, "steps between checkpoints")
 
 
@@ -109,6 +119,9 @@ def settle(cfg):
         recipe = {**recipe, **recipe_of(cfg)["tiny"]}
     if not method.tokenizer:
         recipe = {**recipe, "views": 0 if cfg.dataset == "shapes" else 1}
+    cfg.image_size = cfg.image_size or recipe["image_size"]
+    if cfg.image_size >= 256:
+        recipe = {**recipe, "ids": (cfg.image_size // 16) ** 2}
     for name, value in recipe.items():
         if getattr(cfg, name, 0) is None and not (name in ("steps", "epochs") and (cfg.steps or cfg.epochs)):
             setattr(cfg, name, value)
@@ -117,9 +130,6 @@ def settle(cfg):
     cfg.tokenizer_batch_size = cfg.tokenizer_batch_size or (256 if cfg.device.startswith("cuda") else 16)    # a CPU takes minutes for 256
     cfg.dtype = cfg.dtype or unified.default_dtype(cfg.device)
     cfg.out_dir = cfg.out_dir or f"out/{pathlib.Path(cfg.dataset).name}-{cfg.model}" + "-labels" * cfg.labels
-    for name in ("image_size", "ids", "codes", "batch_size", "steps", "tokenizer_steps", "tokenizer_batch_size", "epochs", "micro_batch", "log_every", "save_every"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
     teacher = unified.MODELS[cfg.model].predictor
     if teacher and not cfg.predictor:
         data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset}"
@@ -130,13 +140,7 @@ def settle(cfg):
     if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
         raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings along, nor --labels go with it")
     cfg.tokenizer = cfg.tokenizer or cfg.predictor
-    side = math.isqrt(cfg.ids)
-    if not method.tokenizer and (side ** 2 != cfg.ids or cfg.image_size % side):
-        raise UserError(f"--ids {cfg.ids} does not cut --image-size {cfg.image_size} into square patches; take the square of a divisor of it")
-    if method.tokenizer and not cfg.tokenizer and (side ** 2 != cfg.ids or cfg.image_size % side or cfg.image_size // side not in (2, 4, 8, 16)):
-        fit = ", ".join(str((cfg.image_size // s) ** 2) for s in (16, 8, 4, 2) if cfg.image_size % s == 0)
-        raise UserError(f"--ids {cfg.ids} does not fit --image-size {cfg.image_size}; " +
-                        (f"take one of {fit}" if fit else "take a multiple of 16"))
+    check_sizes(cfg, method)
     if not method.tokenizer and cfg.views > 1:
         raise UserError(f"{cfg.model} reads one crop of an image, fresh in every step: --views {cfg.views} is for models that read ids; "
                         "take 1, or 0 for no crop")
@@ -144,7 +148,44 @@ def settle(cfg):
         raise UserError(f"{cfg.model} compares two crops of an image; --views 1 keeps one; take 0 or 2 and more")
     if cfg.dataset == "shapes" and method.views == 2:
         cfg.views = max(cfg.views, 4) if cfg.views else 0
+    for name in ("tokenizer", "predictor", "init", "init_encoder"):
+        path = getattr(cfg, name)
+        if not os.path.exists(path or "."):
+            raise UserError(f"--{name.replace('_', '-')}: there is no {path}; name a run or a checkpoint")
+    if not cfg.benchmark:
+        writable(cfg.out_dir, "--out-dir", folder=True)
     return cfg, recipe
+
+
+def check_sizes(cfg, method):
+    """Refuse an --image-size that cannot be halved enough, or that --ids does not cut into equal squares."""
+    size, side = cfg.image_size, math.isqrt(cfg.ids)
+    if method.model is unified.ADM:
+        unit = 2 ** (len(method.sizes[cfg.size]["ch_mult"]) - 1)
+        if size % unit:
+            raise UserError(f"--image-size {size} is no multiple of {unit}, as this --model and --size need; "
+                            f"take {size + -size % unit}")
+    elif not cfg.tokenizer:
+        squares = (2, 4, 8, 16) if method.tokenizer else range(1, size + 1)
+        if side ** 2 != cfg.ids or size % side or size // side not in squares:
+            unit = 16 if size >= 64 else 4
+            fit = [f"--image-size {size + -size % unit} --ids {(-size // unit) ** 2}"] * (size % unit > 0)
+            sides = [s for s in reversed(squares) if size % s == 0 and 1 < s <= min(16, size // 2)]
+            fit = " or ".join(fit + [f"--ids {(size // s) ** 2}" for s in sides[:3]])
+            raise UserError(f"--ids {cfg.ids} does not cut --image-size {size} into equal squares"
+                            + " of 2, 4, 8 or 16 pixels" * method.tokenizer + f"; take {fit}")
+
+
+def writable(path, flag, folder=False):
+    """The pathlib.Path of a file, or folder, that can be written or made; UserError with the flag, if not."""
+    path = place = pathlib.Path(path)
+    while not os.path.exists(place) and (folder or place == path):
+        place = place.parent
+    right = os.path.isdir(place) == (folder or place != path)
+    if not right or not os.access(place, os.W_OK) or len(os.fsencode(path.name)) > 240:
+        raise UserError(f"{flag} {path} cannot be written as a {'folder' if folder else 'file'} here; "
+                        "name another place" + ", in a folder that is there" * (not folder))
+    return path
 
 
 class Run:

@@ -56,6 +56,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import signal
 import sys
 import tarfile
@@ -1487,18 +1488,21 @@ class TimedResBlock(nn.Module):
 
 
 class MapAttention(nn.Module):
-    """Self-attention over the places of a map, heads of width head, no positions. (B, C, h, w) -> the same. Official name: AttentionBlock."""
+    """Self-attention over a map (B, C, h, w), without positions. Heads of width head, or so many; order of
+    channels "legacy": q, k, v of each head; "new": q of all heads, k, v. Official name: AttentionBlock."""
 
-    def __init__(self, dim, head, groups):
+    def __init__(self, dim, head, groups, heads=None, order="legacy"):
         super().__init__()
-        if dim % head:
-            raise ValueError(f"width {dim} is not a multiple of the head width {head}")
-        self.heads, self.norm = dim // head, nn.GroupNorm(groups, dim)
+        if dim % (heads or head):
+            raise ValueError(f"width {dim} is no multiple of {heads or head}, see --adm-heads")
+        self.heads = n = heads or dim // head
+        self.split = {"legacy": ((n, 3, -1), (3, 0, 2, 1, 4)), "new": ((3, n, -1), (2, 0, 3, 1, 4))}[order]
+        self.norm = nn.GroupNorm(groups, dim)
         self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero(nn.Conv1d(dim, dim, 1))
 
     def forward(self, x):
         qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C): what convolutions give is in
-        q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)              # no fused kernel's order. 'Legacy order'
+        q, k, v = qkv.unflatten(2, self.split[0]).permute(self.split[1])        # no fused kernel's order
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x + F.linear(y, self.proj_out.weight[..., 0], self.proj_out.bias).mT.view(x.shape)
 
@@ -1565,14 +1569,15 @@ class ADM(Model):
     image_size           S; a multiple of 2 ** (levels - 1), else ValueError
     ch, ch_mult, blocks  width of level i is ch * ch_mult[i]; residual blocks a level, and one more on the way up
     attention            how many times smaller than the picture the maps are that get attention; the middle always does
-    head                 width of an attention head        groups  of every GroupNorm; divides every width
+    head, heads, order   see MapAttention   groups  of every GroupNorm; divides every width
     schedule, steps      of the noise, see alpha_bar       classes  0: labels have no place here, else ValueError
 
     Blocks are counted from 1: N on the way down, the middle N + 1, then those on the way up, of which number b also reads the map of
     its mirror, 2N + 2 - b. What a block puts out is what all its layers have made, attention and change of size included.
     """
 
-    def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32, schedule="linear", steps=1000, classes=0):
+    def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32, schedule="linear", steps=1000, classes=0,
+                 heads=None, order="legacy"):
         super().__init__()
         if image_size % 2 ** (len(ch_mult) - 1):
             raise ValueError(f"image size {image_size} cannot be halved {len(ch_mult) - 1} times")
@@ -1582,10 +1587,11 @@ class ADM(Model):
         self.abar = alpha_bar(schedule, steps)                                              # no buffer
         self.time_embed = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
         residual = functools.partial(TimedResBlock, emb=4 * ch, groups=groups, dropout=dropout)
+        attention_of = functools.partial(MapAttention, head=head, groups=groups, heads=heads, order=order)
         widths = [int(ch * m) for m in ch_mult]
 
         def attend(i):
-            return [MapAttention(widths[i], head, groups)] if 2 ** i in attention else []
+            return [attention_of(widths[i])] if 2 ** i in attention else []
 
         def block(width, level, *layers):
             self.layers[len(self.layers) + 1] = (width, image_size >> level, image_size >> level)
@@ -1598,7 +1604,7 @@ class ADM(Model):
             for _ in range(blocks):
                 self.input_blocks.append(block(width, i, residual(c, width), *attend(i)))
                 c = width
-        self.middle_block = block(c, i, residual(c, c), MapAttention(c, head, groups), residual(c, c))
+        self.middle_block = block(c, i, residual(c, c), attention_of(c), residual(c, c))
         self.output_blocks = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             for j in range(blocks + 1):
@@ -1903,11 +1909,11 @@ def published_addp(state, heads=None, predictor_heads=None):
     return config, kept, sorted(own.keys() - ours) + [f"token_predictor.{k}" for k in dead]
 
 
-def published_adm(state, head=64):
+def published_adm(state, head=64, **attention):
     """Official ADM state dict (256x256_diffusion_uncond.pt and its like) -> (config, the same state, no names left out).
 
-    Head width and side of the picture cannot be seen; heads are 64 wide and the smallest maps 8 x 8 in all published files. ValueError for
-    a conditional one: there is no place for its labels, and one of them has another order of channels in attention.
+    Heads, order of channels, noise and side of the image cannot be seen; published heads are 64 wide, the
+    smallest maps 8 x 8. attention: heads and order, if others. ValueError for a conditional one: labels have no place.
     """
     if "label_emb.weight" in state:
         raise ValueError("it is class-conditional; ADM is read without classes only")
@@ -1916,13 +1922,20 @@ def published_adm(state, head=64):
     blocks = count(state, "input_blocks.") // levels - 1
     first = [f"input_blocks.{1 + i * (blocks + 1)}" for i in range(levels)]
     config = {"model": "adm", "image_size": 8 * 2 ** (levels - 1), "ch": ch, "blocks": blocks, "head": head,
-              "ch_mult": [state[f"{name}.0.out_layers.3.weight"].size(0) / ch for name in first],
+              **attention, "ch_mult": [state[f"{name}.0.out_layers.3.weight"].size(0) / ch for name in first],
               "attention": [2 ** i for i, name in enumerate(first) if f"{name}.1.norm.weight" in state]}
     return config, state, []
 
 
 # Which reader a file is for, by the first prefix that any of its names has.
 PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": published_mage, "input_blocks.0.": published_adm}
+
+
+def published_weights(state, ema=True):
+    """{name: tensor}, wherever a file has them, less prefixes of wrappers; ema: the averaged, if any."""
+    keys = ["model", "state_dict", "model_state_dict", "model_ema", "ema"]
+    found = [state[k] for k in keys[::-1 if ema else 1] if isinstance(state.get(k), dict)] or [state]
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in {**found[-1], **found[0]}.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1959,13 +1972,11 @@ def run_script(main):
     try:
         with attention_kernels():
             main()
-    except UserError as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in FULL:
+    except (UserError, OSError) as error:
+        if getattr(error, "errno", FULL[0]) not in FULL:
             raise
-        print(f"{pathlib.Path(sys.argv[0]).name}: {error}; make room, then start it again", file=sys.stderr)
+        mend = "; make room, then start it again" * isinstance(error, OSError)
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}{mend}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1985,9 +1996,9 @@ def default_dtype(name):
     return "bfloat16" if cuda and torch.cuda.get_device_capability(name)[0] >= 8 else "float32"
 
 
-def option(default, help, **more):
-    """A dataclass field that parse() turns into a command-line option. more: choices, or positional=True."""
-    return dataclasses.field(default=default, metadata={"help": help, **more})
+def option(default, help, least=1, most=2**31 - 1, **more):
+    """A field that parse() makes an option of, numbers from least to most. more: choices, positional=True."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
 
 
 def parse(cls, description, argv=None):
@@ -1998,12 +2009,17 @@ def parse(cls, description, argv=None):
         raise UserError(f"{message} ({parser.prog} -h lists the options)")
     parser.error = refuse
     for field in dataclasses.fields(cls):
-        more = dict(field.metadata)
+        more = {k: v for k, v in field.metadata.items() if k != "range"}
         name = field.name if more.pop("positional", False) else "--" + field.name.replace("_", "-")
         more["help"] += "" if field.default in (None, "", (), False, dataclasses.MISSING) else f" [{field.default}]"
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument(name, default=field.default, **kind, **more)
-    return cls(**vars(parser.parse_args(argv)))
+    cfg = cls(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(cls):
+        value, (least, most) = getattr(cfg, field.name), field.metadata["range"]
+        if field.type in (int, float) and value is not None and not least <= value <= most:     # nor is nan
+            refuse(f"--{field.name.replace('_', '-')} takes a number from {least} to {most}, not {value}")
+    return cfg
 
 
 # Checkpoints: a dict of plain values and tensors, written by train.py with the previous one beside them.
@@ -2017,6 +2033,9 @@ def reading(path, kind):
     except UserError:
         raise
     except Exception as error:              # of a dozen kinds; torch's advice to trust the file is left out
+        if held := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path} holds {held[1]} beside its tensors, and loading that could run code; "
+                            "where the file was made, save the model's state_dict() alone") from error
         text = " ".join(f"{type(error).__name__}: {error}".partition(": Weights only")[0].split())[:200]
         mend = f"rename {path}.prev to it" if os.path.exists(f"{path}.prev") else "copy or download it again"
         raise UserError(f"{path} cannot be read as {kind} ({text}); if it is damaged, {mend}") from error
@@ -2053,29 +2072,33 @@ def rebuild(config, state, path):
     return load_strictly(build(config), state, path).eval()
 
 
-def load_model(path, ema=None, tell=print):
+def load_model(path, ema=None, tell=print, heads=None, order=None):
     """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE, ADDP or ADM.
 
     ema   True: the averaged weights, where a checkpoint has them; None: if the paper reads features off them
-    tell  called with one line about parameters that nothing reads
+    tell  called with one line about what is assumed or never read     heads, order  of ADM, see MapAttention
     """
     path = pathlib.Path(path, "model.pt" if os.path.isdir(path) else "")
-    state = load_checkpoint(path)
+    state, attention = load_checkpoint(path), {k: v for k, v in dict(heads=heads, order=order).items() if v}
     with reading(path, "a model of train.py, nor as MAGE, ADDP or ADM in a size that was published"):
-        if isinstance(state.get("config"), dict) and "arch" in state["config"]:
+        if (ours := isinstance(state.get("config"), dict) and "arch" in state["config"]) and not attention:
             config = state["config"]["arch"]
             ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
             return rebuild(config, {**state["model"], **(ema and state.get("ema") or {})}, path), state["config"]
-        weights = state.get("model", state)
-        readers = [reader for name, reader in PUBLISHED.items() if isinstance(weights, dict) and parts(weights, name)]
-        if isinstance(weights, dict) and ("x_embedder.proj.weight" in weights or "decoder_pred.weight" in weights and not readers):
+        weights = published_weights(state, ema is not False)
+        readers = [reader for name, reader in PUBLISHED.items() if parts(weights, name)]
+        if "x_embedder.proj.weight" in weights or "decoder_pred.weight" in weights and not readers:
             raise UserError(f"{path} is a file of the official DiT or MAE and does not fit: dit and mae here are the two ends of UMD, other networks")
-        if not readers:
-            raise UserError(f"{path} is neither a checkpoint of train.py nor a file published by the authors of MAGE, ADDP or ADM")
-        config, weights, dead = readers[0](weights)
+        if not readers or attention and (ours or readers != [published_adm]):
+            tokenizer = {"quantize.embedding.weight", "vqgan.quantize.embedding.weight"} & weights.keys()
+            raise UserError(f"{path} is " + ("no published ADM; leave --adm-... out" if attention else
+                            "a tokenizer, not a model; name its run's folder or model.pt" if tokenizer else
+                            "neither a checkpoint of train.py nor a file published for MAGE, ADDP or ADM"))
+        config, weights, dead = readers[0](weights, **attention)
         unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
+        assumed = f"; assumed: heads {heads or 'of 64 channels'}, {order or 'legacy'} order" if "head" in config else ""
         tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n not in unknown) or 'nothing'}"
-             + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else ""))
+             + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else "") + assumed)
         return rebuild(config, weights, path), {"arch": config}
 
 
@@ -2086,8 +2109,10 @@ def load_tokenizer(path):
     with reading(path, "a tokenizer of train.py or a published one"):
         if isinstance(state.get("config"), dict) and "tokenizer_arch" in state["config"]:
             config, weights = state["config"]["tokenizer_arch"], parts(state["model"], "vqgan.")
+        elif any(parts(weights := published_weights(state), name) for name in (*PUBLISHED, "blocks.")):
+            raise UserError(f"{path} is a model, not a tokenizer; name its run's folder or a tokenizer.pt")
         else:
-            config = published_tokenizer(weights := state.get("state_dict", state))
+            config = published_tokenizer(weights)
         return rebuild(config, weights, path), config
 
 
