@@ -237,7 +237,7 @@ def missing(folder, note, cfg):
     if cfg.overwrite:
         for path in numbered:                                   # or a shorter set would keep some
             path.unlink()
-    elif unified.image_files(folder):
+    elif unified.image_files(folder, []):
         with contextlib.suppress(OSError, ValueError):
             if json.loads((folder / NOTE).read_text()) == note:
                 left = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
