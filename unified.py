@@ -1979,6 +1979,7 @@ def run_script(main):
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}{mend}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
