@@ -286,18 +286,18 @@ def write_reconstructed(path, model, cfg):
 def main():
     cfg = unified.parse(Config, __doc__.split("\n")[0])
     check(cfg)
-    path = target(cfg)
+    cfg.out = target(cfg)
     device = unified.join_processes(cfg.device)
     cfg.device, cfg.dtype = str(device), cfg.dtype or unified.default_dtype(device)
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            run(cfg, device, path)
+            run(cfg, device)
     finally:
         unified.leave_processes()
 
 
-def run(cfg, device, path):
-    """All that is asked for; the grid goes to path."""
+def run(cfg, device):
+    """All that is asked for."""
     attention = {"heads": cfg.adm_heads, "order": cfg.adm_order}
     model, config = unified.load_model(cfg.run, ema=cfg.weights == "ema", **attention)
     model.to(device)
@@ -318,7 +318,7 @@ def run(cfg, device, path):
     if cfg.steps and 0 < there < cfg.steps and unified.processes()[0] == 0:
         unit = "ids" if hasattr(model, "vqgan") else "timesteps"
         print(f"--steps {cfg.steps}: there are {there} {unit} only, and more steps gain nothing")
-    first = unified.processes()[0] == 0
+    first, path = unified.processes()[0] == 0, cfg.out
     if cfg.reconstruct and first:
         write_reconstructed(path, model, cfg)
     elif cfg.image and first:
