@@ -56,6 +56,8 @@ import probe
 import train
 import unified
 
+torch.set_num_threads(1)                                                # several wait for each other in a loop, and on a busy machine for minutes
+
 HERE = pathlib.Path(__file__).parent
 GOLDEN = pathlib.Path(os.environ.get("UNIFIED_GOLDEN", HERE / "assets/golden"))
 PUBLISHED_FAKE_CLASS = 76                                               # id 1100 = 1024 codes + class 76, by an accident in the original
