@@ -1739,11 +1739,11 @@ def first(x):
 
 
 def golden_draws(g, given, theirs):
-    """The arguments of our forward that repeat the golden draws."""
+    """The arguments of our forward that repeat the golden draws. There the largest of the uniform numbers are masked."""
     noised, B = len(given["t"]), len(g.inputs["images"])
     rows = [given.get(f"{part}_mask_uniform", torch.zeros(n, (g.config["model"]["img_size"] // g.config["model"]["patch_size"][0]) ** 2))
             for part, n in (("noised", noised), ("clean", B - noised))]
-    return dict(t=given["t"] + 1, noise=first(given["eps"]), mask_noise=torch.cat(rows),
+    return dict(t=given["t"] + 1, noise=first(given["eps"]), mask_noise=-torch.cat(rows),
                 keep_label=~given["noised_label_drop"] if "noised_label_drop" in given else None)
 
 
@@ -1901,7 +1901,7 @@ def test_umd_without_noise_is_mae():
     clean, _ = umd()(x, clean=4, mask_noise=u)
     alone, logs = umd(clean=1.0)(x, mask_noise=u)
     assert clean.equal(alone) and list(logs) == ["x0_clean"]
-    visible = u.argsort(1)[:, :4]                                       # written out: a quarter is seen, the error counts on the rest
+    visible = u.argsort(1)[:, -4:]                                      # written out: a quarter is seen, the error counts on the rest
     guess, _ = umd().predict(2 * x - 1, torch.zeros(4, dtype=torch.long), visible=visible)
     hidden = torch.ones(4, 16).scatter(1, visible, 0.0).view(4, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert_close(alone, ((guess - (2 * x - 1)).square() * hidden).mean() / hidden.mean(), 1e-5)
@@ -1934,10 +1934,19 @@ def test_what_is_hidden_and_what_is_noise_are_never_read():
         assert ours.equal(theirs)
 
 
+def test_the_smallest_of_the_random_numbers_are_masked_in_every_method():
+    u = some_noise(4, 16)
+    smallest = u.argsort(1).argsort(1) < 12
+    for masked in (mage().hide(some_ids(mage()), 0.75, u)[1], addp().hide(some_ids(mage()), 20, 1, u)[1],
+                   umd().hidden_pixels(umd().visible(u, 0.75))[:, 0, ::4, ::4].flatten(1)):
+        assert masked.equal(u.argsort(1).argsort(1) < masked[0].sum()) and masked.any() and not masked.all()
+    assert masked.equal(smallest)
+
+
 def test_noise_is_learned_where_it_is_seen_and_pixels_where_they_are_hidden():
     model, visible = umd(), torch.tensor([[0, 1, 2, 3]])
     hidden = model.hidden_pixels(visible)
-    x0, noise, u = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), torch.arange(16.0)[None]
+    x0, noise, u = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), -torch.arange(16.0)[None]
     guesses = []
     model.predict = lambda *args: guesses.extend(torch.zeros(1, 3, 16, 16, requires_grad=True) for _ in range(2)) or guesses[-2:]
     sum(model.errors(x0, torch.tensor([9]), noise, u, 0.75)).backward()

@@ -1272,7 +1272,7 @@ class UMD(Model):
         x           pixels (B, 3, S, S) in [0, 1]           labels  int (B,) in 0 .. classes - 1, or None; the clean part never sees them
         clean       how many, the last ones, stay clean; int(B * share) if None. The rest, N of them, are noised:
         t, noise    int (N,) in 1 .. T and (N, 3, S, S), standard normal
-        mask_noise  (B, L), the largest are hidden          keep_label  bool (N,): which labels are shown. All drawn if None
+        mask_noise  (B, L), the smallest are masked         keep_label  bool (N,): which labels are shown. All drawn if None
         returns     scalar loss, dict of its terms
         """
         x0, B = 2 * x - 1, len(x)
@@ -1301,8 +1301,8 @@ class UMD(Model):
                      for ours, target, where in zip(guess, (x0, noise), (hidden, ~hidden)))
 
     def visible(self, mask_noise, ratio):
-        """The patches of smallest noise (B, L), so many that a share ratio is hidden: int (B, M)."""
-        return mask_noise.argsort(dim=1, stable=True)[:, :int(self.length * (1 - ratio))]
+        """The patches of largest noise (B, L), so many that a share ratio is masked: int (B, M)."""
+        return mask_noise.argsort(dim=1, stable=True)[:, self.length - int(self.length * (1 - ratio)):]
 
     def hidden_pixels(self, visible):
         """Visible patches, int (B, M) -> bool (B, 1, S, S), True = hidden."""
