@@ -5321,6 +5321,41 @@ def test_the_tokenizers_batch_fits_the_device_or_is_what_was_asked_for(args, bat
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# The library: a wrong call is a ValueError. (Not every wrong call yet: see the README's "Not checked".)
+
+
+@pytest.mark.parametrize("model", [mage, lambda: umd(clean=0.0), adm], ids=["mage", "umd", "adm"])
+def test_seeds_may_be_counted_from_a_number(model):
+    model = model()
+    ours, theirs = model.sample(2, steps=2, seeds=7), model.sample(2, steps=2, seeds=torch.tensor([7, 8]))
+    assert ours.equal(theirs) and not ours.equal(model.sample(2, steps=2))
+    for seeds in (torch.arange(3), torch.zeros(2), torch.zeros(2, 1, dtype=torch.long)):
+        with pytest.raises(ValueError, match="seeds must be one int, or int .2,."):
+            model.sample(2, steps=2, seeds=seeds)
+
+
+@pytest.mark.parametrize("model", [mage, lambda: umd(clean=0.0), adm], ids=["mage", "umd", "adm"])
+def test_labels_are_refused_by_models_without_classes_and_in_wrong_numbers(model):
+    with pytest.raises(ValueError, match="without classes"):
+        model().sample(2, steps=2, labels=torch.tensor([0, 1]))
+    if model is mage:
+        with pytest.raises(ValueError, match="without classes"):
+            mage()(some_ids(mage(), 2), torch.tensor([0, 1]))
+        for labels in (torch.tensor([0]), torch.tensor([0.0, 1.0])):
+            with pytest.raises(ValueError, match="labels must be int .2,."):
+                mage(classes=2).sample(2, steps=2, labels=labels)
+
+
+def test_bytes_and_unknown_schedules_are_refused():
+    with pytest.raises(ValueError, match="divide"):
+        mage().embed(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="cosine or linear"):
+        mage().sample(2, schedule="sigmoid")
+    with pytest.raises(ValueError, match="cosine or linear"):
+        unified.alpha_bar("sigmoid")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # GPU paths, checked without a GPU: a model on "meta" has no numbers, and whoever asks for one would have waited
 
 

@@ -418,6 +418,8 @@ def hidden_left(initial, hidden, step, steps, schedule="cosine", up=False):
     """How many ids of each picture stay hidden after a step, counted from 0: a share of those hidden at the start, which falls along a
     cosine, or a straight line (schedule "linear"). Rounded down and at least one less than before, or rounded up; and at least one as
     long as there is any. initial, hidden: int (B,) -> int (B,)."""
+    if schedule not in ("cosine", "linear"):
+        raise ValueError(f"the schedule is cosine or linear, not {schedule!r}")
     left = initial.double() * (math.cos(math.pi / 2 * (step + 1) / steps) if schedule == "cosine" else 1 - (step + 1) / steps)
     left = left.ceil().long() if up else left.floor().long().minimum(hidden - 1)
     return left.clamp(min=1).minimum(hidden)
@@ -471,6 +473,8 @@ def categorical(p, u):
 
 def alpha_bar(schedule, steps=1000):
     """abar of steps 0 .. T-1, float64 (T,): 'linear' betas [DDPM] or the 'cosine' law, which keeps more of a small picture [iDDPM, eq. 17]."""
+    if schedule not in ("cosine", "linear"):
+        raise ValueError(f"the noise schedule is cosine or linear, not {schedule!r}")
     if schedule == "linear":
         beta = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
     else:
@@ -582,6 +586,23 @@ def run_blocks(x, blocks, first, layers, add, maps, places, *condition):
     return x
 
 
+def seeds_of(seeds, n, device):
+    """Seeds of n images, int64 (n,): those given, or n from the one given on, or from 0 if None. ValueError if they are something else."""
+    if seeds is None or isinstance(seeds, int):
+        return torch.arange(n, device=device) + (seeds or 0)
+    if seeds.shape != (n,) or seeds.is_floating_point():
+        raise ValueError(f"seeds must be one int, or int ({n},), not {seeds.dtype} {tuple(seeds.shape)}")
+    return send(seeds.long(), device)
+
+
+def labels_of(labels, n, classes):
+    """Labels of n images for a model of so many classes, or None; ValueError if they are not int (n,), or if there are no classes."""
+    if labels is not None and (not classes or labels.shape != (n,) or labels.is_floating_point()):
+        raise ValueError(f"labels must be int ({n},) below {classes}, not {labels.dtype} {tuple(labels.shape)}" if classes else
+                         "this model takes no labels: it was built without classes")
+    return labels
+
+
 class Model(nn.Module):
     """What all models share. Each adds
 
@@ -595,7 +616,8 @@ class Model(nn.Module):
     generates = True                    # it can start from nothing
 
     def sample(self, n, **options):
-        """Pictures (n, 3, S, S) in [0, 1]. Options as for sample_steps."""
+        """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. Equal seeds give equal images: count them on in a loop, as in
+        for first in range(0, 1000, 64): x = model.sample(64, seeds=first)."""
         for state in self.sample_steps(n, **options):
             pass
         return self.render(state)
@@ -767,14 +789,16 @@ class MAGE(Model):
 
     @torch.no_grad()
     def to_ids(self, x):
-        """Pixels (B, 3, S, S) -> ids (B, L), row by row; ids, from the cache, stay ids."""
+        """Pixels (B, 3, S, S) -> ids (B, L), row by row; ids, from the cache, stay ids. ValueError for bytes, which are neither."""
+        if x.dtype == torch.uint8:
+            raise ValueError("bytes are neither ids nor pixels in [0, 1]; divide an image's bytes by 255")
         return self.vqgan.encode(x).flatten(1) if x.is_floating_point() else x.long()
 
     def words(self, ids, mask, labels=None, keep_label=None):
         """What the encoder reads: [MASK] where hidden, the class in front. In training one label in ten is replaced by the fake
         class, so that the network also knows pictures without label, which guidance needs. (B, L) -> (B, 1 + L)."""
         front = torch.full_like(ids[:, :1], self.fake_id)
-        if labels is not None:
+        if labels_of(labels, len(ids), self.classes) is not None:
             if keep_label is None:
                 keep_label = torch.rand(labels.shape, device=ids.device) >= (0.1 if self.training else 0.0)
             front = torch.where(keep_label[:, None], self.codes + labels[:, None], front)
@@ -851,7 +875,7 @@ class MAGE(Model):
         temperature   of the noise on the confidence at the first step; 6 as published for a grid of 16 x 16, less for smaller ones (ours)
         labels        int (n,) or None            guidance  1: as trained; more: exaggerates what the label changes, linearly over the steps
         known, mask   pixels (n, 3, S, S) and bool (n, S, S), True = to be painted; each picture may have its own hole
-        seeds         int64 (n,), all that a picture depends on besides the weights; 0 .. n-1 if None
+        seeds         int (n,), all that an image depends on besides the weights; or the first of n in a row, 0 if None
         schedule      how the hidden share falls: "cosine", or "linear", as published for ADDP with 256 steps
         yields        a Decoding after each step; nothing is hidden in the last one
         """
@@ -859,7 +883,7 @@ class MAGE(Model):
         alike = known is None and labels is None
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
         ids, hidden = self.start(n, known, mask)
-        seeds = torch.arange(n, device=ids.device) if seeds is None else seeds
+        seeds, labels = seeds_of(seeds, n, ids.device), labels_of(labels, n, self.classes)
         initial = counts = torch.full((n,), self.length) if known is None else hidden.sum(1).cpu()
         for step in range(steps):
             progress = (step + 1) / steps
@@ -1322,6 +1346,7 @@ class UMD(Model):
         """What every block is told: (B, C). In training one label in ten is left out, which guidance needs."""
         phases = angles(t, self.norm.weight.numel(), self.norm.weight.numel() / 2 - 1)
         c = self.time_embed(torch.cat([phases.sin(), phases.cos()], 1))
+        labels_of(labels, len(t), self.classes)
         if self.classes:
             if labels is not None and keep_label is None:
                 keep_label = torch.rand(labels.shape, device=t.device) >= (0.1 if self.training else 0.0)
@@ -1380,7 +1405,7 @@ class UMD(Model):
             return
         T = len(self.abar) - 1
         t = [*range(T, 1, -math.ceil(T / (steps or 125))), 1]
-        seeds = torch.arange(n, device=self.norm.weight.device) if seeds is None else seeds
+        seeds, labels = seeds_of(seeds, n, self.norm.weight.device), labels_of(labels, n, self.classes)
 
         def guess(x, step):
             _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, guidance)
@@ -1666,16 +1691,15 @@ class ADM(Model):
         n, steps      pictures, steps; 250 as published, 25 for DDIM
         temperature   0 to 1. 1: ancestral; less: DDIM, eta of ddim_step, which adds less noise, at 0 none
         known, mask   pixels (n, 3, S, S) in [0, 1] and bool (n, S, S), True = to be painted
-        seeds         int64 (n,), all that a picture depends on besides the weights; 0 .. n-1 if None
+        seeds         int (n,), all that an image depends on besides the weights; or the first of n in a row, 0 if None
         yields        a Denoising after each step. labels must be None: this network takes none, so guidance means nothing
         """
-        if labels is not None:
-            raise ValueError("this network takes no labels")
+        labels_of(labels, n, 0)
         T, eta = len(self.abar), 1.0 if temperature is None else temperature
         steps = min(steps or (250 if eta else 25), T)
         kept = kept_steps(T, [steps]) if eta else strided_steps(T, steps)
         abar, last = self.abar[kept], len(kept) - 1
-        seeds = torch.arange(n, device=self.out[0].weight.device) if seeds is None else seeds
+        seeds = seeds_of(seeds, n, self.out[0].weight.device)
 
         def guess(x, step):
             i = last - step
