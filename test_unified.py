@@ -3766,7 +3766,7 @@ class Web(socketserver.StreamRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
         if fault == "interrupted":
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         if fault in ("stalled", "interrupted") or fault == "stalled-once" and first:
             self.server.over.wait(20)
         elif fault in ("slow", "stalled-once"):
@@ -3844,8 +3844,12 @@ def test_a_full_disk_ends_a_download_in_one_sentence(web, tmp_path, share):
 
 def test_ctrl_c_in_a_download_leaves_nothing(web, tmp_path):
     web.pick("interrupted")
-    with pytest.raises(KeyboardInterrupt):
-        unified.download_cifar10(tmp_path / "data")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            unified.download_cifar10(tmp_path / "data")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
 
 
@@ -5641,7 +5645,7 @@ def test_a_probe_compiles_on_a_gpu_and_not_on_a_cpu(gpu):
 def test_a_compiled_probe_finds_what_the_plain_one_does(graphs, monkeypatch):
     found, config = [], {"arch": unified.model_config("umd", "tiny", 32, 4)}
     data = unified.Pictures(*unified.draw_shapes(torch.arange(40), 32), list(unified.SHAPES), (1.0, 1.0))
-    monkeypatch.setattr(unified, "load_model", lambda *_: (unified.build(config["arch"]).eval(), config))
+    monkeypatch.setattr(unified, "load_model", lambda *_, **__: (unified.build(config["arch"]).eval(), config))
     monkeypatch.setattr(probe, "open_sets", lambda *_: ("", data, data))
     monkeypatch.setattr(probe, "report", lambda wanted, dataset, labels, results, *rest: found.append(results))
     for compile in (False, True):

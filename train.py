@@ -192,7 +192,7 @@ class Run:
     """What every part of a run needs to know: flags, folder, device, place among the processes, and whether to stop."""
 
     def __init__(self, cfg, recipe):
-        self.cfg, self.recipe, self.folder = cfg, recipe, pathlib.Path(cfg.out_dir)
+        self.cfg, self.recipe, self.folder, self.lock = cfg, recipe, pathlib.Path(cfg.out_dir), None
         self.device = unified.join_processes(cfg.device)
         self.rank, self.world = unified.processes()
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
@@ -1029,6 +1029,8 @@ def main():
         code = 128 + next(iter(unified.SIGNALS), signal.SIGTERM)
     finally:
         unified.leave_processes()
+        if run.lock:
+            run.lock.close()                                                                # for whoever calls main() again
     sys.exit(code)
 
 
