@@ -29,6 +29,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import socketserver
@@ -3645,7 +3646,6 @@ def test_what_cannot_be_a_data_set_is_refused_with_the_tree_that_is_expected(tre
     for root in (tree / "nowhere", tree / "train/empty"):
         with pytest.raises(unified.UserError, match="(?s)no image in.*n01440764"):
             both_parts(root)
-    import shutil
     shutil.rmtree(tree / "train")
     with pytest.raises(unified.UserError, match="no image in .*train"):
         both_parts(tree)
@@ -5235,7 +5235,6 @@ def test_a_process_touches_its_own_device_only_and_waits_for_hours(name, world, 
 
 
 def test_what_a_run_was_trained_on_must_not_change(photos, finished, tmp_path):
-    import shutil
     tree, run = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
     script("train.py", *flags(tree, run, "--labels", "--eval-every", 0))
     rerun = flags(tree, run, "--labels", "--eval-every", 0, "--resume")

@@ -42,7 +42,6 @@ Papers     [UMD] Hansen-Estruch et al. 2024, arXiv 2406.17688    [DiT] Peebles a
 import argparse
 import collections
 import contextlib
-import copy
 import dataclasses
 import datetime
 import errno
@@ -51,7 +50,6 @@ import gc
 import hashlib
 import inspect
 import io
-import json
 import math
 import os
 import pathlib
