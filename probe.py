@@ -212,6 +212,80 @@ def untrained(model, config):
     return fresh.to(next(model.parameters()).device).eval()
 
 
+def describe_data(data):
+    """What a run was trained on, for its checkpoint."""
+    return {"classes": data.classes, "images": len(data), "layout": data.layout}
+
+
+def check_same_data(config, data, run, remedy):
+    """UserError, ending in the remedy, if data are not what the run with this config was trained on: its labels would mean something else."""
+    for name, now in describe_data(data).items():
+        was = config.get(name, now)                                                         # older checkpoints do not say
+        if was != now:
+            was, now = (", ".join([c for c in a if c not in b][:5] or a[:5]) if name == "classes" else a for a, b in ((was, now), (now, was)))
+            raise UserError(f"{run} was trained on other data, {name} {was} then and {now} now; {remedy}")
+
+
+def local_shard(items):
+    """What this process takes of a list or tensor: of W processes each every W-th item."""
+    rank, world = unified.processes()
+    return items[rank::world]
+
+
+def images_at_once(data, device):
+    """How many pictures of a data set to read at once: 2^21 pixels on a GPU; on a CPU 2^16, which is fastest with what its caches hold; at least 4."""
+    return max(4, 2 ** (16 if torch.device(device).type == "cpu" else 21) // data.size ** 2)
+
+
+def read_all(read, data, index, workers=0, device="cpu", name=None):
+    """The whole pictures index (N,) of a data set, read without gradient: read(x (B, 3, S, S) on device, index (B,)) -> {key: (B, ...)}.
+
+    name: shows a progress bar. Returns {key: (N, ...)} on the device that read put them on, labels (N,) on the CPU.
+    """
+    batch = images_at_once(data, device)
+    found, labels, parts = {}, torch.empty(len(index), dtype=torch.long), index.split(batch)
+    bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None or unified.processes()[0] > 0, dynamic_ncols=True)
+    with torch.no_grad():
+        for i, (part, (x, y)) in enumerate(zip(bar, data.batches(((part, None) for part in parts), workers, replace=False))):
+            if unified.SIGNALS:
+                raise unified.Stopped("while images were read")
+            rows = slice(i * batch, i * batch + len(y))
+            for key, v in read(x.to(device), part).items():
+                found.setdefault(key, v.new_empty(len(index), *v.shape[1:]))[rows] = v
+            labels[rows] = y
+    return found, labels
+
+
+def map_images(function, data, count=None, workers=0, device="cpu", name=None):
+    """function(x (B, 3, S, S) on device) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, as by read_all.
+
+    A part is taken at random, the same one every time. Returns results (count, ...), labels (count,), on the CPU.
+    """
+    index = torch.arange(len(data))
+    if count and count < len(data):
+        index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
+    found, labels = read_all(lambda x, _: {"": function(x).cpu()}, data, index, workers, device, name)
+    return found[""][labels >= 0], labels[labels >= 0]
+
+
+def learning_rate(position, warmup, total, peak, least=0.0):
+    """Linear rise, then half a cosine down to least: position, warmup and total in one unit (official file: util/lr_sched.py)."""
+    if position < warmup:
+        return peak * position / warmup
+    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
+
+
+def compile_blocks(model):
+    """torch.compile block by block, frozen parts too, for each shape that they meet: in a transformer one block is compiled and the others
+    follow, in training and in sampling; those of a U-Net and of a tokenizer differ. Only ADDP's decoder has no fixed number of tokens."""
+    torch._dynamo.config.cache_size_limit = 256
+    torch._dynamo.config.optimize_ddp = False                   # else a block is cut where DDP's buckets end
+    varying = [*model.decoder_blocks] if isinstance(model, unified.ADDP) else []
+    for module in model.modules():
+        if isinstance(module, (unified.Block, unified.ResBlock, unified.TimedBlock)):
+            module.compile(dynamic=module in varying)
+
+
 # Features of many pictures. A reader turns pictures x (B, 3, S, S) and their names (B,) into {key: (B, ...)}; all that is compared is read
 # from one picture while it is at hand, since decoding it may be what takes longest. A picture's name is its number, a crop's is the crop's:
 # what is random in features follows from the name, so that fresh crops also come with fresh noise.
@@ -275,7 +349,7 @@ def collect(read, data, index, cfg, title):
     if need > 0.8 * there:
         raise UserError(f"features of {len(index)} pictures need {need / 2**30:.0f} GiB; --limit {int(0.5 * there / need * len(index))} fits, "
                         "a smaller --pool may, and trained heads have --augment, which keeps none")
-    found, y = unified.collect(read, data, unified.share(index), cfg.workers, cfg.device, title)
+    found, y = read_all(read, data, local_shard(index), cfg.workers, cfg.device, title)
     y = gather(y.to(cfg.device), len(index))
     return {key: gather(v, len(index))[y >= 0] for key, v in found.items()}, y[y >= 0]      # unreadable images count nowhere
 
@@ -285,7 +359,7 @@ def gather(mine, n):
     if unified.processes()[1] == 1:
         return mine
     everything = mine.new_zeros(n, *mine.shape[1:])
-    unified.share(everything)[:] = mine
+    local_shard(everything)[:] = mine
     torch.distributed.all_reduce(everything)
     return everything
 
@@ -641,7 +715,7 @@ def cached_batches(x, y, batch, seed):
     """epoch -> this process's share of batches of features (N, ...) that were computed once; the last, incomplete one is left out, as published."""
     def batches(epoch):
         for part in unified.shuffled(len(y), seed, epoch).to(y.device).split(batch)[:len(y) // batch]:
-            part = unified.share(part)
+            part = local_shard(part)
             yield {key: v[part] for key, v in x.items()}, y[part]
     return batches
 
@@ -649,8 +723,8 @@ def cached_batches(x, y, batch, seed):
 def fresh_batches(read, data, index, batch, cfg):
     """epoch -> the same of features computed anew, with --augment of fresh random crops, read in smaller parts than a batch."""
     def batches(epoch):
-        whole = [unified.share(one) for one in index[unified.shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]]
-        parts = [part for one in whole for part in one.split(unified.at_once(data, cfg.device))]
+        whole = [local_shard(one) for one in index[unified.shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]]
+        parts = [part for one in whole for part in one.split(images_at_once(data, cfg.device))]
         rows, labels = [], []
         for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None] if cfg.augment else None) for part in parts], cfg, replace=True):
             rows, labels = rows + [found], labels + [y]
@@ -671,7 +745,7 @@ def rate(epoch, cfg):
     if cfg.sgd:
         return peak * 0.1 ** int(4 * epoch / cfg.epochs)
     warmup = 10 / 90 if cfg.head == "linear" else 0.05
-    return unified.learning_rate(epoch, warmup * cfg.epochs, cfg.epochs, peak, least=1e-6 * (cfg.head == "finetune"))
+    return learning_rate(epoch, warmup * cfg.epochs, cfg.epochs, peak, least=1e-6 * (cfg.head == "finetune"))
 
 
 def train_heads(heads, batches, steps, dims, cfg):
@@ -697,7 +771,7 @@ def train_heads(heads, batches, steps, dims, cfg):
 @torch.no_grad()
 def score_heads(heads, read, data, dims, cfg):
     """Accuracy of each head on a whole data set, for each d of dims: {net: [in [0, 1], ...]}. (MAE and MAGE report their best epoch.)"""
-    plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(unified.at_once(data, cfg.device))]
+    plan = [(part, None) for part in local_shard(torch.arange(len(data))).split(images_at_once(data, cfg.device))]
     hits = {net: torch.zeros(len(dims), device=cfg.device) for net in heads}
     readable = torch.zeros((), device=cfg.device)
     for found, y in stream(read, data, plan, cfg):
@@ -754,7 +828,7 @@ def finetune(net, data, index, test, decay, title, cfg):
     with progress(cfg.epochs * steps, title) as bar:
         for epoch in range(cfg.epochs):
             parts = index[unified.shuffled(len(index), cfg.seed, epoch)].split(cfg.batch_size)[:steps]
-            plan = [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in map(unified.share, parts)]
+            plan = [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in map(local_shard, parts)]
             for i, (x, y) in enumerate(data.batches(plan, cfg.workers)):
                 mixup_loss(logits, x.squeeze(1), unified.send(y, cfg.device)).backward()
                 average_gradients(p for group in optimizer.param_groups for p in group["params"])
@@ -778,7 +852,7 @@ def mixup_loss(logits, x, y, alpha=0.8, smoothing=0.1):
 @torch.no_grad()
 def accuracy(logits, data, cfg):
     """Share of a data set's whole pictures where the largest of logits(x) is the label's."""
-    plan = [(part, None) for part in unified.share(torch.arange(len(data))).split(unified.at_once(data, cfg.device))]
+    plan = [(part, None) for part in local_shard(torch.arange(len(data))).split(images_at_once(data, cfg.device))]
     hits = [torch.stack([logits(x).argmax(1) == y, y >= 0], 1) for x, y in
             ((x, y.to(cfg.device)) for x, y in data.batches(plan, cfg.workers, replace=False))]
     right, readable = gather(torch.cat(hits).float(), len(data)).sum(0).tolist()
@@ -798,7 +872,7 @@ def open_sets(model, config, cfg):
     if len(train.classes) < 2 or not test.unseen or len(train) < 20:
         raise UserError(f"{name} cannot be probed, which takes two classes, 20 images to train on and others to test on: {train.summary}")
     if not cfg.dataset:
-        unified.same_data(config, train, cfg.run, f"put them back, or say --dataset {name} to probe it on these")
+        check_same_data(config, train, cfg.run, f"put them back, or say --dataset {name} to probe it on these")
     return name, train, test
 
 
@@ -907,7 +981,7 @@ def run(cfg, first):
     print(train.summary or f"{dataset}: {len(train)} images to train on, {len(test)} to test on")
     index = unified.shuffled(len(train), cfg.seed)[:cfg.limit]
     if cfg.compile:
-        unified.compile_blocks(model)
+        compile_blocks(model)
     if cfg.head in RECIPES:
         fit_recipe(cfg, train, len(index))
     if cfg.head in ONE_PLACE:
@@ -916,7 +990,7 @@ def run(cfg, first):
         wanted = [place._replace(pool=cfg.pool) for place in wanted]
     nets = {"top1": model, "untrained": untrained(model, config)}
     if cfg.compile:
-        unified.compile_blocks(nets["untrained"])
+        compile_blocks(nets["untrained"])
     labels = {"top1": "this model", "pixels": "raw pixels",
               "untrained": "the same network untrained" + " (transformer untrained, tokenizer trained)" * hasattr(model, "vqgan")}
     if cfg.head == "finetune":

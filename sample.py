@@ -27,7 +27,7 @@ import torch.distributed
 import tqdm
 
 import unified
-from probe import results_folder
+from probe import compile_blocks, results_folder
 from train import writable, write_file
 from unified import UserError, option
 
@@ -302,7 +302,7 @@ def run(cfg, device):
     model, config = unified.load_model(cfg.run, ema=cfg.weights == "ema", **attention)
     model.to(device)
     if cfg.compile:
-        unified.compile_blocks(model)
+        compile_blocks(model)
     if not model.generates and not cfg.image:
         raise UserError(f"{cfg.run} has learned to fill holes, not to start from nothing; add --image FILE --box x0,y0,x1,y1")
     if cfg.reconstruct and not (hasattr(model, "vqgan") or getattr(model, "hidden_clean", 0)):

@@ -266,7 +266,7 @@ def open_run(run, train):
             for name in now.keys() - RESUME_MAY_CHANGE:
                 if was.get(name, now[name]) != now[name]:
                     raise UserError(f"this run has --{name.replace('_', '-')} {was[name]}, not {now[name]}; repeat its flags, or take another --out-dir")
-            unified.same_data(was, train, run.folder, "put them back, or take another --out-dir")
+            probe.check_same_data(was, train, run.folder, "put them back, or take another --out-dir")
             return
 
 
@@ -340,6 +340,7 @@ class Stage:
     recipe: dict                    # of unified.MODELS: optimizer, clipping, warm-up, averaging
     extra: callable = lambda step, first: {}            # more arguments of net.forward, for a micro-batch that begins at image first of the batch
     evaluate: callable = lambda: {}                     # -> held-out figures, drawing pictures on the way
+    named: callable = "image {}".format                 # number of an image -> what it is called
 
 
 def save_checkpoint(path, state):
@@ -455,19 +456,36 @@ class Meter:
         means = dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist()))
         skipped, in_a_row = int(self.skipped), int(self.in_a_row)
         if skipped and (in_a_row >= 5 or in_a_row == step - self.first):
+            names = to_blame(self.run, self.stage, step)
             raise UserError(f"the loss or its gradient is not finite, {in_a_row} steps in a row up to step {step}; {self.run.folder} keeps the last good "
-                            "checkpoint; a lower --lr may help, or another --seed")
+                            "checkpoint; " + (f"{', '.join(names)} alone {'does' if len(names) == 1 else 'do'} that: take it out" if names else
+                                              "a lower --lr may help, or another --seed"))
         if skipped:
             self.run.tell(f"{skipped} of the steps up to {step} were skipped: their gradient was not finite")
             self.skipped = 0
         return means
 
 
+def to_blame(run, stage, step):
+    """Names of the images, at most three, whose gradient alone is not finite; none if that of every image of the step is not."""
+    found, batch, images = [], plan(stage.images, run.cfg.seed, stage.views, stage.batch, stage.micro, run.rank, run.world, step - 1, step), 0
+    for index, crops in batch:
+        alone = [(index[i:i + 1], None if crops is None else crops[i:i + 1]) for i in range(len(index))]
+        for i, (x, labels) in zip(index.tolist(), stage.batches(alone)):
+            x, labels, images = unified.send(x, run.device), unified.send(labels, run.device), images + 1
+            with run.autocast():
+                loss, _ = stage.net(x.squeeze(1) if stage.views == 1 else x, labels if run.cfg.labels else None)
+            gradients = torch.autograd.grad(loss, trainable(stage.net).values(), allow_unused=True)
+            if not all(g.isfinite().all() for g in gradients if g is not None):
+                found.append(stage.named(i))
+    return found[:3] if len(found) < images else []
+
+
 def update(run, stage, net, optimizer, weights, ema, step, batches, add):
     """One optimizer step over as many micro-batches as make a batch: add(loss, logs) is told the losses of each; nothing here waits for
     the device. Returns the gradient's norm, still there, and the learning rate."""
     accumulate, recipe = stage.batch // (stage.micro * run.world), stage.recipe
-    rate = unified.learning_rate(step + 1, recipe["warmup"] * stage.steps, stage.steps + 1, stage.peak, recipe["least"] * stage.peak)
+    rate = probe.learning_rate(step + 1, recipe["warmup"] * stage.steps, stage.steps + 1, stage.peak, recipe["least"] * stage.peak)
     for micro in range(accumulate):
         x, labels = next(batches)
         place = micro * run.world + run.rank
@@ -499,7 +517,7 @@ def fit(run, stage):
     ema = averages(net, stage.recipe)
     step = restore(run, stage, optimizer, ema)
     if cfg.compile:
-        unified.compile_blocks(net)
+        probe.compile_blocks(net)
     ddp = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=stage.name == "tokenizer" or bool(cfg.init)) if run.world > 1 else net
     batches = stage.batches(plan(stage.images, cfg.seed, stage.views, stage.batch, stage.micro, run.rank, run.world, step, stage.steps))
     meter = Meter(run, stage, step)
@@ -540,13 +558,13 @@ def measure_tokenizer(run, vqgan, data, count):
             y, ids = vqgan.reconstruct(x)
         used[ids.unique().cpu()] = True
         return (y - x).square().mean((1, 2, 3))
-    error, _ = unified.map_pictures(squared_error, data, count, workers=run.cfg.workers, device=run.device, name="PSNR" if count > 1000 else None)
+    error, _ = probe.map_images(squared_error, data, count, workers=run.cfg.workers, device=run.device, name="PSNR" if count > 1000 else None)
     return {"psnr": -10 * math.log10(error.mean().item()), "codes_used": used.float().mean().item()}
 
 
 def draw_reconstructions(run, reconstruct, data):
     """reconstructions.png: at most 32 test pictures, each row of originals above the rows that reconstruct(x) makes of them."""
-    x, _ = unified.map_pictures(lambda x: x, data, 32, workers=run.cfg.workers)
+    x, _ = probe.map_images(lambda x: x, data, 32, workers=run.cfg.workers)
     torch.manual_seed(0)
     with run.autocast():
         columns = [x, *(y.cpu() for y in reconstruct(x.to(run.device)))]
@@ -581,10 +599,15 @@ def get_frozen(run, train, test):
         return measure_tokenizer(run, net.vqgan, test, 500)
     bytes_each = 8 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"] * 12
     views = 0 if isinstance(train, unified.Pictures) else 1                                 # enlarged crops of 32 pixels are all blur
-    fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch, **unified.described(train)}, lambda plan: train.batches(plan, cfg.workers), len(train), views, steps, batch,
+    fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch, **probe.describe_data(train)}, lambda plan: train.batches(plan, cfg.workers), len(train), views, steps, batch,
                    run.micro_batch(batch, bytes_each), run.recipe["tokenizer_lr"], TOKENIZER_RECIPE,
-                   lambda step, first: {"adversarial": cfg.adversarial * (step >= steps // 5)}, evaluate))
+                   lambda step, first: {"adversarial": cfg.adversarial * (step >= steps // 5)}, evaluate, name_of(train)))
     return net.vqgan, arch
+
+
+def name_of(data):
+    """What its images are called: number -> path, or "image 17"."""
+    return (lambda i: unified.shown(data.paths[i])) if isinstance(data, unified.Folder) else "image {}".format
 
 
 # Ids on disk. Tokenising costs more than a small model's whole training step, so every image is tokenised once, in V crops. The work is
@@ -640,8 +663,8 @@ def make_shards(shards, vqgan, data, views, workers):
     """Complete shards, [(path, the images it holds: int (m,)), ...], as far as they are this process's; ends after the next batch if asked to."""
     code = numpy.uint16 if len(vqgan.quantize.embedding.weight) <= 2**16 else numpy.int32
     device = next(vqgan.parameters()).device
-    todo = [(path, index[sum(map(len, read_shard(path)[1])):]) for path, index in unified.share(shards)]
-    todo = [(path, index.split(max(1, unified.at_once(data, device) // views))) for path, index in todo if len(index)]
+    todo = [(path, index[sum(map(len, read_shard(path)[1])):]) for path, index in probe.local_shard(shards)]
+    todo = [(path, index.split(max(1, probe.images_at_once(data, device) // views))) for path, index in todo if len(index)]
     plan = [(part, None if views == 1 else unified.fold(part[:, None], torch.arange(views))) for _, parts in todo for part in parts]
     bar = tqdm.tqdm(total=len(plan), desc="ids of every image", unit=" batches", disable=unified.processes()[0] > 0 or not plan, dynamic_ncols=True)
     batches = data.batches(plan, workers)
@@ -752,7 +775,7 @@ def get_model(run, frozen, arch, train, test):
              + (f"; the loss starts near ln {model.codes} = {math.log(model.codes):.2f}" if method.tokenizer else ""))
     if method.views == 2 and micro * run.world < cfg.batch_size:
         run.tell(f"the contrastive term compares {micro * run.world} of the {cfg.batch_size} images with each other: those computed at once")
-    held_out = functools.cache(lambda: unified.map_pictures(model.to_ids if method.tokenizer else lambda x: x, test, 512, workers=cfg.workers,
+    held_out = functools.cache(lambda: probe.map_images(model.to_ids if method.tokenizer else lambda x: x, test, 512, workers=cfg.workers,
                                                             device=run.device))             # read by the first process, when it evaluates
 
     def evaluate():
@@ -762,9 +785,9 @@ def get_model(run, frozen, arch, train, test):
         parts = zip(held.to(run.device).split(16), labels.to(run.device).split(16))         # each draws a hidden share of its own
         with torch.no_grad(), run.autocast():
             return {"held_out": torch.stack([model(x, y if cfg.labels else None)[0] for x, y in until_asked(parts)]).mean().item()}
-    ema = fit(run, Stage("model", model, {"arch": arch, **unified.described(train)}, get_ids(run, getattr(model, "vqgan", None), train), len(train),
+    ema = fit(run, Stage("model", model, {"arch": arch, **probe.describe_data(train)}, get_ids(run, getattr(model, "vqgan", None), train), len(train),
                          method.views if method.tokenizer else cfg.views, steps, cfg.batch_size, micro, peak, recipe_of(cfg),
-                         lambda step, first: model.draws(first, micro), evaluate))
+                         lambda step, first: model.draws(first, micro), evaluate, name_of(train)))
     return model, ema
 
 
@@ -876,7 +899,7 @@ def closing_probe(run, model, ema, train, test):
     torch.manual_seed(0)
     for name, embed in (("features", model.embed), ("the same network untrained", fresh.embed), ("raw pixels", lambda x: pixels(x).flatten(1))):
         with averaged(model, ema if recipe_of(cfg)["probe_ema"] else {}):
-            parts = [unified.map_pictures(embed, data, 10_000, workers=cfg.workers, device=run.device, name=name) for data in (train, test)]
+            parts = [probe.map_images(embed, data, 10_000, workers=cfg.workers, device=run.device, name=name) for data in (train, test)]
         top1[name] = probe.ridge_probe(*parts[0], *parts[1])
     return top1
 
@@ -989,7 +1012,7 @@ def training_step(run, model, x, method, plain):
         run.autocast = contextlib.nullcontext
         write_out_attention(model)
     elif run.cfg.compile:
-        unified.compile_blocks(model)
+        probe.compile_blocks(model)
     optimizer, weights = optimizer_of(model, stage.peak, method.recipe, None if plain else True), trainable(model)
     ema, labels = averages(model, method.recipe), torch.zeros(len(x), dtype=torch.long)
     started = time.perf_counter()

@@ -157,6 +157,11 @@ def in_float32(layer, x):
         return layer(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
+def guarded(method):
+    """The method, which answers a wrong call with a ValueError, see checked()."""
+    return functools.wraps(method)(lambda *args, **options: checked(method, args, options))
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # 2. Pictures <-> ids: the VQ tokenizer
 #
@@ -276,19 +281,23 @@ class VQGAN(nn.Module):
     codebook_size  K        codebook_dim  width of a code        ch, ch_mult, blocks, groups  as for Encoder
     """
 
+    forms = {"x": "float (B, 3, {S}, {S}) in [-0.5, 1.5]", "ids": "int (B, h, w) in [0, {m.codes})"}      # see Model
+
     def __init__(self, codebook_size, codebook_dim, ch, ch_mult, blocks, groups=32):
         super().__init__()
-        self.stride = 2 ** (len(ch_mult) - 1)
+        self.codes, self.stride = codebook_size, 2 ** (len(ch_mult) - 1)
         self.encoder = Encoder(ch, ch_mult, blocks, codebook_dim, groups)
         self.decoder = Decoder(ch, ch_mult, blocks, codebook_dim, groups)
         self.quantize = Codebook(codebook_size, codebook_dim)
         self.to(memory_format=torch.channels_last)                                          # the layout that convolutions are fastest in
 
+    @guarded
     def encode(self, x):
         """Pixels (B, 3, S, S) in [0, 1] -> ids (B, h, w). S must be a multiple of the stride."""
         z = self.encoder(x)
         return self.quantize.distances(z).argmin(1).view(-1, *z.shape[2:])
 
+    @guarded
     def decode(self, ids):
         """Ids (B, h, w) -> pixels (B, 3, S, S), not clamped: a released decoder overshoots [0, 1] a little."""
         return self.paint(self.quantize.lookup(ids))
@@ -297,6 +306,7 @@ class VQGAN(nn.Module):
         """Codes, or mixtures of them, (B, dim, h, w) -> pixels as decode() has them; so many at once, which take a few GiB."""
         return torch.cat([self.decoder(part) for part in z.split(max(1, pixels // (self.stride ** 2 * math.prod(z.shape[2:]))))])
 
+    @guarded
     @torch.no_grad()
     def reconstruct(self, x):
         """Pixels (B, 3, S, S) -> what is left of them after a round trip through ids, in [0, 1], and the ids (B, h, w)."""
@@ -416,8 +426,6 @@ def hidden_left(initial, hidden, step, steps, schedule="cosine", up=False):
     """How many ids of each picture stay hidden after a step, counted from 0: a share of those hidden at the start, which falls along a
     cosine, or a straight line (schedule "linear"). Rounded down and at least one less than before, or rounded up; and at least one as
     long as there is any. initial, hidden: int (B,) -> int (B,)."""
-    if schedule not in ("cosine", "linear"):
-        raise ValueError(f"the schedule is cosine or linear, not {schedule!r}")
     left = initial.double() * (math.cos(math.pi / 2 * (step + 1) / steps) if schedule == "cosine" else 1 - (step + 1) / steps)
     left = left.ceil().long() if up else left.floor().long().minimum(hidden - 1)
     return left.clamp(min=1).minimum(hidden)
@@ -471,10 +479,10 @@ def categorical(p, u):
 
 def alpha_bar(schedule, steps=1000):
     """abar of steps 0 .. T-1, float64 (T,): 'linear' betas [DDPM] or the 'cosine' law, which keeps more of a small picture [iDDPM, eq. 17]."""
-    if schedule not in ("cosine", "linear"):
-        raise ValueError(f"the noise schedule is cosine or linear, not {schedule!r}")
     if schedule == "linear":
         beta = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+    elif schedule != "cosine":
+        raise ValueError(f"a noise schedule is 'linear' or 'cosine', not {schedule!r}")
     else:
         left = (((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008) * math.pi / 2).cos() ** 2
         beta = (1 - left[1:] / left[:-1]).clamp(max=0.999)
@@ -584,23 +592,6 @@ def run_blocks(x, blocks, first, layers, add, maps, places, *condition):
     return x
 
 
-def seeds_of(seeds, n, device):
-    """Seeds of n images, int64 (n,): those given, or n from the one given on, or from 0 if None. ValueError if they are something else."""
-    if seeds is None or isinstance(seeds, int):
-        return torch.arange(n, device=device) + (seeds or 0)
-    if seeds.shape != (n,) or seeds.is_floating_point():
-        raise ValueError(f"seeds must be one int, or int ({n},), not {seeds.dtype} {tuple(seeds.shape)}")
-    return send(seeds.long(), device)
-
-
-def labels_of(labels, n, classes):
-    """Labels of n images for a model of so many classes, or None; ValueError if they are not int (n,), or if there are no classes."""
-    if labels is not None and (not classes or labels.shape != (n,) or labels.is_floating_point()):
-        raise ValueError(f"labels must be int ({n},) below {classes}, not {labels.dtype} {tuple(labels.shape)}" if classes else
-                         "this model takes no labels: it was built without classes")
-    return labels
-
-
 class Model(nn.Module):
     """What all models share. Each adds
 
@@ -608,15 +599,29 @@ class Model(nn.Module):
     image_size, classes                     layers {number: (channels, h, w)}     best_layer, best_t, pools, as its authors read it
     t_range  (least, most, meaning) of features(t=)
 
-    and those that hide, reconstruct(x) -> pictures. It is all that the scripts know of a model.
+    and those that hide, reconstruct(x) -> pictures. It is all that the scripts know of a model. A call of one of these with an argument
+    that has not its form is a ValueError. forms {argument or method.argument: form, see fits()}; seeds become int64 (n,).
     """
 
     generates = True                    # it can start from nothing
+    forms = {"x": "float (B, 3, {S}, {S})", "known": "float ({B}, 3, {S}, {S}) in [-0.5, 1.5]", "mask": "bool ({B}, {S}, {S})",
+             "noise": "float ({N}, 3, {S}, {S})", "mask_noise": "float ({B}, {m.length})", "keep_label": "bool ({N})",
+             "t": "{time} in [{m.t_range[0]}, {m.t_range[1]}]", "forward.t": "{time} ({N}) in [{m.t_range[0]}, {m.t_range[1]}]",
+             "n": "int in [1, inf]", "steps": "int in [1, inf]", "temperature": "float in [0, 1]", "guidance": "float in [-1e9, 1e9]",
+             "seeds": "int ({B})", "sample_steps.seeds": "int in [-9e18, 9e18] or int ({B})", "labels": "int ({B}) in [0, {m.classes})",
+             "pool": "among {m.pools}", "layers": "layers in [1, {D}]", "add": "maps in [1, {D}]", "schedule": "among cosine, linear",
+             "draw": "int in [0, 9e18]", "clean": "int in [0, {B}]", "rate": "float in [0.5, 1]", "index": "int in [0, 66)",
+             "gap": "int in [1, 5]"}
+    forms["embed.x"] = forms["reconstruct.x"] = forms["x"] + " in [-0.5, 1.5]"              # decoders overshoot a little
+
+    def __init_subclass__(cls):
+        for name in vars(cls).keys() & {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}:
+            setattr(cls, name, guarded(vars(cls)[name]))
 
     def sample(self, n, **options):
-        """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. Equal seeds give equal images: count them on in a loop, as in
+        """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. The same seeds give the same images: count them on in a loop, as in
         for first in range(0, 1000, 64): x = model.sample(64, seeds=first)."""
-        for state in self.sample_steps(n, **options):
+        for state in checked(type(self).sample_steps, (self, n), options, wait=True):
             pass
         return self.render(state)
 
@@ -624,6 +629,7 @@ class Model(nn.Module):
         """Denoising -> pixels (n, 3, S, S) in [0, 1]."""
         return ((state.x + 1) / 2).clamp(0, 1)
 
+    @guarded
     def noise(self, seeds, draw=0):
         """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
         return normal(uniform(seeds, draw, 3 * self.image_size ** 2)).view(-1, 3, self.image_size, self.image_size)
@@ -737,6 +743,8 @@ class MAGE(Model):
         self.codes, self.length = vqgan.quantize.embedding.num_embeddings, self.grid ** 2    # K, L
         self.fake_id = self.codes + (classes if fake_class is None else fake_class)
         self.mask_id = self.codes + classes + (fake_class is None)
+        widths, self.best_layer = depth * [width] + decoder_depth * [decoder_width], depth  # encoder first; the paper reads its last
+        self.layers = {b: (width, self.grid, self.grid) for b, width in enumerate(widths, 1)}
 
         self.token_emb = TokenEmbedding(self.mask_id + 1, 1 + self.length, width, dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
@@ -750,6 +758,10 @@ class MAGE(Model):
             self.projection = nn.Sequential(nn.Linear(width, 4096), nn.ReLU(), nn.Linear(4096, 256))
         self.apply(initialise)
         self.vqgan = vqgan.requires_grad_(False)                                            # after apply: it keeps its weights
+
+    ids = " or int (B, {m.length}) in [0, {m.codes})"
+    forms = {**Model.forms, "x": Model.forms["x"] + ids, "embed.x": Model.forms["embed.x"] + ids, "noise": "float ({N}, {m.length})",
+             "forward.x": Model.forms["x"] + ids + " or float (B, 2, 3, {S}, {S})" + ids.replace("B", "B, 2"), "temperature": "float in [0, inf]"}
 
     # ---- training
 
@@ -787,16 +799,14 @@ class MAGE(Model):
 
     @torch.no_grad()
     def to_ids(self, x):
-        """Pixels (B, 3, S, S) -> ids (B, L), row by row; ids, from the cache, stay ids. ValueError for bytes, which are neither."""
-        if x.dtype == torch.uint8:
-            raise ValueError("bytes are neither ids nor pixels in [0, 1]; divide an image's bytes by 255")
+        """Pixels (B, 3, S, S) -> ids (B, L), row by row; ids, from the cache, stay ids."""
         return self.vqgan.encode(x).flatten(1) if x.is_floating_point() else x.long()
 
     def words(self, ids, mask, labels=None, keep_label=None):
         """What the encoder reads: [MASK] where hidden, the class in front. In training one label in ten is replaced by the fake
         class, so that the network also knows pictures without label, which guidance needs. (B, L) -> (B, 1 + L)."""
         front = torch.full_like(ids[:, :1], self.fake_id)
-        if labels_of(labels, len(ids), self.classes) is not None:
+        if labels is not None:
             if keep_label is None:
                 keep_label = torch.rand(labels.shape, device=ids.device) >= (0.1 if self.training else 0.0)
             front = torch.where(keep_label[:, None], self.codes + labels[:, None], front)
@@ -811,12 +821,13 @@ class MAGE(Model):
             x = block(x)
         return self.norm(x)
 
-    def decode(self, latent, mask, keep=None):
-        """Latent (B, 1 + M, C) -> logits over the K codes at every position (B, L, K)."""
-        x = self.decoder_input(latent, mask, keep)
+    def decode(self, latent, *places, rows=None):
+        """Latent (B, 1 + M, C), and what decoder_input needs besides -> logits over the first rows words, the K codes if None, at every
+        position (B, L, rows)."""
+        x = self.decoder_input(latent, *places)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.head(x[:, 1:])
+        return self.head(x[:, 1:1 + self.length], rows)
 
     def decoder_input(self, latent, mask, keep=None):
         """Tokens back in their places; the class output, which summarises this picture, wherever a token is dropped or hidden."""
@@ -826,10 +837,7 @@ class MAGE(Model):
         x = torch.cat([x[:, :1], torch.where(mask[..., None], front, seen)], 1)
         return x + self.decoder_pos_embed_learned                                           # (B, 1 + L, C')
 
-    @property
-    def table(self):
-        """The embeddings of all words (W, C), by which guesses are compared with them too."""
-        return self.token_emb.word_embeddings.weight
+    table = property(lambda self: self.token_emb.word_embeddings.weight)       # (W, C): guesses are compared with it, too
 
     def head(self, x, rows=None):
         """Decoder output -> logits over the first rows words; the K codes unless said otherwise: nothing else is ever guessed."""
@@ -873,7 +881,7 @@ class MAGE(Model):
         temperature   of the noise on the confidence at the first step; 6 as published for a grid of 16 x 16, less for smaller ones (ours)
         labels        int (n,) or None            guidance  1: as trained; more: exaggerates what the label changes, linearly over the steps
         known, mask   pixels (n, 3, S, S) and bool (n, S, S), True = to be painted; each picture may have its own hole
-        seeds         int (n,), all that an image depends on besides the weights; or the first of n in a row, 0 if None
+        seeds         int (n,): all that an image depends on besides the weights; or the first of n in a row, which is 0 if None
         schedule      how the hidden share falls: "cosine", or "linear", as published for ADDP with 256 steps
         yields        a Decoding after each step; nothing is hidden in the last one
         """
@@ -881,7 +889,6 @@ class MAGE(Model):
         alike = known is None and labels is None
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
         ids, hidden = self.start(n, known, mask)
-        seeds, labels = seeds_of(seeds, n, ids.device), labels_of(labels, n, self.classes)
         initial = counts = torch.full((n,), self.length) if known is None else hidden.sum(1).cpu()
         for step in range(steps):
             progress = (step + 1) / steps
@@ -908,17 +915,6 @@ class MAGE(Model):
 
     # ---- representation
 
-    @property
-    def layers(self):
-        """{layer: (channels, h, w)}, encoder first, counted from 1."""
-        widths = [self.norm.weight.numel()] * len(self.blocks) + [self.decoder_norm.weight.numel()] * len(self.decoder_blocks)
-        return {b: (width, self.grid, self.grid) for b, width in enumerate(widths, 1)}
-
-    @property
-    def best_layer(self):
-        """The layer that the paper reads: the encoder's last."""
-        return len(self.blocks)
-
     t_range, best_t = (0.0, 1.0, "the share of ids that is hidden"), 0.0                    # of features(t=); embed's
     pools = ("mean", "class")                                                               # of embed(pool=); the paper's first
     reads_ids = True                                                                        # features and embed may be given ids
@@ -943,12 +939,12 @@ class MAGE(Model):
             mask = ranks(noise) < math.ceil(t * self.length)
         return self.maps(self.token_emb(self.words(ids, mask)), lambda latent: self.decoder_input(latent, mask), layers, add)
 
-    def maps(self, x, middle, layers, add):
-        """features() from the first block's input x (B, 1 + L, C) on. middle: latent -> the first decoder block's input."""
-        layers, maps, places = layers or [self.best_layer], {}, slice(1, x.size(1))
-        x = run_blocks(x, self.blocks, 1, layers, add, maps, places)
+    def maps(self, x, middle, layers, add, front=1, *condition):
+        """features() from the first block's input x (B, front + L, C) on. middle: latent -> the first decoder block's (B, 1 + L ..., C)."""
+        layers, maps, L = layers or [self.best_layer], {}, x.size(1) - front
+        x = run_blocks(x, self.blocks, 1, layers, add, maps, slice(front, front + L), *condition)
         if max(layers) > len(self.blocks):
-            run_blocks(middle(self.norm(x)), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, places)
+            run_blocks(middle(self.norm(x)), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, slice(1, 1 + L), *condition)
         return [maps[b] for b in layers]
 
     def embed(self, x, noise=None, pool="mean"):
@@ -1058,6 +1054,8 @@ class ADDP(MAGE):
         self.token_predictor.eval()
         return self
 
+    forms = {**MAGE.forms, **dict.fromkeys(("forward.x", "embed.x"), MAGE.forms["x"])}      # one view; and what is read is clamped
+
     # ---- training
 
     def forward(self, x, labels=None, *, index=None, gap=None, noise=None):
@@ -1117,13 +1115,6 @@ class ADDP(MAGE):
             x = block(x)
         return self.norm(x)
 
-    def decode(self, latent, ids, mask, seen, rows=None):
-        """Latent (B, 1 + L, C) -> logits over the first rows words, the K codes if None, at every position (B, L, rows)."""
-        x = self.decoder_input(latent, ids, mask, seen)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.head(x[:, 1:1 + self.length], rows)
-
     def decoder_input(self, latent, ids, mask, seen):
         """The latent, a learned token where an id is hidden and, unlike in MAGE, at position 0; behind it the words of the seen ids, as
         many in each picture: (B, 1 + L + seen, C). Each of the three kinds of tokens has positions of its own."""
@@ -1132,10 +1123,7 @@ class ADDP(MAGE):
         words = self.token_emb(ids) + self.decoder_pos_token_embed[:, 1:]
         return torch.cat([x, take(words, mask.int().argsort(stable=True, dim=1)[:, :seen])], 1)      # the seen ones, row by row
 
-    @property
-    def table(self):
-        """As MAGE's."""
-        return self.token_emb.weight
+    table = property(lambda self: self.token_emb.weight)
 
     # ---- generation
 
@@ -1169,8 +1157,6 @@ class ADDP(MAGE):
 
         finetune  True: as the authors fine-tuned it, without clamp and tokenizer_norm, though pre-trained with them; S may then be another
         """
-        if t:
-            raise ValueError(f"ADDP has no t but 0, not {t}")
         x = self.to_pixels(x)
 
         def middle(latent):
@@ -1241,6 +1227,7 @@ class UMD(Model):
         if image_size % grid:
             raise ValueError(f"image size {image_size} is not a multiple of the grid, {grid}")
         self.image_size, self.grid, self.length, self.classes = image_size, grid, grid ** 2, classes
+        self.best_layer, self.layers = depth, dict.fromkeys(range(1, depth + decoder_depth + 1), (width, grid, grid))
         self.clean, self.hidden_clean, self.hidden_noised, patch = clean, hidden_clean, hidden_noised, image_size // grid
         self.abar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar("cosine")])    # (1 + T,); no buffer
         self.t_range = (0, len(self.abar) - 1, "the noise step, 0 for none")
@@ -1344,7 +1331,6 @@ class UMD(Model):
         """What every block is told: (B, C). In training one label in ten is left out, which guidance needs."""
         phases = angles(t, self.norm.weight.numel(), self.norm.weight.numel() / 2 - 1)
         c = self.time_embed(torch.cat([phases.sin(), phases.cos()], 1))
-        labels_of(labels, len(t), self.classes)
         if self.classes:
             if labels is not None and keep_label is None:
                 keep_label = torch.rand(labels.shape, device=t.device) >= (0.1 if self.training else 0.0)
@@ -1403,7 +1389,6 @@ class UMD(Model):
             return
         T = len(self.abar) - 1
         t = [*range(T, 1, -math.ceil(T / (steps or 125))), 1]
-        seeds, labels = seeds_of(seeds, n, self.norm.weight.device), labels_of(labels, n, self.classes)
 
         def guess(x, step):
             _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, guidance)
@@ -1413,8 +1398,6 @@ class UMD(Model):
 
     def fill(self, known, mask):
         """MAE's way to inpaint: patches that the mask touches are hidden, and guessed at once from the rest."""
-        if known is None:
-            raise ValueError("this model has seen clean pictures only: it fills holes, but cannot start from nothing")
         hidden = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()
         visible, counts = hidden.argsort(stable=True, dim=1), (1 - hidden).sum(1).cpu()
         x, x0 = 2 * known - 1, torch.empty_like(known)
@@ -1434,15 +1417,7 @@ class UMD(Model):
 
     # ---- representation
 
-    @property
-    def layers(self):
-        """{layer: (channels, h, w)}, encoder first, counted from 1."""
-        return {b: (self.norm.weight.numel(), self.grid, self.grid) for b in range(1, len(self.blocks) + len(self.decoder_blocks) + 1)}
-
-    @property
-    def best_layer(self):
-        """The encoder's last."""
-        return len(self.blocks)
+    maps = MAGE.maps
 
     def noised(self, x, t, noise=None):
         """Pixels (B, 3, S, S) in [0, 1] -> what the network reads at time t, and its condition (B, C)."""
@@ -1451,14 +1426,9 @@ class UMD(Model):
 
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
         """Block outputs as maps; arguments as for MAGE.features, with t from 0 (clean) to T and noise (B, 3, S, S)."""
-        layers, maps = layers or [self.best_layer], {}
         x, c = self.noised(x, t, noise)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.tokens(x)], 1)
-        x = run_blocks(x, self.blocks, 1, layers, add, maps, slice(self.cls_token.size(1), x.size(1)), c)
-        if max(layers) > len(self.blocks):
-            places = slice(1, 1 + self.length)
-            run_blocks(self.decoder_input(self.norm(x)), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, places, c)
-        return [maps[b] for b in layers]
+        return self.maps(x, self.decoder_input, layers, add, self.cls_token.size(1), c)
 
     pools = ("class", "mean")
 
@@ -1608,6 +1578,8 @@ class ADM(Model):
             raise ValueError("this network takes no labels")
         self.image_size, self.classes, self.layers = image_size, classes, {}                # layers: {block: (channels, h, w)}
         self.abar = alpha_bar(schedule, steps)                                              # no buffer
+        self.stride = 2 ** (len(ch_mult) - 1)
+        self.t_range, self.best_t = (0, steps - 1, "the step of the noise"), round(0.09 * steps)    # [DiffSSL] reads at 90 of 1000
         self.time_embed = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
         residual = functools.partial(TimedResBlock, emb=4 * ch, groups=groups, dropout=dropout)
         attention_of = functools.partial(MapAttention, head=head, groups=groups, heads=heads, order=order)
@@ -1688,16 +1660,13 @@ class ADM(Model):
 
         n, steps      pictures, steps; 250 as published, 25 for DDIM
         temperature   0 to 1. 1: ancestral; less: DDIM, eta of ddim_step, which adds less noise, at 0 none
-        known, mask   pixels (n, 3, S, S) in [0, 1] and bool (n, S, S), True = to be painted
-        seeds         int (n,), all that an image depends on besides the weights; or the first of n in a row, 0 if None
+        known, mask, seeds        as for MAGE.sample_steps
         yields        a Denoising after each step. labels must be None: this network takes none, so guidance means nothing
         """
-        labels_of(labels, n, 0)
         T, eta = len(self.abar), 1.0 if temperature is None else temperature
         steps = min(steps or (250 if eta else 25), T)
         kept = kept_steps(T, [steps]) if eta else strided_steps(T, steps)
         abar, last = self.abar[kept], len(kept) - 1
-        seeds = seeds_of(seeds, n, self.out[0].weight.device)
 
         def guess(x, step):
             i = last - step
@@ -1708,15 +1677,7 @@ class ADM(Model):
 
     # ---- representation
 
-    @property
-    def t_range(self):
-        """Least and most t of features(), and what it means."""
-        return 0, len(self.abar) - 1, "the step of the noise"
-
-    @property
-    def best_t(self):
-        """The step at which [DiffSSL] reads: 90 of 1000."""
-        return round(0.09 * len(self.abar))
+    forms = {**Model.forms, "t": Model.forms["t"] + " or int ({B}) in [{m.t_range[0]}, {m.t_range[1]}]"}
 
     def mirror(self, layer):
         """The block on the other side, whose map goes into this one, and to which feedback heads feed this one back."""
@@ -1738,6 +1699,112 @@ class ADM(Model):
     def embed(self, x, noise=None, pool="mean"):
         """The vector the paper probes: (B, C), the mean over the map of the best layer at the best step. noise as for features."""
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
+
+
+# Wrong calls. One guard stands before all public methods, a fork's too. It knows arguments by their names, and their forms
+# from the class: "float (B, 3, 32, 32) in [0, 1]" is a tensor, "int in [1, 9)" a number. Kind, shape and device can be
+# looked at without waiting for a GPU; values are if they lie on the CPU, and in sample() wherever they lie.
+
+FORM = re.compile(r"(\w+)(?: \((.*?),?\))?(?: in \[(\S+), (\S+)([])]))?")
+
+
+def is_number(v, kind, low, high):
+    """Whether v is a finite int or float, or a tensor of one on the CPU, from low to high."""
+    if isinstance(v, torch.Tensor) and v.dim() == 0 and v.device.type == "cpu":
+        v = v.item()
+    real = isinstance(v, (int, float, numpy.integer, numpy.floating))
+    return real and low <= v <= high and abs(v) < math.inf and (kind == "float" or v % 1 == 0)
+
+
+def is_tensor(v, kind, shape, low, high, weight, near, wait):
+    """Whether v is a tensor of this kind and shape, where letters are any number, beside the weight, or near (on the CPU). Floats are of
+    the weight's type or, under autocast, of any not above 32 bits. wait: for values from low to high on any device."""
+    if not isinstance(v, torch.Tensor) or kind not in str(v.dtype) or v.dim() != len(shape):
+        return False
+    if any(s not in (str(n), "B", "h", "w") for s, n in zip(shape, v.shape)):
+        return False
+    if v.device != weight.device and not (near and v.device.type == "cpu"):
+        return False
+    if kind == "float" and v.dtype != weight.dtype:
+        return v.element_size() < 8 and torch.is_autocast_enabled("cpu" if v.is_meta else v.device.type)
+    if (low, high) == (-math.inf, math.inf) or v.is_meta or not v.numel() or v.device.type != "cpu" and not wait:
+        return True
+    least, most = (v.long() if kind == "int" else v).aminmax()
+    return bool(low <= least and most <= high)
+
+
+def fits(v, form, weight, near=False, wait=False):
+    """Whether v is of one of the forms that "or" connects; "among a, b" are names, "layers" and "maps" collections of numbers."""
+    if " or " in form:
+        return any(fits(v, part, weight, near, wait) for part in form.split(" or "))
+    if form.startswith("among "):
+        return isinstance(v, str) and v in re.findall(r"[\w-]+", form)[1:]
+    kind, shape, low, high, end = FORM.fullmatch(form).groups()
+    low, high = float(low or -math.inf), float(high or math.inf) - (end == ")")
+    if kind in ("layers", "maps"):
+        several = typing.Mapping if kind == "maps" else typing.Collection
+        return isinstance(v, several) and all(is_number(b, "int", low, high) for b in v)
+    return is_number(v, kind, low, high) if shape is None else is_tensor(v, kind, shape.split(", "), low, high, weight, near, wait)
+
+
+def sizes(model, a):
+    """What the letters in forms stand for, given the arguments a: B images, N of them that are noised or two crops each, S, D layers."""
+    x, n, m = a.get("x"), a.get("n"), model
+    S, D, stride = getattr(m, "image_size", 0), len(getattr(m, "layers", ())), getattr(m, "stride", 0)
+    if a.get("finetune") and isinstance(m, ADDP):               # whose encoder takes other sizes
+        stride = m.vqgan.stride
+    if stride and isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim():                        # any multiple will do
+        side = max(x.size(-1) // stride, 1) * stride
+        S, D = side, m.best_layer if isinstance(m, ADDP) and side != S else D
+    B = len(x) if isinstance(x, torch.Tensor) and x.dim() else int(n) if is_number(n, "int", 1, math.inf) else "B"
+    N = B
+    if "clean" in a and B != "B":
+        N = B - (int(B * m.clean) if not is_number(a["clean"], "int", 0, B) else int(a["clean"]))
+    elif isinstance(x, torch.Tensor) and x.dim() in (3, 5):                                                 # (B, 2, L), (B, 2, 3, S, S)
+        N = 2 * B
+    return {"m": m, "S": S, "D": D, "B": B, "N": N, "time": type(getattr(m, "t_range", (0, 0))[1]).__name__}
+
+
+def require(key, v, form, weight, **more):
+    """ValueError if v is not of the form."""
+    if not fits(v, form, weight, **more):
+        found = f"{v.dtype} {tuple(v.shape)} on {v.device}; the model is {weight.dtype} on {weight.device}" \
+            if isinstance(v, torch.Tensor) else repr(v)[:200]
+        raise ValueError(f"{key} must be {form}, not {found}" + "; divide bytes by 255" * found.startswith("torch.uint8"))
+
+
+def checked(method, args, options, wait=False):
+    """Call a method if its arguments are of the forms that its class states, else ValueError. Integers become int or int64;
+    labels and seeds go to the model's device, seeds are counted from one number. wait: for values that are not on the CPU."""
+    signature, model = inspect.signature(method), args[0]
+    given = signature.bind(*args, **options)
+    given.apply_defaults()
+    a, weight = given.arguments, next(model.parameters())
+    known = a.get("known") is not None
+    if known != (a.get("mask") is not None) or "n" in a and not (known or model.generates):
+        raise ValueError("known and mask go together, and a model that cannot start from nothing needs both")
+    size = sizes(model, a)
+    for key, v in a.items():
+        form = model.forms.get(f"{method.__name__}.{key}", model.forms.get(key, "")).format(**size)
+        if not form or v is None and signature.parameters[key].default is None:
+            continue
+        near = key in ("labels", "seeds", "t")
+        require(key, v, form, weight, near=near, wait=wait or key == "t")
+        if key == "layers":
+            a[key] = [*map(int, v)]
+        elif key == "add":
+            a[key] = {int(b): m for b, m in v.items()}
+            for b, m in a[key].items():
+                C, *sides = model.layers[b]
+                require(f"add[{b}]", m, f"float ({size['B']}, {C}, {', '.join(str(n * size['S'] // model.image_size) for n in sides)})", weight)
+        elif isinstance(v, torch.Tensor) and v.dim():
+            v = v if v.is_floating_point() or v.dtype == torch.bool else v.long()
+            a[key] = send(v, weight.device) if key in ("labels", "seeds") else v
+        elif form.startswith("int"):
+            a[key] = int(v)
+    if "n" in a and not isinstance(a.get("seeds", weight), torch.Tensor):
+        a["seeds"] = torch.arange(a["n"], device=weight.device) + (a["seeds"] or 0)
+    return method(*given.args, **given.kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -2551,20 +2618,6 @@ def download_cifar10(folder, timeout=60):
                             f"{CIFAR10_URL} yourself and pass its folder as --data-dir")
 
 
-def described(data):
-    """What a run was trained on, for its checkpoint."""
-    return {"classes": data.classes, "images": len(data), "layout": data.layout}
-
-
-def same_data(config, data, run, remedy):
-    """UserError, ending in the remedy, if data are not what the run with this config was trained on: its labels would mean something else."""
-    for name, now in described(data).items():
-        was = config.get(name, now)                                                         # older checkpoints do not say
-        if was != now:
-            was, now = (", ".join([c for c in a if c not in b][:5] or a[:5]) if name == "classes" else a for a, b in ((was, now), (now, was)))
-            raise UserError(f"{run} was trained on other data, {name} {was} then and {now} now; {remedy}")
-
-
 EXPECTED_TREE = """
     {root}/train/n01440764/n01440764_10026.JPEG ...     a folder a class
     {root}/val/n01440764/ILSVRC2012_val_00000293.JPEG ...
@@ -2735,61 +2788,3 @@ def first_alone(work):
     return result
 
 
-def share(items):
-    """What this process takes of a list or tensor: of W processes each every W-th item."""
-    rank, world = processes()
-    return items[rank::world]
-
-
-def at_once(data, device):
-    """How many pictures of a data set to read at once: 2^21 pixels on a GPU; on a CPU 2^16, which is fastest with what its caches hold; at least 4."""
-    return max(4, 2 ** (16 if torch.device(device).type == "cpu" else 21) // data.size ** 2)
-
-
-def collect(read, data, index, workers=0, device="cpu", name=None):
-    """The whole pictures index (N,) of a data set, read without gradient: read(x (B, 3, S, S) on device, index (B,)) -> {key: (B, ...)}.
-
-    name: shows a progress bar. Returns {key: (N, ...)} on the device that read put them on, labels (N,) on the CPU.
-    """
-    batch = at_once(data, device)
-    found, labels, parts = {}, torch.empty(len(index), dtype=torch.long), index.split(batch)
-    bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None or processes()[0] > 0, dynamic_ncols=True)
-    with torch.no_grad():
-        for i, (part, (x, y)) in enumerate(zip(bar, data.batches(((part, None) for part in parts), workers, replace=False))):
-            if SIGNALS:
-                raise Stopped("while images were read")
-            rows = slice(i * batch, i * batch + len(y))
-            for key, v in read(x.to(device), part).items():
-                found.setdefault(key, v.new_empty(len(index), *v.shape[1:]))[rows] = v
-            labels[rows] = y
-    return found, labels
-
-
-def map_pictures(function, data, count=None, workers=0, device="cpu", name=None):
-    """function(x (B, 3, S, S) on device) -> tensor (B, ...), applied to count whole pictures of a data set, all if None, as by collect.
-
-    A part is taken at random, the same one every time. Returns results (count, ...), labels (count,), on the CPU.
-    """
-    index = torch.arange(len(data))
-    if count and count < len(data):
-        index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
-    found, labels = collect(lambda x, _: {"": function(x).cpu()}, data, index, workers, device, name)
-    return found[""][labels >= 0], labels[labels >= 0]
-
-
-def learning_rate(position, warmup, total, peak, least=0.0):
-    """Linear rise, then half a cosine down to least: position, warmup and total in one unit (official file: util/lr_sched.py)."""
-    if position < warmup:
-        return peak * position / warmup
-    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
-
-
-def compile_blocks(model):
-    """torch.compile block by block, frozen parts too, for each shape that they meet: in a transformer one block is compiled and the others
-    follow, in training and in sampling; those of a U-Net and of a tokenizer differ. Only ADDP's decoder has no fixed number of tokens."""
-    torch._dynamo.config.cache_size_limit = 256
-    torch._dynamo.config.optimize_ddp = False                   # else a block is cut where DDP's buckets end
-    varying = [*model.decoder_blocks] if isinstance(model, ADDP) else []
-    for module in model.modules():
-        if isinstance(module, (Block, ResBlock, TimedBlock)):
-            module.compile(dynamic=module in varying)
