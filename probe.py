@@ -32,45 +32,45 @@ import torch.nn.functional as F
 import tqdm
 
 import unified
-from unified import UserError, option
+from unified import UserError, flag
 
 
 @dataclasses.dataclass
 class Config:
-    run: str = option(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
-    head: str = option("ridge", "what reads the features",
+    run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
+    head: str = flag("ridge", "what reads the features",
                        choices=["ridge", "linear", "knn", "fewshot", "mlp", "attention", "difformer", "diffeed", "finetune"])
-    layers: str = option("", "blocks to read, counted from 1, such as 2,4,6; the one that the paper reads, if not given")
-    t: str = option("", "how corrupted the pictures are, such as 0,0.3 for MAGE's hidden share or 90,150 for a step of noise; else as the paper")
-    pool: str = option("", "mean: over the picture; class: the class position; 2: averages of 2 x 2 cells. Several with commas: the best one")
-    shots: int = option(None, "fewshot: so many pictures a class, judged as UMD's authors do (100); if not given 5, 10 and 25 by a ridge that fits so few")
-    sweep: bool = option(False, "try every layer, and t from hardly to half corrupted, wherever --layers and --t do not say otherwise")
-    sgd: bool = option(False, "trained heads: DiffSSL's plain SGD, for linear on features as they are; else LARS for linear, AdamW for the others")
-    hidden: str = option("512", "mlp: widths of its hidden layers, such as 512,256")
-    feedback: str = option("", "diffeed: the layers fed back to their mirrors; the last one of each size of map, if not given")
-    matryoshka: bool = option(False, "trained heads: at the same time from the first 8, 16, 32, ... dimensions alone")
-    dataset: str = option("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own")
-    data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
-    limit: int = option(None, "training images used at most; a tenth of them is held out", least=20)
-    augment: bool = option(False, "trained heads: fresh crops and noise in every epoch, as published, instead of features computed once")
-    batch_size: int = option(None, "images a step; 4096 for linear, 256 for finetune, 128 for the others and with --sgd, 16 for diffeed",
+    layers: str = flag("", "blocks to read, counted from 1, such as 2,4,6; the one that the paper reads, if not given")
+    t: str = flag("", "how corrupted the pictures are, such as 0,0.3 for MAGE's hidden share or 90,150 for a step of noise; else as the paper")
+    pool: str = flag("", "mean: over the picture; class: the class position; 2: averages of 2 x 2 cells. Several with commas: the best one")
+    shots: int = flag(None, "fewshot: so many pictures a class, judged as UMD's authors do (100); if not given 5, 10 and 25 by a ridge that fits so few")
+    sweep: bool = flag(False, "try every layer, and t from hardly to half corrupted, wherever --layers and --t do not say otherwise")
+    sgd: bool = flag(False, "trained heads: DiffSSL's plain SGD, for linear on features as they are; else LARS for linear, AdamW for the others")
+    hidden: str = flag("512", "mlp: widths of its hidden layers, such as 512,256")
+    feedback: str = flag("", "diffeed: the layers fed back to their mirrors; the last one of each size of map, if not given")
+    matryoshka: bool = flag(False, "trained heads: at the same time from the first 8, 16, 32, ... dimensions alone")
+    dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own")
+    data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
+    limit: int = flag(None, "training images used at most; a tenth of them is held out", least=20)
+    augment: bool = flag(False, "trained heads: fresh crops and noise in every epoch, as published, instead of features computed once")
+    batch_size: int = flag(None, "images a step; 4096 for linear, 256 for finetune, 128 for the others and with --sgd, 16 for diffeed",
                              most=10**6)
-    epochs: int = option(None, "passes over the training set; 90 for linear, 20 for finetune, 10 for the others, 28 with --sgd")
-    lr: float = option(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, or ten times that below 500,000 images",
+    epochs: int = flag(None, "passes over the training set; 90 for linear, 20 for finetune, 10 for the others, 28 with --sgd")
+    lr: float = flag(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, or ten times that below 500,000 images",
                        least=1e-9)
-    seed: int = option(0, "of everything random", least=0, most=2**32 - 1)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32",
+    seed: int = flag(0, "of everything random", least=0, most=2**32 - 1)
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    dtype: str = flag(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32",
                         choices=["float32", "bfloat16"])
-    compile: bool = option(None, "compile the blocks; on cuda, if not said otherwise")
-    weights: str = option("", "raw, or ema for the averaged ones; as in the paper, if not given",
+    compile: bool = flag(None, "compile the blocks; on cuda, if not said otherwise")
+    weights: str = flag("", "raw, or ema for the averaged ones; as in the paper, if not given",
                           choices=["raw", "ema"])
-    workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder",
+    workers: int = flag(min(8, os.cpu_count()), "processes that decode images of a folder",
                           least=0, most=1000)
-    strict_images: bool = option(False, "stop at an unreadable image instead of leaving it out")
-    adm_heads: int = option(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
+    strict_images: bool = flag(False, "stop at an unreadable image instead of leaving it out")
+    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
                                   "one for 64 channels, if not given")
-    adm_order: str = option(None, "their channels' order in it; new after --use_new_attention_order True",
+    adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
                             choices=["legacy", "new"])
 
 
@@ -162,44 +162,44 @@ def places(model, cfg):
     return list(dict.fromkeys(grid + [Place(best, model.best_t, "class")] * ("class" in pools)))
 
 
-def draws(model, t, seeds):
+def noise_of(model, t, seeds):
     """What t hides of each picture, or the noise it stands for, follows from seeds (B,): the same picture always looks the same."""
-    return model.noise(unified.fold(seeds, round(1000 * t)))
+    return model.noise(unified.hash_ints(seeds, round(1000 * t)))
 
 
-def maps(model, wanted, x, seeds):
+def feature_maps(model, wanted, x, seeds):
     """Pictures x (B, 3, S, S), or their ids (B, L) -> yields (place, map (B, C, h, w)); one pass through the network for each t."""
     for t in dict.fromkeys(place.t for place in wanted):
         found = [place for place in wanted if place.t == t]
         layers = sorted({place.layer for place in found})
-        by_layer = dict(zip(layers, model.features(x, t, layers, noise=draws(model, t, seeds))))
+        by_layer = dict(zip(layers, model.features(x, t, layers, noise=noise_of(model, t, seeds))))
         yield from ((place, by_layer[place.layer]) for place in found)
 
 
-def cells(m, side):
+def pool_cells(m, side):
     """Averages of side x side cells of maps (B, C, h, w), or of as many as there are: (B, C, side, side)."""
     return F.adaptive_avg_pool2d(m, min(side, m.size(-1)))
 
 
-def vectors(model, wanted, x, seeds, alike=False):
+def feature_vectors(model, wanted, x, seeds, alike=False):
     """The same as {place: vectors (B, C)}: means normalised picture by picture, cells as they are. Where the model itself would read, it is
     model.embed, normalised as its authors do; but if means shall be alike, to be compared, then only at the class position."""
     own = [place for place in wanted if place.pool == "class" or (place == (model.best_layer, model.best_t, "mean") and not alike)]
-    found = {place: model.embed(x, noise=draws(model, place.t, seeds), pool=place.pool) for place in own}
-    for place, m in maps(model, [place for place in wanted if place not in own], x, seeds):
+    found = {place: model.embed(x, noise=noise_of(model, place.t, seeds), pool=place.pool) for place in own}
+    for place, m in feature_maps(model, [place for place in wanted if place not in own], x, seeds):
         mean = place.pool == "mean"
-        found[place] = F.layer_norm(m.mean((2, 3)), m.shape[1:2], eps=1e-6) if mean else cells(m, int(place.pool)).flatten(1)
+        found[place] = F.layer_norm(m.mean((2, 3)), m.shape[1:2], eps=1e-6) if mean else pool_cells(m, int(place.pool)).flatten(1)
     return found
 
 
-def tokens(model, x):
+def tokenize(model, x):
     """What a token model makes of pictures first, so that it is done once for several places or networks; pictures for all others."""
-    return model.to_ids(x) if getattr(model, "reads_ids", False) else x
+    return model.to_ids(x) if model.reads_ids else x
 
 
-def pixels(x):
+def pixel_vectors(x):
     """(B, 3, S, S) -> (B, 3 * S * S); above 32 pixels averaged down to 32, where a closed-form fit of 3072 values still takes seconds."""
-    return cells(x, 32).flatten(1)
+    return pool_cells(x, 32).flatten(1)
 
 
 def untrained(model, config):
@@ -207,7 +207,7 @@ def untrained(model, config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(UNTRAINED)
         fresh = unified.build(config["arch"])
-    if hasattr(model, "vqgan"):
+    if model.tokenizer:
         fresh.vqgan.load_state_dict(model.vqgan.state_dict())
     return fresh.to(next(model.parameters()).device).eval()
 
@@ -228,7 +228,7 @@ def check_same_data(config, data, run, remedy):
 
 def local_shard(items):
     """What this process takes of a list or tensor: of W processes each every W-th item."""
-    rank, world = unified.processes()
+    rank, world = unified.rank_and_world()
     return items[rank::world]
 
 
@@ -237,14 +237,14 @@ def images_at_once(data, device):
     return max(4, 2 ** (16 if torch.device(device).type == "cpu" else 21) // data.size ** 2)
 
 
-def read_all(read, data, index, workers=0, device="cpu", name=None):
+def read_images(read, data, index, workers=0, device="cpu", name=None):
     """The whole pictures index (N,) of a data set, read without gradient: read(x (B, 3, S, S) on device, index (B,)) -> {key: (B, ...)}.
 
     name: shows a progress bar. Returns {key: (N, ...)} on the device that read put them on, labels (N,) on the CPU.
     """
     batch = images_at_once(data, device)
     found, labels, parts = {}, torch.empty(len(index), dtype=torch.long), index.split(batch)
-    bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None or unified.processes()[0] > 0, dynamic_ncols=True)
+    bar = tqdm.tqdm(parts, name, unit=" batches", disable=name is None or unified.rank_and_world()[0] > 0, dynamic_ncols=True)
     with torch.no_grad():
         for i, (part, (x, y)) in enumerate(zip(bar, data.batches(((part, None) for part in parts), workers, replace=False))):
             if unified.SIGNALS:
@@ -264,7 +264,7 @@ def map_images(function, data, count=None, workers=0, device="cpu", name=None):
     index = torch.arange(len(data))
     if count and count < len(data):
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
-    found, labels = read_all(lambda x, _: {"": function(x).cpu()}, data, index, workers, device, name)
+    found, labels = read_images(lambda x, _: {"": function(x).cpu()}, data, index, workers, device, name)
     return found[""][labels >= 0], labels[labels >= 0]
 
 
@@ -280,10 +280,10 @@ def compile_blocks(model):
     follow, in training and in sampling; those of a U-Net and of a tokenizer differ. Only ADDP's decoder has no fixed number of tokens."""
     torch._dynamo.config.cache_size_limit = 256
     torch._dynamo.config.optimize_ddp = False                   # else a block is cut where DDP's buckets end
-    varying = [*model.decoder_blocks] if isinstance(model, unified.ADDP) else []
+    dynamic = [block for part in model.modules() if isinstance(part, unified.Model) for block in part.dynamic_blocks]
     for module in model.modules():
-        if isinstance(module, (unified.Block, unified.ResBlock, unified.TimedBlock)):
-            module.compile(dynamic=module in varying)
+        if isinstance(module, (unified.Block, unified.ResBlock, unified.ADMBlock)):
+            module.compile(dynamic=module in dynamic)
 
 
 # Features of many pictures. A reader turns pictures x (B, 3, S, S) and their names (B,) into {key: (B, ...)}; all that is compared is read
@@ -302,22 +302,22 @@ def reader(nets, wanted, cfg, alike=False):
     and the draws of each t."""
     @torch.no_grad()
     def read(x, names):
-        seeds, found = unified.send(unified.fold(cfg.seed, names), x.device), {}
+        seeds, found = unified.to_device(unified.hash_ints(cfg.seed, names), x.device), {}
         with autocast(cfg):
-            seen = tokens(nets["top1"], x)                                                  # both networks have the same tokenizer
+            seen = tokenize(nets["top1"], x)                                                  # both networks have the same tokenizer
             for net, model in nets.items():
                 if cfg.head == "diffeed":
-                    part = {"x": seen, **{t: draws(model, t, seeds) for t in dict.fromkeys(place.t for place in wanted)}}
+                    part = {"x": seen, **{t: noise_of(model, t, seeds) for t in dict.fromkeys(place.t for place in wanted)}}
                 elif cfg.head in ON_MAPS:
-                    part = {place: cells(m, int(cfg.pool)) for place, m in maps(model, wanted, seen, seeds)}
+                    part = {place: pool_cells(m, int(cfg.pool)) for place, m in feature_maps(model, wanted, seen, seeds)}
                 else:
-                    part = vectors(model, wanted, seen, seeds, alike)
+                    part = feature_vectors(model, wanted, seen, seeds, alike)
                 found |= {(net, which): v.float() if v.is_floating_point() else v for which, v in part.items()}
-        return found if cfg.head in ON_MAPS else {**found, ("pixels", None): pixels(x)}
+        return found if cfg.head in ON_MAPS else {**found, ("pixels", None): pixel_vectors(x)}
     return read
 
 
-def of(found, net):
+def found_in(found, net):
     """What a reader has found in one network, in its order."""
     return [v for (owner, _), v in found.items() if owner == net]
 
@@ -326,7 +326,7 @@ def stream(read, data, plan, cfg, replace=False):
     """Batches of features: for each (index (B,), crops (B, 1) or None) of the list plan yields {key: (B, ...)}, labels (B,). An unreadable
     image has label -1; or, to be replaced, another one takes its place."""
     for (index, crops), (x, y) in zip(plan, data.batches(plan, cfg.workers, replace)):
-        x, y = (unified.send(v, cfg.device) for v in (x.flatten(0, -4), y))
+        x, y = (unified.to_device(v, cfg.device) for v in (x.flatten(0, -4), y))
         yield read(x, index if crops is None else crops.flatten()), y
 
 
@@ -341,7 +341,7 @@ def machine_memory():
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 60
 
 
-def collect(read, data, index, cfg, title):
+def extract_features(read, data, index, cfg, title):
     """Features of the whole pictures index (N,): {key: (N, ...)}, labels (N,). UserError if they do not fit into memory."""
     sample = read_one(read, data, index, cfg)
     need = len(index) * sum(v.nbytes for v in sample.values())
@@ -349,14 +349,14 @@ def collect(read, data, index, cfg, title):
     if need > 0.8 * there:
         raise UserError(f"features of {len(index)} pictures need {need / 2**30:.0f} GiB; --limit {int(0.5 * there / need * len(index))} fits, "
                         "a smaller --pool may, and trained heads have --augment, which keeps none")
-    found, y = read_all(read, data, local_shard(index), cfg.workers, cfg.device, title)
+    found, y = read_images(read, data, local_shard(index), cfg.workers, cfg.device, title)
     y = gather(y.to(cfg.device), len(index))
     return {key: gather(v, len(index))[y >= 0] for key, v in found.items()}, y[y >= 0]      # unreadable images count nowhere
 
 
 def gather(mine, n):
     """Rows of which each process has its share -> all n of them, in every process."""
-    if unified.processes()[1] == 1:
+    if unified.rank_and_world()[1] == 1:
         return mine
     everything = mine.new_zeros(n, *mine.shape[1:])
     local_shard(everything)[:] = mine
@@ -366,7 +366,7 @@ def gather(mine, n):
 
 def average_gradients(parameters):
     """Over the processes, each of which has seen its share of the batch."""
-    world = unified.processes()[1]
+    world = unified.rank_and_world()[1]
     for p in parameters:
         if world > 1 and p.grad is not None:
             torch.distributed.all_reduce(p.grad)
@@ -422,8 +422,8 @@ def choose(model, candidates, train, index, cfg):
     for t in dict.fromkeys(place.t for place in candidates):
         wanted = [place for place in candidates if place.t == t]
         read = reader({"top1": model}, wanted, dataclasses.replace(cfg, head="ridge"), alike=True)
-        x, y = collect(read, train, index[:CHOICE], cfg, f"t {t:g}, {len(wanted)} places")
-        for width in {v.size(1) for v in of(x, "top1")}:                                    # equally wide ones in one product
+        x, y = extract_features(read, train, index[:CHOICE], cfg, f"t {t:g}, {len(wanted)} places")
+        for width in {v.size(1) for v in found_in(x, "top1")}:                                    # equally wide ones in one product
             alike = [place for place in wanted if x["top1", place].size(1) == width]
             v = torch.stack([x["top1", place] for place in alike])
             scores.update(zip(alike, ridge_probe(v[:, held:], y[held:], v[:, :held], y[:held])))
@@ -435,7 +435,7 @@ def choose(model, candidates, train, index, cfg):
         row = [Place(layer, *column) for column in columns]
         texts = [f"{100 * scores[place]:.1f}" if place in scores else "" for place in row]
         print(f"{layer:5d}" + "".join(f"{f'[{text}]' if place == best else text + ' ':>14}" for place, text in zip(row, texts)))
-    if cfg.sweep and unified.processes()[0] == 0:
+    if cfg.sweep and unified.rank_and_world()[0] == 0:
         path = results_folder(cfg.run) / "sweep.png"
         heat_map(scores, best, f"ridge accuracy (percent); layers to the right, t down; best: layer {best.layer}, t {best.t:g}").save(path)
         print(f"drawn in {path}")
@@ -506,7 +506,7 @@ def few_ridge(x, y, x_test, y_test, penalties=(1e-3, 1e-2, 1e-1, 1.0, 10.0)):
     return (scores.argmax(1) == y_test).float().mean().item()
 
 
-def draw(y, shots, seed):
+def few_indices(y, shots, seed):
     """Numbers of shots random pictures of each class, or of all it has: int (N,) -> int (M,)."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     return torch.cat([order[y[order] == label][:shots] for label in y.unique()])
@@ -525,7 +525,7 @@ def fewshot(x, y, x_test, y_test, classes, cfg):
     for shots in [cfg.shots] if cfg.shots else (5, 10, 25):
         if shots > least:
             print(f"few-shot: some class has only {least} training pictures; with {shots} a class, such classes give what they have")
-        draws = [draw(y, shots, unified.fold(seed, shots, i)) for i in range(3)]
+        draws = [few_indices(y, shots, unified.hash_ints(seed, shots, i)) for i in range(3)]
         scores = {name: [fit(v[d], y[d], x_test[name], y_test) for d in draws] for name, v in x.items()}
         results.append((f"fewshot-{shots}", len(draws[0]), scores))
     return results
@@ -669,7 +669,7 @@ def new_head(net, nets, wanted, sample, classes, cfg):
     """A fresh head for what a reader finds in one of nets, or in pixels; sample is what it has found for one picture."""
     torch.manual_seed(cfg.seed)
     if cfg.head not in ON_MAPS:
-        width = of(sample, net)[0].size(1)
+        width = found_in(sample, net)[0].size(1)
         return ProbeHead(width, classes) if cfg.head == "linear" and not cfg.sgd else \
             MLPHead(width, classes, numbers(cfg.hidden, int, "--hidden") if cfg.head == "mlp" else ())
     model, steps = nets[net], {}
@@ -726,7 +726,7 @@ def fresh_batches(read, data, index, batch, cfg):
         whole = [local_shard(one) for one in index[unified.shuffled(len(index), cfg.seed, epoch)].split(batch)[:len(index) // batch]]
         parts = [part for one in whole for part in one.split(images_at_once(data, cfg.device))]
         rows, labels = [], []
-        for found, y in stream(read, data, [(part, unified.fold(cfg.seed, epoch, part)[:, None] if cfg.augment else None) for part in parts], cfg, replace=True):
+        for found, y in stream(read, data, [(part, unified.hash_ints(cfg.seed, epoch, part)[:, None] if cfg.augment else None) for part in parts], cfg, replace=True):
             rows, labels = rows + [found], labels + [y]
             if sum(map(len, labels)) == len(whole[0]):
                 yield {key: torch.cat([row[key] for row in rows]) for key in found}, torch.cat(labels)
@@ -736,7 +736,7 @@ def fresh_batches(read, data, index, batch, cfg):
 
 def progress(steps, title):
     """A bar, shown by the first process only."""
-    return tqdm.tqdm(total=steps, desc=title, unit="step", dynamic_ncols=True, disable=unified.processes()[0] > 0)
+    return tqdm.tqdm(total=steps, desc=title, unit="step", dynamic_ncols=True, disable=unified.rank_and_world()[0] > 0)
 
 
 def rate(epoch, cfg):
@@ -759,7 +759,7 @@ def train_heads(heads, batches, steps, dims, cfg):
         for epoch in range(cfg.epochs):
             for i, (found, y) in enumerate(batches(epoch)):
                 for net, head in heads.items():
-                    loss = sum(F.cross_entropy(logits, y) for logits in head.nested(*of(found, net), dims=dims)) / len(dims)
+                    loss = sum(F.cross_entropy(logits, y) for logits in head.nested(*found_in(found, net), dims=dims)) / len(dims)
                     optimizers[net].zero_grad()
                     loss.backward()
                     average_gradients(head.parameters())
@@ -777,8 +777,8 @@ def score_heads(heads, read, data, dims, cfg):
     for found, y in stream(read, data, plan, cfg):
         readable += (y >= 0).sum()
         for net, head in heads.items():
-            hits[net] += torch.stack([(logits.argmax(1) == y).sum() for logits in head.eval().nested(*of(found, net), dims=dims)])
-    for count in (readable, *hits.values()) if unified.processes()[1] > 1 else ():
+            hits[net] += torch.stack([(logits.argmax(1) == y).sum() for logits in head.eval().nested(*found_in(found, net), dims=dims)])
+    for count in (readable, *hits.values()) if unified.rank_and_world()[1] > 1 else ():
         torch.distributed.all_reduce(count)
     return {net: (count / readable).tolist() for net, count in hits.items()}
 
@@ -786,21 +786,21 @@ def score_heads(heads, read, data, dims, cfg):
 # Fine-tuning (official file: main_finetune.py): the whole network learns the classes; the tokenizer stays as it is.
 
 
-def depth_of(name, blocks):
+def depth_of(name, blocks, stem):
     """0 for what comes before the blocks, i + 1 for blocks.i, blocks + 1 for all that comes after."""
     first = name.split(".")[0]
     if first == "blocks":
         return int(name.split(".")[1]) + 1
-    return 0 if first in ("token_emb", "patch_embed", "pos_embed", "cls_token") else blocks + 1
+    return 0 if first in stem else blocks + 1
 
 
 def groups(net, head, decay, weight_decay=0.05):
     """Parameters for an optimizer. The further from the output, the less is left to learn: 'scale' is decay ** (layers above). Vectors,
     such as biases, are not pulled to zero."""
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    blocks = max([depth_of(name, 0) for name, _ in named if name.startswith("blocks.")], default=0)
+    blocks = max([depth_of(name, 0, net.stem) for name, _ in named if name.startswith("blocks.")], default=0)
     alike = {}
-    for depth, p in [(depth_of(name, blocks), p) for name, p in named] + [(blocks + 1, p) for p in head.parameters()]:
+    for depth, p in [(depth_of(name, blocks, net.stem), p) for name, p in named] + [(blocks + 1, p) for p in head.parameters()]:
         alike.setdefault((depth, p.dim() > 1), []).append(p)
     return [{"params": params, "scale": decay ** (blocks + 1 - depth), "weight_decay": weight_decay * matrix}
             for (depth, matrix), params in alike.items()]
@@ -822,22 +822,23 @@ def finetune(net, data, index, test, decay, title, cfg):
 
     def logits(x):
         with autocast(cfg):
-            m = net.features(unified.send(x, cfg.device), net.best_t, finetune=True)[0]
+            m = net.features(unified.to_device(x, cfg.device), net.best_t, finetune=True)[0]
         return head(m.float().mean((2, 3)))
-    embedding = getattr(net, "token_emb", nn.Identity()).train()
+    dropouts = [part.train() for name, part in net.named_children() if name in net.stem]
     with progress(cfg.epochs * steps, title) as bar:
         for epoch in range(cfg.epochs):
             parts = index[unified.shuffled(len(index), cfg.seed, epoch)].split(cfg.batch_size)[:steps]
-            plan = [(part, unified.fold(cfg.seed, epoch, part)[:, None]) for part in map(local_shard, parts)]
+            plan = [(part, unified.hash_ints(cfg.seed, epoch, part)[:, None]) for part in map(local_shard, parts)]
             for i, (x, y) in enumerate(data.batches(plan, cfg.workers)):
-                mixup_loss(logits, x.squeeze(1), unified.send(y, cfg.device)).backward()
+                mixup_loss(logits, x.squeeze(1), unified.to_device(y, cfg.device)).backward()
                 average_gradients(p for group in optimizer.param_groups for p in group["params"])
                 for group in optimizer.param_groups:
                     group["lr"] = rate(epoch + i / steps, cfg) * group["scale"]
                 optimizer.step()
                 optimizer.zero_grad()
                 bar.update()
-    embedding.eval()
+    for part in dropouts:
+        part.eval()
     return accuracy(logits, test, cfg)
 
 
@@ -886,7 +887,7 @@ def fit_recipe(cfg, train, images):
     if cfg.batch_size > images:
         print(f"--batch-size {cfg.batch_size} is more than the {images} training images; taking {images}, with its learning rate")
         cfg.batch_size = images
-    cfg.batch_size -= cfg.batch_size % unified.processes()[1]                               # everyone's share is the same
+    cfg.batch_size -= cfg.batch_size % unified.rank_and_world()[1]                               # everyone's share is the same
     if cfg.lr is None:
         cfg.lr = {"linear": 0.1, "finetune": 2.5e-4}[cfg.head] * (1 if images >= 500_000 else 10)
     if cfg.augment and cfg.sgd:
@@ -899,8 +900,8 @@ def compare(nets, wanted, train, index, test, cfg):
     read = reader(nets, wanted, cfg)
     if cfg.head in RECIPES:
         return compare_trained(read, nets, wanted, train, index, test, cfg)
-    x_test, y_test = collect(read, test, torch.arange(len(test)), cfg, "test set")
-    x, y = collect(read, train, index, cfg, "training set")
+    x_test, y_test = extract_features(read, test, torch.arange(len(test)), cfg, "test set")
+    x, y = extract_features(read, train, index, cfg, "training set")
     x, x_test = ({name: v for (name, _), v in found.items()} for found in (x, x_test))
     if cfg.head == "fewshot":
         return fewshot(x, y, x_test, y_test, len(train.classes), cfg)
@@ -918,7 +919,7 @@ def compare_trained(read, nets, wanted, train, index, test, cfg):
         batches, images = fresh_batches(read, train, index, cfg.batch_size, cfg), len(index)
     else:
         print(f"{cfg.head}: on features of whole pictures, computed once; --augment takes fresh crops in every epoch, as published")
-        x, y = collect(read, train, index, cfg, "training set")
+        x, y = extract_features(read, train, index, cfg, "training set")
         batches, images = cached_batches(x, y, cfg.batch_size, cfg.seed), len(y)
     train_heads(heads, batches, images // cfg.batch_size, dims, cfg)
     scores = score_heads(heads, read, test, dims, cfg)
@@ -959,9 +960,9 @@ def report(wanted, dataset, labels, results, seconds, cfg):
 
 
 def main():
-    cfg = settle(unified.parse(Config, __doc__.split("\n")[0]))
+    cfg = settle(unified.parse_flags(Config, __doc__.split("\n")[0]))
     cfg.device = str(unified.join_processes(cfg.device))
-    first = unified.processes()[0] == 0
+    first = unified.rank_and_world()[0] == 0
     try:
         with contextlib.redirect_stdout(sys.stdout if first else None):                     # all do the same, one tells
             run(cfg, first)
@@ -992,7 +993,7 @@ def run(cfg, first):
     if cfg.compile:
         compile_blocks(nets["untrained"])
     labels = {"top1": "this model", "pixels": "raw pixels",
-              "untrained": "the same network untrained" + " (transformer untrained, tokenizer trained)" * hasattr(model, "vqgan")}
+              "untrained": "the same network untrained" + " (transformer untrained, tokenizer trained)" * bool(model.tokenizer)}
     if cfg.head == "finetune":
         labels["untrained"] = "the same network from scratch, by the same recipe but without layer decay"
         decay = 0.75 if model.best_layer >= 24 else 0.65                                    # as published for large and base
@@ -1009,4 +1010,4 @@ def run(cfg, first):
 
 
 if __name__ == "__main__":
-    unified.run_script(main)
+    unified.run_main(main)

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -29,40 +30,40 @@ import tqdm
 import unified
 from probe import compile_blocks, results_folder
 from train import writable, write_file
-from unified import UserError, option
+from unified import UserError, flag
 
 
 @dataclasses.dataclass
 class Config:
-    run: str = option(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
-    n: int = option(None, "pictures; 64, or 6 for each --image", most=10**7)
-    batch: int = option(64, "pictures computed at once")
-    steps: int = option(None, "rounds of decoding; 20, or fewer if there are fewer ids; from noise 125, of adm 250, or 25 at --temperature 0")
-    temperature: float = option(None, "more is more varied, less is cleaner: of the noise on the confidence, 6 for 256 ids; "
-                                      "of models that start from noise DDIM's eta, 0 to 1", least=0)
-    seed: int = option(0, "another one gives other pictures", least=0, most=2**32 - 1)
-    label: str = option("", "class name or number; several with commas take turns, all takes every class in turn")
-    guidance: float = option(1.0, "how much to exaggerate what the label changes; 1 is not at all",
+    run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
+    n: int = flag(None, "pictures; 64, or 6 for each --image", most=10**7)
+    batch: int = flag(64, "pictures computed at once")
+    steps: int = flag(None, "rounds of decoding; 20, or fewer if there are fewer ids; from noise 125, of adm 250, or 25 at --eta 0")
+    temperature: float = flag(None, "models of ids: Gumbel noise on the confidence; more is more varied, less is cleaner; 6 for 256 ids", least=0)
+    eta: float = flag(None, "models that start from noise: 1 as published, DDPM; 0 is DDIM, which adds no noise on the way", least=0, most=1)
+    seed: int = flag(0, "another one gives other pictures", least=0, most=2**32 - 1)
+    label: str = flag("", "class name or number; several with commas take turns, all takes every class in turn")
+    guidance: float = flag(1.0, "how much to exaggerate what the label changes; 1 is not at all",
                              least=0, most=1000)
-    image: str = option((), "pictures to paint into, centre-cropped to the model's size", nargs="+")
-    box: str = option((), "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
-    mask: str = option((), "instead of boxes images, white where to paint, cropped like the pictures; "
+    image: str = flag((), "pictures to paint into, centre-cropped to the model's size", nargs="+")
+    box: str = flag((), "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
+    mask: str = flag((), "instead of boxes images, white where to paint, cropped like the pictures; "
                            "one for all or one for each", nargs="+")
-    outside: bool = option(False, "keep the box, or what is white in the mask, and paint all around it")
-    reconstruct: bool = option(False, "only send each --image through the tokenizer and back; umd and mae hide most of it and guess it")
-    gif: bool = option(False, "also write the decoding as a film")
-    npz: str = option("", "also write all pictures to this file, as arr_0, uint8 (N, S, S, 3)")
-    png_dir: str = option("", "also write each picture to this folder; what this command began is continued")
-    out: str = option("", "the PNG to write, if not samples-<seed>.png in the run's folder")
-    overwrite: bool = option(False, "replace files that are there")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
+    outside: bool = flag(False, "keep the box, or what is white in the mask, and paint all around it")
+    reconstruct: bool = flag(False, "only send each --image through the tokenizer and back; umd and mae hide most of it and guess it")
+    gif: bool = flag(False, "also write the decoding as a film")
+    npz: str = flag("", "also write all pictures to this file, as arr_0, uint8 (N, S, S, 3)")
+    png_dir: str = flag("", "also write each picture to this folder; what this command began is continued")
+    out: str = flag("", "the PNG to write, if not samples-<seed>.png in the run's folder")
+    overwrite: bool = flag(False, "replace files that are there")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    dtype: str = flag(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
                         choices=["float32", "bfloat16"])
-    weights: str = option("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
-    compile: bool = option(False, "compile the blocks: slower to start, then faster")
-    adm_heads: int = option(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
+    weights: str = flag("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
+    compile: bool = flag(False, "compile the blocks: slower to start, then faster")
+    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
                                   "one for 64 channels, if not given")
-    adm_order: str = option(None, "their channels' order in it; new after --use_new_attention_order True",
+    adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
                             choices=["legacy", "new"])
 
 
@@ -149,7 +150,9 @@ def generate(model, cfg, index, labels=None, **known):
     index = index.to(cfg.device)
     seeds = (cfg.seed << 32) + index
     labels = None if labels is None else labels.to(cfg.device)[index % len(labels)]
-    return model.sample_steps(len(index), steps=cfg.steps, temperature=cfg.temperature, guidance=cfg.guidance, labels=labels, seeds=seeds, **known)
+    options = {"steps": cfg.steps, "temperature": cfg.temperature, "eta": cfg.eta, "labels": labels,
+               "guidance": None if cfg.guidance == 1 else cfg.guidance}
+    return model.sample_steps(len(index), seeds=seeds, **{name: v for name, v in options.items() if v is not None}, **known)
 
 
 def decodings(model, cfg, parts, labels, **known):
@@ -159,19 +162,17 @@ def decodings(model, cfg, parts, labels, **known):
         for state in states:
             bar.update()
             yield state
-    published = min(20, model.length) if hasattr(model, "vqgan") else 125 if hasattr(model, "clean") else 250
-    with tqdm.tqdm(total=(cfg.steps or published) * len(parts), unit="pass", dynamic_ncols=True,
-                   disable=unified.processes()[0] > 0) as bar:
-        for done, part in enumerate(parts, 1):
+    with tqdm.tqdm(total=model.num_steps(cfg.steps, cfg.eta) * len(parts), unit="pass", dynamic_ncols=True,
+                   disable=unified.rank_and_world()[0] > 0) as bar:
+        for part in parts:
             there = {name: v[part.to(v.device)] for name, v in known.items()}
             yield part, counted(generate(model, cfg, part, labels, **there))
-            bar.total = bar.n // done * len(parts)              # what it takes is known now
 
 
 def pictures(model, cfg, index, labels):
     """Pictures with the numbers index (n,), --batch at a time and process: yields their numbers and uint8
     (B, S, S, 3), to every process."""
-    rank, world = unified.processes()
+    rank, world = unified.rank_and_world()
     parts = index.split(cfg.batch) if len(index) else ()
     mine = decodings(model, cfg, parts[rank::world], labels)
     for _ in range(0, len(parts), world):
@@ -191,14 +192,14 @@ def thinned(states):
 
 def write_film(path, frames, columns):
     """Frames (n, 3, S, S) in [0, 1] -> a GIF of the grid, three frames a second, the last one held."""
-    sheets = [unified.grid(x, columns, 512) for x in frames]
+    sheets = [unified.image_grid(x, columns, 512) for x in frames]
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=[330] * (len(sheets) - 1) + [2500], loop=0)
 
 
 def write_grid(path, made):
     """One PNG of all pictures made."""
     x = torch.cat([torch.from_numpy(x) for _, x in made])
-    unified.grid(x.movedim(-1, 1) / 255).save(path)
+    unified.image_grid(x.movedim(-1, 1) / 255).save(path)
 
 
 def write_decoding(path, model, cfg, labels):
@@ -227,7 +228,7 @@ def made_by(model, config, cfg):
     digest = hashlib.sha256(json.dumps(config["arch"], sort_keys=True).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    options = ("seed", "steps", "temperature", "label", "guidance", "dtype")
+    options = ("seed", "steps", "temperature", "eta", "label", "guidance", "dtype")
     return {"weights": digest.hexdigest(), **{name: getattr(cfg, name) for name in options}}
 
 
@@ -270,7 +271,7 @@ def write_painted(path, model, cfg, labels):
     film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                                # (steps, images, n, 3, S, S)
     left = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()
     frames = [torch.cat([left, frame], 1).flatten(0, 1) for frame in film]
-    unified.grid(frames[-1], cfg.n + 2).save(path)
+    unified.image_grid(frames[-1], cfg.n + 2).save(path)
     if cfg.gif:
         write_film(path.with_suffix(".gif"), frames, cfg.n + 2)
 
@@ -280,11 +281,11 @@ def write_reconstructed(path, model, cfg):
     x = torch.stack([unified.read_image(p, model.image_size) for p in cfg.image])
     torch.manual_seed(cfg.seed)
     row = [x, *(y.cpu() for y in model.reconstruct(x.to(cfg.device)))]
-    unified.grid(torch.stack(row, 1).flatten(0, 1), len(row)).save(path)
+    unified.image_grid(torch.stack(row, 1).flatten(0, 1), len(row)).save(path)
 
 
 def main():
-    cfg = unified.parse(Config, __doc__.split("\n")[0])
+    cfg = unified.parse_flags(Config, __doc__.split("\n")[0])
     check(cfg)
     cfg.out = target(cfg)
     device = unified.join_processes(cfg.device)
@@ -296,6 +297,17 @@ def main():
         unified.leave_processes()
 
 
+def check_options(cfg, model, config):
+    """Refuse what this model's sample_steps does not take."""
+    takes = inspect.signature(model.sample_steps).parameters
+    given = {"steps": cfg.steps, "temperature": cfg.temperature, "eta": cfg.eta, "known": cfg.image and not cfg.reconstruct}
+    for name, value in given.items():
+        if value not in (None, (), False) and name not in takes:
+            other = {"temperature": "eta", "eta": "temperature"}.get(name)
+            raise UserError(f"--{'image' if name == 'known' else name} is nothing that {config['arch']['model']} knows; "
+                            + (f"take --{other}" if other in takes else "leave it out"))
+
+
 def run(cfg, device):
     """All that is asked for."""
     attention = {"heads": cfg.adm_heads, "order": cfg.adm_order}
@@ -305,20 +317,18 @@ def run(cfg, device):
         compile_blocks(model)
     if not model.generates and not cfg.image:
         raise UserError(f"{cfg.run} has learned to fill holes, not to start from nothing; add --image FILE --box x0,y0,x1,y1")
-    if cfg.reconstruct and not (hasattr(model, "vqgan") or getattr(model, "hidden_clean", 0)):
+    if cfg.reconstruct and not model.reconstructs:
         raise UserError(f"--reconstruct: {cfg.run} has neither a tokenizer nor learned to guess what is hidden")
-    if not hasattr(model, "vqgan") and not 0 <= (cfg.temperature or 0) <= 1:
-        raise UserError(f"--temperature {cfg.temperature:g} is DDIM's eta for a model that starts from noise; take 0 to 1")
+    check_options(cfg, model, config)
     cfg.n = cfg.n or (6 if cfg.image else 64)
     widest = 65_000 // (model.image_size + 2) - 2                   # a GIF's sides are below 2 ** 16
     if cfg.image and max(cfg.n, len(cfg.image)) > widest:
         raise UserError(f"{len(cfg.image)} rows of --n {cfg.n} are too large a sheet; take {widest} at most")
     labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
-    there = model.length if hasattr(model, "vqgan") else len(getattr(model, "abar", ()))
-    if cfg.steps and 0 < there < cfg.steps and unified.processes()[0] == 0:
-        unit = "ids" if hasattr(model, "vqgan") else "timesteps"
-        print(f"--steps {cfg.steps}: there are {there} {unit} only, and more steps gain nothing")
-    first, path = unified.processes()[0] == 0, cfg.out
+    if cfg.steps and model.max_steps < cfg.steps and unified.rank_and_world()[0] == 0:
+        unit = "ids" if model.tokenizer else "timesteps"
+        print(f"--steps {cfg.steps}: there are {model.max_steps} {unit} only, and more steps gain nothing")
+    first, path = unified.rank_and_world()[0] == 0, cfg.out
     if cfg.reconstruct and first:
         write_reconstructed(path, model, cfg)
     elif cfg.image and first:
@@ -330,7 +340,7 @@ def run(cfg, device):
             wanted.append((everything, lambda made: write_npz(pathlib.Path(cfg.npz), made, (cfg.n, model.image_size, model.image_size, 3))))
         if cfg.png_dir:
             folder = pathlib.Path(cfg.png_dir)
-            index = unified.first_alone(lambda: missing(folder, made_by(model, config, cfg), cfg))
+            index = unified.rank_zero_first(lambda: missing(folder, made_by(model, config, cfg), cfg))
             wanted.append((index, lambda made: write_pngs(folder, made)))
         for index, write in wanted:
             made = pictures(model, cfg, index, labels)
@@ -345,4 +355,4 @@ def run(cfg, device):
 
 
 if __name__ == "__main__":
-    unified.run_script(main)
+    unified.run_main(main)

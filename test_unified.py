@@ -219,7 +219,7 @@ def run_script(name, args, before=None):
     sys.argv = [str(HERE / name), *map(str, args)]
     if before:
         before()
-    unified.run_script(importlib.import_module(name.removesuffix(".py")).main)
+    unified.run_main(importlib.import_module(name.removesuffix(".py")).main)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -396,10 +396,10 @@ def test_entropy_gap_lies_between_minus_ln_k_and_zero():
     K = 16
     undecided, all_the_same = torch.zeros(64, K), F.one_hot(torch.zeros(64).long(), K) * -1.0
     each_its_own = F.one_hot(torch.arange(64) % K, K) * -1.0
-    assert abs(unified.entropy_gap(undecided)) < 1e-3                  # no position is sure. (1e-3: there is a 1e-5 inside the log.)
-    assert abs(unified.entropy_gap(all_the_same)) < 1e-3               # all are sure of the same code
-    assert abs(unified.entropy_gap(each_its_own) + math.log(K)) < 1e-3                      # sure, and all codes in use: the best
-    assert -math.log(K) < unified.entropy_gap(torch.rand(64, K) * 0.05) < 0
+    assert abs(unified.entropy_loss(undecided)) < 1e-3                  # no position is sure. (1e-3: there is a 1e-5 inside the log.)
+    assert abs(unified.entropy_loss(all_the_same)) < 1e-3               # all are sure of the same code
+    assert abs(unified.entropy_loss(each_its_own) + math.log(K)) < 1e-3                      # sure, and all codes in use: the best
+    assert -math.log(K) < unified.entropy_loss(torch.rand(64, K) * 0.05) < 0
 
 
 def test_commitment_moves_the_encoder_and_the_codebook_term_moves_the_codes():
@@ -414,7 +414,7 @@ def test_commitment_moves_the_encoder_and_the_codebook_term_moves_the_codes():
 
 def test_generator_and_discriminator_do_not_touch_each_other():
     training = unified.TokenizerTraining(tokenizer())
-    logs = training(some_pictures(), adversarial=0.8)[1]
+    logs = training(some_pictures(), adversarial_weight=0.8)[1]
     names, parameters = zip(*training.named_parameters())
     for term, owner in [("generator", "vqgan"), ("discriminator", "discriminator")]:
         grads = torch.autograd.grad(logs[term], parameters, retain_graph=True, allow_unused=True)
@@ -423,14 +423,14 @@ def test_generator_and_discriminator_do_not_touch_each_other():
 
 def test_the_adversarial_gradient_is_as_long_as_the_reconstructions():
     training = unified.TokenizerTraining(tokenizer())
-    logs, last = training(some_pictures(), adversarial=0.8)[1], training.vqgan.decoder.conv_out.weight
+    logs, last = training(some_pictures(), adversarial_weight=0.8)[1], training.vqgan.decoder.conv_out.weight
     lengths = [torch.autograd.grad(t, last, retain_graph=True)[0].norm() for t in (logs["generator"], logs["l1"] + logs["l2"])]
     assert_close(*lengths, 1e-3)                                        # not equal: 1e-4 keeps the ratio finite
 
 
 def test_the_tokenizers_loss_is_the_weighted_sum_of_its_terms():
     training = unified.TokenizerTraining(tokenizer())
-    loss, logs = training(some_pictures(), adversarial=0.8)
+    loss, logs = training(some_pictures(), adversarial_weight=0.8)
     weights = {**training.WEIGHTS, "generator": 0.8, "discriminator": 1.0}
     assert_close(loss, sum(weights[k] * logs[k] for k in weights), 1e-6)
     assert "generator" not in training(some_pictures())[1]              # during the warm-up the discriminator does not even run
@@ -472,10 +472,10 @@ def test_the_hidden_share_follows_the_truncated_normal_law():
 
 
 def test_ranks_are_places_in_the_sorted_row():
-    assert unified.ranks(torch.tensor([[0.3, 0.1, 0.2], [5.0, 5.0, 1.0]])).tolist() == [[2, 0, 1], [1, 2, 0]]
+    assert unified.rank_in_row(torch.tensor([[0.3, 0.1, 0.2], [5.0, 5.0, 1.0]])).tolist() == [[2, 0, 1], [1, 2, 0]]
     noise = some_noise(3, 50)
     for n in (0, 17, 50):
-        smallest = unified.ranks(noise) < n
+        smallest = unified.rank_in_row(noise) < n
         assert (smallest.sum(1) == n).all()
         assert n in (0, 50) or noise[smallest].view(3, -1).amax(1).lt(noise[~smallest].view(3, -1).amin(1)).all()
 
@@ -484,7 +484,7 @@ def counts_of(initial, steps):
     """hidden_left after each step, for pictures that start with different numbers of hidden ids."""
     counts = [torch.tensor(initial)]
     for step in range(steps):
-        counts.append(unified.hidden_left(counts[0], counts[-1], step, steps))
+        counts.append(unified.num_masked(counts[0], counts[-1], step, steps))
     return torch.stack(counts[1:]).T.tolist()
 
 
@@ -507,27 +507,27 @@ def test_mix_is_murmurs():
         return x ^ x >> 16
     values = [0, 1, 2**31, 2**32 - 1, 0xDEADBEEF]
     assert murmur(1) == 0x514E28B7                                      # a published test value
-    assert unified.mix(torch.tensor(values)).tolist() == [murmur(v) for v in values]
+    assert unified.murmur(torch.tensor(values)).tolist() == [murmur(v) for v in values]
 
 
 def test_a_random_number_depends_on_seed_draw_and_position_only():
     seeds = torch.tensor([5, -3, 2**40 + 5, 7])
-    u = unified.uniform(seeds, 3, 10)
-    assert unified.uniform(seeds[2:3], 3, 10).equal(u[2:3])             # alone or in company
-    assert unified.uniform(seeds, 3, 4).equal(u[:, :4])                 # however many are asked for
-    everything = torch.cat([unified.uniform(seeds, draw, 10).flatten() for draw in range(50)])
+    u = unified.hashed_uniform(seeds, 3, 10)
+    assert unified.hashed_uniform(seeds[2:3], 3, 10).equal(u[2:3])             # alone or in company
+    assert unified.hashed_uniform(seeds, 3, 4).equal(u[:, :4])                 # however many are asked for
+    everything = torch.cat([unified.hashed_uniform(seeds, draw, 10).flatten() for draw in range(50)])
     assert len(everything.unique()) > 0.999 * len(everything)           # every other name gives another number
 
 
 def test_random_numbers_lie_strictly_between_zero_and_one(monkeypatch):
     for bits in (0, 0xFFFFFFFF):                                        # the most extreme hashes there are
-        monkeypatch.setattr(unified, "mix", lambda x, bits=bits: torch.full_like(x, bits))
-        u = unified.uniform(torch.zeros(1, dtype=torch.long), 0, 1)
-        assert 0 < u.item() < 1 and unified.gumbel(u).isfinite().all()
+        monkeypatch.setattr(unified, "murmur", lambda x, bits=bits: torch.full_like(x, bits))
+        u = unified.hashed_uniform(torch.zeros(1, dtype=torch.long), 0, 1)
+        assert 0 < u.item() < 1 and unified.to_gumbel(u).isfinite().all()
 
 
 def test_random_numbers_look_uniform_and_independent():
-    u = torch.stack([unified.uniform(torch.arange(64), draw, 64) for draw in range(64)])     # (draw, seed, position)
+    u = torch.stack([unified.hashed_uniform(torch.arange(64), draw, 64) for draw in range(64)])     # (draw, seed, position)
     counts = torch.histc(u, 256, 0, 1)
     assert ((counts - 1024) ** 2 / 1024).sum() < 255 + 4 * math.sqrt(2 * 255)               # chi-square, four deviations
     for dim in range(3):
@@ -537,17 +537,17 @@ def test_random_numbers_look_uniform_and_independent():
 
 def test_gumbel_noise_has_gumbels_distribution():
     u = (torch.arange(1000).double() + 0.5) / 1000
-    g = unified.gumbel(u)
+    g = unified.to_gumbel(u)
     assert_close((-(-g).exp()).exp(), u, 1e-9)
     assert abs(g.mean() - 0.5772) < 0.01                                # Euler's constant
 
 
 def test_categorical_draws_follow_their_distribution():
     p, u = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]), (torch.arange(1000) + 0.5) / 1000
-    counts = torch.bincount(unified.categorical(p.expand(1000, -1), u), minlength=6)
+    counts = torch.bincount(unified.sample_categorical(p.expand(1000, -1), u), minlength=6)
     assert (counts - 1000 * p).abs().max() <= 1                         # rounding of the last draw of a category
     assert (counts[p == 0] == 0).all()
-    extreme = unified.categorical(p.expand(2, -1), torch.tensor([2**-24, 1 - 2**-24]))
+    extreme = unified.sample_categorical(p.expand(2, -1), torch.tensor([2**-24, 1 - 2**-24]))
     assert extreme.tolist() == [1, 4]
 
 
@@ -569,10 +569,17 @@ def test_golden_model_sizes_are_read_off_the_file():
     assert model.mlm_layer.ln.eps == c["mlm_ln_eps"]
 
 
+def masking(model, x, mask_ratio=None, mask_noise=None):
+    """Ids of x, which of them are masked, and which enter the encoder, as in MAGE.forward."""
+    ids = model.to_ids(x)
+    mask_noise = torch.rand(ids.shape) if mask_noise is None else mask_noise
+    return ids, *unified.random_masking(mask_noise, unified.truncated_normal(torch.rand(())) if mask_ratio is None else mask_ratio)
+
+
 def golden_step():
     """The golden training step, piece by piece: file, model, and what hide() answers."""
     g, model, _ = golden_mage()
-    return g, model, *model.hide(g.inputs["image"], g.inputs["mask_rate"], g.inputs["noise"])
+    return g, model, *masking(model, g.inputs["image"], g.inputs["mask_rate"], g.inputs["noise"])
 
 
 def test_golden_ids_and_masks():
@@ -581,18 +588,18 @@ def test_golden_ids_and_masks():
     assert ids.equal(g.outputs["gt_indices"])
     assert F.pad(mask, (1, 0)).equal(g.outputs["token_all_mask"].bool())                    # column 0 is the class: never hidden
     assert F.pad(dropped, (1, 0)).equal(g.outputs["token_drop_mask"].bool())
-    words = model.words(ids, mask)
+    words = model.input_ids(ids, mask)
     assert torch.cat([words[:, :1], words[:, 1:].gather(1, keep)], 1).equal(g.outputs["encoder_input_ids"])
 
 
 def test_golden_latent_and_logits():
     g, model, ids, mask, keep = golden_step()
-    latent = model.encode(model.words(ids, mask), keep)
+    latent = model.encode(model.input_ids(ids, mask), keep)
     assert_close(latent, g.outputs["latent"])
     x = model.decoder_input(latent, mask, keep)
     for block in model.decoder_blocks:
         x = block(x)
-    everything = model.head(x, g.config["vocab_size"])                                      # all words, all positions
+    everything = model.predict_ids(x, g.config["vocab_size"])                                      # all words, all positions
     assert_close(everything[:, g.inputs["logit_positions"]], g.outputs["logits_at_positions"])
     assert_close(everything[..., :model.codes].logsumexp(-1), g.outputs["logits_codebook_logsumexp"])
     codes = model.decode(latent, mask, keep)
@@ -604,7 +611,7 @@ def test_golden_latent_and_logits():
 def golden_gradients():
     """Loss and gradients of the golden batch: file, loss, {name: gradient or None}, names our model does not have."""
     g, model, dead = golden_mage()
-    loss, _ = model(g.inputs["image"], rate=g.inputs["mask_rate"], noise=g.inputs["noise"])
+    loss, _ = model(g.inputs["image"], mask_ratio=g.inputs["mask_rate"], mask_noise=g.inputs["noise"])
     loss.backward()
     return g, loss.detach(), {k: p.grad for k, p in model.named_parameters()}, dead
 
@@ -640,10 +647,10 @@ def test_golden_constants_are_those_written_into_unified():
 
 def test_only_hidden_tokens_are_scored():
     model = mage()
-    ids, mask, _ = model.hide(some_ids(model), 0.6, some_noise(4, 16))
+    ids, mask, _ = masking(model, some_ids(model), 0.6, some_noise(4, 16))
     logits = torch.randn(4, 16, model.codes, requires_grad=True)
     model.decode = lambda *args: logits
-    loss, _ = model(ids, rate=0.6, noise=some_noise(4, 16))
+    loss, _ = model(ids, mask_ratio=0.6, mask_noise=some_noise(4, 16))
     loss.backward()
     assert (logits.grad[~mask] == 0).all() and (logits.grad[mask] != 0).all()
     assert_close(loss, F.cross_entropy(logits[mask], ids[mask], label_smoothing=0.1), 1e-6)
@@ -652,11 +659,11 @@ def test_only_hidden_tokens_are_scored():
 def test_hidden_ids_cannot_be_read():
     model = mage(sharp=True)
     x, noise = some_ids(model), some_noise(4, 16)
-    mask = model.hide(x, 0.6, noise)[1]
+    mask = masking(model, x, 0.6, noise)[1]
 
     def guess(x):
-        ids, mask, keep = model.hide(x, 0.6, noise)
-        return model.decode(model.encode(model.words(ids, mask), keep), mask, keep)
+        ids, mask, keep = masking(model, x, 0.6, noise)
+        return model.decode(model.encode(model.input_ids(ids, mask), keep), mask, keep)
     other = (x + 1) % model.codes
     assert guess(torch.where(mask, other, x)).equal(guess(x))
     assert not guess(torch.where(mask, x, other)).allclose(guess(x), atol=1e-3)             # while those in sight do matter
@@ -667,8 +674,8 @@ def test_exactly_half_of_the_tokens_never_enter_the_encoder(side):
     model, entered = mage(side), []
     model.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0].size(1)))
     for rate in (0.5, 0.51, 0.77, 1.0):
-        _, mask, keep = model.hide(some_ids(model), rate)
-        model(some_ids(model), rate=rate)
+        _, mask, keep = masking(model, some_ids(model), rate)
+        model(some_ids(model), mask_ratio=rate)
         assert (mask.sum(1) == math.ceil(model.length * rate)).all()
         assert mask.scatter(1, keep, True).all()                        # whoever stays outside is hidden
         assert keep.equal(keep.sort(1).values) and keep.size(1) == model.length // 2
@@ -677,9 +684,9 @@ def test_exactly_half_of_the_tokens_never_enter_the_encoder(side):
 
 def test_the_smallest_noise_is_hidden_and_a_share_is_drawn_if_none_is_given():
     model, noise = mage(), some_noise(4, 16)
-    mask = model.hide(some_ids(model), 0.5, noise)[1]
+    mask = masking(model, some_ids(model), 0.5, noise)[1]
     assert (noise.masked_fill(~mask, -1).amax(1) < noise.masked_fill(mask, 2).amin(1)).all()
-    counts = [model.hide(some_ids(model))[1].sum(1).unique() for _ in range(200)]
+    counts = [masking(model, some_ids(model))[1].sum(1).unique() for _ in range(200)]
     assert all(len(c) == 1 for c in counts)                             # one share for the batch
     assert set(torch.cat(counts).tolist()) == set(range(9, 17))         # ceil(16 r), 0.5 < r < 1
 
@@ -695,15 +702,15 @@ def test_pixels_and_their_cached_ids_give_the_same_loss():
     model, x, noise = mage(), some_pictures(), some_noise(4, 16)
     ids = model.to_ids(x)
     cached = torch.from_numpy(ids.numpy().astype(numpy.uint16))         # as the cache stores them
-    losses = [model(v, rate=0.6, noise=noise)[0] for v in (x, ids, cached)]
+    losses = [model(v, mask_ratio=0.6, mask_noise=noise)[0] for v in (x, ids, cached)]
     assert losses[0].equal(losses[1]) and losses[0].equal(losses[2])
     assert ids.equal(model.vqgan.encode(x).flatten(1))                  # row by row
 
 
 def test_the_output_matrix_gets_no_gradient():
     model = mage(classes=3)
-    ids, mask, _ = model.hide(some_ids(model), 0.8, some_noise(4, 16))
-    model(ids, rate=0.8, noise=some_noise(4, 16))[0].backward()
+    ids, mask, _ = masking(model, some_ids(model), 0.8, some_noise(4, 16))
+    model(ids, mask_ratio=0.8, mask_noise=some_noise(4, 16))[0].backward()
     read = set(ids[~mask].tolist()) | {model.fake_id, model.mask_id}    # only words that were read can learn
     grad = model.token_emb.word_embeddings.weight.grad
     assert set(grad.abs().sum(1).nonzero().flatten().tolist()) == read and len(read) < model.codes
@@ -711,7 +718,7 @@ def test_the_output_matrix_gets_no_gradient():
 
 def test_every_trainable_parameter_gets_a_gradient_and_the_tokenizer_none():
     model = mage(contrastive=0.1)
-    model(some_ids(model, 8).unflatten(0, (4, 2)), rate=0.7)[0].backward()
+    model(some_ids(model, 8).unflatten(0, (4, 2)), mask_ratio=0.7)[0].backward()
     for name, p in model.named_parameters():
         if name.startswith("vqgan."):
             assert not p.requires_grad and p.grad is None
@@ -725,7 +732,7 @@ def test_one_batch_is_learned():
     model, x, noise, losses = mage(), some_ids(mage(), 8), some_noise(8, 16), []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     for _ in range(100):
-        loss, _ = model(x, rate=0.5, noise=noise)
+        loss, _ = model(x, mask_ratio=0.5, mask_noise=noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -766,10 +773,10 @@ def test_the_vocabulary_is_codes_classes_fake_class_and_mask():
 def test_labels_are_hidden_from_a_tenth_of_the_pictures_in_training_only():
     model, n = mage(classes=3), 4000
     ids, labels, mask = torch.zeros(n, 16, dtype=torch.long), torch.arange(n) % 3, torch.zeros(n, 16, dtype=torch.bool)
-    assert model.words(ids, mask, labels)[:, 0].equal(model.codes + labels)
-    share = (model.train().words(ids, mask, labels)[:, 0] == model.fake_id).float().mean().item()
+    assert model.input_ids(ids, mask, labels)[:, 0].equal(model.codes + labels)
+    share = (model.train().input_ids(ids, mask, labels)[:, 0] == model.fake_id).float().mean().item()
     assert abs(share - 0.1) < 0.02
-    kept = model.words(ids, mask, labels, keep_label=labels == 1)[:, 0]
+    kept = model.input_ids(ids, mask, labels, keep_label=labels == 1)[:, 0]
     assert kept.equal(torch.where(labels == 1, model.codes + 1, model.fake_id))
 
 
@@ -778,7 +785,7 @@ def test_a_label_changes_the_guesses():
     ids, hidden = some_ids(model, 1), torch.ones(1, 16, dtype=torch.bool)
     guesses = [model.logits(ids, hidden, labels) for labels in (None, torch.tensor([0]), torch.tensor([2]))]
     assert min((a - b).abs().max().item() for a, b in zip(guesses, guesses[1:] + guesses[:1])) > 1e-2
-    losses = [model(ids, torch.tensor([c]), rate=0.6, noise=some_noise(1, 16))[0] for c in (0, 2)]
+    losses = [model(ids, torch.tensor([c]), mask_ratio=0.6, mask_noise=some_noise(1, 16))[0] for c in (0, 2)]
     assert not losses[0].allclose(losses[1])
 
 
@@ -806,11 +813,11 @@ def test_demask_keeps_known_ids_and_hides_the_least_certain():
     p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.5, 0.5]]).expand(2, 4, 2)
     ids, hidden = torch.tensor([[0, 0, 0, 1]] * 2), torch.tensor([[True, True, True, False]] * 2)
     u, noise = torch.tensor([[0.5, 0.5, 0.5, 0.1]] * 2), torch.zeros(2, 4)
-    ids, hidden = unified.demask(p.log(), ids, hidden, torch.tensor([1, 2]), u, noise)
+    ids, hidden = unified.unmask(p.log(), ids, hidden, torch.tensor([1, 2]), u, noise)
     assert ids.tolist() == [[0, 0, 1, 1]] * 2                           # the last is known: 0.1 would have drawn 0
     assert hidden.tolist() == [[False, True, False, False], [False, True, True, False]]
     noise[:, 0] = -5.0                                                  # noise on the confidence turns the order round
-    assert unified.demask(p.log(), ids, ~ids.eq(9), torch.tensor([1, 1]), u, noise)[1].nonzero().tolist() == [[0, 0], [1, 0]]
+    assert unified.unmask(p.log(), ids, ~ids.eq(9), torch.tensor([1, 1]), u, noise)[1].nonzero().tolist() == [[0, 0], [1, 0]]
 
 
 def replayed(monkeypatch, sampled, gumbel):
@@ -818,18 +825,18 @@ def replayed(monkeypatch, sampled, gumbel):
 
     The ids that the official sampler drew go back in through the front door, as the middle of each one's slice of (0, 1).
     """
-    demask, steps = unified.demask, []
-    names = ("logits", "ids", "hidden", "left", "u", "noise", "sampled", "again")           # what demask() reads, what it answers
+    demask, steps = unified.unmask, []
+    names = ("logits", "ids", "mask", "left", "u", "noise", "sampled", "again")           # what demask() reads, what it answers
 
-    def recorded(logits, ids, hidden, left, u, noise):
+    def recorded(logits, ids, mask, left, u, noise, *_):
         drawn = sampled[len(steps)][..., None]
         cdf = F.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
-        before = logits, ids, hidden, left, ((cdf.gather(-1, drawn) + cdf.gather(-1, drawn + 1)) / 2)[..., 0].float(), noise
+        before = logits, ids, mask, left, ((cdf.gather(-1, drawn) + cdf.gather(-1, drawn + 1)) / 2)[..., 0].float(), noise
         after = demask(*before)
         steps.append(types.SimpleNamespace(**dict(zip(names, before + after))))
         return after
-    monkeypatch.setattr(unified, "demask", recorded)
-    monkeypatch.setattr(unified, "gumbel", lambda u: gumbel[len(steps)].float())
+    monkeypatch.setattr(unified, "unmask", recorded)
+    monkeypatch.setattr(unified, "to_gumbel", lambda u: gumbel[len(steps)].float())
     return steps
 
 
@@ -855,8 +862,8 @@ def test_golden_decoding_logits(decoding):
 def test_golden_decoding_ids(decoding):
     g, model, steps, states = decoding
     for i, s in enumerate(steps):
-        assert s.ids.masked_fill(s.hidden, model.mask_id).equal(g.outputs["gen_input_ids"][i])
-        assert unified.categorical(s.logits.softmax(-1), s.u).equal(g.inputs["gen_categorical_samples"][i])
+        assert s.ids.masked_fill(s.mask, model.mask_id).equal(g.outputs["gen_input_ids"][i])
+        assert unified.sample_categorical(s.logits.softmax(-1), s.u).equal(g.inputs["gen_categorical_samples"][i])
         assert s.sampled.equal(g.outputs["gen_sampled_ids"][i])
         assert s.again.equal(g.outputs["gen_masking"][i])
         assert s.sampled.masked_fill(s.again, model.mask_id).equal(g.outputs["gen_next_ids"][i])
@@ -867,8 +874,8 @@ def test_golden_decoding_confidences(decoding):
     g, _, steps, _ = decoding
     for i, s in enumerate(steps):
         p, theirs = s.logits.softmax(-1).gather(-1, s.sampled[..., None])[..., 0], g.outputs["gen_selected_probs"][i]
-        assert theirs.isinf().equal(~s.hidden)                          # what was known before is certain
-        assert_close(p[s.hidden], theirs[s.hidden])
+        assert theirs.isinf().equal(~s.mask)                          # what was known before is certain
+        assert_close(p[s.mask], theirs[s.mask])
 
 
 def test_golden_decoding_counts_and_temperatures(decoding):
@@ -890,16 +897,16 @@ def test_decoding_never_changes_a_known_id_and_ends_with_none_hidden():
     model = mage(sharp=True)
     seen = [unified.Decoding(torch.zeros(3, 16).long(), torch.ones(3, 16).bool()), *model.sample_steps(3, steps=8)]
     for before, after in zip(seen, seen[1:]):
-        assert not (after.hidden & ~before.hidden).any()                # once known, known for good
-        assert before.ids[~before.hidden].equal(after.ids[~before.hidden])
+        assert not (after.mask & ~before.mask).any()                # once known, known for good
+        assert before.ids[~before.mask].equal(after.ids[~before.mask])
         assert (after.ids < model.codes).all()
-    assert seen[-1].hidden.sum() == 0
+    assert seen[-1].mask.sum() == 0
 
 
 def test_a_film_shows_fewer_hidden_ids_in_every_frame():
     model = mage(sharp=True)
     states = list(model.sample_steps(2, steps=5))
-    counts = torch.stack([s.hidden.sum(1) for s in states])
+    counts = torch.stack([s.mask.sum(1) for s in states])
     assert (counts.diff(dim=0) < 0).all()
     frames = torch.stack([model.render(s) for s in states])
     dark = (frames == 0.2).all(2).flatten(2).sum(2)                     # hidden ids are painted dark, stride ** 2 pixels each
@@ -912,7 +919,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_company():
     together = list(model.sample_steps(4, steps=5, seeds=torch.tensor([3, 8, 3, -1])))
     alone = list(model.sample_steps(1, steps=5, seeds=torch.tensor([8])))
     for a, b in zip(together, alone):
-        assert a.ids[1].equal(b.ids[0]) and a.hidden[1].equal(b.hidden[0])
+        assert a.ids[1].equal(b.ids[0]) and a.mask[1].equal(b.mask[0])
     last = together[-1].ids
     assert last[0].equal(last[2]) and not last[0].equal(last[1]) and not last[0].equal(last[3])
     assert list(model.sample_steps(4, steps=5))[-1].ids.equal(list(model.sample_steps(4, steps=5, seeds=torch.arange(4)))[-1].ids)
@@ -921,7 +928,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_company():
 def test_temperature_decides_which_ids_are_kept():
     model = mage(sharp=True)
     cold, hot = (next(model.sample_steps(4, steps=5, temperature=t)) for t in (0.0, 50.0))
-    assert cold.ids.equal(hot.ids) and not cold.hidden.equal(hot.hidden)                    # the same guesses, others of them kept
+    assert cold.ids.equal(hot.ids) and not cold.mask.equal(hot.mask)                    # the same guesses, others of them kept
 
 
 def holes(side=32):
@@ -935,27 +942,27 @@ def test_a_hole_hides_the_ids_it_touches_and_a_ring_of_one():
     model = mage(64)                                                    # as 256 pixels at stride 16
     mask = torch.zeros(1, 64, 64, dtype=torch.bool)
     mask[0, 16:48, 16:48] = True                                        # pixels 64 - 191 there
-    rows = model.start(1, some_pictures(1, 64), mask)[1].unflatten(1, (16, 16)).any(2)[0].nonzero().flatten()
+    rows = model.initial_state(1, some_pictures(1, 64), mask)[1].unflatten(1, (16, 16)).any(2)[0].nonzero().flatten()
     assert rows.tolist() == list(range(3, 13))                          # tokens 3 - 12, not 4 - 11
     mask, counts = holes()
-    assert mage(32).start(4, some_pictures(4, 32), mask)[1].sum(1).tolist() == counts
+    assert mage(32).initial_state(4, some_pictures(4, 32), mask)[1].sum(1).tolist() == counts
 
 
 def test_what_is_in_the_hole_never_reaches_the_tokenizer():
     model, known, (mask, _) = mage(32), some_pictures(4, 32), holes()
     other = torch.where(mask[:, None], 1 - known, known)
-    assert model.start(4, known, mask)[0].equal(model.start(4, other, mask)[0])
+    assert model.initial_state(4, known, mask)[0].equal(model.initial_state(4, other, mask)[0])
     black = model.to_ids(known * ~mask[:, None])
-    assert model.start(4, known, mask)[0].equal(black)
+    assert model.initial_state(4, known, mask)[0].equal(black)
 
 
 def test_inpainting_fills_each_pictures_own_hole_and_nothing_else():
     model, known, (mask, counts) = mage(32, sharp=True), some_pictures(4, 32), holes()
-    ids, hidden = model.start(4, known, mask)
+    ids, hidden = model.initial_state(4, known, mask)
     states = list(model.sample_steps(4, steps=4, known=known, mask=mask))
     for s in states:
-        assert s.ids[~hidden].equal(ids[~hidden]) and not (s.hidden & ~hidden).any()
-    left = torch.stack([s.hidden.sum(1) for s in states]).T.tolist()
+        assert s.ids[~hidden].equal(ids[~hidden]) and not (s.mask & ~hidden).any()
+    left = torch.stack([s.mask.sum(1) for s in states]).T.tolist()
     assert left[:3] == [c[:-1] + [0] for c in counts_of(counts[:3], 4)] and left[3] == [0] * 4
     x = model.render(states[-1])
     assert x.movedim(1, -1)[~mask].equal(known.movedim(1, -1)[~mask]) and x[3].equal(known[3])
@@ -1028,9 +1035,9 @@ def test_features_have_the_shapes_that_layers_promises():
 
 def test_the_head_reads_its_logits_off_the_last_layer():
     model, ids, noise = mage(), some_ids(mage()), some_noise(4, 16)
-    hidden = unified.ranks(noise) < 8
+    hidden = unified.rank_in_row(noise) < 8
     last = model.features(ids, 0.5, layers=[max(model.layers)], noise=noise)[0]
-    assert_close(model.head(last.flatten(2).mT), model.logits(ids, hidden), 1e-5)
+    assert_close(model.predict_ids(last.flatten(2).mT), model.logits(ids, hidden), 1e-5)
 
 
 def test_no_block_after_the_last_layer_asked_for_runs():
@@ -1061,13 +1068,13 @@ def test_t_hides_the_share_asked_for():
     for t in (0.0, 0.3, 0.75):
         base = model.features(ids, t, noise=noise)[0]
         matters = (model.features(changed, t, noise=noise.expand(16, -1))[0] - base).abs().amax((1, 2, 3)) > 1e-4
-        assert matters.equal(unified.ranks(noise)[0] >= math.ceil(16 * t))
+        assert matters.equal(unified.rank_in_row(noise)[0] >= math.ceil(16 * t))
     assert not model.features(ids, 0.5)[0].equal(model.features(ids, 0.5)[0])               # drawn if not given
 
 
 def test_embed_is_the_normed_mean_of_the_features():
     model, x = mage(), some_pictures()
-    words = model.words(model.to_ids(x), torch.zeros(4, 16, dtype=torch.bool))
+    words = model.input_ids(model.to_ids(x), torch.zeros(4, 16, dtype=torch.bool))
     assert model.embed(x, pool="class").equal(model.encode(words)[:, 0])
     features = model.features(x)[0]
     for size in (1, 1e-3):                                              # features so small that the norm's eps of 1e-6 shows
@@ -1104,7 +1111,7 @@ def test_info_nce_is_the_equation_written_out():
 
 def contrast_worker(folder, z):
     unified.join_processes("cpu")
-    rank, world = unified.processes()
+    rank, world = unified.rank_and_world()
     mine = z.chunk(world)[rank].clone().requires_grad_()
     loss = unified.info_nce(mine)
     loss.backward()
@@ -1126,16 +1133,16 @@ def test_two_views_are_masked_apart_and_compared():
     model = mage(contrastive=0.1)
     x, noise, latents = some_ids(model, 6).unflatten(0, (3, 2)), some_noise(6, 16), []
     model.norm.register_forward_hook(lambda module, args, y: latents.append(y))
-    loss, logs = model(x, rate=0.6, noise=noise)
+    loss, logs = model(x, mask_ratio=0.6, mask_noise=noise)
     z = F.normalize(model.projection(latents[0][:, 1:].mean(1)), dim=-1)                    # the class position has no part in it
     assert_close(logs["contrast"], unified.info_nce(z.unflatten(0, (3, 2))), 1e-6)
-    assert_close(logs["masked"], model(x.flatten(0, 1), rate=0.6, noise=noise)[0], 1e-6)
+    assert_close(logs["masked"], model(x.flatten(0, 1), mask_ratio=0.6, mask_noise=noise)[0], 1e-6)
     assert_close(loss, logs["masked"] + 0.1 * logs["contrast"], 1e-6)
 
 
 def test_two_views_of_pixels_are_two_views_of_ids():
     model, x = mage(contrastive=0.1, classes=3), some_pictures(6).unflatten(0, (3, 2))
-    options = dict(labels=torch.tensor([0, 1, 2]), rate=0.6, noise=some_noise(6, 16))
+    options = dict(labels=torch.tensor([0, 1, 2]), mask_ratio=0.6, mask_noise=some_noise(6, 16))
     ids = model.to_ids(x.flatten(0, 1)).unflatten(0, (3, 2))
     assert model(x, **options)[0].equal(model(ids, **options)[0])
     assert "contrast" not in model(x[:, 0], labels=options["labels"])[1]                    # one view: plain MAGE
@@ -1198,7 +1205,7 @@ def test_golden_addp_constants_are_those_written_into_unified():
 
 def test_golden_addp_shares():
     theirs = golden("addp").outputs["mask_schedule"]
-    share, weight = unified.nested_shares()
+    share, weight = unified.nested_mask_ratios()
     assert share.tolist() == pytest.approx(theirs["ratios"].tolist(), abs=1e-7)
     assert weight.tolist() == pytest.approx(theirs["probs"].tolist(), rel=1e-6)             # theirs are of ratios in float32
 
@@ -1206,15 +1213,21 @@ def test_golden_addp_shares():
 TRAINING = ["train", "train_all_masked"]
 
 
+def nested_masks(model, x, *how):
+    """Ids of x, and ADDP.nested_masks of them."""
+    ids = model.to_ids(x)
+    return ids, *model.nested_masks(ids, *how)
+
+
 def addp_step(case):
     """A golden training step: model, official numbers, and what hide() answers."""
     g, model, _ = golden_addp()
     given = g.inputs[case]
-    return model, g.outputs[case], *model.hide(given["image"], given["mask_ratio_index"], given["index_offset"], given["noise"])
+    return model, g.outputs[case], *nested_masks(model, given["image"], given["mask_ratio_index"], given["index_offset"], given["noise"])
 
 
 def addp_loss(model, given):
-    return model(given["image"], index=given["mask_ratio_index"], gap=given["index_offset"], noise=given["noise"])[0]
+    return model(given["image"], index=given["mask_ratio_index"], gap=given["index_offset"], mask_noise=given["noise"])[0]
 
 
 def code_map(model, tokens):
@@ -1242,7 +1255,7 @@ def test_golden_addp_guesses_of_the_predictor(case):
 @pytest.mark.parametrize("case", TRAINING)
 def test_golden_addp_picture(case):
     model, theirs, ids, mask, earlier, _ = addp_step(case)
-    x, z = recorded(model.vqgan.decoder, lambda: model.paint(ids, mask, model.token_predictor.logits(ids, earlier)))
+    x, z = recorded(model.vqgan.decoder, lambda: model.next_image(ids, mask, model.token_predictor.logits(ids, earlier)))
     assert_near(torch.cat(z), theirs["z_t"])
     assert_near(x, theirs["x_t"])
 
@@ -1256,7 +1269,7 @@ def test_golden_addp_latent_and_logits(case):
     x = model.decoder_input(latent, ids, mask, seen)
     for block in model.decoder_blocks:
         x = block(x)
-    everything = model.head(x, len(model.token_emb.weight))                                 # all words, appended tokens too
+    everything = model.predict_ids(x, len(model.token_emb.weight))                                 # all words, appended tokens too
     assert_near(everything[..., :model.codes], theirs["logits_codebook"])
     assert_near(everything[..., -1], theirs["logits_mask_label"])
     assert_near(everything.logsumexp(-1), theirs["logits_logsumexp"])
@@ -1295,13 +1308,13 @@ def test_golden_addp_decoding(case, monkeypatch):
     states, z = recorded(model.vqgan.decoder, lambda: list(model.sample_steps(given["gumbel"].size(1), rounds, **options)))
     assert len(states) == len(steps) == len(z) == rounds
     for i, (step, state) in enumerate(zip(steps, states)):
-        assert step.hidden.equal(theirs["mask_in"][i]) and step.again.equal(theirs["mask_next"][i])
+        assert step.mask.equal(theirs["mask_in"][i]) and step.again.equal(theirs["mask_next"][i])
         assert_near(step.logits, theirs["logits"][i])
         assert step.sampled.equal(theirs["tokens"][i]) and state.ids.equal(theirs["tokens"][i])
         assert_near(step.noise, given["gumbel"][i].float() * options["temperature"] * (1 - (i + 1) / rounds))
         assert_near(z[i], theirs["z_q"][i])
         assert_near(state.x, theirs["images"][i])
-    assert states[-1].ids.equal(theirs["final_tokens"]) and not states[-1].hidden.any()
+    assert states[-1].ids.equal(theirs["final_tokens"]) and not states[-1].mask.any()
     assert_near(model.render(states[-1]), theirs["final_image"].clamp(0, 1))
 
 
@@ -1323,7 +1336,7 @@ def test_golden_addp_finetuning(case):
     x, theirs, head = g.inputs[case]["image"], g.outputs[case], g.inputs["finetune_head"]
     [tokens], seen = recorded(model.patch_embed["proj"], lambda: model.features(x, finetune=True))
     assert_near(seen[0], theirs["normalized_image"])
-    assert_near(model.positions(tokens.size(-1)), theirs["pos_embed"])
+    assert_near(model.resized_pos_embed(tokens.size(-1)), theirs["pos_embed"])
     assert_near(tokens.flatten(2).mT, theirs["tokens"][:, 1:])
     assert_near(tokens.mean((2, 3)), theirs["pooled"])
     tuned = F.layer_norm(tokens.mean((2, 3)), tokens.shape[1:2], head["fc_norm.weight"], head["fc_norm.bias"], eps=1e-6)
@@ -1343,14 +1356,14 @@ def addp(image_size=16, predictor=None, sharp=False, **options):
 
 
 def half_hidden(model, n=4):
-    return unified.ranks(some_noise(n, model.length)) < model.length // 2
+    return unified.rank_in_row(some_noise(n, model.length)) < model.length // 2
 
 
 def test_what_was_hidden_earlier_is_what_is_hidden_now_and_more():
     model, ids = addp(64), some_ids(addp(64), 2)
-    share = unified.nested_shares()[0]
+    share = unified.nested_mask_ratios()[0]
     for index, gap in ((0, 1), (30, 5), (64, 1), (65, 3)):
-        _, mask, earlier, seen = model.hide(ids, index, gap, some_noise(2, 256))
+        _, mask, earlier, seen = nested_masks(model, ids, index, gap, some_noise(2, 256))
         assert (mask <= earlier).all() and seen == 256 - mask[0].sum()
         assert mask.sum(1).tolist() == [math.ceil(256 * share[index])] * 2 and earlier.sum(1).tolist() == [math.ceil(256 * share[min(65, index + gap)])] * 2
     counts = [math.ceil(256 * s) for s in share]
@@ -1358,15 +1371,15 @@ def test_what_was_hidden_earlier_is_what_is_hidden_now_and_more():
 
 
 def test_drawn_shares_follow_their_weights():
-    model, share = addp(64), unified.nested_shares()[0]
+    model, share = addp(64), unified.nested_mask_ratios()[0]
     ids = some_ids(model, 1)
-    hidden, earlier = torch.tensor([[m.sum() for m in model.hide(ids)[1:3]] for _ in range(3000)]).T / 256
+    hidden, earlier = torch.tensor([[m.sum() for m in model.nested_masks(ids)[:2]] for _ in range(3000)]).T / 256
     assert abs(hidden.mean() - 0.747) < 0.01 and abs(earlier.mean() - 0.775) < 0.01          # as drawn by the official function, rounded up
     assert 0.17 < (hidden > 0.9).float().mean() < 0.24 and hidden.min() >= share[0]
 
 
 def test_pixels_and_their_cached_ids_give_the_same_loss_in_addp():
-    model, x, draws = addp(), some_pictures(), dict(index=12, gap=2, noise=some_noise(4, 16))
+    model, x, draws = addp(), some_pictures(), dict(index=12, gap=2, mask_noise=some_noise(4, 16))
     loss = model(x, **draws)[0]
     assert model(model.to_ids(x).int(), **draws)[0].equal(loss)                             # nothing but the ids is read
     assert not model(some_ids(model), **draws)[0].equal(loss)
@@ -1379,7 +1392,7 @@ def test_the_predictor_guesses_both_in_one_batch():
     model, calls = addp(), []
     logits = model.token_predictor.logits
     model.token_predictor.logits = lambda *args: calls.append(args) or logits(*args)
-    model(some_ids(model), index=12, gap=5, noise=some_noise(4, 16))
+    model(some_ids(model), index=12, gap=5, mask_noise=some_noise(4, 16))
     (ids, hidden), = calls
     assert ids[:4].equal(ids[4:]) and (hidden[4:] < hidden[:4]).any() and (hidden[4:] <= hidden[:4]).all()
 
@@ -1394,7 +1407,7 @@ def test_predictor_and_tokenizer_are_one_network_each_and_stay_as_they_are():
             assert not p.requires_grad and p.grad is None
         elif name != "token_emb.weight":
             assert p.grad.abs().max() > 0, name
-    draws = dict(index=12, gap=2, noise=some_noise(4, 16))
+    draws = dict(index=12, gap=2, mask_noise=some_noise(4, 16))
     still = addp(dropout=0.0).train()
     assert still(some_ids(still), **draws)[0].equal(still(some_ids(still), **draws)[0])
     still.token_predictor.train()                                                           # the official way: its guesses differ each time
@@ -1410,8 +1423,8 @@ def test_every_parameter_takes_part_even_if_all_is_hidden():
 
 def test_one_batch_is_learned_by_addp():
     model, losses = addp(sharp=True), []
-    ids, draws = some_ids(model, 8), dict(index=3, gap=2, noise=some_noise(8, 16))
-    target = model.token_predictor.logits(ids, model.hide(ids, **draws)[1]).softmax(-1)
+    ids, draws = some_ids(model, 8), dict(index=3, gap=2, mask_noise=some_noise(8, 16))
+    target = model.token_predictor.logits(ids, model.nested_masks(ids, **draws)[0]).softmax(-1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     for _ in range(80):
         loss, _ = model(ids, **draws)
@@ -1421,7 +1434,7 @@ def test_one_batch_is_learned_by_addp():
         losses.append(loss.item())
     words = len(model.token_emb.weight)
     smoothed = F.pad(0.9 * target, (0, words - model.codes)) + 0.1 / words
-    entropy = -(smoothed * smoothed.log()).sum(-1)[model.hide(ids, **draws)[1]].mean()
+    entropy = -(smoothed * smoothed.log()).sum(-1)[model.nested_masks(ids, **draws)[0]].mean()
     assert losses[-1] - entropy < 0.3 * (losses[0] - entropy)                               # what is left to learn, mostly is
 
 
@@ -1450,7 +1463,7 @@ def test_while_all_is_hidden_no_picture_is_read_and_none_would_matter():
         assert_close(model.decode(model.encode(x), ids, hidden, 0), skipped, 1e-6)
     model.encode = forbidden
     states = model.sample_steps(2, steps=16)
-    assert [next(states).hidden.sum(1).tolist() for _ in range(2)] == [[16, 16]] * 2        # rounded up: the first steps keep nothing
+    assert [next(states).mask.sum(1).tolist() for _ in range(2)] == [[16, 16]] * 2        # rounded up: the first steps keep nothing
     with pytest.raises(AssertionError):
         list(states)
 
@@ -1461,8 +1474,8 @@ def test_addp_generates_without_its_predictor():
     states = list(model.sample_steps(3, steps=6))
     seen = [unified.Decoding(torch.zeros(3, 16).long(), torch.ones(3, 16).bool()), *states]
     for before, after in zip(seen, seen[1:]):
-        assert not (after.hidden & ~before.hidden).any() and before.ids[~before.hidden].equal(after.ids[~before.hidden])
-    assert not states[-1].hidden.any()
+        assert not (after.mask & ~before.mask).any() and before.ids[~before.mask].equal(after.ids[~before.mask])
+    assert not states[-1].mask.any()
     frames = [model.render(s) for s in states]
     assert all(f.shape == (3, 3, 16, 16) and f.min() >= 0 and f.max() <= 1 for f in frames)
     assert not any(a.equal(b) for a, b in zip(frames, frames[1:])) and model.sample(3, steps=6).equal(frames[-1])
@@ -1470,26 +1483,26 @@ def test_addp_generates_without_its_predictor():
 
 def test_a_linear_schedule_ends_with_one_by_one():
     model = addp(sharp=True)
-    assert [s.hidden.sum(1).tolist()[0] for s in model.sample_steps(1, steps=16, schedule="linear")] == [*range(15, 0, -1), 0]
-    assert [s.hidden.sum(1).tolist()[0] for s in mage(sharp=True).sample_steps(1, steps=16, schedule="linear")] == [*range(15, 0, -1), 0]
+    assert [s.mask.sum(1).tolist()[0] for s in model.sample_steps(1, steps=16, schedule="linear")] == [*range(15, 0, -1), 0]
+    assert [s.mask.sum(1).tolist()[0] for s in mage(sharp=True).sample_steps(1, steps=16, schedule="linear")] == [*range(15, 0, -1), 0]
 
 
 def test_an_addp_picture_depends_on_its_seed_and_not_on_its_company():
     model = addp(sharp=True)
     together = list(model.sample_steps(3, steps=5, seeds=torch.tensor([3, 8, 3])))
     for a, b in zip(together, model.sample_steps(1, steps=5, seeds=torch.tensor([8]))):
-        assert a.ids[1].equal(b.ids[0]) and a.hidden[1].equal(b.hidden[0])
+        assert a.ids[1].equal(b.ids[0]) and a.mask[1].equal(b.mask[0])
         assert_close(a.x[1], b.x[0])                                    # some processors round another batch another way: 1.1e-5 was seen
     assert together[-1].ids[0].equal(together[-1].ids[2]) and not together[-1].ids[0].equal(together[-1].ids[1])
 
 
 def test_addp_fills_holes_of_any_size_and_nothing_else():
     model, known, (mask, counts) = addp(32, sharp=True), some_pictures(4, 32), holes()
-    ids, hidden = model.start(4, known, mask)
+    ids, hidden = model.initial_state(4, known, mask)
     assert hidden.sum(1).tolist() == counts
     states = list(model.sample_steps(4, steps=4, known=known, mask=mask))
     for s in states:
-        assert s.ids[~hidden].equal(ids[~hidden]) and not (s.hidden & ~hidden).any()
+        assert s.ids[~hidden].equal(ids[~hidden]) and not (s.mask & ~hidden).any()
     x = model.render(states[-1])
     assert x.movedim(1, -1)[~mask].equal(known.movedim(1, -1)[~mask]) and x[3].equal(known[3])
     assert not x.movedim(1, -1)[mask].allclose(known.movedim(1, -1)[mask])
@@ -1503,22 +1516,22 @@ def test_addp_fills_holes_of_any_size_and_nothing_else():
 
 def test_a_hole_begins_with_what_the_predictor_expects_in_it():
     model, known, (mask, _) = addp(32, sharp=True), some_pictures(4, 32), holes()
-    ids, hidden = model.start(4, known, mask)
-    picture = model.paint(ids, hidden, model.token_predictor.logits(ids, hidden))
+    ids, hidden = model.initial_state(4, known, mask)
+    picture = model.next_image(ids, hidden, model.token_predictor.logits(ids, hidden))
     assert model.logits(ids, hidden).equal(model.logits(ids, hidden, x=picture))
     assert not model.logits(ids, hidden).allclose(model.logits(ids, hidden, x=known))
 
 
 def test_many_pictures_are_painted_in_parts():
     vqgan, z = mage().vqgan, torch.randn(4, 8, 4, 4)
-    (whole, seen), (x, parts) = (recorded(vqgan.decoder, lambda: vqgan.paint(z, pixels)) for pixels in (4 * 16 ** 2, 16 ** 2))
+    (whole, seen), (x, parts) = (recorded(vqgan.decoder, lambda: vqgan.decode_codes(z, pixels)) for pixels in (4 * 16 ** 2, 16 ** 2))
     assert [len(z) for z in seen] == [4] and [len(z) for z in parts] == [1] * 4
     assert_close(x, whole, 1e-5)
 
 
 def test_addp_features_are_of_pixels_and_have_the_shapes_that_layers_promises():
     model, x = addp(), some_pictures()
-    assert probe.tokens(model, x) is x and probe.tokens(mage(), x).equal(mage().to_ids(x))
+    assert probe.tokenize(model, x) is x and probe.tokenize(mage(), x).equal(mage().to_ids(x))
     assert model.layers == {b: (32, 4, 4) for b in (1, 2, 3, 4)} and model.best_layer == 2
     maps = model.features(x, layers=[4, 1, 2, 3])
     assert [tuple(m.shape) for m in maps] == [(4, 32, 4, 4)] * 4
@@ -1527,7 +1540,7 @@ def test_addp_features_are_of_pixels_and_have_the_shapes_that_layers_promises():
     assert model.features(ids)[0].equal(model.features(model.vqgan.decode(ids.unflatten(1, (4, 4))))[0])
     assert model.embed(ids).equal(model.embed(model.to_pixels(ids))) and not model.embed(ids).allclose(model.embed(x))
     logits = model.decode(model.encode(x), ids, torch.zeros(4, 16, dtype=torch.bool), 16)
-    assert_close(model.head(maps[0].flatten(2).mT), logits, 1e-5)                           # the decoder's maps are of the picture, all known
+    assert_close(model.predict_ids(maps[0].flatten(2).mT), logits, 1e-5)                           # the decoder's maps are of the picture, all known
     with pytest.raises(ValueError, match="0.5"):
         model.features(x, t=0.5)
 
@@ -1651,7 +1664,7 @@ def test_a_run_of_addp_is_loaded_from_its_folder_predictor_included(tmp_path):
     loaded, _ = unified.load_model(tmp_path)
     assert loaded.vqgan is loaded.token_predictor.vqgan and not loaded.training
     assert loaded.sample(2, steps=3).equal(model.eval().sample(2, steps=3))
-    draws = dict(index=12, gap=2, noise=some_noise(2, 16))
+    draws = dict(index=12, gap=2, mask_noise=some_noise(2, 16))
     assert loaded(some_pictures(2), **draws)[0].equal(model(some_pictures(2), **draws)[0])  # the predictor's weights are those stored
 
 
@@ -1776,7 +1789,7 @@ def test_golden_umd_corruption_and_guesses(preset):
         latent = model.encode(x, model.condition(t, labels, keep), visible)
         assert_close(latent[:, :g.config["num_cls"]].mean(1), theirs[f"{part}_features"])
         if f"{part}_image_mask" in theirs:
-            assert model.hidden_pixels(visible).equal(first(theirs[f"{part}_image_mask"]).bool())
+            assert model.pixel_mask(visible).equal(first(theirs[f"{part}_image_mask"]).bool())
         else:
             assert visible is None
 
@@ -1823,12 +1836,12 @@ def test_golden_umd_sampling_step():
     g, model, _, _ = golden_umd("umd")
     given, theirs, how = g.inputs["sampling"], g.outputs["sampling"], g.config["sampling"]
     x, t = first(given["x"]), torch.full((len(given["x"]),), how["t"] + 1)
-    now, after = model.abar[how["t"] + 1], model.abar[how["t_next"] + 1]
+    now, after = model.alpha_bar[how["t"] + 1], model.alpha_bar[how["t_next"] + 1]
     with torch.no_grad():
         assert_close(torch.cat(model.predict(x, t, given["y"]), 1), first(theirs["model_pred"]))
         x0, eps = model.guided(x, t, given["y"], how["cfg_scale"])
     assert_close(torch.cat([x0, eps], 1), first(theirs["model_pred_cfg"]))
-    for name, believed in (("eps", unified.x0_from_noise(x, now, eps)), ("x0", x0)):
+    for name, believed in (("eps", unified.x0_from_eps(x, now, eps)), ("x0", x0)):
         believed = believed.clamp(-1, 1)
         assert_close(believed, first(theirs[f"step_{name}_pred_x0"]))
         ours = unified.ddim_step(x, believed, now, after, how["eta"], first(given["step_noise"]))
@@ -1855,8 +1868,8 @@ def test_golden_umd_lists_of_steps(monkeypatch):
     for steps, theirs in g.outputs["ddim_timesteps"].items():
         visited.clear()
         list(model.sample_steps(1, int(steps)))
-        assert visited["abar"].equal(model.abar[torch.as_tensor(theirs) + 1])
-    assert_close(model.abar[1:], g.outputs["alphas_cumprod"])
+        assert visited["abar"].equal(model.alpha_bar[torch.as_tensor(theirs) + 1])
+    assert_close(model.alpha_bar[1:], g.outputs["alphas_cumprod"])
 
 
 def test_golden_fewshot():
@@ -1869,30 +1882,29 @@ def test_golden_fewshot():
 
 def test_golden_dit_schedule():
     g = golden("dit")
-    abar = unified.alpha_bar("linear", len(g.outputs["alphas_cumprod_linear"]))
+    abar = unified.noise_schedule("linear", len(g.outputs["alphas_cumprod_linear"]))
     assert_close(abar, g.outputs["alphas_cumprod_linear"])
-    kept = unified.kept_steps(len(abar), [len(g.outputs["respaced_betas"])])
+    kept = unified.spaced_timesteps(len(abar), [len(g.outputs["respaced_betas"])])
     short = abar[kept]
     assert_close(1 - short / torch.cat([torch.ones(1), short[:-1]]), g.outputs["respaced_betas"])
     for name, theirs in g.outputs["timestep_maps"].items():
         if not name.startswith("ddim"):
-            assert unified.kept_steps(len(abar), [int(name)]) == list(theirs)
+            assert unified.spaced_timesteps(len(abar), [int(name)]) == list(theirs)
     x_t = unified.q_sample(g.inputs["train_x0"], abar[g.inputs["train_t"]], g.inputs["train_noise"])
     assert_close(x_t, g.outputs["train_x_t"])
     theirs = g.outputs["timestep_embedding"]
-    phases = unified.angles(g.inputs["t"], theirs.size(1), theirs.size(1) // 2)
-    assert_close(torch.cat([phases.cos(), phases.sin()], 1), theirs)
+    assert_close(unified.timestep_embedding(g.inputs["t"], theirs.size(1), theirs.size(1) // 2, "cos sin"), theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # 7. UMD, MAE, MaskDiT and DiT: what they have in common, and what tells them apart
 
 
-def umd(clean=0.5, hidden_clean=0.75, hidden_noised=0.375, seed=1, told=True, **options):
+def umd(clean=0.5, mask_ratio_clean=0.75, mask_ratio_noised=0.375, seed=1, told=True, **options):
     """A small UMD in eval mode, 4 x 4 patches of 4 pixels. told: with random modulation, so that t and label matter."""
     torch.manual_seed(seed)
     sizes = dict(image_size=16, grid=4, width=32, depth=2, heads=4, decoder_depth=1)
-    model = unified.UMD(**{**sizes, **options}, clean=clean, hidden_clean=hidden_clean, hidden_noised=hidden_noised).eval()
+    model = unified.UMD(**{**sizes, **options}, clean_ratio=clean, mask_ratio_clean=mask_ratio_clean, mask_ratio_noised=mask_ratio_noised).eval()
     for name, p in model.named_parameters():
         if told and "modulation" in name:
             nn.init.normal_(p, std=0.1)
@@ -1901,20 +1913,20 @@ def umd(clean=0.5, hidden_clean=0.75, hidden_noised=0.375, seed=1, told=True, **
 
 def test_umd_without_noise_is_mae():
     x, u = some_pictures(), some_noise(4, 16)
-    clean, _ = umd()(x, clean=4, mask_noise=u)
+    clean, _ = umd()(x, n_clean=4, mask_noise=u)
     alone, logs = umd(clean=1.0)(x, mask_noise=u)
     assert clean.equal(alone) and list(logs) == ["x0_clean"]
     visible = u.argsort(1)[:, -4:]                                      # written out: a quarter is seen, the error counts on the rest
-    guess, _ = umd().predict(2 * x - 1, torch.zeros(4, dtype=torch.long), visible=visible)
+    guess, _ = umd().predict(2 * x - 1, torch.zeros(4, dtype=torch.long), ids_keep=visible)
     hidden = torch.ones(4, 16).scatter(1, visible, 0.0).view(4, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert_close(alone, ((guess - (2 * x - 1)).square() * hidden).mean() / hidden.mean(), 1e-5)
 
 
 def test_umd_without_mask_is_dit():
     x, t, noise = some_pictures(), torch.tensor([1, 20, 400, 1000]), torch.randn(4, 3, 16, 16)
-    model = umd(clean=0.0, hidden_noised=0.0)
+    model = umd(clean=0.0, mask_ratio_noised=0.0)
     loss, _ = model(x, t=t, noise=noise)
-    x0, eps = model.predict(unified.q_sample(2 * x - 1, model.abar[t], noise), t)
+    x0, eps = model.predict(unified.q_sample(2 * x - 1, model.alpha_bar[t], noise), t)
     assert_close(loss, (F.mse_loss(eps, noise) + F.mse_loss(x0, 2 * x - 1)) / 2, 1e-5)
 
 
@@ -1932,27 +1944,27 @@ def test_a_part_of_the_batch_stays_clean_and_both_parts_count_by_their_size():
 def test_what_is_hidden_and_what_is_noise_are_never_read():
     model, visible = umd(), torch.tensor([[0, 5, 10, 15]])
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([7])
-    hidden = model.hidden_pixels(visible)
-    for ours, theirs in zip(model.predict(x, t, visible=visible), model.predict(torch.where(hidden, 9.0, x), t, visible=visible)):
+    hidden = model.pixel_mask(visible)
+    for ours, theirs in zip(model.predict(x, t, ids_keep=visible), model.predict(torch.where(hidden, 9.0, x), t, ids_keep=visible)):
         assert ours.equal(theirs)
 
 
 def test_the_smallest_of_the_random_numbers_are_masked_in_every_method():
     u = some_noise(4, 16)
     smallest = u.argsort(1).argsort(1) < 12
-    for masked in (mage().hide(some_ids(mage()), 0.75, u)[1], addp().hide(some_ids(mage()), 20, 1, u)[1],
-                   umd().hidden_pixels(umd().visible(u, 0.75))[:, 0, ::4, ::4].flatten(1)):
+    for masked in (masking(mage(), some_ids(mage()), 0.75, u)[1], addp().nested_masks(some_ids(mage()), 20, 1, u)[0],
+                   umd().pixel_mask(umd().random_masking(u, 0.75))[:, 0, ::4, ::4].flatten(1)):
         assert masked.equal(u.argsort(1).argsort(1) < masked[0].sum()) and masked.any() and not masked.all()
     assert masked.equal(smallest)
 
 
 def test_noise_is_learned_where_it_is_seen_and_pixels_where_they_are_hidden():
     model, visible = umd(), torch.tensor([[0, 1, 2, 3]])
-    hidden = model.hidden_pixels(visible)
+    hidden = model.pixel_mask(visible)
     x0, noise, u = torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16, 16), -torch.arange(16.0)[None]
     guesses = []
     model.predict = lambda *args: guesses.extend(torch.zeros(1, 3, 16, 16, requires_grad=True) for _ in range(2)) or guesses[-2:]
-    sum(model.errors(x0, torch.tensor([9]), noise, u, 0.75)).backward()
+    sum(model.losses(x0, torch.tensor([9]), noise, u, 0.75)).backward()
     assert (guesses[0].grad != 0).equal(hidden.expand(1, 3, 16, 16)) and (guesses[1].grad != 0).equal(~hidden.expand(1, 3, 16, 16))
 
 
@@ -1987,18 +1999,18 @@ def test_guidance_1_is_the_conditional_model():
 
 
 def test_ddim_is_deterministic_and_inverts_for_constant_noise():
-    abar, eps, x0 = unified.alpha_bar("cosine")[::100], torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    abar, eps, x0 = unified.noise_schedule("cosine")[::100], torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     x = x0
     for now, after in zip(abar, abar[1:]):                              # into the noise ...
-        x = unified.ddim_step(x, unified.x0_from_noise(x, now, eps), now, after) if x is not x0 else unified.q_sample(x0, after, eps)
+        x = unified.ddim_step(x, unified.x0_from_eps(x, now, eps), now, after) if x is not x0 else unified.q_sample(x0, after, eps)
     assert_close(x, unified.q_sample(x0, abar[-1], eps), 1e-4)
-    guess = lambda x, step: (unified.x0_from_noise(x, abar.flip(0)[step], eps), None)       # noqa: E731
+    guess = lambda x, step: (unified.x0_from_eps(x, abar.flip(0)[step], eps), None)       # noqa: E731
     *_, back = unified.denoise(guess, {0: x, **dict.fromkeys(range(1, 99), torch.zeros(()))}.get, abar.flip(0), eta=0.0)
     assert_close(back.x, x0, 1e-3)                                      # ... and out of it
 
 
 def test_ancestral_noise_is_what_the_posterior_of_ddpm_has():
-    abar = unified.alpha_bar("linear")
+    abar = unified.noise_schedule("linear")
     now, after, x, x0, noise = abar[500], abar[400], torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
     beta = 1 - now / after                                              # [DDPM, eq. 7]
     mean = after.sqrt() * beta / (1 - now) * x0 + (1 - beta).sqrt() * (1 - after) / (1 - now) * x
@@ -2155,10 +2167,10 @@ def test_golden_residual_block_and_attention():
     g = golden("adm_unet")
     state, width = g.state_dict_unit_resblock, g.inputs["unit_emb"].size(1)
     out, inp = state["in_layers.2.weight"].shape[:2]
-    block = unified.TimedResBlock(inp, out, width, groups=32, dropout=0.0)
+    block = unified.ADMResBlock(inp, out, width, groups=32, dropout=0.0)
     block.load_state_dict(state)
     assert_close(block(g.inputs["unit_res_x"], g.inputs["unit_emb"]), g.outputs["unit_res"])
-    attention = unified.MapAttention(g.inputs["unit_attn_x"].size(1), g.config["num_head_channels"], groups=32)
+    attention = unified.ADMAttention(g.inputs["unit_attn_x"].size(1), g.config["num_head_channels"], groups=32)
     attention.load_state_dict(g.state_dict_unit_attention)
     assert_close(attention(g.inputs["unit_attn_x"]), g.outputs["unit_attn_legacy"])
 
@@ -2200,7 +2212,7 @@ def test_a_fresh_network_guesses_no_noise_at_all():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    for options, words in [(dict(image_size=18, ch_mult=(1, 1, 1)), "18"), (dict(head=12), "16.*12"), (dict(classes=3), "labels")]:
+    for options, words in [(dict(image_size=18, ch_mult=(1, 1, 1)), "18"), (dict(head=12), "16.*12")]:
         with pytest.raises(ValueError, match=words):
             adm(**options)
 
@@ -2212,7 +2224,7 @@ def test_sizes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_golden_noise_schedule(schedule):
     g = golden("adm_unet")
-    abar, rows = unified.alpha_bar(schedule, g.config["diffusion_steps"]), g.inputs["schedule_index"]
+    abar, rows = unified.noise_schedule(schedule, g.config["diffusion_steps"]), g.inputs["schedule_index"]
     before = F.pad(abar[:-1], (1, 0), value=1.0)
     zero, one = torch.zeros(len(abar), 3, 1, 1, dtype=torch.float64), torch.ones(len(abar), 3, 1, 1, dtype=torch.float64)
     mean = [unified.ddim_step(x, x0, abar, before, eta=1.0)[:, 0, 0, 0] for x, x0 in ((zero, one), (one, zero))]
@@ -2226,23 +2238,23 @@ def test_golden_kept_steps():
     g = golden("adm_unet")
     for name in [k for k in g.outputs if k.startswith("space_timesteps_")]:
         law, T = name.removeprefix("space_timesteps_"), g.config["diffusion_steps"]
-        ours = unified.strided_steps(T, int(law[4:])) if law.startswith("ddim") else unified.kept_steps(T, [int(n) for n in law.split(",")])
+        ours = unified.strided_timesteps(T, int(law[4:])) if law.startswith("ddim") else unified.spaced_timesteps(T, [int(n) for n in law.split(",")])
         assert ours == g.outputs[name].tolist()
 
 
 def test_steps_are_kept_in_order_from_each_section_or_refused():
-    assert unified.kept_steps(10, [10]) == list(range(10))
-    assert unified.kept_steps(10, [2, 3]) == [0, 4, 5, 7, 9] and unified.kept_steps(11, [2, 1]) == [0, 5, 6]
+    assert unified.spaced_timesteps(10, [10]) == list(range(10))
+    assert unified.spaced_timesteps(10, [2, 3]) == [0, 4, 5, 7, 9] and unified.spaced_timesteps(11, [2, 1]) == [0, 5, 6]
     with pytest.raises(ValueError, match="4 steps.*3"):
-        unified.kept_steps(6, [1, 4])
-    assert unified.strided_steps(10, 4) == [0, 3, 6, 9] and len(unified.strided_steps(10, 7)) == 5                # no stride gives 7
+        unified.spaced_timesteps(6, [1, 4])
+    assert unified.strided_timesteps(10, 4) == [0, 3, 6, 9] and len(unified.strided_timesteps(10, 7)) == 5                # no stride gives 7
 
 
 def golden_losses(kept, t):
     """mse and vb of the golden batch, at steps t of the process of the steps kept."""
     g, model = golden_adm()
     kept = torch.tensor(kept)
-    abar, x0, noise = model.abar[kept], g.inputs["x0"], g.inputs["noise_loss"]
+    abar, x0, noise = model.alpha_bar[kept], g.inputs["x0"], g.inputs["noise_loss"]
     xt = unified.q_sample(x0, abar[t], noise)
     return g, model, xt, unified.hybrid_loss(model.predict(xt, kept[t]), x0, xt, noise, t, abar)
 
@@ -2261,7 +2273,7 @@ def test_golden_loss_terms():
 
 def test_golden_loss_of_a_shortened_process():
     g, T = golden("adm_unet"), golden("adm_unet").config["diffusion_steps"]
-    _, _, _, (mse, vb) = golden_losses(unified.kept_steps(T, [250]), g.inputs["t_loss_respaced"])
+    _, _, _, (mse, vb) = golden_losses(unified.spaced_timesteps(T, [250]), g.inputs["t_loss_respaced"])
     assert_close(mse, g.outputs["loss_respaced250_mse"])
     for ours, official in zip(vb, g.outputs["loss_respaced250_vb"]):
         assert_close(ours * 250 / T, official)                          # that file rescales vb, which we do not
@@ -2273,9 +2285,9 @@ def golden_step_back(clip=True):
     g, model = golden_adm()
     x, t, model = g.inputs["x_t"].double(), g.inputs["t_step"], model.double()
     eps, v = model.predict(x, t).chunk(2, 1)
-    now, after = model.abar[t], F.pad(model.abar, (1, 0), value=1.0)[t]
-    x0 = unified.x0_from_noise(x, now, eps)
-    return g, unified.learned_log_variance(v, t, model.abar), (x, x0.clamp(-1, 1) if clip else x0, now, after), model
+    now, after = model.alpha_bar[t], F.pad(model.alpha_bar, (1, 0), value=1.0)[t]
+    x0 = unified.x0_from_eps(x, now, eps)
+    return g, unified.learned_log_variance(v, t, model.alpha_bar), (x, x0.clamp(-1, 1) if clip else x0, now, after), model
 
 
 AMPLIFIED = 5e-4                        # the tolerance where t = 999 takes part
@@ -2296,18 +2308,18 @@ def test_golden_ddim_steps():
     g, _, (x, x0, now, after), model = golden_step_back()
     for eta, name in [(0.0, "ddim_eta0"), (0.7, "ddim_eta07")]:
         assert_close(unified.ddim_step(x, x0, now, after, eta, g.inputs["noise_step"]), g.outputs[name], AMPLIFIED)
-    noisier = F.pad(model.abar, (0, 1))[g.inputs["t_step"] + 1]
+    noisier = F.pad(model.alpha_bar, (0, 1))[g.inputs["t_step"] + 1]
     assert_close(unified.ddim_step(x, x0, now, noisier), g.outputs["ddim_reverse"], AMPLIFIED)
 
 
-@pytest.mark.parametrize("name, temperature", [("ddpm", None), ("ddim", 0.0)])
-def test_golden_sampling_loops(name, temperature):
+@pytest.mark.parametrize("name, eta", [("ddpm", 1.0), ("ddim", 0.0)])
+def test_golden_sampling_loops(name, eta):
     (g, model), seen = golden_adm(), []
     kept = g.outputs["loop_timestep_map" if name == "ddpm" else "loop_ddim_timestep_map"].tolist()
     predict, start, noise = model.double().predict, g.inputs["loop_x_T"].double(), g.inputs["loop_noise"]
     model.noise = lambda seeds, draw: noise[draw // 2] if draw else start
     model.predict = lambda x, t: seen.append(t.unique().item()) or predict(x, t)
-    *_, state = model.sample_steps(1, steps=len(kept), temperature=temperature)
+    *_, state = model.sample_steps(1, steps=len(kept), eta=eta)
     assert seen == kept[::-1]
     assert_close(state.x, g.outputs[f"loop_{name}"], AMPLIFIED)
 
@@ -2316,7 +2328,7 @@ def test_at_step_0_the_bytes_themselves_are_scored(monkeypatch):
     model, x, noise = adm(), some_pictures(), some_gauss(4, 3, 16, 16)
     monkeypatch.setattr(unified, "discretised_nll", lambda x, mean, log_std: torch.full_like(x, 7.0))
     x0, xt, _ = model.noised(x, torch.tensor([0, 1, 0, 99]), noise)
-    vb = unified.hybrid_loss(model.predict(xt, torch.zeros(4)), x0, xt, noise, torch.tensor([0, 1, 0, 99]), model.abar)[1]
+    vb = unified.hybrid_loss(model.predict(xt, torch.zeros(4)), x0, xt, noise, torch.tensor([0, 1, 0, 99]), model.alpha_bar)[1]
     assert_close(vb[[0, 2]], torch.full((2,), 7 / math.log(2)), 1e-6)
     assert (vb[[1, 3]] - 7 / math.log(2)).abs().min() > 0.1
 
@@ -2382,14 +2394,14 @@ def test_a_denoised_picture_depends_on_its_seed_and_not_on_its_company():
     assert [u.shape for u in model.noise(torch.arange(2)).unbind()] == [(3, 16, 16)] * 2
 
 
-def test_noise_of_temperature_0_is_added_in_no_step_and_of_1_in_all_but_the_last():
+def test_noise_of_eta_0_is_added_in_no_step_and_of_1_in_all_but_the_last():
     model, asked = adm(), []
     noise = model.noise
-    for temperature, matters in [(0.0, []), (0.5, [1, 3, 5]), (None, [1, 3, 5])]:
+    for eta, matters in [(0.0, []), (0.5, [1, 3, 5]), (1.0, [1, 3, 5])]:
         pictures = []
         for changed in (None, 1, 3, 5, 7):
             model.noise = lambda seeds, draw: noise(seeds, draw) + (draw == changed)
-            pictures.append(model.sample(1, steps=4, temperature=temperature))
+            pictures.append(model.sample(1, steps=4, eta=eta))
         assert [draw for draw, x in zip((1, 3, 5, 7), pictures[1:]) if not x.equal(pictures[0])] == matters
 
 
@@ -2409,9 +2421,9 @@ def test_diffusion_paints_each_pictures_own_hole_and_nothing_else():
 
 def test_at_every_step_what_is_known_is_as_noisy_as_the_rest():
     model, known, mask = adm(), some_pictures(1), torch.zeros(1, 16, 16, dtype=torch.bool)
-    kept = unified.kept_steps(100, [5])[::-1]
+    kept = unified.spaced_timesteps(100, [5])[::-1]
     for step, state in enumerate(model.sample_steps(1, steps=5, known=known, mask=mask)):
-        abar = model.abar[kept[step + 1]] if step < 4 else torch.ones((), dtype=torch.float64)
+        abar = model.alpha_bar[kept[step + 1]] if step < 4 else torch.ones((), dtype=torch.float64)
         assert_close(state.x, unified.q_sample(2 * known - 1, abar, model.noise(torch.arange(1), 2 * step + 2)), 1e-6)
 
 
@@ -2426,7 +2438,7 @@ def test_labels_are_refused():
 
 def test_features_are_block_outputs_of_the_noised_picture():
     model, x, noise = adm(), some_pictures(), some_gauss(4, 3, 16, 16)
-    xt = model.abar[30].sqrt().float() * (2 * x - 1) + (1 - model.abar[30]).sqrt().float() * noise
+    xt = model.alpha_bar[30].sqrt().float() * (2 * x - 1) + (1 - model.alpha_bar[30]).sqrt().float() * noise
     for layers in ([3], [9, 2]):                                        # in the order asked for
         for ours, plain in zip(model.features(x, 30, layers, noise=noise), model.predict(xt, torch.full((4,), 30), layers)):
             assert_close(ours, plain, 1e-5)
@@ -2497,7 +2509,7 @@ def golden_difformer(g, settings, layers, steps):
 @pytest.mark.parametrize("case", ["linear", "mlp"])
 def test_golden_linear_and_mlp_heads(case):
     g, settings, maps = golden_heads(case)
-    x = probe.cells(maps[settings["block"], settings["t"]], settings["pre_pool_size"]).flatten(1)
+    x = probe.pool_cells(maps[settings["block"], settings["t"]], settings["pre_pool_size"]).flatten(1)
     head = load_official(probe.MLPHead(x.size(1), g.config["num_classes"], [int(n) for n in settings["head_arc"].split("_") if n]), g.state_dict[case])
     assert_close(head(x), g.outputs[case])
 
@@ -2595,7 +2607,7 @@ def settings(**options):
 def test_a_difformer_of_one_place_is_the_attention_head():
     head, m = probe.DifFormer({3: (12, 6, 6)}, {90: [3]}, classes=5, cells=4, dim=16, heads=4), torch.randn(2, 12, 6, 6)
     norm, project = head.pre_layer["3"][1:]
-    x = project(F.layer_norm(probe.cells(m, 4), (12, 4, 4), norm.weight, norm.bias)).flatten(2).mT
+    x = project(F.layer_norm(probe.pool_cells(m, 4), (12, 4, 4), norm.weight, norm.bias)).flatten(2).mT
     x = torch.cat([head.cls_token.expand(2, -1, -1), x], 1)
     for block in head.blocks:
         x = block(x)
@@ -2622,7 +2634,7 @@ def test_diffeed_learns_through_a_frozen_network_of_any_kind():
         found = probe.reader({"top1": model}, wanted, cfg)(x, torch.arange(4))
         head = probe.new_head("top1", {"top1": model}, wanted, found, 3, cfg)
         assert list(head.feedback.items()) == [(b, model.mirror(b)) for b in late]
-        head(*probe.of(found, "top1")).square().sum().backward()
+        head(*probe.found_in(found, "top1")).square().sum().backward()
         used = [early < max(layers) for early in head.feedback.values()]
         for layer, early in zip(head.feedback_layers, head.feedback.values()):
             assert early > max(layers) or layer[0].weight.grad.abs().max() > 0
@@ -2631,7 +2643,7 @@ def test_diffeed_learns_through_a_frozen_network_of_any_kind():
         assert not {id(p) for p in head.parameters()} & {id(p) for p in model.parameters()}
         fed_back, model = head.fed_back, model.requires_grad_(True)
         head.fed_back = lambda maps: fed_back(maps) if not any(m.requires_grad for m in maps) else forbidden()
-        head.read(*probe.of(found, "top1"))                             # even if it were to learn: not through the first pass
+        head.read(*probe.found_in(found, "top1"))                             # even if it were to learn: not through the first pass
 
 
 def test_what_is_fed_back_by_default_is_the_last_of_each_size_or_all():
@@ -2667,7 +2679,7 @@ def test_a_picture_always_looks_the_same_and_a_fresh_crop_does_not():
         assert_close(one["top1", place][2:], again["top1", place], 1e-5)
         assert not one["top1", place].allclose(other["top1", place], atol=1e-3)
         assert one["top1", place].equal(one["untrained", place])                            # all networks see the same noise
-        alone = probe.vectors(model, [place], x, unified.fold(1, torch.arange(4)))[place]
+        alone = probe.feature_vectors(model, [place], x, unified.hash_ints(1, torch.arange(4)))[place]
         assert_close(one["top1", place], alone, 1e-5)                   # whatever else is read
     assert one["pixels", None].equal(x.flatten(1))
 
@@ -2676,13 +2688,13 @@ def test_places_are_read_as_their_names_say():
     model, x, seeds = adm(), some_pictures(), torch.arange(4)
     own, mean, four = probe.Place(8, 9, "mean"), probe.Place(3, 9, "mean"), probe.Place(3, 9, "2")
     assert (model.best_layer, model.best_t) == own[:2]
-    found = probe.vectors(model, [own, mean, four], x, seeds)
-    noise = probe.draws(model, 9, seeds)
+    found = probe.feature_vectors(model, [own, mean, four], x, seeds)
+    noise = probe.noise_of(model, 9, seeds)
     assert found[own].equal(model.embed(x, noise))
     m = model.features(x, 9, [3], noise=noise)[0]
     assert_close(found[mean], F.layer_norm(m.mean((2, 3)), (8,), eps=1e-6), 1e-5)
     assert_close(found[four], torch.stack([m[:, :, r:r + 4, c:c + 4].mean((2, 3)) for r in (0, 4) for c in (0, 4)], 2).flatten(1), 1e-5)
-    assert list(found) == [own, mean, four] and probe.cells(m, 100).equal(m)
+    assert list(found) == [own, mean, four] and probe.pool_cells(m, 100).equal(m)
 
 
 def test_a_sweep_reads_every_layer_at_the_steps_of_diffssl():
@@ -2728,7 +2740,7 @@ def test_features_that_do_not_fit_into_memory_are_a_users_mistake(monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 100)                # 10,000 bytes
     cfg, data = settings(head="ridge"), pictures(6, 16)
     with pytest.raises(unified.UserError, match="6 pictures need .*--limit"):
-        probe.collect(lambda x, names: {"": x.flatten(1)}, data, torch.arange(6), cfg, "")
+        probe.extract_features(lambda x, names: {"": x.flatten(1)}, data, torch.arange(6), cfg, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -2776,7 +2788,7 @@ def test_the_published_unet_loads_strictly_and_one_with_classes_is_refused(tmp_p
         model, config = unified.load_model(tmp_path / "0.pt", tell=lambda line: None)
     assert model.image_size == 256 and not model.training and model.blocks[23][1].heads == 16
     preset = unified.model_config("adm", "base", 256)
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["arch"].items()} | {"classes": 0, "head": 64} == preset | {"head": 64}
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["arch"].items()} | {"head": 64} == preset | {"head": 64}
     with pytest.raises(unified.UserError, match="1000.pt.*class-conditional"):
         unified.load_model(tmp_path / "1000.pt")
     torch.save(hollow({k: v for k, v in official_unet().items() if k != "input_blocks.4.0.out_layers.3.weight"}), tmp_path / "lacking.pt")
@@ -2839,7 +2851,7 @@ def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, 
 def test_a_unet_generates_and_paints_as_a_user_asks(photos, finished_adm, tmp_path, monkeypatch):
     import sample
     picture = next((photos / "val" / "cat").iterdir())
-    for name, more in [("a", ("--steps", 5)), ("b", ("--temperature", 0, "--steps", 4, "--gif")), ("c", ("--image", picture, "--box", "2,2,9,9", "--steps", 5))]:
+    for name, more in [("a", ("--steps", 5)), ("b", ("--eta", 0, "--steps", 4, "--gif")), ("c", ("--image", picture, "--box", "2,2,9,9", "--steps", 5))]:
         monkeypatch.setattr(sys, "argv", ["sample.py", str(finished_adm), "--device", "cpu", "--n", "3", "--out", str(tmp_path / f"{name}.png"), *map(str, more)])
         sample.main()
         assert numpy.array(PIL.Image.open(tmp_path / f"{name}.png")).std() > 10
@@ -3000,17 +3012,17 @@ def test_every_preset_can_be_built_from_plain_values(name, tokenizer_size):
 
 @dataclasses.dataclass
 class Options:
-    run: str = unified.option("out", "a folder", positional=True, nargs="?")
-    batch_size: int = unified.option(64, "images a step")
-    kind: str = unified.option("a", "which", choices=["a", "b"])
-    compile: bool = unified.option(True, "compile or not")
+    run: str = unified.flag("out", "a folder", positional=True, nargs="?")
+    batch_size: int = unified.flag(64, "images a step")
+    kind: str = unified.flag("a", "which", choices=["a", "b"])
+    compile: bool = unified.flag(True, "compile or not")
 
 
 def test_a_dataclass_is_a_command_line(capsys):
-    assert unified.parse(Options, "", []) == Options("out", 64, "a", True)
-    assert unified.parse(Options, "", ["here", "--batch-size", "8", "--kind=b", "--no-compile"]) == Options("here", 8, "b", False)
+    assert unified.parse_flags(Options, "", []) == Options("out", 64, "a", True)
+    assert unified.parse_flags(Options, "", ["here", "--batch-size", "8", "--kind=b", "--no-compile"]) == Options("here", 8, "b", False)
     with pytest.raises(SystemExit) as stop:
-        unified.parse(Options, "", ["-h"])
+        unified.parse_flags(Options, "", ["-h"])
     said = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(words in said for words in ("run", "--batch-size", "--kind {a,b}", "--no-compile", "images a step [64]"))
@@ -3020,7 +3032,7 @@ def test_a_dataclass_is_a_command_line(capsys):
                                            ("--batch 8", "--batch"), ("here there", "there")])
 def test_a_wrong_flag_is_named_in_one_sentence(words, blamed):
     with pytest.raises(unified.UserError, match=blamed) as error:
-        unified.parse(Options, "", words.split())
+        unified.parse_flags(Options, "", words.split())
     assert "\n" not in str(error.value)
 
 
@@ -3028,11 +3040,11 @@ def test_a_users_mistake_ends_in_one_line_and_exit_code_2_a_bug_of_ours_does_not
     def mistaken():
         raise unified.UserError("take another --out-dir")
     with pytest.raises(SystemExit) as stop:
-        unified.run_script(mistaken)
+        unified.run_main(mistaken)
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith("take another --out-dir\n")
     with pytest.raises(ZeroDivisionError):
-        unified.run_script(lambda: 1 / 0)
+        unified.run_main(lambda: 1 / 0)
 
 
 def test_a_device_that_is_not_there_is_named():
@@ -3167,35 +3179,35 @@ def test_a_file_that_is_no_picture_is_named(tmp_path):
 def test_a_grid_holds_every_picture_in_its_place():
     x = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 4, 4) / 2       # black, grey, white
     x = x * 0.8                                                         # lines are white
-    sheet = numpy.array(unified.grid(x, columns=2, least=1))
+    sheet = numpy.array(unified.image_grid(x, columns=2, least=1))
     assert sheet.shape == (14, 14, 3)
     for value, top, left in [(0, 2, 2), (102, 2, 8), (204, 8, 2)]:
         assert (sheet[top:top + 4, left:left + 4] == value).all()
     lines = numpy.ones((14, 14), bool)
     lines[2:6, 2:6] = lines[2:6, 8:12] = lines[8:12, 2:6] = False
     assert (sheet[lines] == 255).all()
-    assert unified.grid(x, columns=2, least=64).size == (2 * 32 + 6, 2 * 32 + 6)            # small pictures are enlarged
+    assert unified.image_grid(x, columns=2, least=64).size == (2 * 32 + 6, 2 * 32 + 6)            # small pictures are enlarged
 
 
 def test_images_are_stacked_below_each_other():
-    sheet = train.stack([PIL.Image.new("RGB", (4, 2), "black"), PIL.Image.new("RGB", (3, 5), "red")])
+    sheet = train.stack_images([PIL.Image.new("RGB", (4, 2), "black"), PIL.Image.new("RGB", (3, 5), "red")])
     assert sheet.size == (4, 7)
     assert [sheet.getpixel(at) for at in [(3, 1), (2, 2), (2, 6), (3, 6)]] == [(0, 0, 0), (255, 0, 0), (255, 0, 0), (255, 255, 255)]
 
 
 def test_a_chart_draws_its_curves():
     curves = {"a": [(0, 0.0), (10, 1.0)], "b": [(0, 1.0), (5, float("nan")), (10, 0.0)]}
-    image = numpy.array(train.chart(curves, "loss", (400, 300))).astype(int)
+    image = numpy.array(train.line_chart(curves, "loss", (400, 300))).astype(int)
     inside = image[42:258, 72:378]
     for color in ((0x1f, 0x77, 0xb4), (0xd6, 0x27, 0x28)):              # two curves that cross the whole frame
         columns = (inside == color).all(2).any(0)
         assert columns.mean() > 0.95
     rising = [(inside[:, x] == (0x1f, 0x77, 0xb4)).all(1).nonzero()[0].mean() for x in (10, 290)]
     assert rising[0] > 200 and rising[1] < 20                           # up is more
-    image = numpy.array(train.chart({"a": [(0, 1.0), (10, 100.0)], "b": [(5, 10.0)]}, "falls a hundredfold", (400, 300))).astype(int)
+    image = numpy.array(train.line_chart({"a": [(0, 1.0), (10, 100.0)], "b": [(5, 10.0)]}, "falls a hundredfold", (400, 300))).astype(int)
     rows, columns = (image[42:258, 72:378] == (0xd6, 0x27, 0x28)).all(2).nonzero()
     assert abs(rows.mean() - 108) < 4 and abs(columns.mean() - 153) < 4 and len(rows) > 20      # a dot; 10 is midway from 1 to 100
-    assert (numpy.array(train.chart({}, "nothing yet")) == 255).mean() > 0.9
+    assert (numpy.array(train.line_chart({}, "nothing yet")) == 255).mean() > 0.9
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -3204,13 +3216,13 @@ def test_a_chart_draws_its_curves():
 
 def test_fold_tells_every_combination_apart():
     a, b = torch.arange(100)[:, None], torch.arange(100)
-    both = unified.fold(7, a, b)
+    both = unified.hash_ints(7, a, b)
     assert len(both.unique()) == 100 * 100 and not both.equal(both.T)   # the order of the values counts
-    assert both[3, 5] == unified.fold(7, 3, 5) and not both.equal(unified.fold(8, a, b))    # plain integers give the same
+    assert both[3, 5] == unified.hash_ints(7, 3, 5) and not both.equal(unified.hash_ints(8, a, b))    # plain integers give the same
 
 
 def test_a_crop_is_decided_by_its_number():
-    crops = unified.fold(torch.arange(1000)[:, None], torch.arange(2)).flatten()
+    crops = unified.hash_ints(torch.arange(1000)[:, None], torch.arange(2)).flatten()
     boxes = unified.crop_boxes(crops, 40, 30, (0.2, 1.0))
     alone = unified.crop_boxes(crops[7:8], 40, 30, (0.2, 1.0))
     assert all(a[7:8].equal(b) for a, b in zip(boxes, alone))
@@ -3225,7 +3237,7 @@ def test_a_crop_is_decided_by_its_number():
 
 def pictures(n=6, side=16, scale=(0.2, 1.0)):
     images = torch.randint(256, (n, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return unified.Pictures(images, torch.arange(n) % 3, ["a", "b", "c"], scale)
+    return unified.ImageTensor(images, torch.arange(n) % 3, ["a", "b", "c"], scale)
 
 
 def box_of(left, top, w, h, flip=False):
@@ -3246,8 +3258,8 @@ def test_both_kinds_of_data_set_cut_the_same_crop(monkeypatch):
     image = PIL.Image.fromarray(unified.to_uint8(x[0]))
     for flip in (False, True):
         monkeypatch.setattr(unified, "crop_boxes", box_of(9, 5, 16, 20, flip))
-        ours = unified.Pictures(x, None, [], (0.2, 1.0)).crop(x, torch.zeros(1).long())[0]
-        folders = unified.Folder(pathlib.Path(), [], [], [], 32, (0.2, 1.0)).crop(image, [0])[0] / 255
+        ours = unified.ImageTensor(x, None, [], (0.2, 1.0)).crop(x, torch.zeros(1).long())[0]
+        folders = unified.ImageFolder(pathlib.Path(), [], [], [], 32, (0.2, 1.0)).crop(image, [0])[0] / 255
         assert (ours - folders)[:, 2:-2, 2:-2].abs().max() < 1.5 / 255  # PIL rounds to bytes and repeats the box's rim
         rim = x[..., 5:25, 9:25].flip(3) if flip else x[..., 5:25, 9:25]
         assert (ours - F.interpolate(rim, size=(32, 32), mode="bilinear")[0])[:, 2:-2, 2:-2].abs().max() < 1e-4
@@ -3259,7 +3271,7 @@ def test_a_large_jpeg_is_decoded_smaller_only_where_its_crops_stay_large_enough(
     PIL.Image.fromarray(unified.to_uint8(smooth[0])).save(file, "JPEG", quality=95)
     for w, h, decoded in ((480, 360, (63, 47)), (100, 90, (251, 188)), (60, 40, (501, 375))):
         monkeypatch.setattr(unified, "crop_boxes", box_of(15, 9, w, h, False))
-        data, sizes = unified.Folder(pathlib.Path(), [], [], [], 32, (0.2, 1.0)), []
+        data, sizes = unified.ImageFolder(pathlib.Path(), [], [], [], 32, (0.2, 1.0)), []
         whole = data.crop(PIL.Image.open(file).convert("RGB"), [0, 1])                      # what is no file any more is not decoded again
         opened = PIL.Image.open(file)
         monkeypatch.setattr(opened, "convert", lambda mode: sizes.append(opened.size) or type(opened).convert(opened, mode))
@@ -3304,7 +3316,7 @@ def test_a_folder_is_read_in_order_with_its_labels(tree):
 def folder(root, classes=("ant", "bee"), size=16, **options):
     """A Folder of root/<class>/*, not looked at beforehand."""
     files = [(path, c) for c, name in enumerate(classes) for path in unified.image_files(root / name, [])]
-    return unified.Folder(root, *zip(*files), list(classes), size, (0.2, 1.0), **options)
+    return unified.ImageFolder(root, *zip(*files), list(classes), size, (0.2, 1.0), **options)
 
 
 def test_an_unreadable_image_gives_its_place_to_one_that_is_drawn_or_is_left_out(tree, capsys):
@@ -3334,7 +3346,7 @@ def test_those_that_take_the_place_of_unreadable_images_are_many_and_no_neighbou
         PIL.Image.new("RGB", (8, 8), (i,) * 3).save(tmp_path / f"{i:02d}.png")
     for i in range(0, 60, 2):
         (tmp_path / f"{i:02d}.png").write_bytes(b"")
-    opened, data = [], unified.Folder(tmp_path, sorted(tmp_path.iterdir()), [0] * 60, [], 8, (0.2, 1.0))
+    opened, data = [], unified.ImageFolder(tmp_path, sorted(tmp_path.iterdir()), [0] * 60, [], 8, (0.2, 1.0))
     open_ = PIL.Image.open
     monkeypatch.setattr(PIL.Image, "open", lambda path, *more: (opened.append(path), open_(path, *more))[1])
     found = [g for g, _ in greys(data.batches([(torch.arange(60), None)]))]
@@ -3349,9 +3361,9 @@ def test_many_unreadable_images_take_no_more_time_than_they_are(tmp_path):
     for i in range(1500):
         (tmp_path / f"{i:04d}.png").write_bytes(b"version https://git-lfs" if i % 3 else b"")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "0700.png")
-    opened, data = [0], unified.Folder(tmp_path, sorted(tmp_path.iterdir()), [0] * 1500, [], 8, (0.2, 1.0))
+    opened, data = [0], unified.ImageFolder(tmp_path, sorted(tmp_path.iterdir()), [0] * 1500, [], 8, (0.2, 1.0))
     with pytest.raises(unified.UserError, match="1500 .* looked at|of 500 images that were looked at"):
-        unified.look_at(data)
+        unified.check_sample(data)
     started = time.time()
     list(data.batches([(torch.arange(1500), None)], replace=False))
     assert time.time() - started < 20 and len(data.unreadable) == 1499
@@ -3386,7 +3398,7 @@ def test_unreadable_test_images_count_in_no_accuracy(tree, monkeypatch):
     data, cfg = folder(tree / "val"), settings(head="linear")
     logits = lambda x: F.one_hot((x.mean((1, 2, 3)) > 0.49).long(), 2).float()              # right for all
     assert probe.accuracy(logits, data, cfg) == 1.0
-    found, y = probe.collect(lambda x, names: {"x": x.mean((2, 3))}, data, torch.arange(6), cfg, None)
+    found, y = probe.extract_features(lambda x, names: {"x": x.mean((2, 3))}, data, torch.arange(6), cfg, None)
     assert y.tolist() == [0, 0, 1, 1, 1] and len(found["x"]) == 5
 
 
@@ -3462,7 +3474,7 @@ def test_photos_lie_as_viewers_show_them(number, suffix, tmp_path):
         seen = PIL.ImageOps.exif_transpose(image).convert("L")
     assert seen.size == ((120, 80) if number < 5 else (80, 120))
     assert (unified.read_image(path, 80)[0] - unified.from_image(seen, 80)[0] / 255).abs().mean() < 0.02
-    data, twin = folder(tmp_path, [""], 8), unified.Folder(tmp_path, [], [], [], 8, (0.2, 1.0))
+    data, twin = folder(tmp_path, [""], 8), unified.ImageFolder(tmp_path, [], [], [], 8, (0.2, 1.0))
     crops = torch.tensor([[3, 4, 5, 6]])                                # small ones, of a JPEG that is decoded smaller
     (ours, _), = data.batches([(torch.tensor([0]), crops)])
     assert (ours[0] - twin.crop(seen.convert("RGB"), crops[0].tolist()).float() / 255).abs().mean() < 0.03
@@ -3522,7 +3534,7 @@ def test_flat_images_of_any_value_train(size):
 def test_grain_is_for_flat_images_only_and_below_a_grey_level():
     x = some_pictures(3)
     x[1] = torch.tensor([0.2, 0.0, 0.7])[:, None, None]
-    seen = unified.with_grain(x, some_noise(3, 3, 16, 16))
+    seen = unified.add_grain(x, some_noise(3, 3, 16, 16))
     assert seen[[0, 2]].equal(x[[0, 2]]) and 0 < (seen[1] - x[1]).abs().max() <= 0.5 / 255
 
 
@@ -3911,7 +3923,7 @@ def test_of_several_processes_one_downloads_and_the_others_wait(web, tmp_path):
 
 def test_when_the_one_that_downloads_fails_the_others_of_its_group_end_soon(web, tmp_path, monkeypatch):
     web.pick("stalled")
-    monkeypatch.setattr(unified, "processes", lambda: (0, 4))
+    monkeypatch.setattr(unified, "rank_and_world", lambda: (0, 4))
     started = time.time()
     assert exit_codes([in_process(tmp_path, timeout=1.5) for _ in range(4)]) == [2] * 4
     assert web.asked == ["stalled"] and time.time() - started < 5       # one by one they would take 6
@@ -4171,7 +4183,7 @@ def test_a_damaged_line_of_the_log_does_not_count(tmp_path):
 def test_features_are_collected_where_nobody_says_how_much_memory_there_is(monkeypatch):
     monkeypatch.delattr(os, "sysconf")                                  # as on Windows
     cfg, data = settings(head="ridge"), pictures(6, 16)
-    found, _ = probe.collect(lambda x, names: {"": x.flatten(1)}, data, torch.arange(6), cfg, "")
+    found, _ = probe.extract_features(lambda x, names: {"": x.flatten(1)}, data, torch.arange(6), cfg, "")
     assert found[""].shape == (6, 768)
 
 
@@ -4184,7 +4196,7 @@ def test_cached_ids_are_the_ids_of_the_same_crops(tmp_path, monkeypatch):
     vqgan, data = tokenizer(2), pictures(10, 8)
     ids, labels = train.cache_ids(tmp_path, vqgan, data, 3)
     assert ids.shape == (10, 3, 16) and ids.dtype == numpy.uint16 and labels.equal(data.labels)
-    crops = unified.fold(torch.arange(10)[:, None], torch.arange(3))
+    crops = unified.hash_ints(torch.arange(10)[:, None], torch.arange(3))
     x, _ = next(data.batches([(torch.arange(10), crops)]))
     assert torch.from_numpy(ids.astype(int)).equal(vqgan.encode(x.flatten(0, 1)).view(10, 3, 16))
     whole, _ = train.cache_ids(tmp_path, vqgan, data, 1)
@@ -4365,7 +4377,7 @@ def script(name, *args, expect=0):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         patch.setattr(sys, "argv", [str(HERE / name), *map(str, args)])
         try:
-            unified.run_script(importlib.import_module(name.removesuffix(".py")).main)
+            unified.run_main(importlib.import_module(name.removesuffix(".py")).main)
         except SystemExit as leaving:
             code = leaving.code or 0
         finally:
@@ -4493,7 +4505,7 @@ def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffus
     printed = script("train.py", *flags(photos, tmp_path / "l", "--model", "umd", "--labels", "--init", diffused[0], "--views", 1, "--eval-every", 0))
     assert "fresh: label_embed" in printed
     model, config = unified.load_model(tmp_path / "l")
-    assert (model.clean, model.hidden_noised, model.classes) == (0.05, 0.0, 2)
+    assert (model.clean_ratio, model.mask_ratio_noised, model.classes) == (0.05, 0.0, 2)
     script("sample.py", tmp_path / "l", "--label", "dog", "--guidance", 2, "--n", 2, "--steps", 2, "--out", tmp_path / "l.png")
     printed = script("train.py", *flags(photos, tmp_path / "m", "--model", "mae", "--init-encoder", diffused[0], "--views", 1, "--eval-every", 0))
     assert "tensors from" in printed and not (tmp_path / "m" / "samples.png").exists()
@@ -4511,8 +4523,8 @@ def test_files_of_the_official_dit_and_mae_are_refused_in_one_sentence(name, tmp
 
 def test_micro_batches_share_the_clean_part_of_the_whole_batch():
     model = umd(clean=0.05)
-    assert sum(model.draws(first, 8)["clean"] for first in range(0, 256, 8)) == int(256 * 0.05)
-    assert {umd(clean=0.5).draws(first, 4)["clean"] for first in range(0, 64, 4)} == {2}
+    assert sum(model.micro_batch_args(first, 8)["n_clean"] for first in range(0, 256, 8)) == int(256 * 0.05)
+    assert {umd(clean=0.5).micro_batch_args(first, 4)["n_clean"] for first in range(0, 64, 4)} == {2}
 
 
 def test_a_probe_stands_beside_its_baselines(finished):
@@ -4567,7 +4579,7 @@ def test_a_truncated_or_foreign_checkpoint_ends_in_one_sentence_too(name, finish
 
 def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        unified.run_script(lambda: 1 / 0)
+        unified.run_main(lambda: 1 / 0)
 
 
 def test_a_run_that_is_there_is_not_overwritten(photos, finished):
@@ -4610,7 +4622,7 @@ def words(photos, finished, tmp_path, monkeypatch):
     """{script: what makes it begin}; nothing is trained, sampled or probed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(unified, "open_data", begin)
-    monkeypatch.setattr(unified.MAGE, "sample_steps", begin)
+    monkeypatch.setattr(unified.MAGE, "sample_steps", functools.wraps(unified.MAGE.sample_steps)(lambda *_, **__: begin()))
     load, there = unified.load_model, unified.load_model(finished[0])   # once, since it takes longest
     monkeypatch.setattr(unified, "load_model",
                         lambda path, *a, **k: there if path == str(finished[0]) else load(path, *a, **k))
@@ -4780,7 +4792,7 @@ def test_golden_attention_in_the_new_order():
     for order, name in (("legacy", "unit_attn_legacy"), ("new", "unit_attn_new_order")):
         heads = g.inputs["unit_attn_x"].size(1) // g.config["num_head_channels"]
         for more in (dict(head=g.config["num_head_channels"]), dict(head=64, heads=heads)):
-            attention = unified.MapAttention(g.inputs["unit_attn_x"].size(1), groups=32, order=order, **more)
+            attention = unified.ADMAttention(g.inputs["unit_attn_x"].size(1), groups=32, order=order, **more)
             attention.load_state_dict(g.state_dict_unit_attention)
             assert_close(attention(g.inputs["unit_attn_x"]), g.outputs[name])
 
@@ -4867,7 +4879,7 @@ def test_progress_counts_passes_through_the_network(photos, finished, diffused, 
 def train_together(folder, micro, contrastive):
     """Twenty optimizer steps of 16 images as one of several processes; leaves losses, first gradients and parameters in folder/WORLD.pt."""
     unified.join_processes("cpu")
-    rank, world = unified.processes()
+    rank, world = unified.rank_and_world()
     run = types.SimpleNamespace(world=world, rank=rank, device=torch.device("cpu"), autocast=contextlib.nullcontext,
                                 cfg=types.SimpleNamespace(seed=0, labels=False))
     model = mage(contrastive=contrastive, dropout=0.0).train()
@@ -4876,7 +4888,7 @@ def train_together(folder, micro, contrastive):
     noise = some_noise(20, 16 * views, model.length)
 
     def draws(step, first):                                             # given, since a micro-batch of 16 draws other numbers than two of 8
-        return dict(rate=torch.tensor(0.6), noise=noise[step, first * views:(first + micro) * views]) if contrastive else {}
+        return dict(mask_ratio=torch.tensor(0.6), mask_noise=noise[step, first * views:(first + micro) * views]) if contrastive else {}
     stage = train.Stage("model", model, {}, None, 16, views, 20, 16, micro, 1e-3, unified.MAGE_RECIPE, draws)
     optimizer, weights = train.optimizer_of(model, 1e-3, stage.recipe), train.trainable(model)
     net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -5131,9 +5143,9 @@ def test_what_workers_hand_over_at_once_fits_into_a_containers_shared_memory(tre
     monkeypatch.setattr(unified, "together", measured)
     data = unified.open_data("anything", str(tree), 64, train=True)
     index = torch.arange(256) % 6
-    x, y = next(data.batches([(index, unified.fold(index[:, None], torch.arange(10)))]))   # what made ids stand still at its third batch
+    x, y = next(data.batches([(index, unified.hash_ints(index[:, None], torch.arange(10)))]))   # what made ids stand still at its third batch
     assert x.shape == (256, 10, 3, 64, 64) and y.equal(data.labels[index]) and sum(sizes) == x.numel() and max(sizes) <= 2**20
-    assert_close(x[251], next(data.batches([(index[251:252], unified.fold(index[251:252, None], torch.arange(10)))]))[0][0], 0)
+    assert_close(x[251], next(data.batches([(index[251:252], unified.hash_ints(index[251:252, None], torch.arange(10)))]))[0][0], 0)
 
 
 def test_every_long_loop_stops_at_its_next_batch(no_signals, monkeypatch):
@@ -5355,15 +5367,17 @@ def right_arguments(model, method, views=1):
     whose own arguments are to be checked, too, gets a line here, and in its class's forms."""
     rows, x = torch.arange(4), some_pictures(8, 32).unflatten(0, (4, 2))
     known = dict(x=x[:, :views].squeeze(1), ids=torch.arange(64).view(4, 4, 4) % 32, n=4, steps=2,
-                 temperature=0.5, guidance=1.5, known=x[:, 0], mask=x[:, 0, 0] > 0.5, seeds=rows, schedule="linear", draw=3,
-                 rate=0.7, index=20, gap=2, clean=2, layers=[1, 2])
+                 temperature=0.5, eta=0.5, guidance=1.5, known=x[:, 0], mask=x[:, 0, 0] > 0.5, seeds=rows, schedule="linear", draw=3,
+                 mask_ratio=0.7, index=20, gap=2, n_clean=2, layers=[1, 2])
     if isinstance(model, unified.Model):
         most = model.t_range[1]
-        number = 4 if method != "forward" else 2 if hasattr(model, "clean") else 4 * views
-        known.update(labels=rows % 3 if model.classes else None, mask_noise=some_noise(4, 16), keep_label=torch.arange(number) > 0,
+        number = 4 if method != "forward" else 2 if isinstance(model, unified.UMD) else 4 * views
+        known.update(labels=rows % 3 if model.classes else None, mask_noise=some_noise(4 * views, 16), keep_label=torch.arange(number) > 0,
                      noise=model.noise(torch.arange(number)), pool=model.pools[0], add={1: torch.zeros(4, *model.layers[1])},
                      t=torch.arange(1, 1 + number) if method == "forward" else most / 2 if isinstance(most, float) else min(most, 3))
     call = getattr(model, method, None)
+    if known.get("labels") is None:
+        known.pop("guidance")
     return {key: known[key] for key in inspect.signature(call).parameters if key in known} if call else {}
 
 
@@ -5444,7 +5458,7 @@ def test_a_forks_model_is_guarded_without_a_line_of_its_own():
     try:
         exec("class " + code, names)
         for method in PUBLIC:
-            assert_guarded(names["Denoiser"](32, 4, width=16, depth=2, classes=3), method)
+            assert_guarded(names["Denoiser"](32, 4, width=16, depth=2), method)
     finally:
         unified.MODELS.pop("denoiser", None)
 
@@ -5490,12 +5504,12 @@ def test_pixels_that_are_far_outside_are_refused_where_an_image_is_finished():
 @pytest.mark.parametrize("name", list(unified.MODELS))
 def test_wrong_options_are_refused_before_the_first_step(name):
     model = small(name)
-    for options in (dict(steps=0), dict(seeds=torch.arange(3)), dict(schedule="sqrt"), dict(temperature=math.nan), dict(mask=torch.ones(2, 32, 32) > 0)):
-        if "schedule" not in options or "schedule" in inspect.signature(model.sample_steps).parameters:
+    for options in (dict(steps=0), dict(seeds=torch.arange(3)), dict(schedule="sqrt"), dict(temperature=math.nan), dict(eta=1.5), dict(mask=torch.ones(2, 32, 32) > 0)):
+        if True:
             with pytest.raises(ValueError):
                 model.sample_steps(2, **options)
     with pytest.raises(ValueError, match="'sqrt'"):
-        unified.alpha_bar("sqrt")
+        unified.noise_schedule("sqrt")
 
 
 @pytest.mark.parametrize("name", [name for name in unified.MODELS if name != "mae"])
@@ -5517,7 +5531,7 @@ def test_labels_and_seeds_may_lie_on_the_cpu():
 
 
 def test_a_guarded_method_keeps_its_name_and_its_signature():
-    assert unified.MAGE.features.__doc__.startswith("Block outputs") and "layers" in inspect.signature(unified.MAGE.features).parameters
+    assert unified.MAGE.features.__doc__.startswith("Outputs of blocks") and "layers" in inspect.signature(unified.MAGE.features).parameters
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -5595,7 +5609,7 @@ def trainer(model, method, device, autocast=contextlib.nullcontext, labels=False
                                 cfg=types.SimpleNamespace(seed=0, labels=labels))
 
     def extra(step, first):
-        return model.draws(first, 8) if method else {"adversarial": 0.8}
+        return model.micro_batch_args(first, 8) if method else {"adversarial_weight": 0.8}
     views, recipe = (method.views, method.recipe) if method else (1, train.TOKENIZER_RECIPE)
     stage = train.Stage("model", model.train(), {}, None, 8, views, 100, 8, 8, 1e-4, recipe, extra)
     y, plan = torch.arange(32) % 3, train.plan(32, 0, views, 8, 8, 0, 1, 0, 100)
@@ -5604,7 +5618,7 @@ def trainer(model, method, device, autocast=contextlib.nullcontext, labels=False
         batches = train.cached_batches(ids.to(device), y, plan)
     else:
         x = torch.randint(256, (32, 3, size, size), dtype=torch.uint8)
-        batches = unified.Pictures(x, y, [], (0.8, 1.0), device).batches(plan)
+        batches = unified.ImageTensor(x, y, [], (0.8, 1.0), device).batches(plan)
     optimizer = train.optimizer_of(model, 1e-4, recipe, None if device == "meta" else True)
     weights, ema = train.trainable(model), train.averages(model, recipe)
     return lambda step: train.update(run, stage, model, optimizer, weights, ema, step, batches, lambda *_: None)
@@ -5628,10 +5642,10 @@ def test_generation_never_waits_for_the_device_once_it_has_begun(name):
     told = dict(labels=torch.zeros(4, dtype=torch.long, device="meta"), guidance=2.0) if labels else {}
     hole = dict(known=torch.zeros(4, 3, 32, 32, device="meta"), mask=torch.ones(4, 32, 32, device="meta") > 0)
     for more in ([{}] if model.generates else []) + [hole]:
-        for temperature in (None, 0.0):
+        for option in ({"temperature": 0.0},) if token else ({}, {"eta": 0.0}) if model.generates else ({},):
             read = bool(more) and (token or name == "mae")              # once: how large each hole is
             with Elsewhere(*[torch.tensor([9, 4, 16, 9])] * read) as device:
-                states = model.sample_steps(4, steps=3, temperature=temperature, **told, **more)
+                states = model.sample_steps(4, steps=3, **option, **told, **more)
                 first = next(states)
                 assert not device.answers
                 assert all(model.render(state).is_meta for state in (first, *states))
@@ -5676,13 +5690,13 @@ def test_closed_form_probes_need_no_float64_on_the_device():
 def test_copies_to_apples_devices_are_waited_for(monkeypatch):
     how, x = [], types.SimpleNamespace(to=lambda device, non_blocking: how.append(non_blocking))
     for device in ("cuda:1", torch.device("mps"), "cpu"):
-        unified.send(x, device)
+        unified.to_device(x, device)
     assert how == [True, False, True]
 
 
 def test_schedules_stay_on_the_cpu_in_float64():
     for name in ("umd", "adm"):
-        abar = small(name).to("meta").abar
+        abar = small(name).to("meta").alpha_bar
         assert abar.device.type == "cpu" and abar.dtype == torch.float64
 
 
@@ -5789,7 +5803,7 @@ def test_bfloat16_is_the_default_where_it_is_computed_in(capability, dtype, gpu,
     for device, expected in (("cuda", dtype), ("cuda:1", dtype), ("cpu", "float32"), ("mps", "float32")):
         settled = [unified.default_dtype(device), train.settle(train.Config(device=device))[0].dtype,
                    probe.settle(probe.Config(run="", device=device)).dtype]
-        monkeypatch.setattr(unified, "parse", lambda cls, *_: cls(run="", device=device))
+        monkeypatch.setattr(unified, "parse_flags", lambda cls, *_: cls(run="", device=device))
         sample.main()
         assert set(settled) == {expected}
     assert train.settle(train.Config(device="cuda", dtype="float32"))[0].dtype == "float32"
@@ -5805,7 +5819,7 @@ def test_a_probe_compiles_on_a_gpu_and_not_on_a_cpu(gpu):
 
 def test_a_compiled_probe_finds_what_the_plain_one_does(graphs, monkeypatch):
     found, config = [], {"arch": unified.model_config("umd", "tiny", 32, 4)}
-    data = unified.Pictures(*unified.draw_shapes(torch.arange(40), 32), list(unified.SHAPES), (1.0, 1.0))
+    data = unified.ImageTensor(*unified.draw_shapes(torch.arange(40), 32), list(unified.SHAPES), (1.0, 1.0))
     monkeypatch.setattr(unified, "load_model", lambda *_, **__: (unified.build(config["arch"]).eval(), config))
     monkeypatch.setattr(probe, "open_sets", lambda *_: ("", data, data))
     monkeypatch.setattr(probe, "report", lambda wanted, dataset, labels, results, *rest: found.append(results))
@@ -5824,7 +5838,7 @@ def test_the_head_of_finetuning_is_float32_beside_a_network_in_bfloat16(monkeypa
         return seen[0].sum()
     monkeypatch.setattr(probe, "mixup_loss", loss)
     cfg = settings(head="finetune", dtype="bfloat16", batch_size=8, epochs=1, lr=1e-3)
-    data = unified.Pictures((255 * some_pictures(8, 32)).byte(), torch.arange(8) % 2, ["a", "b"], (1.0, 1.0))
+    data = unified.ImageTensor((255 * some_pictures(8, 32)).byte(), torch.arange(8) % 2, ["a", "b"], (1.0, 1.0))
     probe.finetune(model, data, torch.arange(8), data, 1.0, "", cfg)
     assert seen[0].dtype == torch.float32 and not seen[0].equal(seen[0].bfloat16().float())
 

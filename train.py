@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import probe
 import unified
-from unified import Stopped, UserError, option
+from unified import Stopped, UserError, flag
 
 try:
     import fcntl
@@ -46,50 +46,50 @@ except ImportError:                                                             
 
 @dataclasses.dataclass
 class Config:
-    dataset: str = option("shapes", "shapes, cifar10, imagenet, or a folder of images, of class folders, or of train and val with class folders")
-    data_dir: str = option("", "where the data set lies, if not in data/<dataset>")
-    model: str = option("mage", "what to train; mae, maskdit and dit are the ends of UMD, not the official networks", choices=list(unified.MODELS))
-    size: str = option(None, "size of model and tokenizer; tiny, or base on imagenet",
+    dataset: str = flag("shapes", "shapes, cifar10, imagenet, or a folder of images, of class folders, or of train and val with class folders")
+    data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
+    model: str = flag("mage", "what to train; mae, maskdit and dit are the ends of UMD, not the official networks", choices=list(unified.MODELS))
+    size: str = flag(None, "size of model and tokenizer; tiny, or base on imagenet",
                        choices=["tiny", "small", "base", "large"])
-    image_size: int = option(None, "side in pixels; 32, or on folders 256, 64 for tiny and small",
+    image_size: int = flag(None, "side in pixels; 32, or on folders 256, 64 for tiny and small",
                              least=8, most=4096)
-    ids: int = option(None, "ids, or patches of pixels, an image; 16 on shapes (64 of pixels), else 64 below 128 pixels and 256 from "
+    ids: int = flag(None, "ids, or patches of pixels, an image; 16 on shapes (64 of pixels), else 64 below 128 pixels and 256 from "
                             "there on; from 256 pixels on one for 16 x 16 pixels", least=4, most=2**20)
-    codes: int = option(None, "entries of the codebook; 128 on shapes, else 1024", most=2**20)
-    steps: int = option(None, "optimizer steps of the model; or say --epochs")
-    epochs: float = option(None, "the same in passes over the training set", least=1e-9)
-    tokenizer_steps: int = option(None, "optimizer steps of the tokenizer")
-    tokenizer_batch_size: int = option(None, "images in each of them; 16 for small sets and on a CPU, else 256",
+    codes: int = flag(None, "entries of the codebook; 128 on shapes, else 1024", most=2**20)
+    steps: int = flag(None, "optimizer steps of the model; or say --epochs")
+    epochs: float = flag(None, "the same in passes over the training set", least=1e-9)
+    tokenizer_steps: int = flag(None, "optimizer steps of the tokenizer")
+    tokenizer_batch_size: int = flag(None, "images in each of them; 16 for small sets and on a CPU, else 256",
                                        most=10**6)
-    adversarial: float = option(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0",
+    adversarial: float = flag(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 pixels on, else 0",
                                 least=0)
-    tokenizer: str = option("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
-    predictor: str = option("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a checkpoint or a published file")
-    views: int = option(None, "random crops of each image kept as ids; 1 keeps the whole picture, 0 tokenises fresh crops in every step. "
+    tokenizer: str = flag("", "use this one instead: a run folder (its ids are shared), a tokenizer.pt or a published file")
+    predictor: str = flag("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a checkpoint or a published file")
+    views: int = flag(None, "random crops of each image kept as ids; 1 keeps the whole picture, 0 tokenises fresh crops in every step. "
                               "Models of pixels: 0 takes the whole picture, 1 a fresh crop in every step",
                        least=0, most=1000)
-    labels: bool = option(False, "condition on class labels, so that sample.py --label works")
-    init: str = option("", "a run of the same model and size to start from; with --labels, to teach it the classes")
-    init_encoder: str = option("", "a run whose encoder blocks, of the same width, to start from")
-    batch_size: int = option(None, "images an optimizer step, all devices and accumulated micro-batches together",
+    labels: bool = flag(False, "condition on class labels, so that sample.py --label works")
+    init: str = flag("", "a run of the same model and size to start from; with --labels, to teach it the classes")
+    init_encoder: str = flag("", "a run whose encoder blocks, of the same width, to start from")
+    batch_size: int = flag(None, "images an optimizer step, all devices and accumulated micro-batches together",
                              most=10**6)
-    micro_batch: int = option(None, "images that one device computes at once; as many as fit, if not given",
+    micro_batch: int = flag(None, "images that one device computes at once; as many as fit, if not given",
                               most=10**6)
-    lr: float = option(None, "learning rate for 256 images a step; scaled with --batch-size", least=1e-9)
-    seed: int = option(0, "of everything random", least=0, most=2**32 - 1)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = option(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
+    lr: float = flag(None, "learning rate for 256 images a step; scaled with --batch-size", least=1e-9)
+    seed: int = flag(0, "of everything random", least=0, most=2**32 - 1)
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    dtype: str = flag(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
                         choices=["float32", "bfloat16"])
-    compile: bool = option(torch.cuda.is_available(), "compile the blocks")
-    workers: int = option(min(8, os.cpu_count()), "processes that decode images of a folder",
+    compile: bool = flag(torch.cuda.is_available(), "compile the blocks")
+    workers: int = flag(min(8, os.cpu_count()), "processes that decode images of a folder",
                           least=0, most=1000)
-    strict_images: bool = option(False, "stop at an unreadable image instead of training on another")
-    benchmark: bool = option(False, "measure the speed of training on random data, and leave")
-    out_dir: str = option("", "the run's folder, if not out/<dataset>-<model>, or -<model>-labels")
-    resume: bool = option(False, "go on where the run in this folder stopped; same flags, more --steps if you like")
-    log_every: int = option(None, "steps between rows of log.jsonl")
-    eval_every: int = option(None, "steps between held-out losses and sample grids; 0 for never", least=0)
-    save_every: int = option(None, "steps between checkpoints")
+    strict_images: bool = flag(False, "stop at an unreadable image instead of training on another")
+    benchmark: bool = flag(False, "measure the speed of training on random data, and leave")
+    out_dir: str = flag("", "the run's folder, if not out/<dataset>-<model>, or -<model>-labels")
+    resume: bool = flag(False, "go on where the run in this folder stopped; same flags, more --steps if you like")
+    log_every: int = flag(None, "steps between rows of log.jsonl")
+    eval_every: int = flag(None, "steps between held-out losses and sample grids; 0 for never", least=0)
+    save_every: int = flag(None, "steps between checkpoints")
 
 
 # Defaults by data set. FOLDER is the papers' recipe: the method's own for the model, see unified.MODELS, and MaskGIT's for the tokenizer.
@@ -105,7 +105,7 @@ RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_
 def recipe_of(cfg):
     """How cfg.model is trained."""
     method = unified.MODELS[cfg.model]
-    return method.tune_recipe if cfg.init and cfg.labels else method.recipe
+    return method.tune_recipe or method.recipe if cfg.init and cfg.labels else method.recipe
 
 
 def settle(cfg):
@@ -135,8 +135,8 @@ def settle(cfg):
         data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset}"
         raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} --model {teacher}, then this with "
                         f"--predictor out/{pathlib.Path(cfg.dataset).name}-{teacher}")
-    if cfg.labels and method.model is unified.ADM:
-        raise UserError("--labels: this U-Net takes none; --model dit or mage do")
+    if cfg.labels and not method.model.takes_labels and not teacher:
+        raise UserError(f"--labels: {cfg.model} takes none; --model dit or mage do")
     if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
         raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings along, nor --labels go with it")
     cfg.tokenizer = cfg.tokenizer or cfg.predictor
@@ -160,8 +160,8 @@ def settle(cfg):
 def check_sizes(cfg, method):
     """Refuse an --image-size that cannot be halved enough, or that --ids does not cut into equal squares."""
     size, side = cfg.image_size, math.isqrt(cfg.ids)
-    if method.model is unified.ADM:
-        unit = 2 ** (len(method.sizes[cfg.size]["ch_mult"]) - 1)
+    if method.reads == "pixels":
+        unit = 2 ** (len(method.sizes[cfg.size].get("ch_mult", "1")) - 1)
         if size % unit:
             raise UserError(f"--image-size {size} is no multiple of {unit}, as this --model and --size need; "
                             f"take {size + -size % unit}")
@@ -194,7 +194,7 @@ class Run:
     def __init__(self, cfg, recipe):
         self.cfg, self.recipe, self.folder, self.lock = cfg, recipe, pathlib.Path(cfg.out_dir), None
         self.device = unified.join_processes(cfg.device)
-        self.rank, self.world = unified.processes()
+        self.rank, self.world = unified.rank_and_world()
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
         if cfg.batch_size % ((cfg.micro_batch or 1) * self.world):
             raise UserError(f"--batch-size {cfg.batch_size} is not a multiple of " + (f"--micro-batch {cfg.micro_batch} x " if cfg.micro_batch else "")
@@ -241,7 +241,7 @@ def listen():
         if unified.SIGNALS and time.monotonic() - min(unified.SIGNALS.values()) > 2:                        # not what torchrun merely passes on
             raise KeyboardInterrupt
         unified.SIGNALS.setdefault(number, time.monotonic())
-        if unified.processes()[0] == 0:
+        if unified.rank_and_world()[0] == 0:
             with contextlib.suppress(OSError):                                              # print() might be at work on a line right now
                 os.write(2, b"\nstopping after this step or batch; asked once more, at once\n")
     unified.SIGNALS.clear()
@@ -280,7 +280,7 @@ def plan(n, seed, views, batch, micro, rank, world, start, steps):
         for first in range(rank * micro, batch, world * micro):
             p = step * batch + first + torch.arange(micro)
             index = torch.cat([permutation(n, seed, e)[p[p // n == e] % n] for e in (p // n).unique().tolist()])
-            yield index, unified.fold(seed, p[:, None], torch.arange(views)) if views else None
+            yield index, unified.hash_ints(seed, p[:, None], torch.arange(views)) if views else None
 
 
 def cached_batches(ids, labels, plan):
@@ -289,7 +289,7 @@ def cached_batches(ids, labels, plan):
     for index, crops in plan:
         first = crops[:, :1] % K
         view = torch.cat([first, (first + 1 + crops[:, 1:] % max(1, K - 1)) % K], 1)
-        where, view = (unified.send(v, ids.device) for v in (index, view))
+        where, view = (unified.to_device(v, ids.device) for v in (index, view))
         found = ids[where[:, None], view].int()
         yield found & 0xFFFF if ids.dtype == torch.int16 else found, labels[index]          # torch has no uint16 that can be indexed
 
@@ -303,8 +303,8 @@ def optimizer_of(net, lr, recipe, fused=True):
     """AdamW as the recipe says, whose plain(name, parameter) tells which parameters do not decay; fused: in one kernel, None: as torch would."""
     groups = {True: [], False: []}
     for name, p in trainable(net).items():
-        groups[recipe["plain"](name, p)].append(p)
-    groups = [{"params": params, "weight_decay": 0.0 if plain else recipe["decay"]} for plain, params in groups.items()]
+        groups[recipe["no_decay"](name, p)].append(p)
+    groups = [{"params": params, "weight_decay": 0.0 if plain else recipe["weight_decay"]} for plain, params in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, betas=recipe["betas"], fused=fused)
 
 
@@ -354,7 +354,7 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            keep(path, path.with_name(path.name + ".prev"))
+            keep_previous(path, path.with_name(path.name + ".prev"))
         os.replace(new, path)
     except (OSError, RuntimeError) as error:                                                # torch makes a RuntimeError of the file's
         new.unlink(missing_ok=True)
@@ -362,7 +362,7 @@ def save_checkpoint(path, state):
         raise UserError(f"{path} could not be written ({reason}); the last good checkpoint is untouched: make room, then --resume")
 
 
-def keep(path, previous):
+def keep_previous(path, previous):
     """The same file under a second name: somebody might be reading it under the first one."""
     previous.unlink(missing_ok=True)
     try:
@@ -472,7 +472,7 @@ def to_blame(run, stage, step):
     for index, crops in batch:
         alone = [(index[i:i + 1], None if crops is None else crops[i:i + 1]) for i in range(len(index))]
         for i, (x, labels) in zip(index.tolist(), stage.batches(alone)):
-            x, labels, images = unified.send(x, run.device), unified.send(labels, run.device), images + 1
+            x, labels, images = unified.to_device(x, run.device), unified.to_device(labels, run.device), images + 1
             with run.autocast():
                 loss, _ = stage.net(x.squeeze(1) if stage.views == 1 else x, labels if run.cfg.labels else None)
             gradients = torch.autograd.grad(loss, trainable(stage.net).values(), allow_unused=True)
@@ -485,19 +485,19 @@ def update(run, stage, net, optimizer, weights, ema, step, batches, add):
     """One optimizer step over as many micro-batches as make a batch: add(loss, logs) is told the losses of each; nothing here waits for
     the device. Returns the gradient's norm, still there, and the learning rate."""
     accumulate, recipe = stage.batch // (stage.micro * run.world), stage.recipe
-    rate = probe.learning_rate(step + 1, recipe["warmup"] * stage.steps, stage.steps + 1, stage.peak, recipe["least"] * stage.peak)
+    rate = probe.learning_rate(step + 1, recipe["warmup"] * stage.steps, stage.steps + 1, stage.peak, recipe["min_lr"] * stage.peak)
     for micro in range(accumulate):
         x, labels = next(batches)
         place = micro * run.world + run.rank
-        torch.manual_seed(unified.fold(run.cfg.seed, len(stage.name), step, place))
+        torch.manual_seed(unified.hash_ints(run.cfg.seed, len(stage.name), step, place))
         with contextlib.nullcontext() if micro == accumulate - 1 or run.world == 1 else net.no_sync():
             with run.autocast():
-                x, labels = (unified.send(v, run.device) for v in (x, labels))
+                x, labels = (unified.to_device(v, run.device) for v in (x, labels))
                 loss, logs = net(x.squeeze(1) if stage.views == 1 else x, labels if run.cfg.labels else None,
                                  **stage.extra(step, place * stage.micro))
             (loss / accumulate).backward()
         add(loss, logs)
-    norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["clip"])
+    norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["grad_clip"])
     if optimizer.defaults["fused"]:                                                         # as torch's GradScaler says it: then no weight moves
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
     for group in optimizer.param_groups:
@@ -569,10 +569,10 @@ def draw_reconstructions(run, reconstruct, data):
     with run.autocast():
         columns = [x, *(y.cpu() for y in reconstruct(x.to(run.device)))]
     rows = [part for rows in zip(*(c.split(8) for c in columns)) if len(rows[0]) == min(8, len(x)) for part in rows]
-    unified.grid(torch.cat(rows)).save(run.folder / "reconstructions.png")
+    unified.image_grid(torch.cat(rows)).save(run.folder / "reconstructions.png")
 
 
-TOKENIZER_RECIPE = dict(unified.MAGE_RECIPE, betas=(0.9, 0.99), decay=0.0)
+TOKENIZER_RECIPE = dict(unified.MAGE_RECIPE, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def get_frozen(run, train, test):
@@ -598,16 +598,16 @@ def get_frozen(run, train, test):
         draw_reconstructions(run, lambda x: net.vqgan.reconstruct(x)[:1], test)
         return measure_tokenizer(run, net.vqgan, test, 500)
     bytes_each = 8 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"] * 12
-    views = 0 if isinstance(train, unified.Pictures) else 1                                 # enlarged crops of 32 pixels are all blur
+    views = 0 if isinstance(train, unified.ImageTensor) else 1                                 # enlarged crops of 32 pixels are all blur
     fit(run, Stage("tokenizer", net, {"tokenizer_arch": arch, **probe.describe_data(train)}, lambda plan: train.batches(plan, cfg.workers), len(train), views, steps, batch,
                    run.micro_batch(batch, bytes_each), run.recipe["tokenizer_lr"], TOKENIZER_RECIPE,
-                   lambda step, first: {"adversarial": cfg.adversarial * (step >= steps // 5)}, evaluate, name_of(train)))
+                   lambda step, first: {"adversarial_weight": cfg.adversarial * (step >= steps // 5)}, evaluate, name_of(train)))
     return net.vqgan, arch
 
 
 def name_of(data):
     """What its images are called: number -> path, or "image 17"."""
-    return (lambda i: unified.shown(data.paths[i])) if isinstance(data, unified.Folder) else "image {}".format
+    return (lambda i: unified.shown(data.paths[i])) if isinstance(data, unified.ImageFolder) else "image {}".format
 
 
 # Ids on disk. Tokenising costs more than a small model's whole training step, so every image is tokenised once, in V crops. The work is
@@ -620,7 +620,7 @@ SHARD = 2048                        # images
 def fingerprint(vqgan, data, views):
     """What ids depend on, as one hexadecimal word: the tokenizer, the images (of files name, size and time of change), their crops."""
     digest = hashlib.sha256(repr((views, data.size, data.scale, len(data))).encode())
-    if isinstance(data, unified.Folder):
+    if isinstance(data, unified.ImageFolder):
         images = map(functools.partial(file_mark, data.root), data.paths)
     else:
         images = (part.cpu().numpy().tobytes() for part in data.images.split(1000))
@@ -665,8 +665,8 @@ def make_shards(shards, vqgan, data, views, workers):
     device = next(vqgan.parameters()).device
     todo = [(path, index[sum(map(len, read_shard(path)[1])):]) for path, index in probe.local_shard(shards)]
     todo = [(path, index.split(max(1, probe.images_at_once(data, device) // views))) for path, index in todo if len(index)]
-    plan = [(part, None if views == 1 else unified.fold(part[:, None], torch.arange(views))) for _, parts in todo for part in parts]
-    bar = tqdm.tqdm(total=len(plan), desc="ids of every image", unit=" batches", disable=unified.processes()[0] > 0 or not plan, dynamic_ncols=True)
+    plan = [(part, None if views == 1 else unified.hash_ints(part[:, None], torch.arange(views))) for _, parts in todo for part in parts]
+    bar = tqdm.tqdm(total=len(plan), desc="ids of every image", unit=" batches", disable=unified.rank_and_world()[0] > 0 or not plan, dynamic_ncols=True)
     batches = data.batches(plan, workers)
     for path, parts in todo:
         (ids, labels), saved = read_shard(path), time.monotonic()
@@ -709,14 +709,14 @@ def cache_ids(folder, vqgan, data, views, workers=0):
     Finished ids of the same tokenizer, data and crops are read, unfinished ones continued; processes share the work, runs may share the
     folder. uint16, or int32 where the codebook has more codes than that counts. Raises Stopped if a signal asks for the end.
     """
-    mark = unified.first_alone(lambda: fingerprint(vqgan, data, views))
+    mark = unified.rank_zero_first(lambda: fingerprint(vqgan, data, views))
     ids, labels = (pathlib.Path(folder) / f"{name}-{mark}.npy" for name in ("ids", "labels"))
-    if not unified.first_alone(ids.exists):
+    if not unified.rank_zero_first(ids.exists):
         shards = [(ids.with_suffix("") / f"{k:06d}.npz", index) for k, index in enumerate(torch.arange(len(data)).split(SHARD))]
         make_shards(shards, vqgan, data, views, workers)
         if unified.asked_to_stop():
             raise Stopped("while ids were made")
-        unified.first_alone(lambda: join_shards(shards, ids, labels, (len(data), views, (data.size // vqgan.stride) ** 2)))
+        unified.rank_zero_first(lambda: join_shards(shards, ids, labels, (len(data), views, (data.size // vqgan.stride) ** 2)))
     try:
         return numpy.load(ids, mmap_mode="c"), torch.from_numpy(numpy.load(labels))
     except (OSError, ValueError) as error:
@@ -739,7 +739,7 @@ def get_ids(run, vqgan, train):
 
 def start_from(run, model):
     """Weights of other runs, as --init and --init-encoder ask. What only labels need starts afresh."""
-    for path, wanted in ((run.cfg.init, ("",)), (run.cfg.init_encoder, ("patch_embed", "pos_embed", "cls_token", "token_emb", "blocks"))):
+    for path, wanted in ((run.cfg.init, ("",)), (run.cfg.init_encoder, (*model.stem, "blocks"))):
         if path:
             there, ours = unified.load_model(path)[0].state_dict(), model.state_dict()
             state = {k: v for k, v in there.items() if k.startswith(wanted) and k in ours and v.shape == ours[k].shape}
@@ -771,7 +771,7 @@ def get_model(run, frozen, arch, train, test):
     micro = run.micro_batch(cfg.batch_size, image_bytes(cfg, model))
     peak = cfg.lr * cfg.batch_size / 256
     run.tell(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in trainable(model).values()):,} parameters, "
-             f"{getattr(model, 'length', 'no')} tokens an image, {steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}"
+             f"{model.length or 'no'} tokens an image, {steps} steps of {cfg.batch_size} ({micro} at once), learning rate {peak:.2g}"
              + (f"; the loss starts near ln {model.codes} = {math.log(model.codes):.2f}" if method.tokenizer else ""))
     if method.views == 2 and micro * run.world < cfg.batch_size:
         run.tell(f"the contrastive term compares {micro * run.world} of the {cfg.batch_size} images with each other: those computed at once")
@@ -785,25 +785,25 @@ def get_model(run, frozen, arch, train, test):
         parts = zip(held.to(run.device).split(16), labels.to(run.device).split(16))         # each draws a hidden share of its own
         with torch.no_grad(), run.autocast():
             return {"held_out": torch.stack([model(x, y if cfg.labels else None)[0] for x, y in until_asked(parts)]).mean().item()}
-    ema = fit(run, Stage("model", model, {"arch": arch, **probe.describe_data(train)}, get_ids(run, getattr(model, "vqgan", None), train), len(train),
+    ema = fit(run, Stage("model", model, {"arch": arch, **probe.describe_data(train)}, get_ids(run, model.tokenizer, train), len(train),
                          method.views if method.tokenizer else cfg.views, steps, cfg.batch_size, micro, peak, recipe_of(cfg),
-                         lambda step, first: model.draws(first, micro), evaluate, name_of(train)))
+                         lambda step, first: model.micro_batch_args(first, micro), evaluate, name_of(train)))
     return model, ema
 
 
 def draw_what_it_does(run, model, test, steps=None):
     """samples.png, if the model can start from nothing; reconstructions.png, if it rebuilds what is hidden of a picture."""
     if model.generates:
-        unified.grid(sample_grid(run, model, steps)).save(run.folder / "samples.png")
-    if getattr(model, "clean", 0):                                                          # of UMD
+        unified.image_grid(sample_grid(run, model, steps)).save(run.folder / "samples.png")
+    if model.reconstructs and not model.tokenizer:
         draw_reconstructions(run, model.reconstruct, test)
 
 
 def sample_grid(run, model, steps, n=64):
     """n pictures of fixed seeds; with labels, a column a class."""
-    labels = torch.arange(n, device=run.device) % 8 % model.classes if run.cfg.labels else None
+    labels = {"labels": torch.arange(n, device=run.device) % 8 % model.classes} if run.cfg.labels else {}
     with run.autocast():
-        for state in until_asked(model.sample_steps(n, steps=steps, labels=labels)):
+        for state in until_asked(model.sample_steps(n, **({"steps": steps} if steps else {}), **labels)):
             pass
         return model.render(state).float().cpu()
 
@@ -816,7 +816,7 @@ def until_asked(items):
         yield item
 
 
-def chart(curves, title, size=(900, 500)):
+def line_chart(curves, title, size=(900, 500)):
     """Line chart as a PIL image. curves: {name: [(x, y), ...]}, drawn on one scale, logarithmic where y grows tenfold, with its extremes
     written at the axes. Curves of few points have dots."""
     image = PIL.Image.new("RGB", size, "white")
@@ -841,7 +841,7 @@ def chart(curves, title, size=(900, 500)):
     return image
 
 
-def stack(images):
+def stack_images(images):
     """PIL images of one width, below each other."""
     sheet = PIL.Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
     for k, image in enumerate(images):
@@ -857,16 +857,16 @@ def draw_losses(run):
         curves = {name: [(r["step"], r.get("masked", r[name])) for r in found] for name, found in rows_of.items()}     # of MAGE-C without the contrast
         curves = {name: curve for name, curve in curves.items() if curve}
         if curves:
-            yield chart(curves, f"{stage}: loss by step")
+            yield line_chart(curves, f"{stage}: loss by step")
 
 
 def report(run, model, ema, train, test):
     """What has been learned, in figures and pictures, and what to type next."""
-    cfg, vqgan = run.cfg, getattr(model, "vqgan", None)
+    cfg, vqgan = run.cfg, model.tokenizer
     figures = measure_tokenizer(run, vqgan, test, len(test)) if vqgan else {}
     with averaged(model, ema):
         draw_what_it_does(run, model, test, steps=None if unified.MODELS[cfg.model].tokenizer else 25)
-    stack(list(draw_losses(run))).save(run.folder / "loss.png")
+    stack_images(list(draw_losses(run))).save(run.folder / "loss.png")
     top1 = closing_probe(run, model, ema, train, test) if len(train.classes) > 1 and len(train) >= 20 and test.unseen else {}
     run.log(stage="report", step=0, **figures, probe=top1)
     for data, fate in ((train, "another took its place"), (test, "left out")):
@@ -893,7 +893,7 @@ def closing_probe(run, model, ema, train, test):
     """{what is read: accuracy on the test set} by ridge regression, of the model, of the same network untrained, and of pixels."""
     cfg, top1 = run.cfg, {}
     fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"]).to(run.device).eval()
-    if hasattr(model, "vqgan"):
+    if model.tokenizer:
         fresh.vqgan.load_state_dict(model.vqgan.state_dict())
     pixels = torch.nn.AdaptiveAvgPool2d(min(32, cfg.image_size))
     torch.manual_seed(0)
@@ -949,7 +949,7 @@ def step_operations(model, x):
     """Floating-point operations of a training step on a batch like x; of making ids only the encoder's convolutions count, as in the papers."""
     def step(model):
         ids = x.to("meta")
-        if hasattr(model, "vqgan") and x.is_floating_point():
+        if model.tokenizer and x.is_floating_point():
             z = model.vqgan.encoder(ids.flatten(0, -4))
             ids = z[:, 0].flatten(1).long().view(*x.shape[:-3], -1)
         model(ids)[0].backward()
@@ -996,7 +996,7 @@ def benchmark(run):
 
 def reading_rate(cfg, batch, views):
     """Images a second that the data set hands over: in memory, or decoded by worker processes."""
-    data = unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, True, cfg.device, cfg.strict_images, recipe_of(cfg)["crop"])
+    data = unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, True, cfg.device, cfg.strict_images, recipe_of(cfg)["min_crop"])
     batches = data.batches(plan(len(data), cfg.seed, views, batch, batch, 0, 1, 0, 10**6), cfg.workers)
     return batch / seconds_of(torch.device("cpu"), lambda: next(batches)[0].flatten()[0].item(), 5.0)       # .item(): wait for it
 
@@ -1005,7 +1005,7 @@ def training_step(run, model, x, method, plain):
     """A function that does one optimizer step on the batch x, the loss before any, on draws that are the same for every path, and the
     seconds that both take at first, compilation included. plain: see benchmark()."""
     stage = Stage("model", model.train(), {}, None, len(x), method.views, 10**6, len(x), len(x), 1e-4, method.recipe,
-                  lambda step, first: model.draws(first, len(x)))
+                  lambda step, first: model.micro_batch_args(first, len(x)))
     run = copy.copy(run)
     run.world = 1
     if plain:
@@ -1028,18 +1028,18 @@ def training_step(run, model, x, method, plain):
 
 
 def main():
-    cfg, recipe = settle(unified.parse(Config, __doc__.split("\n")[0]))
+    cfg, recipe = settle(unified.parse_flags(Config, __doc__.split("\n")[0]))
     code, run = 0, Run(cfg, recipe)
     if cfg.benchmark:
         return benchmark(run)
     try:
-        train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images, recipe_of(cfg)["crop"])
+        train, test = (unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, run.device, cfg.strict_images, recipe_of(cfg)["min_crop"])
                        for part in (True, False))
         if train.summary:
             run.tell(train.summary)
         if cfg.labels and not train.classes:
             raise UserError(f"--labels: {unified.shown(train.root)} has no class folders")
-        unified.first_alone(lambda: open_run(run, train))
+        unified.rank_zero_first(lambda: open_run(run, train))
         listen()
         model, ema = get_model(run, *(get_frozen(run, train, test) if unified.MODELS[cfg.model].tokenizer else (None, None)), train, test)
         unified.leave_processes()                                                           # nobody need wait for the report
@@ -1058,4 +1058,4 @@ def main():
 
 
 if __name__ == "__main__":
-    unified.run_script(main)
+    unified.run_main(main)

@@ -1,43 +1,65 @@
-"""Generate and represent images with one network: the whole family, in one file.
+"""Generate and represent images with one network: MAGE, MAGE-C, ADDP, UMD (MAE, MaskDiT, DiT) and ADM, in one file.
 
-One idea runs through it: CORRUPT an image, LEARN TO UNDO the corruption. What the network has to understand in order to undo
-it is a representation; undoing it step by step, starting from nothing, is generation.
+One idea runs through all of them: corrupt an image, and train a network to undo it. To undo it, the network has to
+understand the image, so its activations are a representation. Undone step by step, starting from nothing, it is
+generation.
 
-    method   what it reads   how that was corrupted                   what it predicts
-    MAGE     token ids       a random share hidden (70 % on average)  the hidden ids
-    MAGE-C   the same, of two crops of an image                       + which crops belong together
-    ADDP     pixels          painted from ids, hidden ones guessed    what a frozen MAGE holds possible
-    UMD      pixels          half: 75 % of the patches hidden; half:  pixels where hidden, noise where seen
-                             noise added and 37.5 % hidden            (its ends: MAE, MaskDiT, DiT)
-    ADM      pixels          noise added                              the noise, and its variance
+    method   reads               corruption                              prediction
+    MAGE     token ids           on average 70 % of the tokens masked    the masked ids
+    MAGE-C   ids of two crops    the same                                + which crops belong together
+    ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
+    UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
+                                 half: noise added, 37.5 % masked
+    ADM      pixels              noise added                             the noise, and its variance
 
-Read from the top.
+MAE, MaskDiT and DiT are UMD with other numbers. How it is used:
 
-    1  attention and blocks          every token reads from every other token
-    2  pictures <-> ids              the VQ tokenizer: a picture becomes a short sequence of integers, and back
-    3  what is hidden or noised      how many ids, which ids; how much noise, and the way back; random numbers by name
-    4  MAGE                          guess the hidden ids; train, generate, inpaint, represent
-    5  MAGE-C                        the same network also learns which two crops show the same image
-    6  ADDP                          the encoder reads pixels, the decoder guesses ids; a trained MAGE teaches both
-    7  UMD, MAE, MaskDiT, DiT        hide patches, or add noise to them, or both
-    8  ADM                           guess the noise with a U-Net; its blocks represent, too
-    9  presets, published weights    sizes, and how files of the original authors are read
-    10 pictures, runs and files      data sets, the id cache, PNG grids, ridge regression, checkpoints
+    import torch, unified
+    tokenizer = unified.build(unified.tokenizer_config("toy", stride=8, codes=128))
+    model = unified.build(unified.model_config("mage", "tiny", image_size=32, tokenizer=...))       # see the last page
+    model, config = unified.load_model("out/shapes-mage")       # or a trained one, in eval mode
 
-Letters    B images    L tokens of an image    M of them that an encoder reads    C width    C' the decoder's    n heads    d = C / n
-           K codebook entries    W words    V crops of an image    S image side in pixels    h x w the token grid, h * w = L
-           x pixels    z encoder output, before it is rounded to the codebook    t, T noise step, their number
-In generation n is the number of pictures to make.
-Pixels are floats in [0, 1]; only where noise is added or guessed do they lie in [-1, 1]. Masks are boolean and True means hidden, everywhere.
-Everything random can be passed in: a function that draws says which argument replaces the draw.
+    loss, logs = model(x)                       # x (B, 3, 32, 32) in [0, 1], or ids from a cache
+    loss.backward()
+    x = model.sample(16, seeds=0)               # (16, 3, 32, 32) in [0, 1]
+    z = model.embed(x)                          # (16, C), what a linear probe reads
+    maps = model.features(x, layers=[2, 4])     # [(16, C, 4, 4), ...] after any block
 
-Papers     [UMD] Hansen-Estruch et al. 2024, arXiv 2406.17688    [DiT] Peebles and Xie 2022, 2212.09748    [MaskDiT] Zheng et al. 2023, 2306.09305
-           [MAGE] Li et al. 2022, arXiv 2211.09117      [MaskGIT] Chang et al. 2022, 2202.04200     [VQGAN] Esser et al. 2020, 2012.09841
-           [MAE] He et al. 2021, 2111.06377             [ViT] Dosovitskiy et al. 2020, 2010.11929   [Attention] Vaswani et al. 2017, 1706.03762
-           [SimCLR] Chen et al. 2020, 2002.05709        [VQ-VAE] van den Oord et al. 2017, 1711.00937     [DDPM] Ho et al. 2020, 2006.11239
-           [iDDPM] Nichol and Dhariwal 2021, 2102.09672    [DDIM] Song et al. 2020, 2010.02502          [ADDP] Tian et al. 2023, 2306.05423
-           [RePaint] Lugmayr et al. 2022, 2201.09865    [ADM] Dhariwal and Nichol 2021, 2105.05233
-           [DiffSSL] Mukhopadhyay et al. 2023, 2307.08702 and 2311.17921
+`python unified.py` trains a tokenizer and MAGE on drawn shapes in about a minute; its loop is the last page.
+
+    1  Attention and blocks     every token attends to every other token
+    2  The VQ tokenizer         image -> token ids -> image
+    3  What every model offers  loss, samples, embeddings; the interface that the scripts use
+    4  Masking and unmasking    how many tokens are masked, and which, in training and in generation
+    5  MAGE                     predict the masked ids
+    6  MAGE-C                   and tell which two crops show the same image
+    7  ADDP                     read pixels, predict ids; a trained MAGE is the teacher
+    8  Noise                    the noise schedule, and the way back: DDPM and DDIM
+    9  UMD, MAE, MaskDiT, DiT   predict masked patches, or the noise, or both
+    10 ADM                      predict the noise with a U-Net; its blocks are representations, too
+    11 Sizes and recipes        presets, and how each method is trained
+    12 Published weights        how files of the original authors are read
+    13 Behind the scenes        random numbers by seed, checked arguments, files, data sets, processes
+    14 A training loop          the whole story in thirty lines
+
+Shapes   B images, n of them when they are generated    L tokens of an image, h x w = L their grid
+         M tokens that enter an encoder    C width    K codebook entries    V crops of an image    S image side in pixels
+Symbols  x pixels    z output of the tokenizer's encoder, or an embedding    ids token ids    x0, eps, xt clean pixels, noise,
+         their mixture at timestep t    alpha_bar how much of x0 is left in xt
+
+Pixels are floats in [0, 1] wherever they enter or leave; [-1, 1] is used where noise is added. Masks are bool, True =
+masked. Whatever is drawn at random can be passed in instead.
+
+Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423              [ADM] Dhariwal and Nichol 2021, 2105.05233
+         [Attention] Vaswani et al. 2017, 1706.03762            [CFG] Ho and Salimans 2022, 2207.12598
+         [DDIM] Song et al. 2020, 2010.02502                    [DDPM] Ho et al. 2020, 2006.11239
+         [DiffSSL] Mukhopadhyay et al. 2023, 2307.08702, 2311.17921     [DiT] Peebles and Xie 2022, 2212.09748
+         [iDDPM] Nichol and Dhariwal 2021, 2102.09672           [MAE] He et al. 2021, 2111.06377
+         [MAGE] Li et al. 2022, 2211.09117                      [MaskDiT] Zheng et al. 2023, 2306.09305
+         [MaskGIT] Chang et al. 2022, 2202.04200                [RePaint] Lugmayr et al. 2022, 2201.09865
+         [SimCLR] Chen et al. 2020, 2002.05709                  [UMD] Hansen-Estruch et al. 2024, 2406.17688
+         [ViT] Dosovitskiy et al. 2020, 2010.11929              [VQ-VAE] van den Oord et al. 2017, 1711.00937
+         [VQGAN] Esser et al. 2020, 2012.09841
 """
 import argparse
 import collections
@@ -76,23 +98,27 @@ import tqdm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 1. Attention: every token reads from every other token
+# --------------------------------------------------------------------------------------------------------------
+# 1. Attention and blocks
 #
-#     A = softmax(Q K^T / sqrt(d)) V          Q, K, V: (B, n, L, d)                                    [Attention, eq. 1]
+#     A = softmax(Q K^T / sqrt(d)) V          Q, K, V: (B, heads, L, d)                    [Attention, eq. 1]
 #
-# A block lets the tokens exchange information (attention) and then thinks about each of them alone (MLP). Both only add to
-# what is already there, so the gradient finds a straight way down through any number of blocks.
+# A block first lets tokens exchange information (attention), then processes each token alone (MLP):
+#
+#     x --+-- LayerNorm -- attention --+--+-- LayerNorm -- MLP --+--
+#         |____________________________|  |______________________|
+#
+# Both branches only add to x, so gradients reach the first block undiminished [ViT].
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over a set of tokens, without a causal mask. (B, L, C) -> (B, L, C).
+    """Multi-head self-attention without a causal mask: (B, L, C) -> (B, L, C).
 
     dim      width C, a multiple of heads, else ValueError
-    heads    number of heads n
-    dropout  share of attention probabilities, and of outputs, that is dropped in training
-    fused    True: one fused kernel, the attention map never exists in memory; False: the equation above, spelled out to be
-             read (test_fused_attention_is_the_equation)
+    heads    number of heads; each has d = C / heads channels
+    dropout  of attention probabilities and of outputs, in training
+    fused    True: one fused kernel, and the (L, L) matrix never exists in memory.
+             False: the equation above, to be read (test_fused_attention_is_the_equation)
     """
 
     def __init__(self, dim, heads, dropout=0.0, fused=True):
@@ -103,28 +129,35 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # 3 x (B, n, L, d)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # 3 x (B, heads, L, d)
         p = self.dropout if self.training else 0.0
-        if self.fused and (q.device.type != "cpu" or q.dtype == torch.float32 and p == 0):  # a CPU's kernel has no dropout, and slow bfloat16
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        if self.fused and fused_is_faster(q, p):
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)                        # (B, heads, L, d)
         else:
             x = F.dropout((q @ k.mT * q.size(-1) ** -0.5).softmax(-1), p) @ v
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), p)                        # (B, L, C)
 
 
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them, exact ("none") or by "tanh", applied to each token alone. (B, L, C) -> (B, L, C)."""
+def fused_is_faster(q, dropout):
+    """On a GPU always. A CPU's kernel lacks dropout, and is slow in bfloat16."""
+    return q.device.type != "cpu" or q.dtype == torch.float32 and dropout == 0
 
-    def __init__(self, dim, hidden, dropout=0.0, gelu="none"):
+
+class MLP(nn.Module):
+    """Linear, GELU, linear, for each token: (B, L, C) -> (B, L, C). gelu: "none" is the exact one, "tanh" the approximation."""
+
+    def __init__(self, dim, hidden_dim, dropout=0.0, gelu="none"):
         super().__init__()
-        self.fc1, self.fc2, self.dropout, self.gelu = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(dropout), gelu
+        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        self.dropout, self.gelu = nn.Dropout(dropout), gelu
 
     def forward(self, x):
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x), approximate=self.gelu))))
+        x = self.dropout(F.gelu(self.fc1(x), approximate=self.gelu))                        # (B, L, hidden_dim)
+        return self.dropout(self.fc2(x))                                                    # (B, L, C)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block [ViT]: x + attention(norm(x)), then x + mlp(norm(x)). (B, L, C) -> (B, L, C)."""
+    """Pre-norm transformer block [ViT]: (B, L, C) -> (B, L, C)."""
 
     def __init__(self, dim, heads, dropout=0.0, gelu="none"):
         super().__init__()
@@ -136,73 +169,65 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def take(x, index):
-    """Tokens (B, L, C) at the positions index, int (B, M) -> (B, M, C)."""
+def gather_tokens(x, index):
+    """Tokens (B, L, C) at positions index, int (B, M) -> (B, M, C)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.size(2)))
 
 
-def put(into, index, x):
-    """The inverse: a copy of into (B, L, C) with x (B, M, C) at the positions index."""
+def scatter_tokens(into, index, x):
+    """The inverse: a copy of into (B, L, C) with tokens x (B, M, C) at positions index (B, M)."""
     return into.scatter(1, index[..., None].expand(-1, -1, x.size(2)), x)
 
 
-def send(x, device):
-    """x on the device. Nobody waits for the copy but on Apple's, which would read x when it may be freed."""
-    return x.to(device, non_blocking=torch.device(device).type != "mps")
-
-
-def in_float32(layer, x):
-    """layer(x) in float32 at least, whatever autocast says: pixels, and sums over a whole width, need it."""
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # "meta" has no autocast
-        return layer(x.to(torch.promote_types(x.dtype, torch.float32)))
-
-
-def guarded(method):
-    """The method, which answers a wrong call with a ValueError, see checked()."""
-    return functools.wraps(method)(lambda *args, **options: checked(method, args, options))
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# 2. Pictures <-> ids: the VQ tokenizer
+# --------------------------------------------------------------------------------------------------------------
+# 2. The VQ tokenizer
 #
-#     z = E(x)        id = argmin_k |z - e_k|^2        x' = D(e_id)                                   [VQ-VAE, eq. 1 and 2]
+#     z = E(x)        id = argmin_k ||z - e_k||^2        x' = D(e_id)                      [VQ-VAE, eq. 1 and 2]
 #
-# A convolutional encoder E shrinks the picture to a grid of vectors, each vector is rounded to the nearest of K codebook
-# entries e_k, a decoder D paints the picture back from the entries. From then on a picture IS its ids: 256 x 256 pixels are
-# 256 integers below 1024. The layers are those of MaskGIT's tokenizer, which MAGE uses frozen (official file:
-# taming/modules/diffusionmodules/model.py); it differs from the well-known VQGAN: no attention, no convolution around the
-# codebook, average pooling on the way down, and hardly any bias.
+#     image 256 x 256 x 3                                                        image
+#       | E: residual blocks, average pooling                                      ^  D: residual blocks, upsampling
+#       |    256 x 256 x 128                                            256 x 256 x 128
+#       |    128 x 128 x 128                                            128 x 128 x 128
+#       |     64 x 64 x 256                                               64 x 64 x 256
+#       |     32 x 32 x 256                                               32 x 32 x 256
+#       v     16 x 16 x 512                                               16 x 16 x 512
+#     z 16 x 16 x 256  --- nearest of the K = 1024 codes --->  ids 16 x 16  --->  e_id 16 x 16 x 256
+#
+# From here on an image is 256 integers below 1024. The layers are those of MaskGIT's tokenizer, which MAGE uses frozen
+# (official file: taming/modules/diffusionmodules/model.py). It differs from the well-known VQGAN: no attention, no
+# convolution around the codebook, average pooling on the way down, and hardly any bias.
 
 
-def norm(channels, groups=32):
-    """GroupNorm. Published tokenizers have 32 groups; narrow ones need fewer, since a group of one channel forgets how bright it was."""
+def group_norm(channels, groups=32):
+    """GroupNorm. Published tokenizers have 32 groups. Narrow ones need fewer: normalising one channel alone would erase its
+    mean, and with it the brightness of the image."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut. (B, inp, h, w) -> (B, out, h, w)."""
+    """Two 3x3 convolutions and a shortcut: (B, inp, h, w) -> (B, out, h, w)."""
 
     def __init__(self, inp, out, groups):
         super().__init__()
-        self.norm1, self.conv1 = norm(inp, groups), nn.Conv2d(inp, out, 3, padding=1, bias=False)
-        self.norm2, self.conv2 = norm(out, groups), nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norm1, self.conv1 = group_norm(inp, groups), nn.Conv2d(inp, out, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = group_norm(out, groups), nn.Conv2d(out, out, 3, padding=1, bias=False)
         if inp != out:
             self.nin_shortcut = nn.Conv2d(out, out, 1, bias=False)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))                                               # (B, out, h, w)
         h = self.conv2(F.silu(self.norm2(h)))
-        # Where the width changes, the published tokenizers send the block's OUTPUT, not its input, through the shortcut. It was
-        # a slip in the original code, but every released weight was trained with it.
+        # Where the width changes, the published tokenizers send the block's output, not its input, through the shortcut.
+        # It was a slip in the original code, but every released weight was trained with it.
         return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
 
 
-def level(inp, out, blocks, groups):
+def res_blocks(inp, out, blocks, groups):
     """The residual blocks of one resolution, named as in the published files."""
     return nn.ModuleDict({"block": nn.ModuleList(ResBlock(inp if j == 0 else out, out, groups) for j in range(blocks))})
 
 
-def middle(width, groups):
+def middle_blocks(width, groups):
     """The two residual blocks at the lowest resolution."""
     return nn.ModuleDict({"block_1": ResBlock(width, width, groups), "block_2": ResBlock(width, width, groups)})
 
@@ -210,54 +235,60 @@ def middle(width, groups):
 class Encoder(nn.Module):
     """Pixels (B, 3, S, S) in [0, 1] -> z (B, dim, S / stride, S / stride), with stride = 2 ** (len(ch_mult) - 1).
 
-    ch, ch_mult  width of level i is ch * ch_mult[i]        blocks  residual blocks a level
-    dim          width of the codebook                      groups  of every GroupNorm; divides every width
+    ch, ch_mult  level i has ch * ch_mult[i] channels       blocks  residual blocks per level
+    dim          width of a codebook entry                  groups  of every group norm; divides every width
     """
 
     def __init__(self, ch, ch_mult, blocks, dim, groups):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1, bias=False)
-        self.down = nn.ModuleList(level(inp, out, blocks, groups) for inp, out in zip([ch] + widths, widths))
-        self.mid = middle(widths[-1], groups)
-        self.norm_out, self.conv_out = norm(widths[-1], groups), nn.Conv2d(widths[-1], dim, 1)
+        self.down = nn.ModuleList(res_blocks(inp, out, blocks, groups) for inp, out in zip([ch] + widths, widths))
+        self.mid = middle_blocks(widths[-1], groups)
+        self.norm_out, self.conv_out = group_norm(widths[-1], groups), nn.Conv2d(widths[-1], dim, 1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = self.conv_in(x)                                                                 # (B, ch, S, S)
         for i, level in enumerate(self.down):
-            x = x if i == 0 else F.avg_pool2d(x, 2)
+            x = x if i == 0 else F.avg_pool2d(x, 2)                                         # half the side
             for block in level["block"]:
                 x = block(x)
         x = self.mid["block_2"](self.mid["block_1"](x))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))                                      # (B, dim, h, w)
 
 
 class Decoder(nn.Module):
-    """The way back: (B, dim, h, w) -> pixels (B, 3, S, S), close to [0, 1] but not clamped. Arguments as for Encoder."""
+    """The way back: (B, dim, h, w) -> pixels (B, 3, S, S), about [0, 1] but not clamped. Arguments as for Encoder."""
 
     def __init__(self, ch, ch_mult, blocks, dim, groups):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1], groups)
-        self.up = nn.ModuleList(level(inp, out, blocks, groups) for inp, out in zip(widths[1:] + widths[-1:], widths))
-        for i, width in enumerate(widths[1:], 1):                                           # up.0 is already at full resolution
+        self.mid = middle_blocks(widths[-1], groups)
+        self.up = nn.ModuleList(res_blocks(inp, out, blocks, groups) for inp, out in zip(widths[1:] + widths[-1:], widths))
+        for i, width in enumerate(widths[1:], 1):                                           # up.0 is at full resolution
             self.up[i]["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
-        self.norm_out, self.conv_out = norm(widths[0], groups), nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[0], groups), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
-        x = self.conv_in(z)
+        x = self.conv_in(z)                                                                 # (B, widths[-1], h, w)
         x = self.mid["block_2"](self.mid["block_1"](x))
         for level in reversed(self.up):
             for block in level["block"]:
                 x = block(x)
             if "upsample" in level:
-                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2.0))
-        return in_float32(self.conv_out, F.silu(self.norm_out(x)))
+                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2.0))           # twice the side
+        return in_float32(self.conv_out, F.silu(self.norm_out(x)))                          # (B, 3, S, S)
+
+
+def in_float32(layer, x):
+    """layer(x) in float32 at least, even under autocast: 8 bits of mantissa are too few for pixels and for long sums."""
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):              # "meta" has no autocast
+        return layer(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 class Codebook(nn.Module):
-    """K vectors of width dim; rounds to the nearest one."""
+    """K vectors e_k of width dim."""
 
     def __init__(self, size, dim):
         super().__init__()
@@ -265,23 +296,24 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
 
     def distances(self, z):
-        """Squared distance of every position to every code, in float32: (B, dim, h, w) -> (B * h * w, K), row by row."""
-        def squares(z, e=self.embedding.weight):
-            return ((z * z).sum(1, keepdim=True) + (e * e).sum(1)).addmm_(z, e.T, alpha=-2)     # in place: no second large matrix
-        return in_float32(squares, z.movedim(1, -1).flatten(0, -2))
+        """||z - e_k||^2 = ||z||^2 + ||e_k||^2 - 2 z . e_k at every position: (B, dim, h, w) -> (B * h * w, K), in float32."""
+        def squared(z, e=self.embedding.weight):
+            norms = (z * z).sum(1, keepdim=True) + (e * e).sum(1)                           # (B * h * w, K)
+            return norms.addmm_(z, e.T, alpha=-2)                                           # in place: no second large matrix
+        return in_float32(squared, z.movedim(1, -1).flatten(0, -2))
 
     def lookup(self, ids):
-        """Codes of an id map: int (B, h, w) -> (B, dim, h, w)."""
+        """Codes of ids: int (B, h, w) -> (B, dim, h, w)."""
         return self.embedding(ids).movedim(-1, 1)
 
 
 class VQGAN(nn.Module):
-    """The tokenizer. Its training objective comes after it, in TokenizerTraining.
+    """The tokenizer. Its training objective follows in TokenizerTraining.
 
     codebook_size  K        codebook_dim  width of a code        ch, ch_mult, blocks, groups  as for Encoder
     """
 
-    forms = {"x": "float (B, 3, {S}, {S}) in [-0.5, 1.5]", "ids": "int (B, h, w) in [0, {m.codes})"}      # see Model
+    forms = {"x": "float (B, 3, {S}, {S}) in [-0.5, 1.5]", "ids": "int (B, h, w) in [0, {m.codes})"}        # section 13
 
     def __init__(self, codebook_size, codebook_dim, ch, ch_mult, blocks, groups=32):
         super().__init__()
@@ -289,84 +321,89 @@ class VQGAN(nn.Module):
         self.encoder = Encoder(ch, ch_mult, blocks, codebook_dim, groups)
         self.decoder = Decoder(ch, ch_mult, blocks, codebook_dim, groups)
         self.quantize = Codebook(codebook_size, codebook_dim)
-        self.to(memory_format=torch.channels_last)                                          # the layout that convolutions are fastest in
+        self.to(memory_format=torch.channels_last)                                          # fastest for convolutions
 
-    @guarded
     def encode(self, x):
         """Pixels (B, 3, S, S) in [0, 1] -> ids (B, h, w). S must be a multiple of the stride."""
-        z = self.encoder(x)
+        z = self.encoder(x)                                                                 # (B, dim, h, w)
         return self.quantize.distances(z).argmin(1).view(-1, *z.shape[2:])
 
-    @guarded
     def decode(self, ids):
         """Ids (B, h, w) -> pixels (B, 3, S, S), not clamped: a released decoder overshoots [0, 1] a little."""
-        return self.paint(self.quantize.lookup(ids))
+        return self.decode_codes(self.quantize.lookup(ids))
 
-    def paint(self, z, pixels=2**22):
-        """Codes, or mixtures of them, (B, dim, h, w) -> pixels as decode() has them; so many at once, which take a few GiB."""
-        return torch.cat([self.decoder(part) for part in z.split(max(1, pixels // (self.stride ** 2 * math.prod(z.shape[2:]))))])
+    def decode_codes(self, z, pixels=2**22):
+        """Codes, or weighted means of codes, (B, dim, h, w) -> pixels, as decode() returns them. At most so many pixels are
+        computed at once, which takes a few GiB."""
+        images = max(1, pixels // (self.stride ** 2 * math.prod(z.shape[2:])))
+        return torch.cat([self.decoder(part) for part in z.split(images)])
 
-    @guarded
     @torch.no_grad()
     def reconstruct(self, x):
-        """Pixels (B, 3, S, S) -> what is left of them after a round trip through ids, in [0, 1], and the ids (B, h, w)."""
+        """Pixels (B, 3, S, S) -> the same after encode and decode, in [0, 1]; and the ids (B, h, w)."""
         ids = self.encode(x)
         return self.decode(ids).clamp(0, 1), ids
 
 
-# How it is trained. Rounding has no gradient, so the decoder's gradient is copied to the encoder ("straight through"), and two
-# terms pull z and its code together: the commitment term moves z, the codebook term moves the code [VQ-VAE, eq. 3]. That alone
-# leaves most codes unused. The entropy term [MaskGIT's training code] rewards positions that are sure of their code
-# (low entropy each) and a batch that uses all codes (high entropy of the mean); the coverage term moves every code, used or not,
-# towards the nearest z, so that none is stranded where no z ever comes. A patch discriminator can be added: it sharpens
-# what L1 and L2 leave blurred. MaskGIT adds a pretrained perceptual network too; we do without, since its weights would be a
-# fifth dependency. The price is texture: expect a clearly higher reconstruction FID than the released tokenizers' 2 to 3.
+# Training the tokenizer. The loss is a weighted sum of these terms, sg = stop-gradient, p = softmax(-distances / 0.01):
+#
+#     l1, l2       |x' - x|,  (x' - x)^2               the decoder receives z + sg(e_id - z): its gradient goes straight
+#                                                      through the rounding to the encoder               [VQ-VAE, 3.2]
+#     commitment   ||z - sg(e_id)||^2                  moves z towards its code                          [VQ-VAE, eq. 3]
+#     codebook     ||sg(z) - e_id||^2                  moves the code towards z                          [VQ-VAE, eq. 3]
+#     coverage     ||e_k - sg(nearest z)||^2           moves every code, used or not, to where z are              [ours]
+#     entropy      mean H(p) - H(mean p)               each position sure of its code, the batch using all codes
+#                                                                                         [MaskGIT's training code]
+#     generator    -d(x'), discriminator  hinge        sharper textures, from 256 pixels on              [VQGAN, eq. 7]
+#
+# VQ-VAE's terms alone leave most codes unused. MaskGIT adds a perceptual loss from a pretrained network; we do without
+# such weights. The price is texture: expect a higher reconstruction FID than the 2 to 3 of released tokenizers.
 
 
 def straight_through(z, codes):
-    """Value of codes, gradient to z. Both (B, dim, h, w)."""
+    """The value of codes, the gradient of z. Both (B, dim, h, w)."""
     return z + (codes - z).detach()
 
 
-def entropy_gap(distances, temperature=0.01):
-    """Mean entropy of a position minus entropy of the mean, of softmax(-distances / temperature): (N, K) -> scalar in [-ln K, 0].
-    The temperature is MaskGIT's."""
+def entropy_loss(distances, temperature=0.01):
+    """Mean entropy per position minus entropy of the mean distribution: (N, K) -> scalar in [-ln K, 0]. Temperature as MaskGIT's."""
     logits = distances / -temperature
-    p, logp = logits.softmax(1), logits.log_softmax(1)                                      # exp(logp) would be slow where p underflows
-    mean = p.mean(0)
-    return -(p * logp).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
+    p, log_p = logits.softmax(1), logits.log_softmax(1)                                     # (N, K)
+    mean = p.mean(0)                                                                        # (K,)
+    return -(p * log_p).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
 
 
-def with_grain(x, grain):
-    """Pixels (B, 3, S, S) in which images of one flat colour get grain, uniform in [0, 1] and like x, of half a grey level. All black and without
-    biases a dozen norms would see no variance at all, and each make the gradient a thousand times as long."""
-    flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)     # (B, 1, 1, 1)
+def add_grain(x, grain):
+    """Pixels (B, 3, S, S): images of one flat colour get noise of half a grey level, grain is uniform in [0, 1] and like x.
+
+    In a black image nothing varies. A dozen fresh group norms would divide by zero variance, each making the gradient a
+    thousand times longer."""
+    flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)      # (B, 1, 1, 1)
     return x + flat * (grain - 0.5) / 255
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of each patch of about 22 pixels whether it is real. Pixels (B, 3, S, S) -> scores (B, 1, S / 8, S / 8)."""
+    """Judges whether each patch of about 22 pixels is real: (B, 3, S, S) -> scores (B, 1, S / 8, S / 8)."""
 
     def __init__(self, width=64):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList([nn.Identity()] + [norm(w) for w in widths[2:]])         # none right after the pixels
+        self.norms = nn.ModuleList([nn.Identity()] + [group_norm(w) for w in widths[2:]])   # none right after the pixels
         self.score = nn.Conv2d(widths[-1], 1, 1)
 
     def forward(self, x):
         for conv, norm in zip(self.convs, self.norms):
-            x = F.leaky_relu(norm(conv(x)), 0.2)
+            x = F.leaky_relu(norm(conv(x)), 0.2)                                            # half the side
         return self.score(x)
 
 
 class TokenizerTraining(nn.Module):
-    """The tokenizer, the discriminator that it is trained against, and their loss as one module.
+    """Tokenizer, discriminator, and the loss of both. One backward pass and one optimizer step serve both: the generator term
+    does not reach the discriminator's parameters, nor the discriminator's term the tokenizer's.
 
-    vqgan  the VQGAN to train; WEIGHTS are those of the terms, ours but for the commitment's [VQ-VAE]
-    forward(x (B, 3, S, S) in [0, 1], adversarial, grain) -> (scalar loss, dict of its terms). The adversarial weight is an argument
-    since it is 0 during a warm-up; 0.8 is [VQGAN]'s; grain, see with_grain, is drawn if None. Generator and discriminator terms do
-    not touch each other's parameters, so one backward pass and one optimizer step serve both.
+    vqgan    the VQGAN to train
+    WEIGHTS  of the terms above; the commitment's is [VQ-VAE]'s, the others are ours
     """
 
     WEIGHTS = {"l1": 3.0, "l2": 10.0, "commitment": 0.25, "codebook": 1.0, "coverage": 0.5, "entropy": 0.03}
@@ -375,295 +412,297 @@ class TokenizerTraining(nn.Module):
         super().__init__()
         self.vqgan, self.discriminator = vqgan, PatchDiscriminator()
 
-    def forward(self, x, labels=None, adversarial=0.0, grain=None):
-        x = with_grain(x, torch.rand_like(x) if grain is None else grain)
-        z = self.vqgan.encoder(x)
-        distances = self.vqgan.quantize.distances(z)
-        codes = self.vqgan.quantize.lookup(distances.argmin(1).view(-1, *z.shape[2:]))
-        nearest = z.detach().movedim(1, -1).flatten(0, -2)[distances.min(0).indices]        # (K, dim): to each code the nearest z
-        y = self.vqgan.decoder(straight_through(z, codes))
-        logs = {"l1": (y - x).abs().mean(), "l2": F.mse_loss(y, x),
-                "commitment": F.mse_loss(z, codes.detach()), "codebook": F.mse_loss(codes, z.detach()),
-                "coverage": F.mse_loss(self.vqgan.quantize.embedding.weight, nearest), "entropy": entropy_gap(distances)}
+    def forward(self, x, labels=None, adversarial_weight=0.0, grain=None):
+        """Loss of one batch. Labels are not used; they are an argument so that all training loops are alike.
+
+        x                   pixels (B, 3, S, S) in [0, 1]          grain  for add_grain, drawn if None
+        adversarial_weight  0.8 in [VQGAN]; 0 during warm-up, and for small images
+        returns             scalar loss, dict of its terms
+        """
+        x = add_grain(x, torch.rand_like(x) if grain is None else grain)
+        z = self.vqgan.encoder(x)                                                           # (B, dim, h, w)
+        distances = self.vqgan.quantize.distances(z)                                        # (B * h * w, K)
+        codes = self.vqgan.quantize.lookup(distances.argmin(1).view(-1, *z.shape[2:]))      # (B, dim, h, w)
+        nearest_z = z.detach().movedim(1, -1).flatten(0, -2)[distances.min(0).indices]      # (K, dim)
+        y = self.vqgan.decoder(straight_through(z, codes))                                  # (B, 3, S, S)
+        logs = {"l1": (y - x).abs().mean(),
+                "l2": F.mse_loss(y, x),
+                "commitment": F.mse_loss(z, codes.detach()),
+                "codebook": F.mse_loss(codes, z.detach()),
+                "coverage": F.mse_loss(self.vqgan.quantize.embedding.weight, nearest_z),
+                "entropy": entropy_loss(distances)}
         loss = sum(self.WEIGHTS[k] * v for k, v in logs.items())
-        if adversarial:
-            logs["generator"], logs["discriminator"] = self.adversarial(x, y, logs["l1"] + logs["l2"])        # their bare sum sets the scale
-            loss = loss + adversarial * logs["generator"] + logs["discriminator"]
+        if adversarial_weight:
+            logs["generator"], logs["discriminator"] = self.adversarial_losses(x, y, logs["l1"] + logs["l2"])
+            loss = loss + adversarial_weight * logs["generator"] + logs["discriminator"]
         return loss, logs
 
-    def adversarial(self, x, y, reconstruction):
-        """Hinge losses of generator and discriminator, the former scaled so that at the decoder's last layer its gradient is
-        as long as that of the reconstruction [VQGAN, eq. 7]."""
-        fixed = {k: p.detach() for k, p in self.discriminator.named_parameters()}
-        fool = -torch.func.functional_call(self.discriminator, fixed, (y,)).mean()
+    def adversarial_losses(self, x, y, reconstruction):
+        """Hinge losses of generator and discriminator. The former is scaled so that, at the decoder's last layer, its gradient
+        is as long as that of the reconstruction loss [VQGAN, eq. 7]."""
+        frozen = {k: p.detach() for k, p in self.discriminator.named_parameters()}
+        generator = -torch.func.functional_call(self.discriminator, frozen, (y,)).mean()
         last = self.vqgan.decoder.conv_out.weight
-        size = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (reconstruction, fool)]
+        wanted, own = (torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (reconstruction, generator))
         real, fake = self.discriminator(x), self.discriminator(y.detach())
-        return (size[0] / (size[1] + 1e-4)).clamp(0, 1e4) * fool, (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
+        discriminator = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
+        return (wanted / (own + 1e-4)).clamp(0, 1e4) * generator, discriminator
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 3. What is hidden or noised
+# --------------------------------------------------------------------------------------------------------------
+# 3. What every model offers
 #
-# Which ids are hidden is decided by ranking: of uniform noise in training, of the network's confidence in generation; the smallest
-# are hidden. How many is a matter of purpose. In training the hidden share is drawn from N(0.55, 0.25^2) cut off to [0.5, 1], mean
-# 0.69: enough is left to understand the picture, or nothing, which is where generation starts [MAGE, section 3]. In generation the
-# share falls from 1 to 0 along a cosine: few ids are filled in at first, when all is guesswork, many at the end [MaskGIT, eq. 3].
-
-
-def truncated_normal(u, mean=0.55, std=0.25, low=0.5, high=1.0):
-    """Turn uniform draws u in [0, 1] into draws of a normal law restricted to [low, high], by inverting its distribution."""
-    a, b = (math.erf((bound - mean) / std / math.sqrt(2)) for bound in (low, high))
-    return (mean + std * math.sqrt(2) * torch.erfinv(a + u * (b - a))).clamp(low, high)
-
-
-def ranks(noise):
-    """Rank of each entry in its row, 0 for the smallest: (B, L) -> int (B, L). Rows' n smallest are ranks(noise) < n."""
-    return noise.argsort(stable=True, dim=1).argsort(1)
-
-
-def hidden_left(initial, hidden, step, steps, schedule="cosine", up=False):
-    """How many ids of each picture stay hidden after a step, counted from 0: a share of those hidden at the start, which falls along a
-    cosine, or a straight line (schedule "linear"). Rounded down and at least one less than before, or rounded up; and at least one as
-    long as there is any. initial, hidden: int (B,) -> int (B,)."""
-    left = initial.double() * (math.cos(math.pi / 2 * (step + 1) / steps) if schedule == "cosine" else 1 - (step + 1) / steps)
-    left = left.ceil().long() if up else left.floor().long().minimum(hidden - 1)
-    return left.clamp(min=1).minimum(hidden)
-
-
-# Random numbers by name. In generation, a number depends on (the picture's seed, which draw, which position) and on nothing else: it
-# is the same for a picture made alone or among a thousand, on any device. (The pictures agree but for rounding, which may tip a
-# close choice.) An integer hash does it, MurmurHash3's last mix.
-
-
-def mix(x):
-    """Scramble the low 32 bits of int64 values; a product that overflows keeps its low 32 bits, which are all that is used."""
-    x = x & 0xFFFFFFFF
-    x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
-def uniform(seeds, draw, n):
-    """n uniform numbers strictly inside (0, 1) for each seed: int64 (B,), int -> float32 (B, n)."""
-    row = mix(mix(mix(seeds) ^ (seeds >> 32)) + draw)
-    bits = mix(row[:, None] + 0x9E3779B9 * torch.arange(1, n + 1, device=seeds.device))
-    return ((bits >> 9).float() + 0.5) / 2**23                                              # 23 bits: 1 is never reached
-
-
-def gumbel(u):
-    """Uniform numbers in (0, 1) -> standard Gumbel noise, -log(-log u)."""
-    return -(-u.log()).log()
-
-
-def normal(u):
-    """Uniform numbers in (0, 1) -> standard normal ones, by inverting the distribution function."""
-    return math.sqrt(2) * torch.erfinv(2 * u - 1)
-
-
-def categorical(p, u):
-    """One category a row by inverting the distribution function: p (..., K) sums to 1, u (...) in (0, 1) -> int64 (...)."""
-    cdf = p.cumsum(-1)
-    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1).clamp(max=p.size(-1) - 1)
-
-
-# Noise hides pixels as a mask hides ids, only by degrees. What is left of a picture at step t is one number, abar_t, falling from
-# nearly 1 to nearly 0 over T steps:
+# All models below answer the same four questions, so the scripts need not know which one they have:
 #
-#     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps ~ N(0, 1)                                   [DDPM, eq. 4]
+#     model(x, labels) -> loss, logs              training: how well is the corruption undone?
+#     model.sample(n, **options) -> images        generation, from nothing or into a hole
+#     model.embed(x) -> vectors                   representation: what a linear probe reads
+#     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# A network that guesses eps from x_t guesses x_0 with it. Generation starts at noise and goes to ever larger abar: guess x_0, then
-# put back as much noise as the next step has. Below, abar is a float64 tensor (B,) or (), on the CPU like the steps, since some
-# GPUs have no float64 and reading a step off any of them would mean waiting; and pixels are in [-1, 1].
-
-
-def alpha_bar(schedule, steps=1000):
-    """abar of steps 0 .. T-1, float64 (T,): 'linear' betas [DDPM] or the 'cosine' law, which keeps more of a small picture [iDDPM, eq. 17]."""
-    if schedule == "linear":
-        beta = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
-    elif schedule != "cosine":
-        raise ValueError(f"a noise schedule is 'linear' or 'cosine', not {schedule!r}")
-    else:
-        left = (((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008) * math.pi / 2).cos() ** 2
-        beta = (1 - left[1:] / left[:-1]).clamp(max=0.999)
-    return (1 - beta).cumprod(0)
-
-
-def spread(a, x):
-    """A float64 number a picture, (B,) or (), rounded and sent to where pixels x (B, 3, S, S) can be multiplied by it."""
-    return send(a.to(x.dtype), x.device).view(-1, 1, 1, 1) if a.dim() else a.to(x.dtype)
-
-
-def q_sample(x0, abar, noise):
-    """The noised picture x_t, the equation above; noise like x0."""
-    return spread(abar.sqrt(), x0) * x0 + spread((1 - abar).sqrt(), x0) * noise
-
-
-def x0_from_noise(x, abar, eps):
-    """The same equation solved for x_0."""
-    return spread(abar.rsqrt(), x) * x - spread((1 / abar - 1).sqrt(), x) * eps
-
-
-def posterior_variance(abar, abar_next):
-    """Variance of x at abar_next, given x at abar and x_0 [DDPM, eq. 7]: float64, 0 at abar_next 1."""
-    return (1 - abar_next) / (1 - abar) * (1 - abar / abar_next).clamp(min=0)
-
-
-def ddim_step(x, x0, abar, abar_next, eta=0.0, noise=0.0, std=None):
-    """One step from x at abar to abar_next, believing in x0 [DDIM, eq. 12 and 16].
-
-    eta 0: no noise is added, the noise seen is kept; 1: as much as an ancestral step of DDPM adds; noise like x. std (like x): what
-    scales the noise instead, if the network has learned it. abar_next 1 gives x0 itself; abar_next < abar goes backwards, into noise.
-    """
-    eps = (spread(abar.rsqrt(), x) * x - x0) / spread((1 / abar - 1).sqrt(), x)
-    variance = eta ** 2 * posterior_variance(abar, abar_next)
-    std = spread(variance.sqrt(), x) if std is None else std * spread(torch.as_tensor(abar_next < 1), x)
-    return spread(abar_next.sqrt(), x) * x0 + spread((1 - abar_next - variance).sqrt(), x) * eps + std * noise
-
-
-class Denoising(typing.NamedTuple):
-    """Pictures on their way out of noise: x (n, 3, S, S), clean ones in [-1, 1]."""
-    x: torch.Tensor
-
-
-def denoise(guess, noise, abar, eta=1.0, known=None, mask=None):
-    """Pictures from noise: yields a Denoising after each step; the last one is clean.
-
-    guess        x, step -> x0 in [-1, 1], and what scales the noise (see ddim_step) or None
-    noise        draw -> standard normal numbers (n, 3, S, S): 0 is the start, 2 step + 1 is added by that step, 2 step + 2 is put on known
-    abar         float64 (steps,), on the CPU, ascending: how noisy x is when each step begins
-    known, mask  pixels in [0, 1] and bool (n, S, S), True = to be painted: after every step the rest is what is
-                 known, made as noisy as x [RePaint], in the end not at all
-    """
-    x = noise(0)
-    for step, (now, after) in enumerate(zip(abar, [*abar[1:], torch.ones_like(abar[0])])):
-        x0, std = guess(x, step)
-        x = ddim_step(x, x0, now, after, eta, noise(2 * step + 1), std)
-        if known is not None:
-            x = torch.where(mask[:, None], x, q_sample(2 * known - 1, after, noise(2 * step + 2)))
-        yield Denoising(x)
-
-
-def kept_steps(steps, counts):
-    """A shorter process: the 0 .. steps - 1 in as many equal sections as there are counts, of each section that many, evenly spread.
-    Returns them ascending. ValueError if a section has fewer steps than asked for. (Official file: respace.py.)"""
-    kept, start = [], 0
-    for i, count in enumerate(counts):
-        size = steps // len(counts) + (i < steps % len(counts))
-        if count > size:
-            raise ValueError(f"{count} steps do not fit into a section of {size}")
-        stride, at = (size - 1) / max(1, count - 1), 0.0
-        for _ in range(count):
-            kept.append(start + round(at))                                                  # added up as the official code does: ties
-            at += stride                                                                    # fall the same way
-        start += size
-    return kept
-
-
-def strided_steps(steps, count):
-    """The same with one whole stride, beginning at 0: what DDIM's results were made with ('ddimN' in respace.py, which refuses a count that
-    no stride gives; here it is the next smaller one that some stride gives)."""
-    return list(range(0, steps, -(-steps // count)))
-
-
-def angles(t, width, last):
-    """t as width / 2 phases at frequencies from 1 down to about 1 / 10000: (B,) -> (B, width / 2), float32. The frequencies are
-    10000 ** (-j / last), j = 0 .. width / 2 - 1."""
-    return t.float()[:, None] * (-math.log(10000) / last * torch.arange(width // 2, device=t.device)).exp()
-
-
-# Every model can be read after any of its blocks, and fed at them; every model can be sampled, a step at a time. What follows is common to all.
-
-
-def run_blocks(x, blocks, first, layers, add, maps, places, *condition):
-    """Run blocks, numbered from first on, but none beyond the last of layers.
-
-    x, places   tokens (B, ., C); those at places, a slice, are the patches of the picture, h x h of them, row by row
-    layers      numbers of the blocks whose outputs are put into the dict maps, as (B, C, h, h)
-    add         {number: map (B, C, h, h)} added to that block's output
-    """
-    side = math.isqrt(places.stop - places.start)
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            x = torch.cat([x[:, :places.start], x[:, places] + add[b].flatten(2).mT, x[:, places.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, places].mT.unflatten(2, (side, side))
-    return x
+# The class below is the whole contract: a method of your own defines what has no default here, and joins MODELS in
+# section 11. Scripts read nothing else off a model. On a first reading, skim it and go on to section 4.
 
 
 class Model(nn.Module):
-    """What all models share. Each adds
+    """What the scripts use. A subclass defines forward, sample_steps, features and embed:
 
-    forward(x, labels) -> loss, logs        sample_steps(n, ...) -> states        features(x, t, layers, ...) -> maps        embed(x) -> vectors
-    image_size, classes                     layers {number: (channels, h, w)}     best_layer, best_t, pools, as its authors read it
-    t_range  (least, most, meaning) of features(t=)
+    forward(x, labels=None, ...)        x (B, 3, S, S), or ids; labels int (B,) -> scalar loss, dict of its terms
+    sample_steps(n, seeds=None, ...)    yields a state after each step. What else it takes can be asked for when sampling:
+                                        steps, temperature, eta, labels, guidance, known and mask (see MAGE)
+    features(x, t, layers, add, noise, finetune)    -> [map (B, C, h, w) for each of layers], see MAGE.features
+    embed(x, noise, pool)               -> vectors (B, C); pool is one of pools
 
-    and those that hide, reconstruct(x) -> pictures. It is all that the scripts know of a model. A call of one of these with an argument
-    that has not its form is a ValueError. forms {argument or method.argument: form, see fits()}; seeds become int64 (n,).
+    An argument that does not have the form which `forms` states is a ValueError, see section 13.
     """
 
-    generates = True                    # it can start from nothing
+    image_size: int                     # S
+    layers: dict                        # {layer: (channels, h, w)} of all blocks, counted from 1
+    best_layer: int                     # the layer and the timestep (or mask ratio) that the authors read
+    best_t = 0
+    t_range = (0, 0, "always 0")        # smallest and largest t of features(), and what it means; whole numbers if these are int
+    pools = ("mean",)                   # poolings that embed() knows, the authors' first
+    length = 0                          # tokens of an image; 0 if the model has none
+    codes = 0                           # entries of the codebook, if ids are predicted
+    classes = 0                         # labels that it can be conditioned on
+    takes_labels = False                # whether its class can be built with classes > 0
+    reads_ids = False                   # features() and embed() take ids (B, L) as well as pixels
+    generates = True                    # can start from nothing
+    reconstructs = False                # has reconstruct(x (B, 3, S, S)) -> images in between, and the reconstruction
+    max_steps = math.inf                # sampling steps beyond which there are no more
+    stem = ()                           # modules and parameters before the first of `blocks`, for layer decay and --init-encoder
+    dynamic_blocks = ()                 # blocks whose number of tokens changes from call to call, for torch.compile
+
     forms = {"x": "float (B, 3, {S}, {S})", "known": "float ({B}, 3, {S}, {S}) in [-0.5, 1.5]", "mask": "bool ({B}, {S}, {S})",
-             "noise": "float ({N}, 3, {S}, {S})", "mask_noise": "float ({B}, {m.length})", "keep_label": "bool ({N})",
+             "noise": "float ({N}, 3, {S}, {S})", "mask_noise": "float ({N}, {m.length})", "keep_label": "bool ({N})",
              "t": "{time} in [{m.t_range[0]}, {m.t_range[1]}]", "forward.t": "{time} ({N}) in [{m.t_range[0]}, {m.t_range[1]}]",
-             "n": "int in [1, inf]", "steps": "int in [1, inf]", "temperature": "float in [0, 1]", "guidance": "float in [-1e9, 1e9]",
-             "seeds": "int ({B})", "sample_steps.seeds": "int in [-9e18, 9e18] or int ({B})", "labels": "int ({B}) in [0, {m.classes})",
-             "pool": "among {m.pools}", "layers": "layers in [1, {D}]", "add": "maps in [1, {D}]", "schedule": "among cosine, linear",
-             "draw": "int in [0, 9e18]", "clean": "int in [0, {B}]", "rate": "float in [0.5, 1]", "index": "int in [0, 66)",
-             "gap": "int in [1, 5]"}
+             "n": "int in [1, inf]", "steps": "int in [1, inf]", "temperature": "float in [0, inf]", "eta": "float in [0, 1]",
+             "guidance": "float in [-1e9, 1e9]", "seeds": "int ({B})",
+             "sample_steps.seeds": "int in [-9e18, 9e18] or int ({B})", "labels": "int ({B}) in [0, {m.classes})",
+             "pool": "among {m.pools}", "layers": "layers in [1, {D}]", "add": "maps in [1, {D}]",
+             "schedule": "function or among cosine, linear", "order": "function", "draw": "int in [0, 9e18]"}
     forms["embed.x"] = forms["reconstruct.x"] = forms["x"] + " in [-0.5, 1.5]"              # decoders overshoot a little
 
     def __init_subclass__(cls):
+        """Put the check of arguments before its public methods."""
         for name in vars(cls).keys() & {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}:
             setattr(cls, name, guarded(vars(cls)[name]))
 
     def sample(self, n, **options):
-        """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. The same seeds give the same images: count them on in a loop, as in
-        for first in range(0, 1000, 64): x = model.sample(64, seeds=first)."""
+        """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on n: count seeds up,
+        as in  for first in range(0, 1000, 64): x = model.sample(64, seeds=first)."""
         for state in checked(type(self).sample_steps, (self, n), options, wait=True):
             pass
         return self.render(state)
 
+    def num_steps(self, steps=None, eta=None):
+        """How many steps sample_steps takes when asked for so many, None: for the authors' number."""
+        return min(steps or 10, self.max_steps)
+
     def render(self, state):
-        """Denoising -> pixels (n, 3, S, S) in [0, 1]."""
+        """A state of sample_steps -> pixels (n, 3, S, S) in [0, 1]. This one is for a Denoising, section 8."""
         return ((state.x + 1) / 2).clamp(0, 1)
 
-    @guarded
     def noise(self, seeds, draw=0):
-        """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
-        return normal(uniform(seeds, draw, 3 * self.image_size ** 2)).view(-1, 3, self.image_size, self.image_size)
+        """What features(noise=) takes, decided by each image's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
+        return to_normal(hashed_uniform(seeds, draw, 3 * self.image_size ** 2)).view(-1, 3, self.image_size, self.image_size)
 
-    def draws(self, first, count):
-        """What forward() must be told of pictures first .. first + count - 1 of a whole batch when it sees only them."""
+    def micro_batch_args(self, first, count):
+        """More arguments of forward() when it sees only images first .. first + count - 1 of a batch."""
         return {}
 
     def mirror(self, layer):
-        """The layer at equal distance from the other end: to it a second pass can be fed what the first found at this layer [DifFeed]."""
+        """The layer at equal distance from the other end. DifFeed, a head of probe.py, adds what it finds at `layer` there."""
         return len(self.layers) + 1 - layer
 
+    @property
+    def tokenizer(self):
+        """The frozen VQGAN, or None."""
+        return self._modules.get("vqgan")
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 4. MAGE: guess the hidden ids
+
+def guarded(method):
+    """The method; a wrong call of it is a ValueError, see checked() in section 13."""
+    return functools.wraps(method)(lambda *args, **options: checked(method, args, options))
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, h)}.
+
+    x          tokens (B, ., C), of which the slice patches are the h x h patches of the image, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, h)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * h, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, h)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block; the class tokens are the first prefix of them
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, len(model.blocks) + 1)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
+
+
+def groups_of_equal_length(counts):
+    """A batch has one number of tokens, so images of which different numbers are masked cannot share one: int (n,), on the
+    CPU -> yields (count, which images have it int (m,))."""
+    for count in sorted(set(counts.tolist())):
+        yield count, (counts == count).nonzero().flatten()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 4. Masking and unmasking
 #
-#     loss = mean over hidden positions i of  -log p(id_i | the ids that are not hidden)                [MAGE, eq. 1]
-#     (with label smoothing 0.1)
+# Training masks a random part of the tokens. The mask ratio r is drawn once per batch from a normal distribution,
+# truncated [MAGE, 3.2]:
 #
-# An encoder reads what is left, a decoder puts the result back into place, fills every gap with the encoder's summary of THIS
-# picture (its output at position 0), and predicts the gaps. As in MAE the encoder is spared most of the gaps: half of all
-# positions, always hidden ones but other ones in every picture, never enter it; since their number is fixed, shapes are static. The
-# hidden ids beyond them enter as the word [MASK], and the decoder overwrites their outputs as well. In generation and for features
-# nothing is dropped. Hiding much teaches features, hiding all teaches generation: one network, one loss, both uses.
+#     r ~ N(0.55, 0.25^2) restricted to [0.5, 1]          mean 0.69
 #
-# Position 0 holds a class word instead of a patch: a label if there is one, else the "fake class", which means any picture.
+# At r = 0.5 most of the image is visible, and the network learns to represent it. At r = 1 nothing is, and it learns to
+# generate. Which tokens are masked is decided by sorting random numbers. Of the masked ones half of all tokens are
+# dropped before the encoder, as in MAE, which saves half of its work; their number is fixed, so shapes are static:
+#
+#     L = 256 tokens, r = 0.55
+#     |------------ 141 masked --------------|------------- 115 visible -------------|
+#     |------- 128 dropped -------|---- 13 ---|                                           13 enter as [MASK]
+#                                 |--- 128 tokens + class token = 129: encoder ------|
+#     |------------- 256 tokens + class token = 257: decoder, all 141 are predicted -----|
+
+
+def truncated_normal(u, mean=0.55, std=0.25, low=0.5, high=1.0):
+    """Uniform u in [0, 1] -> a normal variable restricted to [low, high], by inverting its distribution function."""
+    a, b = (math.erf((bound - mean) / std / math.sqrt(2)) for bound in (low, high))
+    return (mean + std * math.sqrt(2) * torch.erfinv(a + u * (b - a))).clamp(low, high)
+
+
+def rank_in_row(x):
+    """Rank of each entry in its row, 0 for the smallest: (B, L) -> int (B, L)."""
+    return x.argsort(stable=True, dim=1).argsort(1)
+
+
+def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
+    """Choose which tokens are masked, and which enter the encoder.
+
+    mask_noise  (B, L); the smallest of each row are masked, the very smallest also dropped
+    mask_ratio  in [drop_ratio, 1], one number for the batch (as in models_mage.py)
+    returns     mask bool (B, L), True = masked; ids_keep int (B, L - dropped), ascending
+    """
+    L = mask_noise.size(1)
+    ids_shuffle = mask_noise.argsort(stable=True, dim=1)                                    # (B, L), smallest noise first
+    mask = ids_shuffle.argsort(1) < math.ceil(L * float(mask_ratio))                        # (B, L)
+    ids_keep = ids_shuffle[:, math.ceil(L * drop_ratio):]                                   # (B, L - dropped)
+    return mask, ids_keep.sort(1).values
+
+
+# Generation starts with all tokens masked. Step t of T predicts every masked token, keeps the most confident predictions,
+# and masks the others again, so that the number of masked tokens falls along a cosine [MaskGIT, 3.2 and eq. 3]:
+#
+#     num_masked(t) = floor(n cos(pi t / 2T))            n = tokens masked at the start
+#
+#     256 tokens, 20 steps:  255 252 248 243 ... 60 40 20 1 0       few are kept at first, when predictions are poor
+#
+#     ids            _    _    a    _    b        _ is [MASK]; tokens that are visible stay
+#     prediction     c    d    .    e    .        sampled from p, for every masked token
+#     confidence    .9   .2   inf  .4   inf       log p + temperature (1 - t/T) Gumbel
+#     ids            c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
+#
+# The Gumbel noise keeps images from all turning out alike. It falls to 0 in the last step.
+
+
+SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
+
+
+def num_masked(initial, masked, step, steps, schedule="cosine", round_up=False):
+    """How many tokens of each image stay masked after a step: int (n,) -> int (n,).
+
+    initial, masked  how many were masked at the start, and before this step
+    step, steps      t - 1, counted from 0; and T
+    schedule         "cosine", "linear", or a function (t, T) -> the ratio of n that stays masked
+    round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
+    """
+    wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
+    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(masked - 1)
+    return wanted.clamp(min=1).minimum(masked)                  # one is left for the last step, if any is
+
+
+def unmask(logits, ids, mask, masked, u, noise, order=None):
+    """One step of parallel decoding. It draws no random number of its own.
+
+    logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    masked int (n,): how many to mask again
+    u (n, L)     in (0, 1), samples the ids            noise (n, L)    is added to the confidence
+    order        None, or a function of the confidence (n, L): what comes out smallest is masked again
+    returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
+    """
+    p = logits.softmax(-1)                                                                  # (n, L, K)
+    ids = torch.where(mask, sample_categorical(p, u), ids)
+    confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + noise                     # (n, L)
+    confidence = confidence if order is None else order(confidence)
+    confidence = confidence.masked_fill(~mask, math.inf)        # visible before: never masked again
+    return ids, rank_in_row(confidence) < to_device(masked, ids.device)[:, None]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 5. MAGE: predict the masked ids
+#
+#     loss = - mean over masked i of  log p(id_i | visible ids)          with label smoothing 0.1        [MAGE, eq. 1]
+#
+# An encoder reads the visible ids. Its output at position 0, the class token, comes to summarise the image. A decoder gets
+# every encoder output back at its place and this summary at every masked place, and predicts the ids there:
+#
+#     ids     [class]  a   _   _   b   _   c          _ is masked
+#     drop    [class]  a   _       b       c          half of the tokens, all of them masked
+#     encode    z0    za   zm      zb      zc         zm, the output of [MASK], will not be used
+#     fill      z0    za   z0  z0  zb  z0  zc
+#     decode                p   p       p             softmax over the K codes
+#
+# Position 0 holds a class id: a label, or the "fake class", which stands for any image. Codes, classes, fake class and
+# [MASK] are one vocabulary:
+#
+#     0 ... K-1 codes | K ... K+classes-1 | fake class | [MASK]          (published files: the fake class is class 76)
 
 
 class TokenEmbedding(nn.Module):
-    """LayerNorm(word + position), then dropout: ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
+    """LayerNorm(token + position), then dropout: ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
 
-    def __init__(self, words, positions, dim, dropout):
+    def __init__(self, vocab_size, positions, dim, dropout):
         super().__init__()
-        self.word_embeddings, self.position_embeddings = nn.Embedding(words, dim), nn.Embedding(positions, dim)
+        self.word_embeddings, self.position_embeddings = nn.Embedding(vocab_size, dim), nn.Embedding(positions, dim)
         self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-6), nn.Dropout(dropout)
 
     def forward(self, ids):
@@ -671,49 +710,51 @@ class TokenEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits over words: the output matrix is the table of input words, cut off from the gradient as in the official code.
+    """Decoder output -> logits. The output matrix is the token embedding, without gradient, as in the official code.
 
-    forward(x (B, L, C'), words (W, C)) -> (B, L, W)
+    forward(x (B, L, C'), weight (V, C): the embeddings of the first V ids of the vocabulary) -> (B, L, V) in float32
     """
 
-    def __init__(self, inp, dim, words):
+    def __init__(self, inp, dim, vocab_size):
         super().__init__()
         self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)                           # eps 1e-5 here, 1e-6 elsewhere
-        self.bias = nn.Parameter(torch.zeros(1, 1, words))
+        self.bias = nn.Parameter(torch.zeros(1, 1, vocab_size))
 
-    def forward(self, x, words):
-        return F.linear(self.ln(F.gelu(self.fc(x))), words.detach(), self.bias[0, 0, :len(words)]).float()    # softmax follows
+    def forward(self, x, weight):
+        x = self.ln(F.gelu(self.fc(x)))                                                     # (B, L, C)
+        return F.linear(x, weight.detach(), self.bias[0, 0, :len(weight)]).float()
 
 
-def masked_loss(logits, target, mask):
-    """Mean over the hidden positions, mask (B, L), of the cross-entropy between logits (B, L, W) and target, ids (B, L) or probabilities
-    (B, L, W), smoothed by 0.1 (official file: models_mage.py). Positions are rows: a softmax is fastest over the last dimension."""
-    nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), label_smoothing=0.1, reduction="none")
+def masked_cross_entropy(logits, target, mask):
+    """Cross-entropy with label smoothing 0.1, averaged over masked tokens (official file: models_mage.py).
+
+    logits (B, L, V)    target  ids (B, L), or probabilities (B, L, V)    mask bool (B, L)
+    """
+    nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), label_smoothing=0.1, reduction="none")     # (B * L,)
     return (nll * mask.flatten()).sum() / mask.sum()
 
 
 class Decoding(typing.NamedTuple):
-    """Pictures being decoded: ids (n, L), of which some are still hidden (n, L); if pixels were known beforehand, these (n, 3, S, S) and
-    where they are not, bool (n, S, S); the pictures so far (n, 3, S, S), if the model paints them in every step."""
-    ids: torch.Tensor
-    hidden: torch.Tensor
-    known: torch.Tensor = None
-    mask: torch.Tensor = None
-    x: torch.Tensor = None
+    """Images while they are decoded."""
+    ids: torch.Tensor                   # (n, L)
+    mask: torch.Tensor                  # bool (n, L), True = still masked
+    known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
+    inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
+    x: torch.Tensor = None              # the images so far (n, 3, S, S), where the model reads them (ADDP)
 
     def with_known(self, x):
-        """Pixels x (n, 3, S, S) with the known ones put back."""
-        return x if self.known is None else torch.where(self.mask[:, None], x, self.known)
+        """Pixels x (n, 3, S, S), with the known ones put back."""
+        return x if self.known is None else torch.where(self.inpaint_mask[:, None], x, self.known)
 
 
-def learned(length, dim):
-    """A learned table of vectors (1, length, dim), drawn like the embeddings below."""
+def learned_tokens(length, dim):
+    """A learned parameter (1, length, dim), initialised like an embedding."""
     return nn.Parameter(torch.randn(1, length, dim) * 0.02 * (768 / dim) ** 0.5)
 
 
-def initialise(module):
-    """Xavier-uniform matrices (the fused qkv counts as one), zero biases, N(0, 0.02) embeddings: MAE's and MAGE's start. 0.02 belongs to
-    width 768; scaled like this, the logits of fresh weights spread alike at any width, since the words are also the output matrix."""
+def init_weights(module):
+    """MAE's and MAGE's initialisation: Xavier-uniform matrices (qkv as one), zero biases, N(0, 0.02^2) embeddings. The 0.02
+    belongs to width 768. It is scaled so that fresh logits, products with these embeddings, vary alike at any width."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -726,13 +767,20 @@ class MAGE(Model):
 
     vqgan           the frozen tokenizer, part of this module and of its checkpoint
     image_size      S, a multiple of the tokenizer's stride, else ValueError
-    width, depth, heads, decoder_width, decoder_depth, decoder_heads        of the two stacks of blocks
+    width, depth, heads, decoder_width, decoder_depth, decoder_heads        of encoder and decoder
     classes         0, or the number of labels it can be conditioned on
-    fake_class      None: the fake class has a word of its own. A number c: it shares the word of class c (published files: 76)
-    contrastive     weight of the contrastive term of section 5; 0 for plain MAGE
-
-    Words: 0 .. K-1 the codes, then the classes, then the fake class (unless shared), then [MASK].
+    fake_class      None: the fake class has an id of its own; c: it shares that of class c (published files: 76)
+    contrastive     weight of the contrastive loss of section 6; 0 for plain MAGE
     """
+
+    takes_labels = reads_ids = reconstructs = True
+    t_range, best_t = (0.0, 1.0, "the mask ratio"), 0.0
+    pools, stem = ("mean", "class"), ("token_emb",)
+
+    ids_form = " or int (B, {m.length}) in [0, {m.codes})"
+    forms = {**Model.forms, "x": Model.forms["x"] + ids_form, "embed.x": Model.forms["embed.x"] + ids_form, "noise": "float ({N}, {m.length})",
+             "forward.x": Model.forms["x"] + ids_form + " or float (B, 2, 3, {S}, {S})" + ids_form.replace("B", "B, 2"),
+             "mask_ratio": "float in [0.5, 1]"}
 
     def __init__(self, vqgan, image_size, width, depth, heads, decoder_width, decoder_depth, decoder_heads,
                  classes=0, fake_class=None, contrastive=0.0, dropout=0.1):
@@ -740,529 +788,661 @@ class MAGE(Model):
         if image_size % vqgan.stride:
             raise ValueError(f"image size {image_size} is not a multiple of the tokenizer's stride {vqgan.stride}")
         self.image_size, self.grid, self.classes, self.contrastive = image_size, image_size // vqgan.stride, classes, contrastive
-        self.codes, self.length = vqgan.quantize.embedding.num_embeddings, self.grid ** 2    # K, L
+        self.codes, self.length = vqgan.quantize.embedding.num_embeddings, self.grid ** 2   # K, L
+        self.max_steps = self.length
         self.fake_id = self.codes + (classes if fake_class is None else fake_class)
         self.mask_id = self.codes + classes + (fake_class is None)
-        widths, self.best_layer = depth * [width] + decoder_depth * [decoder_width], depth  # encoder first; the paper reads its last
-        self.layers = {b: (width, self.grid, self.grid) for b, width in enumerate(widths, 1)}
+        vocab_size = self.mask_id + 1
 
-        self.token_emb = TokenEmbedding(self.mask_id + 1, 1 + self.length, width, dropout)
+        self.token_emb = TokenEmbedding(vocab_size, 1 + self.length, width, dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, decoder_width)
-        self.decoder_pos_embed_learned = learned(1 + self.length, decoder_width)
+        self.decoder_pos_embed_learned = learned_tokens(1 + self.length, decoder_width)
         self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads, dropout) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
-        self.mlm_layer = Head(decoder_width, width, self.mask_id + 1)
+        self.mlm_layer = Head(decoder_width, width, vocab_size)
         if contrastive:
             self.projection = nn.Sequential(nn.Linear(width, 4096), nn.ReLU(), nn.Linear(4096, 256))
-        self.apply(initialise)
-        self.vqgan = vqgan.requires_grad_(False)                                            # after apply: it keeps its weights
-
-    ids = " or int (B, {m.length}) in [0, {m.codes})"
-    forms = {**Model.forms, "x": Model.forms["x"] + ids, "embed.x": Model.forms["embed.x"] + ids, "noise": "float ({N}, {m.length})",
-             "forward.x": Model.forms["x"] + ids + " or float (B, 2, 3, {S}, {S})" + ids.replace("B", "B, 2"), "temperature": "float in [0, inf]"}
+        self.apply(init_weights)
+        self.vqgan = vqgan.requires_grad_(False)                # after apply(): it keeps its weights
+        widths = [width] * depth + [decoder_width] * decoder_depth
+        self.best_layer = depth                                 # the encoder's last
+        self.layers = {b: (w, self.grid, self.grid) for b, w in enumerate(widths, 1)}
 
     # ---- training
 
-    def forward(self, x, labels=None, *, rate=None, noise=None, keep_label=None):
+    def forward(self, x, labels=None, *, mask_ratio=None, mask_noise=None, keep_label=None):
         """Loss of one batch.
 
-        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L); with two views: (B, 2, 3, S, S) or (B, 2, L)
-        labels      int (B,) in 0 .. classes - 1, or None
-        rate        hidden share in [0.5, 1], one for the batch (as official); noise (B, L), (2B, L) with two views: the smallest are
-                    hidden; keep_label bool (B,): which labels are shown. All drawn if None
+        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L); of two crops: (B, 2, 3, S, S) or (B, 2, L)
+        labels      int (B,) in [0, classes), or None
+        mask_ratio  in [0.5, 1]        mask_noise  (B, L), or (2B, L) of two crops, see random_masking
+        keep_label  bool (B,): False replaces the label by the fake class. All three are drawn if None
         returns     scalar loss, dict of its terms
         """
-        pair = x.dim() == (5 if x.is_floating_point() else 3)
-        if pair:
+        two_crops = x.dim() == (5 if x.is_floating_point() else 3)
+        if two_crops:
             x, labels = x.flatten(0, 1), None if labels is None else labels.repeat_interleave(2)
-        ids, mask, keep = self.hide(x, rate, noise)
-        latent = self.encode(self.words(ids, mask, labels, keep_label), keep)
-        loss = masked_loss(self.decode(latent, mask, keep), ids, mask)
+        ids = self.to_ids(x)                                                                # (B, L)
+        mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
+        mask_ratio = truncated_normal(torch.rand(())) if mask_ratio is None else mask_ratio         # on the CPU: decides shapes
+        mask, ids_keep = random_masking(mask_noise, mask_ratio)
+        latent = self.encode(self.input_ids(ids, mask, labels, keep_label), ids_keep)       # (B, 1 + L/2, C)
+        logits = self.decode(latent, mask, ids_keep)                                        # (B, L, K)
+        loss = masked_cross_entropy(logits, ids, mask)
         logs = {"masked": loss}
-        if pair and self.contrastive:
+        if two_crops and self.contrastive:
             z = self.projection(latent[:, 1:].mean(1)).unflatten(0, (-1, 2))                # (B, 2, 256)
             logs["contrast"] = info_nce(F.normalize(z, dim=-1))
             loss = loss + self.contrastive * logs["contrast"]
         return loss, logs
 
-    def hide(self, x, rate=None, noise=None):
-        """Pixels or ids -> ids (B, L); which are hidden: bool (B, L); which positions enter the encoder: int (B, L/2), ascending."""
-        ids = self.to_ids(x)
-        noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
-        rate = truncated_normal(torch.rand(())) if rate is None else rate                   # a CPU's
-        order = ranks(noise)
-        mask = order < math.ceil(self.length * float(rate))
-        dropped = math.ceil(0.5 * self.length)                                              # half of all, always hidden ones
-        return ids, mask, order.argsort(1)[:, dropped:].sort(1).values
-
     @torch.no_grad()
     def to_ids(self, x):
-        """Pixels (B, 3, S, S) -> ids (B, L), row by row; ids, from the cache, stay ids."""
+        """Pixels (B, 3, S, S) -> ids (B, L), row by row. Ids stay ids."""
         return self.vqgan.encode(x).flatten(1) if x.is_floating_point() else x.long()
 
-    def words(self, ids, mask, labels=None, keep_label=None):
-        """What the encoder reads: [MASK] where hidden, the class in front. In training one label in ten is replaced by the fake
-        class, so that the network also knows pictures without label, which guidance needs. (B, L) -> (B, 1 + L)."""
-        front = torch.full_like(ids[:, :1], self.fake_id)
+    def input_ids(self, ids, mask, labels=None, keep_label=None):
+        """Ids (B, L) -> what the encoder reads (B, 1 + L): the class id first, [MASK] where masked. In training one label in ten
+        is replaced by the fake class, which classifier-free guidance needs."""
+        class_id = torch.full_like(ids[:, :1], self.fake_id)                                # (B, 1)
         if labels is not None:
             if keep_label is None:
                 keep_label = torch.rand(labels.shape, device=ids.device) >= (0.1 if self.training else 0.0)
-            front = torch.where(keep_label[:, None], self.codes + labels[:, None], front)
-        return torch.cat([front, ids.masked_fill(mask, self.mask_id)], 1)
+            class_id = torch.where(keep_label[:, None], self.codes + labels[:, None], class_id)
+        return torch.cat([class_id, ids.masked_fill(mask, self.mask_id)], 1)
 
-    def encode(self, words, keep=None):
-        """Words (B, 1 + L), of which only the class and the positions in keep (B, M) enter -> latent (B, 1 + M, C)."""
-        x = self.token_emb(words)
-        if keep is not None:
-            x = torch.cat([x[:, :1], take(x[:, 1:], keep)], 1)
+    def encode(self, input_ids, ids_keep=None):
+        """Input ids (B, 1 + L) -> latent (B, 1 + M, C). Only the class id and positions ids_keep (B, M) enter; all if None."""
+        x = self.token_emb(input_ids)                                                       # (B, 1 + L, C)
+        if ids_keep is not None:
+            x = torch.cat([x[:, :1], gather_tokens(x[:, 1:], ids_keep)], 1)                 # (B, 1 + M, C)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def decode(self, latent, *places, rows=None):
-        """Latent (B, 1 + M, C), and what decoder_input needs besides -> logits over the first rows words, the K codes if None, at every
-        position (B, L, rows)."""
-        x = self.decoder_input(latent, *places)
+    def decode(self, latent, *masking, vocab_size=None):
+        """Latent (B, 1 + M, C) -> logits (B, L, K), or over the first vocab_size ids. masking: as for decoder_input."""
+        x = self.decoder_input(latent, *masking)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.head(x[:, 1:1 + self.length], rows)
+        return self.predict_ids(x[:, 1:1 + self.length], vocab_size)
 
-    def decoder_input(self, latent, mask, keep=None):
-        """Tokens back in their places; the class output, which summarises this picture, wherever a token is dropped or hidden."""
+    def decoder_input(self, latent, mask, ids_keep=None):
+        """Encoder outputs back at their places, the output at position 0 wherever a token is masked: (B, 1 + L, C')."""
         x = self.decoder_embed(latent)                                                      # (B, 1 + M, C')
-        front = x[:, :1].expand(-1, self.length, -1)
-        seen = x[:, 1:] if keep is None else put(front, keep, x[:, 1:])
-        x = torch.cat([x[:, :1], torch.where(mask[..., None], front, seen)], 1)
-        return x + self.decoder_pos_embed_learned                                           # (B, 1 + L, C')
+        summary = x[:, :1].expand(-1, self.length, -1)                                      # (B, L, C')
+        visible = x[:, 1:] if ids_keep is None else scatter_tokens(summary, ids_keep, x[:, 1:])
+        x = torch.cat([x[:, :1], torch.where(mask[..., None], summary, visible)], 1)
+        return x + self.decoder_pos_embed_learned
 
-    table = property(lambda self: self.token_emb.word_embeddings.weight)       # (W, C): guesses are compared with it, too
+    def predict_ids(self, x, vocab_size=None):
+        """Decoder output (B, L, C') -> logits (B, L, K): a code is all that can be missing."""
+        return self.mlm_layer(self.decoder_norm(x), self.token_weights[:vocab_size or self.codes])
 
-    def head(self, x, rows=None):
-        """Decoder output -> logits over the first rows words; the K codes unless said otherwise: nothing else is ever guessed."""
-        return self.mlm_layer(self.decoder_norm(x), self.table[:rows or self.codes])
+    token_weights = property(lambda self: self.token_emb.word_embeddings.weight)            # (vocab_size, C)
 
     # ---- generation
 
-    rounds_up = False                                           # see hidden_left
-
-    def logits(self, ids, hidden, labels=None, guidance=1.0, x=None, counts=None):
-        """Logits (n, L, K) of partly hidden ids; nothing is dropped here, so the encoder reads every [MASK]. For ADDP:
-        x, the picture so far, and counts, how many ids of each are hidden, int (n,) on the CPU."""
-        def one(labels):
-            return self.decode(self.encode(self.words(ids, hidden, labels)), hidden)
-        if labels is None or guidance == 1:
-            return one(labels)
-        free = one(None)
-        return free + guidance * (one(labels) - free)
-
-    def start(self, n, known=None, mask=None):
-        """-> ids, hidden, both (n, L). Nothing known: all hidden.
-
-        Else the hole is blackened before the picture is tokenised, since neighbouring ids would leak
-        its content, and its ids are hidden together with a ring of one around, since those describe the blackness."""
-        device = self.norm.weight.device
-        if known is None:
-            return torch.zeros(n, self.length, dtype=torch.long, device=device), torch.ones(n, self.length, dtype=torch.bool, device=device)
-        touched = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)
-        hidden = F.max_pool2d(touched, 3, 1, 1).flatten(1) > 0
-        return self.to_ids(known.masked_fill(mask[:, None], 0.0)), hidden
-
-    def paint(self, ids, hidden, logits):
-        """The picture so far, where the model itself reads it; MAGE reads ids, and the film is painted by render()."""
+    round_up = False                                            # of num_masked
 
     @torch.no_grad()
-    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None, schedule="cosine"):
-        """Parallel decoding [MaskGIT, section 3.2]: guess every hidden id, keep the guesses that the network is surest of, hide
-        the rest again, repeat. Noise on the confidence, fading with the steps, keeps the pictures from all turning out alike.
+    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None,
+                     schedule="cosine", order=None):
+        """Parallel decoding, section 4 [MaskGIT, 3.2].
 
-        n, steps      pictures, rounds; 20 as published, or fewer if there are fewer ids
-        temperature   of the noise on the confidence at the first step; 6 as published for a grid of 16 x 16, less for smaller ones (ours)
-        labels        int (n,) or None            guidance  1: as trained; more: exaggerates what the label changes, linearly over the steps
-        known, mask   pixels (n, 3, S, S) and bool (n, S, S), True = to be painted; each picture may have its own hole
-        seeds         int (n,): all that an image depends on besides the weights; or the first of n in a row, which is 0 if None
-        schedule      how the hidden share falls: "cosine", or "linear", as published for ADDP with 256 steps
-        yields        a Decoding after each step; nothing is hidden in the last one
+        n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
+        temperature   of the Gumbel noise on the confidence. 6 as published for 16 x 16 tokens, less for fewer (ours)
+        labels        int (n,), or None
+        guidance      w of classifier-free guidance, see logits(); grows from 1 to w during the steps
+        known, mask   inpainting: pixels (n, 3, S, S) and bool (n, S, S), True = to be generated; a mask for each image
+        seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
+        schedule      how the number of masked tokens falls, see num_masked; "linear" with 256 steps as published for ADDP
+        order         which tokens are kept first, see unmask; by confidence if None
+        yields        a Decoding after each step; nothing is masked in the last one
         """
-        steps, x = steps or min(20, self.length), None
-        alike = known is None and labels is None
+        steps, x = self.num_steps(steps), None
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
-        ids, hidden = self.start(n, known, mask)
-        initial = counts = torch.full((n,), self.length) if known is None else hidden.sum(1).cpu()
+        ids, masked = self.initial_state(n, known, mask)                                    # (n, L) each
+        initial = count = torch.full((n,), self.length) if known is None else masked.sum(1).cpu()
         for step in range(steps):
             progress = (step + 1) / steps
-            w, first = 1 + (guidance - 1) * progress, 1 if alike and step == 0 else n   # from nothing, all begin alike: one pass will do
-            logits = self.logits(ids[:first], hidden[:first], labels, w, x, counts[:first]).expand(n, -1, -1)
-            counts = hidden_left(initial, counts, step, steps, schedule, self.rounds_up)    # what hidden.sum(1) will be
-            noise = temperature * (1 - progress) * gumbel(uniform(seeds, 2 * step + 1, self.length))
-            ids, hidden = demask(logits, ids, hidden, counts, uniform(seeds, 2 * step, self.length), noise)
-            x = self.paint(ids, hidden, logits)
+            w = 1 + (guidance - 1) * progress
+            # From nothing all images begin alike, so the first pass is needed once only.
+            m = 1 if step == 0 and known is None and labels is None else n
+            logits = self.logits(ids[:m], masked[:m], labels, w, x, count[:m]).expand(n, -1, -1)    # (n, L, K)
+            count = num_masked(initial, count, step, steps, schedule, self.round_up)        # what masked.sum(1) will be
+            u, gumbel = (hashed_uniform(seeds, 2 * step + k, self.length) for k in (0, 1))  # (n, L) each
+            noise = temperature * (1 - progress) * to_gumbel(gumbel)
+            ids, masked = unmask(logits, ids, masked, count, u, noise, order)
+            x = self.next_image(ids, masked, logits)
             if step + 1 == steps:
-                hidden = torch.zeros_like(hidden)               # hidden_left() never returns 0; here every guess is kept
-            yield Decoding(ids, hidden, known, mask, x)
+                masked = torch.zeros_like(masked)               # num_masked never returns 0; here every prediction is kept
+            yield Decoding(ids, masked, known, mask, x)
+
+    def num_steps(self, steps=None, eta=None):
+        """20, or one for each token, unless said otherwise."""
+        return steps or min(20, self.length)
+
+    def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
+        """Logits (n, L, K) of masked ids (n, L). Nothing is dropped here: the encoder reads every [MASK].
+
+        With a label, classifier-free guidance [CFG]: w moves the logits from those without label, u, through those with
+        it, c, and beyond: u + w (c - u). x and count are for ADDP, see there.
+        """
+        def conditional(labels):
+            return self.decode(self.encode(self.input_ids(ids, mask, labels)), mask)
+        if labels is None or guidance == 1:
+            return conditional(labels)
+        u = conditional(None)
+        return u + guidance * (conditional(labels) - u)
+
+    def next_image(self, ids, mask, logits):
+        """The image that the next step reads: none, MAGE reads ids."""
 
     @torch.no_grad()
     def render(self, state):
-        """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where ids are hidden, the known pixels where there are any."""
+        """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where tokens are masked, known pixels as they were."""
         x = self.vqgan.decode(state.ids.unflatten(1, (self.grid, self.grid))).clamp(0, 1)
-        cells = state.hidden.unflatten(1, (1, self.grid, self.grid)).float()
-        return state.with_known(torch.where(F.interpolate(cells, scale_factor=float(self.vqgan.stride)) > 0, 0.2, x))
+        mask = state.mask.unflatten(1, (1, self.grid, self.grid)).float()
+        mask = F.interpolate(mask, scale_factor=float(self.vqgan.stride)) > 0               # (n, 1, S, S)
+        return state.with_known(torch.where(mask, 0.2, x))
+
+    def initial_state(self, n, known=None, mask=None):
+        """Ids and which of them are masked, (n, L) each: all of them, unless pixels are known.
+
+        Inpainting: the pixels to be generated are set to 0 before the image is tokenised, since neighbouring ids would
+        leak what was there. Tokens that contain such pixels are masked, and their neighbours, whose ids describe the 0."""
+        device = self.norm.weight.device
+        if known is None:
+            return (torch.zeros(n, self.length, dtype=torch.long, device=device),
+                    torch.ones(n, self.length, dtype=torch.bool, device=device))
+        unknown = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)                    # (n, 1, h, w)
+        masked = F.max_pool2d(unknown, 3, 1, 1).flatten(1) > 0                              # (n, L)
+        return self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked
 
     def reconstruct(self, x):
-        """What the ids keep of pixels (B, 3, S, S), in a tuple of one."""
+        """Pixels (B, 3, S, S) -> what the ids keep of them, in a tuple of one."""
         return self.vqgan.reconstruct(x)[:1]
 
     # ---- representation
 
-    t_range, best_t = (0.0, 1.0, "the share of ids that is hidden"), 0.0                    # of features(t=); embed's
-    pools = ("mean", "class")                                                               # of embed(pool=); the paper's first
-    reads_ids = True                                                                        # features and embed may be given ids
-
     def noise(self, seeds):
-        """What features(noise=) takes, decided by each picture's seed: int64 (B,) -> (B, L)."""
-        return uniform(seeds, 0, self.length)
+        """What features(noise=) takes, decided by each image's seed: int64 (B,) -> (B, L) in (0, 1)."""
+        return hashed_uniform(seeds, 0, self.length)
 
     def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
-        """Block outputs as maps, before any final norm, without the class position; no block after the last one asked for runs.
+        """Outputs of blocks as feature maps, before the final norm and without the class token. Blocks after the last layer that
+        is asked for do not run.
 
-        x       pixels (B, 3, S, S) or ids (B, L)          layers  which blocks; [best_layer] if None
-        t       hidden share in [0, 1], 0 for the whole picture; noise (B, L) says which are hidden, drawn if None
-        add     {layer: map (B, C, h, w)} added to the output of that layer
-        finetune  makes no difference here: MAGE is fine-tuned as it was trained
-        returns [map (B, C, h, w) for each of layers]
+        x         pixels (B, 3, S, S) or ids (B, L)              layers  numbers of blocks; [best_layer] if None
+        t         mask ratio in [0, 1], 0 for the whole image; noise (B, L): the smallest are masked, drawn if None
+        add       {layer: map (B, C, h, w)} added to the output of that layer
+        finetune  changes nothing here: MAGE is fine-tuned as it was trained
+        returns   [map (B, C, h, w) for each of layers]
         """
-        ids = self.to_ids(x)
+        ids = self.to_ids(x)                                                                # (B, L)
         mask = torch.zeros_like(ids, dtype=torch.bool)
         if t:
             noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
-            mask = ranks(noise) < math.ceil(t * self.length)
-        return self.maps(self.token_emb(self.words(ids, mask)), lambda latent: self.decoder_input(latent, mask), layers, add)
-
-    def maps(self, x, middle, layers, add, front=1, *condition):
-        """features() from the first block's input x (B, front + L, C) on. middle: latent -> the first decoder block's (B, 1 + L ..., C)."""
-        layers, maps, L = layers or [self.best_layer], {}, x.size(1) - front
-        x = run_blocks(x, self.blocks, 1, layers, add, maps, slice(front, front + L), *condition)
-        if max(layers) > len(self.blocks):
-            run_blocks(middle(self.norm(x)), self.decoder_blocks, len(self.blocks) + 1, layers, add, maps, slice(1, 1 + L), *condition)
-        return [maps[b] for b in layers]
+            mask = rank_in_row(noise) < math.ceil(t * self.length)
+        x = self.token_emb(self.input_ids(ids, mask))                                       # (B, 1 + L, C)
+        return encoder_decoder_features(self, x, lambda latent: self.decoder_input(latent, mask), layers, add)
 
     def embed(self, x, noise=None, pool="mean"):
-        """The vector the paper probes: (B, C). Nothing is hidden; 'mean': the encoder's last outputs averaged over the picture, without
-        its final norm, then normalised; 'class': the normed output at the class position."""
+        """The vector that the paper probes: (B, C). 'mean': outputs of the last block, averaged over the image, then normalised;
+        'class': the normed class token. Nothing is masked."""
         if pool == "mean":
             return F.layer_norm(self.features(x)[0].mean((2, 3)), self.norm.normalized_shape, eps=1e-6)
         ids = self.to_ids(x)
-        return self.encode(self.words(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
+        return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
 
-def demask(logits, ids, hidden, left, u, noise):
-    """One step of parallel decoding, without a random number of its own.
-
-    logits (n, L, K)    ids, hidden (n, L)    left int (n,): how many to hide again    u (n, L) in (0, 1) draws the ids
-    noise (n, L) is added to the log-probability of what was drawn; the least certain are hidden again, ids known before never
-    returns ids with every position filled, and bool (n, L): hidden again
-    """
-    p = logits.softmax(-1)
-    ids = torch.where(hidden, categorical(p, u), ids)
-    confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + noise
-    return ids, ranks(confidence.masked_fill(~hidden, math.inf)) < send(left, ids.device)[:, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# 5. MAGE-C: which two crops belong together?
+# --------------------------------------------------------------------------------------------------------------
+# 6. MAGE-C: which two crops show the same image?
 #
-#     loss = mean over all 2B views a of  -log softmax_b(z_a . z_b / tau) [b = the other view of a's image]      [SimCLR, eq. 1]
+#     loss = - mean over all 2B views a of  log  exp(z_a . z_b / tau) / sum over c != a of exp(z_a . z_c / tau)
+#                                                b = the other view of a's image                  [SimCLR, eq. 1]
 #
-# Two crops of each image go through MAGE, each with its own hidden ids. The mean of the encoder's outputs is projected to a unit
-# vector z and must be closer to that of the other crop than to those of all other images. Weight 0.1 beside the masked loss
-# [MAGE, section 3.3]. The authors released no training code for it: the projection head's sizes and tau are our choice.
+# Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's outputs is projected to a
+# unit vector z, which must be closer to that of the other crop than to those of all other images. Weight 0.1 beside the
+# masked loss [MAGE, 3.3]. The authors released no training code for it: the projection's sizes and tau are ours.
 
 
 def info_nce(z, temperature=0.2):
-    """Contrastive loss of unit vectors z (B, 2, P), row i holding the two views of image i; the other 2B - 2 are negatives. With
-    several processes the views of all of them take part, gradients included."""
-    views, first = z.flatten(0, 1), 0
-    everyone = views
+    """Contrastive loss of unit vectors z (B, 2, P), row i holding the two views of image i.
+
+    The other 2B - 2 views are negatives. With several processes, which must have equal B, the views of all of them are;
+    gradients flow through all of them, as if one process held the whole batch.
+    """
+    views = z.flatten(0, 1)                                                                 # (2B, P)
+    everyone, first = views, 0
     if torch.distributed.is_initialized():
-        everyone = torch.cat(torch.distributed.nn.all_gather(views))
+        everyone = torch.cat(torch.distributed.nn.all_gather(views))                        # (2B * processes, P)
         first = torch.distributed.get_rank() * len(views)
     me = torch.arange(first, first + len(views), device=z.device)
     similarity = views @ everyone.T / temperature                                           # (2B, 2B * processes)
-    similarity = similarity.scatter(1, me[:, None], -math.inf)                              # nobody is their own partner
-    return F.cross_entropy(similarity, me ^ 1)                                              # neighbours 2i and 2i + 1 belong together
+    similarity = similarity.scatter(1, me[:, None], -math.inf)                              # c != a
+    return F.cross_entropy(similarity, me ^ 1)                                              # views 2i and 2i + 1 belong together
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 6. ADDP: read pixels, guess ids
+# --------------------------------------------------------------------------------------------------------------
+# 7. ADDP: read pixels, predict ids
 #
-#     x_t = D(z)       z_i = e_(id_i) where the id is known, sum_k r_i(k) e_k where it is hidden          r: MAGE's guess from fewer ids
-#     loss = mean over hidden positions i of  -sum_k q_i(k) log p_i(k | x_t, the known ids)             q: MAGE's guess from the known ids
-#                                                                                                          [ADDP, figure 4]
+#     x_t = D(z),   z_i = e_(id_i) where visible,  sum_k r_i(k) e_k where masked           r: MAGE's prediction, from fewer ids
+#     loss = - mean over masked i of  sum_k q_i(k) log p_i(k | x_t, visible ids)           q: MAGE's prediction, from the visible ids
+#                                                                                          [ADDP, figure 4]
 #
-# Ids are good to generate with; to recognise with, pixels are better, since rounding loses what may matter. ADDP has an encoder of
-# pixels and a decoder of ids, and generation alternates: guess the ids from the picture, keep the surest, paint the next picture, in
-# which a known id is its code and a hidden one the mean of all codes, weighted by how likely they are. In training, a frozen MAGE
-# shows how such half-known pictures look: its guess r, from even fewer ids than are known, is what an earlier step would have painted.
-# It is the teacher too: where MAGE's target is one id, here it is q, all that MAGE holds possible. No step number enters the
-# network; it can see how far the picture is.
+# Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter. ADDP has an
+# encoder of pixels and a decoder of ids, and generation alternates between the two spaces:
 #
-# What is not written below is MAGE's: blocks, ranks of noise, the loop of decoding, the choice of what to keep.
+#     ids, mask ---> z: codes where visible,       --- D ---> image x_t --> encoder --> decoder --> p --> unmask --+
+#       ^            mean codes under p where masked                                    ^                          |
+#       |                                                                    visible ids|                          |
+#       +----------------------------------------------------------------------------------------------------------+
+#
+# In training a frozen MAGE provides both ends. It predicts r from the ids of an earlier step, so x_t looks as it would in
+# generation; and it predicts q from the visible ids, which is the target:
+#
+#                     ids, mask of an earlier step --- MAGE ---> r --- D ---> x_t --> encoder --> decoder --> p
+#                                                                                                             | loss
+#                     ids, mask of this step --------- MAGE ---> q -------------------------------------------+
+#
+# No timestep enters the network: it can see how much of the image is decided.
 
 
-def nested_shares():
-    """Hidden shares of training, ascending, and how often each is drawn: float64 (66,) each. Of the cosine's 101 values at 0, 0.01 .. 1
-    those in [0.5, 1), with the weights of MAGE's normal law. As the values lie closest near 1, more is hidden than in MAGE: 74.5 % on
-    average. (Official file: utils.py.)"""
-    share = (math.pi / 2 * torch.arange(100, -1, -1, dtype=torch.float64) / 100).cos()
-    share = share[(share >= 0.5) & (share < 1)]
-    weight = (-((share - 0.55) / 0.25) ** 2 / 2).exp()
-    return share, weight / weight.sum()
+def nested_mask_ratios():
+    """Mask ratios of training, ascending, and their probabilities: float64 (66,) each. They are the cosine's values at 0, 0.01 ... 1
+    that lie in [0.5, 1), weighted by MAGE's normal distribution. As they are dense near 1, more is masked than in MAGE:
+    74.5 % on average. (Official file: utils.py.)"""
+    ratio = (math.pi / 2 * torch.arange(100, -1, -1, dtype=torch.float64) / 100).cos()
+    ratio = ratio[(ratio >= 0.5) & (ratio < 1)]
+    weight = (-((ratio - 0.55) / 0.25) ** 2 / 2).exp()
+    return ratio, weight / weight.sum()
 
 
 class ADDP(MAGE):
-    """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py, models_vit.py).
+    """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py, models_vit.py). What is not
+    written here is MAGE's: blocks, the loop of decoding, the choice of what to unmask.
 
-    predictor       a trained MAGE. It is frozen, and its tokenizer is this model's. It has no part in generating from nothing
+    predictor       a trained MAGE, frozen; its tokenizer is this model's. Generating from nothing does not need it
     image_size      S, which must be the predictor's, else ValueError
-    width, depth, heads, decoder_depth, decoder_heads       of the two stacks, of one width since words enter both ends
+    width, depth, heads, decoder_depth, decoder_heads       of encoder and decoder; both have the same width
 
-    It has as many words as the predictor. Only codes are ever read or guessed, but the softmax of the loss runs over all words. That loss
-    is smoothed, known ids enter the decoder as words too, and a painting is 1 to 5 steps behind: so the code, not the paper's figure.
+    It differs from the paper's figure 4, as the official code does:
+    - the loss has label smoothing, and its softmax runs over the whole vocabulary, although only codes are predicted;
+    - visible ids enter the decoder as tokens, beside the encoder's output;
+    - x_t is made from a mask that is 1 to 5 entries of nested_mask_ratios() earlier, not exactly one step.
     """
+
+    takes_labels = reads_ids = False                            # ids would be decoded first, and that is not the original image
+    t_range, best_t = (0, 0, "always 0, since no timestep enters the network"), 0
+    stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
+    forms = {**MAGE.forms, **dict.fromkeys(("forward.x", "embed.x"), MAGE.forms["x"]),      # one view; and what is read is clamped
+             "index": "int in [0, 66)", "gap": "int in [1, 5]"}
 
     def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
         if image_size != predictor.image_size:
             raise ValueError(f"image size {image_size} is not the predictor's {predictor.image_size}")
         super().__init__(predictor.vqgan, image_size, width, depth, heads, width, decoder_depth, decoder_heads, dropout=dropout)
-        words, patch = predictor.mask_id + 1, self.vqgan.stride
-        self.token_emb, self.mlm_layer = nn.Embedding(words, width), Head(width, width, words)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})       # one patch is one id's place
-        self.token_emb.apply(initialise), self.mlm_layer.apply(initialise)
+        vocab_size, patch = predictor.mask_id + 1, self.vqgan.stride
+        self.token_emb, self.mlm_layer = nn.Embedding(vocab_size, width), Head(width, width, vocab_size)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})       # one patch for each id
+        self.token_emb.apply(init_weights), self.mlm_layer.apply(init_weights)
         nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))            # it is a linear layer on patches
-        self.cls_token, self.mask_token, self.pos_embed = learned(1, width), learned(1, width), learned(1 + self.length, width)
-        self.decoder_pos_mask_embed, self.decoder_pos_token_embed = learned(1 + self.length, width), learned(1 + self.length, width)
+        self.cls_token, self.mask_token, self.pos_embed = (learned_tokens(m, width) for m in (1, 1, 1 + self.length))
+        self.decoder_pos_mask_embed, self.decoder_pos_token_embed = (learned_tokens(1 + self.length, width) for _ in range(2))
         self.tokenizer_norm, self.dropout = nn.LayerNorm(width, eps=1e-6), nn.Dropout(dropout)
         self.register_buffer("color_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)     # ImageNet's
         self.register_buffer("color_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
         self.token_predictor = predictor.requires_grad_(False)
 
     def train(self, mode=True):
-        """The predictor stays in eval mode. In the official training model.train() reached it too, so that its guesses, pictures and
-        targets alike, had dropout 0.1; model.token_predictor.train() afterwards gives that."""
+        """The predictor stays in eval mode. In the official training it did not: its predictions, which are inputs and targets,
+        had dropout 0.1. model.token_predictor.train() afterwards gives that."""
         super().train(mode)
         self.token_predictor.eval()
         return self
 
-    forms = {**MAGE.forms, **dict.fromkeys(("forward.x", "embed.x"), MAGE.forms["x"])}      # one view; and what is read is clamped
-
     # ---- training
 
-    def forward(self, x, labels=None, *, index=None, gap=None, noise=None):
+    def forward(self, x, labels=None, *, index=None, gap=None, mask_noise=None):
         """Loss of one batch.
 
-        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L); labels are not read
-        index, gap  which of nested_shares() is hidden, one for the batch (as official), and how many entries more were hidden when the
-                    picture was painted, 1 .. 5; noise (B, L): the smallest are hidden. All drawn if None
+        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). Labels are not used
+        index, gap  the entry of nested_mask_ratios() that is masked, one for the batch (as in the official code), and how
+                    many entries earlier x_t was made, 1 ... 5
+        mask_noise  (B, L): the smallest are masked. All three are drawn if None
         returns     scalar loss, dict of its terms
         """
-        ids, mask, earlier, seen = self.hide(x, index, gap, noise)
+        ids = self.to_ids(x)                                                                # (B, L)
+        mask, mask_earlier, visible = self.nested_masks(ids, index, gap, mask_noise)
         with torch.no_grad():
-            painted, target = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([earlier, mask])).chunk(2)
-            x = self.paint(ids, mask, painted)
-        logits = self.decode(self.encode(x), ids, mask, seen, rows=len(self.table))
-        target = F.pad(target.softmax(-1), (0, logits.size(2) - self.codes))
-        loss = masked_loss(logits, target, mask)
+            r, q = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([mask_earlier, mask])).chunk(2)  # (B, L, K) each
+            xt = self.next_image(ids, mask, r)                                              # (B, 3, S, S)
+        logits = self.decode(self.encode(xt), ids, mask, visible, vocab_size=len(self.token_weights))
+        target = F.pad(q.softmax(-1), (0, logits.size(2) - self.codes))                     # (B, L, vocab_size)
+        loss = masked_cross_entropy(logits, target, mask)
         return loss, {"masked": loss}
 
-    def hide(self, x, index=None, gap=None, noise=None):
-        """Pixels or ids -> ids (B, L); which are hidden, and which were a few steps earlier, those and more: bool (B, L) each; and how
-        many of each picture are not hidden: int."""
-        ids = self.to_ids(x)
-        noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
-        share, weight = nested_shares()                                                     # on the CPU: the number decides shapes
-        index = int(categorical(weight, torch.rand((), dtype=torch.float64)) if index is None else index)
+    def nested_masks(self, ids, index=None, gap=None, mask_noise=None):
+        """Masks of this step and of an earlier one, which contains it: bool (B, L) each; and how many tokens are visible: int."""
+        mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
+        ratio, weight = nested_mask_ratios()                                                # on the CPU: they decide shapes
+        index = int(sample_categorical(weight, torch.rand((), dtype=torch.float64)) if index is None else index)
         gap = int(torch.randint(1, 6, ()) if gap is None else gap)
-        few, more = (math.ceil(self.length * share[min(i, len(share) - 1)].item()) for i in (index, index + gap))
-        order = ranks(noise)
-        return ids, order < few, order < more, self.length - few
+        now, earlier = (math.ceil(self.length * ratio[min(i, len(ratio) - 1)].item()) for i in (index, index + gap))
+        rank = rank_in_row(mask_noise)
+        return rank < now, rank < earlier, self.length - now
 
-    def paint(self, ids, hidden, logits):
-        """The picture x_t (n, 3, S, S), not clamped: known ids as their codes, hidden ones as the mean of all codes, weighted by softmax(logits)."""
-        codes = self.vqgan.quantize.embedding.weight
-        z = torch.where(hidden[..., None], logits.softmax(-1) @ codes, codes[ids]).mT.unflatten(2, (self.grid, self.grid))
-        return self.vqgan.paint(z)
+    def next_image(self, ids, mask, logits):
+        """x_t (n, 3, S, S), not clamped: codes of visible ids, mean codes under softmax(logits) where masked, decoded."""
+        codes = self.vqgan.quantize.embedding.weight                                        # (K, dim)
+        z = torch.where(mask[..., None], logits.softmax(-1) @ codes, codes[ids])            # (n, L, dim)
+        return self.vqgan.decode_codes(z.mT.unflatten(2, (self.grid, self.grid)))
 
     def patches(self, x, finetune=False):
-        """Pixels (B, 3, S, S) -> what the encoder's blocks read (B, 1 + L, C). Fine-tuning goes without the clamp and tokenizer_norm."""
+        """Pixels (B, 3, S, S) -> input of the encoder's blocks (B, 1 + L, C). Fine-tuning skips the clamp and tokenizer_norm."""
         x = ((x if finetune else x.clamp(0, 1)) - self.color_mean) / self.color_std
-        x = self.patch_embed["proj"](x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1) + self.positions(x.size(-1))
+        x = self.patch_embed["proj"](x)                                                     # (B, C, h, w)
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x.flatten(2).mT], 1) + self.resized_pos_embed(x.size(-1))
         return x if finetune else self.dropout(self.tokenizer_norm(x))
 
-    def positions(self, side):
-        """Position table for side x side patches (1, 1 + side * side, C), resized if these are not as many as in training."""
+    def resized_pos_embed(self, side):
+        """Position embedding of side x side patches (1, 1 + side * side, C), interpolated if training had another number."""
         if side == self.grid:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))
+        grid = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))                # (1, C, h, w)
         grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
     def encode(self, x):
-        """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters: hidden ids show as blurred patches."""
+        """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters: masked ids show as blurred patches."""
         x = self.patches(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def decoder_input(self, latent, ids, mask, seen):
-        """The latent, a learned token where an id is hidden and, unlike in MAGE, at position 0; behind it the words of the seen ids, as
-        many in each picture: (B, 1 + L + seen, C). Each of the three kinds of tokens has positions of its own."""
-        x = torch.cat([self.mask_token.expand(len(ids), -1, -1), self.decoder_embed(latent[:, 1:])], 1) + self.decoder_pos_embed_learned
+    def decoder_input(self, latent, ids, mask, visible):
+        """Latent (B, 1 + L, C) -> (B, 1 + L + visible, C). The mask token stands where an id is masked and, unlike in MAGE, at
+        position 0; the visible ids, the same number in each image, are appended. Each kind has its own position embedding."""
+        x = torch.cat([self.mask_token.expand(len(ids), -1, -1), self.decoder_embed(latent[:, 1:])], 1)     # (B, 1 + L, C)
+        x = x + self.decoder_pos_embed_learned
         x = torch.where(F.pad(mask, (1, 0))[..., None], self.mask_token + self.decoder_pos_mask_embed, x)
-        words = self.token_emb(ids) + self.decoder_pos_token_embed[:, 1:]
-        return torch.cat([x, take(words, mask.int().argsort(stable=True, dim=1)[:, :seen])], 1)      # the seen ones, row by row
+        id_tokens = self.token_emb(ids) + self.decoder_pos_token_embed[:, 1:]               # (B, L, C)
+        ids_visible = mask.int().argsort(stable=True, dim=1)[:, :visible]                   # (B, visible), ascending
+        return torch.cat([x, gather_tokens(id_tokens, ids_visible)], 1)
 
-    table = property(lambda self: self.token_emb.weight)
+    token_weights = property(lambda self: self.token_emb.weight)
+    dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
 
     # ---- generation
 
-    rounds_up = True                                            # the first step may keep nothing
+    round_up = True                                             # the first step may keep nothing
 
-    def logits(self, ids, hidden, labels=None, guidance=1.0, x=None, counts=None):
-        """Logits (n, L, K) from the picture so far and the known ids. Labels are not read. While all is hidden, no picture is needed: the
-        decoder overwrites whatever the encoder says. A hole begins with what the predictor expects in it."""
-        counts = hidden.sum(1).cpu() if counts is None else counts
-        if counts.min() == self.length:
-            latent = self.cls_token.expand(len(ids), 1 + self.length, -1)
+    def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
+        """Logits (n, L, K) from the image so far x, None before the first step, and the visible ids.
+
+        count int (n,), on the CPU: how many tokens of each image are masked. While that is all of them, the decoder
+        overwrites whatever the encoder says, and no image is needed. Inpainting begins with what the predictor expects.
+        """
+        count = mask.sum(1).cpu() if count is None else count
+        if count.min() == self.length:
+            latent = ids.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel(), dtype=self.norm.weight.dtype)
         else:
-            latent = self.encode(self.paint(ids, hidden, self.token_predictor.logits(ids, hidden)) if x is None else x)
+            latent = self.encode(self.next_image(ids, mask, self.token_predictor.logits(ids, mask)) if x is None else x)
         logits = torch.empty(*ids.shape, self.codes, device=ids.device)
-        for count in set(counts.tolist()):                      # words are appended in equal numbers only
-            rows = send((counts == count).nonzero().flatten(), ids.device)
-            logits[rows] = self.decode(latent[rows], ids[rows], hidden[rows], self.length - count)
+        for masked, images in groups_of_equal_length(count):
+            i = to_device(images, ids.device)
+            logits[i] = self.decode(latent[i], ids[i], mask[i], self.length - masked)
         return logits
 
     def render(self, state):
-        """Decoding -> pixels (n, 3, S, S) in [0, 1]: the picture so far. In the last one a single id is still a mean of codes, as official."""
+        """Decoding -> pixels (n, 3, S, S) in [0, 1]: the image so far. In the last one a single id is still a mean of codes, as
+        in the official code."""
         return state.with_known(state.x.clamp(0, 1))
 
     # ---- representation
 
-    reads_ids = False                                           # ids would only be decoded, and that is not the picture they came from
-    t_range, best_t = (0, 0, "always 0, since no step number enters the network"), 0
-
     def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
-        """As MAGE's, of pixels (B, 3, S, S), or of ids (B, L), decoded. t must be 0, else ValueError. Decoder layers see all ids.
+        """As MAGE's, of pixels (B, 3, S, S), or of ids (B, L), which are decoded. t is 0. Layers of the decoder see all ids.
 
-        finetune  True: as the authors fine-tuned it, without clamp and tokenizer_norm, though pre-trained with them; S may then be another
+        finetune  True: as the authors fine-tune, without clamp and tokenizer_norm, although pre-trained with them. S may
+                  then be another multiple of the patch size, for layers of the encoder
         """
         x = self.to_pixels(x)
 
-        def middle(latent):
+        def decoder_input(latent):
             ids = self.to_ids(x)
             return self.decoder_input(latent, ids, torch.zeros_like(ids, dtype=torch.bool), self.length)
-        return self.maps(self.patches(x, finetune), middle, layers, add)
+        return encoder_decoder_features(self, self.patches(x, finetune), decoder_input, layers, add)
 
     @torch.no_grad()
     def to_pixels(self, x):
-        """Ids (B, L) -> pixels (B, 3, S, S); pixels stay pixels."""
+        """Ids (B, L) -> pixels (B, 3, S, S). Pixels stay pixels."""
         return x if x.is_floating_point() else self.vqgan.decode(x.long().unflatten(1, (self.grid, self.grid)))
 
     def embed(self, x, noise=None, pool="mean"):
-        """A vector for a frozen probe: (B, C). 'mean': the encoder's normed outputs averaged over the picture; 'class': at position 0."""
-        latent = self.encode(self.to_pixels(x))
+        """A vector for a linear probe: (B, C). 'mean': the encoder's normed outputs, averaged over the image; 'class': at position 0."""
+        latent = self.encode(self.to_pixels(x))                                             # (B, 1 + L, C)
         return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 7. UMD, with MAE and DiT as its ends: hide, or add noise, or both
+# --------------------------------------------------------------------------------------------------------------
+# 8. Noise
 #
-#     clean part    a share q of the batch, t = 0, much hidden:    (x0' - x0)^2 on what is hidden                  [MAE]
-#     noised part   the rest, t >= 1, less or nothing hidden:      half (eps' - eps)^2 on what is seen,
-#                                                                  half (x0' - x0)^2 on what is hidden             [UMD, section 3]
-#                   nothing hidden:                                both halves everywhere
+# Noise corrupts pixels by degrees, where a mask corrupts tokens at once. At timestep t the image is a mixture
 #
-# Here nothing is tokenised: a token is a patch of pixels. Hiding patches teaches what pictures look like at large, removing noise
-# teaches every scale of detail, and both are the same act, corrupting and undoing. If clean is called t = 0, with abar_0 = 1, then
-# q_sample covers both parts and three numbers tell four methods apart:
+#     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, 1)                      [DDPM, eq. 4]
 #
-#                 share of clean pictures    hidden if clean    hidden if noised
-#     UMD                  0.5                    0.75               0.375
-#     MAE                  1                      0.75                 -
-#     MaskDiT              0                       -                  0.5
-#     DiT                  0                       -                   0
+# and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps.
 #
-# The ends are UMD's own. The published MAE has fixed positions, a narrow decoder and targets normalised patch by patch; the published
-# DiT reads latents, has no decoder, guesses the noise alone and learns a variance. Their weights do not fit.
+# Predicting eps is predicting x0: solve the equation for either. In the loss only the weight differs,
+# |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2; with weight 1 on eps it is DDPM's "simple" loss [DDPM, eq. 14].
+#
+# The way back goes to ever larger alpha_bar. A step predicts x0, and with it eps, and mixes them anew:
+#
+#     x_next = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise     [DDIM, eq. 12]
+#     sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)       [DDIM, eq. 16]
+#
+# eta = 0 adds no noise: DDIM. At eta = 1 sigma^2 is the variance of the posterior q(x_next | xt, x0) [DDPM, eq. 7], and the
+# first two terms are its mean: write eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar), and collect the factors of xt
+# and x0'. So eta = 1 is DDPM's ancestral sampling, for neighbouring timesteps and for any others.
+#
+# In this section alpha_bar is a float64 tensor (B,) or (), on the CPU: some GPUs lack float64, and reading a timestep off
+# any of them would mean waiting. Pixels are in [-1, 1].
+
+
+def noise_schedule(name, steps=1000):
+    """alpha_bar at timesteps 0 ... T-1: float64 (T,). "linear" betas [DDPM], or "cosine", which spares small images [iDDPM, eq. 17]."""
+    if name == "linear":
+        beta = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+    elif name == "cosine":
+        f = (((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008) * math.pi / 2).cos() ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"a noise schedule is 'linear' or 'cosine', not {name!r}")
+    return (1 - beta).cumprod(0)
+
+
+def per_image(a, x):
+    """Float64 numbers (B,) or (), rounded and sent to where pixels x (B, 3, S, S) can be multiplied by them."""
+    return to_device(a.to(x.dtype), x.device).view(-1, 1, 1, 1) if a.dim() else a.to(x.dtype)
+
+
+def q_sample(x0, alpha_bar, eps):
+    """xt, the mixture above."""
+    return per_image(alpha_bar.sqrt(), x0) * x0 + per_image((1 - alpha_bar).sqrt(), x0) * eps
+
+
+def x0_from_eps(xt, alpha_bar, eps):
+    """The same equation, solved for x0."""
+    return per_image(alpha_bar.rsqrt(), xt) * xt - per_image((1 / alpha_bar - 1).sqrt(), xt) * eps
+
+
+def posterior_variance(alpha_bar, alpha_bar_next):
+    """Variance of q(x_next | xt, x0) [DDPM, eq. 7]: float64. It is 0 where alpha_bar_next is 1."""
+    return (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next).clamp(min=0)
+
+
+def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
+    """One step from xt at alpha_bar to alpha_bar_next, given a prediction of x0: the equation above.
+
+    noise  standard normal, like xt        std  like xt: scales the noise instead of sigma, where a network has learned it
+    With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of removing it.
+    """
+    eps = (per_image(alpha_bar.rsqrt(), xt) * xt - x0) / per_image((1 / alpha_bar - 1).sqrt(), xt)
+    variance = eta ** 2 * posterior_variance(alpha_bar, alpha_bar_next)
+    std = per_image(variance.sqrt(), xt) if std is None else std * per_image(torch.as_tensor(alpha_bar_next < 1), xt)
+    mean = per_image(alpha_bar_next.sqrt(), xt) * x0 + per_image((1 - alpha_bar_next - variance).sqrt(), xt) * eps
+    return mean + std * noise
+
+
+class Denoising(typing.NamedTuple):
+    """Images while noise is removed: x (n, 3, S, S), clean ones in [-1, 1]."""
+    x: torch.Tensor
+
+
+def denoise(predict_x0, noise, alpha_bar, eta=1.0, known=None, mask=None):
+    """From noise to images: yields a Denoising after each step; the last one is clean.
+
+    predict_x0   function (x, step) -> x0 in [-1, 1], and std of ddim_step or None
+    noise        function k -> standard normal (n, 3, S, S). k = 0 is the start; step s adds number 2 s + 1
+    alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
+    known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the known pixels
+                 are put back, with as much noise (number 2 s + 2) as x has by then [RePaint]
+    """
+    x = noise(0)
+    for step, (now, after) in enumerate(zip(alpha_bar, [*alpha_bar[1:], torch.ones_like(alpha_bar[0])])):
+        x0, std = predict_x0(x, step)
+        x = ddim_step(x, x0, now, after, eta, noise(2 * step + 1), std)
+        if known is not None:
+            x = torch.where(mask[:, None], x, q_sample(2 * known - 1, after, noise(2 * step + 2)))
+        yield Denoising(x)
+
+
+def timestep_embedding(t, dim, last, order):
+    """t (B,) -> (B, dim), float32: sines and cosines of t w_j, w_j = 10000^(-j / last) for j = 0 ... dim / 2 - 1.
+
+    UMD and ADM differ in last, dim / 2 - 1 against dim / 2, and in the order, "sin cos" against "cos sin"."""
+    w = (-math.log(10000) / last * torch.arange(dim // 2, device=t.device)).exp()           # (dim / 2,)
+    phase = t.float()[:, None] * w                                                          # (B, dim / 2)
+    return torch.cat([phase.sin(), phase.cos()] if order == "sin cos" else [phase.cos(), phase.sin()], 1)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 9. UMD, MAE, MaskDiT, DiT: predict masked patches, or the noise, or both
+#
+# A token is now a patch of pixels. A batch has two parts:
+#
+#     clean part    B - N images, t = 0, mask ratio r_0:       L_clean = mean over masked pixels   (x0 - x0')^2      [MAE]
+#     noised part   N images, t = 1 ... T, mask ratio r_t:     L_x0    = mean over masked pixels   (x0 - x0')^2
+#                                                              L_eps   = mean over visible pixels  (eps - eps')^2
+#                                                              (r_t = 0: both over all pixels)
+#     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                              [UMD, section 3]
+#
+# Masking patches teaches the large structure of images, removing noise every scale of detail. If clean images are called
+# t = 0, with alpha_bar_0 = 1, then q_sample covers both parts, and three numbers make four methods of it:
+#
+#                 clean_ratio (B - N) / B    mask_ratio_clean r_0    mask_ratio_noised r_t
+#     UMD                  0.5                      0.75                  0.375
+#     MAE                  1                        0.75                    -
+#     MaskDiT              0                         -                     0.5
+#     DiT                  0                         -                      0
+#
+# These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets normalised patch by patch;
+# the published DiT reads latents, has no decoder, predicts the noise alone and learns a variance. Their weights do not fit.
 
 
 class ConditionedBlock(Block):
-    """A Block that is told something, here t and the label: shift, scale and gate of both halves follow from a condition c (B, C)
-    (adaLN-Zero [DiT, section 3.2]). All of them start at 0, so a fresh block passes x (B, L, C) on unchanged."""
+    """A Block whose halves are shifted, scaled and gated by a condition c (adaLN-Zero [DiT, 3.2]): x (B, L, C), c (B, C) -> (B, L, C).
+
+        x + gate1 * attention(LayerNorm(x) (1 + scale1) + shift1), then the same with the MLP
+
+    All six start at 0, so a fresh block passes x on unchanged."""
 
     def __init__(self, dim, heads):
         super().__init__(dim, heads, gelu="tanh")
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)     # (B, 1, C) each
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
-class UMD(Model):
-    """Unified masked diffusion (official files: models/ae.py, trainers/train_ae.py of small-vision; there in JAX).
+def masked_mse(prediction, target, mask):
+    """Mean squared error over the pixels where mask (B, 1, S, S) is True; prediction and target (B, 3, S, S)."""
+    return ((prediction - target).square() * mask).sum() / (3 * mask.sum())
 
-    image_size, grid                            S, and patches along a side; S a multiple of grid, else ValueError
-    width, depth, heads, decoder_depth          both stacks have the same width and heads
-    clean, hidden_clean, hidden_noised          the three numbers of the table above
+
+class UMD(Model):
+    """Unified masked diffusion (official files: models/ae.py, trainers/train_ae.py of small-vision, in JAX).
+
+    image_size, grid                            S, and patches on a side; S a multiple of grid, else ValueError
+    width, depth, heads, decoder_depth          encoder and decoder have the same width and heads
+    clean_ratio, mask_ratio_clean, mask_ratio_noised        the three numbers of the table above
     classes                                     0, or the number of labels it can be conditioned on
 
-    Time t, everywhere: 0 for clean pictures, 1 .. T for noised ones.
+    The timestep t is 0 for clean images, and 1 ... T for noised ones.
     """
 
-    def __init__(self, image_size, grid, width, depth, heads, decoder_depth, clean, hidden_clean, hidden_noised, classes=0, class_tokens=4):
+    takes_labels = True
+    pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
+    forms = {**Model.forms, "mask_noise": "float ({B}, {m.length})", "n_clean": "int in [0, {B}]"}
+
+    def __init__(self, image_size, grid, width, depth, heads, decoder_depth, clean_ratio, mask_ratio_clean, mask_ratio_noised,
+                 classes=0, class_tokens=4):
         super().__init__()
         if image_size % grid:
             raise ValueError(f"image size {image_size} is not a multiple of the grid, {grid}")
         self.image_size, self.grid, self.length, self.classes = image_size, grid, grid ** 2, classes
-        self.best_layer, self.layers = depth, dict.fromkeys(range(1, depth + decoder_depth + 1), (width, grid, grid))
-        self.clean, self.hidden_clean, self.hidden_noised, patch = clean, hidden_clean, hidden_noised, image_size // grid
-        self.abar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar("cosine")])    # (1 + T,); no buffer
-        self.t_range = (0, len(self.abar) - 1, "the noise step, 0 for none")
-        self.generates = clean < 1
-        self.best_t = 0 if clean else 51                # where nothing clean was ever seen, a little noise serves best [official default]
+        self.clean_ratio, self.mask_ratio_clean, self.mask_ratio_noised = clean_ratio, mask_ratio_clean, mask_ratio_noised
+        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), noise_schedule("cosine")])      # (1 + T,); no buffer
+        self.max_steps = len(self.alpha_bar) - 1
+        self.t_range = (0, self.max_steps, "the timestep, 0 for no noise")
+        self.best_t = 0 if clean_ratio else 51                  # who never saw a clean image reads one with a little noise best [official]
+        self.generates, self.reconstructs = clean_ratio < 1, mask_ratio_clean > 0
 
+        patch = image_size // grid
         self.time_embed = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
         if classes:
-            self.label_embed = nn.Sequential(nn.Embedding(classes + 1, width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            self.label_embed = nn.Sequential(nn.Embedding(classes + 1, width), nn.Linear(width, 2 * width), nn.SiLU(),
+                                             nn.Linear(2 * width, width))
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
-        self.pos_embed, self.decoder_pos_embed = (nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5) for _ in range(2))
-        self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))      # equal at the start and so for ever: one token that counts four times
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=clean * hidden_clean + hidden_noised > 0)
+        self.pos_embed, self.decoder_pos_embed = (nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
+                                                  for _ in range(2))
+        # Four equal class tokens. They have no position, so they stay equal: one token that counts four times in attention.
+        self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))
+        masks = bool(clean_ratio and mask_ratio_clean) or mask_ratio_noised > 0
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masks)
         self.blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(decoder_depth))
         self.decoder_norm, self.decoder_modulation = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 2 * width)
         self.to_pixels = nn.ConvTranspose2d(width, 6, patch, patch)
-        self.initialise()
+        self.init_weights()
+        self.best_layer = depth                                 # the encoder's last
+        self.layers = dict.fromkeys(range(1, depth + decoder_depth + 1), (width, grid, grid))
 
     @torch.no_grad()
-    def initialise(self):
-        """The authors' start: Xavier-uniform matrices (q, k and v one by one), LeCun-normal embeddings of pixels, time and label, no modulation."""
+    def init_weights(self):
+        """The authors' initialisation: Xavier-uniform matrices (q, k and v one by one); LeCun-normal embeddings of patches,
+        timestep and label; zero modulation."""
         for block in (*self.blocks, *self.decoder_blocks):
             for weight in (*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight):
                 nn.init.xavier_uniform_(weight)
-            for bias in (block.attn.qkv.bias, block.attn.proj.bias, block.modulation.weight, block.modulation.bias):
-                nn.init.zeros_(bias)
+            for zero in (block.attn.qkv.bias, block.attn.proj.bias, block.modulation.weight, block.modulation.bias):
+                nn.init.zeros_(zero)
             for bias in (block.mlp.fc1.bias, block.mlp.fc2.bias):
                 nn.init.normal_(bias, std=1e-6)
         for layer in (self.patch_embed, *self.time_embed, *(self.label_embed if self.classes else ())):
             if isinstance(layer, nn.Embedding):
                 nn.init.normal_(layer.weight, std=layer.embedding_dim ** -0.5)
             elif not isinstance(layer, nn.SiLU):
-                std = layer.weight[0].numel() ** -0.5 / 0.8796          # 0.8796: what cutting off at two deviations leaves of one
+                std = layer.weight[0].numel() ** -0.5 / 0.8796          # 0.8796: std of a standard normal truncated at +-2
                 nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
                 nn.init.zeros_(layer.bias)
         nn.init.normal_(self.to_pixels.weight, std=0.02)
@@ -1271,198 +1451,211 @@ class UMD(Model):
 
     # ---- training
 
-    def draws(self, first, count):
-        """How many of these pictures stay clean, so that the share is right in the whole batch."""
-        return {"clean": int((first + count) * self.clean) - int(first * self.clean)}
-
-    def forward(self, x, labels=None, *, clean=None, t=None, noise=None, mask_noise=None, keep_label=None):
+    def forward(self, x, labels=None, *, n_clean=None, t=None, noise=None, mask_noise=None, keep_label=None):
         """Loss of one batch.
 
-        x           pixels (B, 3, S, S) in [0, 1]           labels  int (B,) in 0 .. classes - 1, or None; the clean part never sees them
-        clean       how many, the last ones, stay clean; int(B * share) if None. The rest, N of them, are noised:
-        t, noise    int (N,) in 1 .. T and (N, 3, S, S), standard normal
-        mask_noise  (B, L), the smallest are masked         keep_label  bool (N,): which labels are shown. All drawn if None
+        x           pixels (B, 3, S, S) in [0, 1]
+        labels      int (B,) in [0, classes), or None; the clean part does not see them
+        n_clean     how many images, the last ones, stay clean: B - N; int(B * clean_ratio) if None
+        t, noise    int (N,) in 1 ... T and eps (N, 3, S, S)
+        mask_noise  (B, L): the smallest are masked        keep_label  bool (N,): False hides the label. All drawn if None
         returns     scalar loss, dict of its terms
         """
         x0, B = 2 * x - 1, len(x)
-        N = B - (int(B * self.clean) if clean is None else clean)
-        t = torch.randint(1, len(self.abar), (N,)) if t is None else t.cpu()
+        N = B - (int(B * self.clean_ratio) if n_clean is None else n_clean)
+        t = torch.randint(1, len(self.alpha_bar), (N,)) if t is None else t.cpu()
         noise = torch.randn_like(x0[:N]) if noise is None else noise
         mask_noise = torch.rand(B, self.length, device=x.device) if mask_noise is None else mask_noise
         loss, logs = 0, {}
         if N:
-            logs["x0"], logs["eps"] = self.errors(x0[:N], t, noise, mask_noise[:N], self.hidden_noised,
-                                                  None if labels is None else labels[:N], keep_label)
+            labels = None if labels is None else labels[:N]
+            logs["x0"], logs["eps"] = self.losses(x0[:N], t, noise, mask_noise[:N], self.mask_ratio_noised, labels, keep_label)
             loss = N / B * (logs["x0"] + logs["eps"]) / 2
         if N < B:
-            logs["x0_clean"], _ = self.errors(x0[N:], t.new_zeros(B - N), torch.zeros_like(x0[N:]), mask_noise[N:], self.hidden_clean)
+            logs["x0_clean"], _ = self.losses(x0[N:], t.new_zeros(B - N), torch.zeros_like(x0[N:]), mask_noise[N:],
+                                              self.mask_ratio_clean)
             loss = loss + (B - N) / B * logs["x0_clean"]
         return loss, logs
 
-    def errors(self, x0, t, noise, mask_noise, ratio, labels=None, keep_label=None):
-        """Mean squared errors of x0, where it was hidden, and of the noise, where it could be seen; of both everywhere if nothing is hidden."""
-        visible = self.visible(mask_noise, ratio) if ratio else None
-        guess = self.predict(q_sample(x0, self.abar[t], noise), t, labels, visible, keep_label)
-        if not ratio:
-            return tuple(F.mse_loss(ours, target) for ours, target in zip(guess, (x0, noise)))
-        hidden = self.hidden_pixels(visible)
-        return tuple(((ours - target).square() * where).sum() / (3 * where.sum())
-                     for ours, target, where in zip(guess, (x0, noise), (hidden, ~hidden)))
+    def losses(self, x0, t, eps, mask_noise, mask_ratio, labels=None, keep_label=None):
+        """L_x0, over masked pixels, and L_eps, over visible ones; both over all pixels if nothing is masked."""
+        ids_keep = self.random_masking(mask_noise, mask_ratio) if mask_ratio else None      # (B, M)
+        x0_hat, eps_hat = self.predict(q_sample(x0, self.alpha_bar[t], eps), t, labels, ids_keep, keep_label)
+        if not mask_ratio:
+            return F.mse_loss(x0_hat, x0), F.mse_loss(eps_hat, eps)
+        mask = self.pixel_mask(ids_keep)                                                    # (B, 1, S, S)
+        return masked_mse(x0_hat, x0, mask), masked_mse(eps_hat, eps, ~mask)
 
-    def visible(self, mask_noise, ratio):
-        """The patches of largest noise (B, L), so many that a share ratio is masked: int (B, M)."""
-        return mask_noise.argsort(dim=1, stable=True)[:, self.length - int(self.length * (1 - ratio)):]
+    def random_masking(self, mask_noise, mask_ratio):
+        """Patches that enter the encoder, in any order, since each has a position embedding: int (B, M). The smallest are masked."""
+        return mask_noise.argsort(dim=1, stable=True)[:, self.length - int(self.length * (1 - mask_ratio)):]
 
-    def hidden_pixels(self, visible):
-        """Visible patches, int (B, M) -> bool (B, 1, S, S), True = hidden."""
-        hidden = torch.ones(len(visible), self.length, dtype=torch.bool, device=visible.device).scatter(1, visible, False)
+    def pixel_mask(self, ids_keep):
+        """Visible patches, int (B, M) -> bool (B, 1, S, S), True = masked."""
+        mask = torch.ones(len(ids_keep), self.length, dtype=torch.bool, device=ids_keep.device).scatter(1, ids_keep, False)
         patch = self.image_size // self.grid
-        return hidden.view(-1, 1, self.grid, self.grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+        return mask.view(-1, 1, self.grid, self.grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
-    def predict(self, x, t, labels=None, visible=None, keep_label=None):
-        """Pixels (B, 3, S, S) in about [-1, 1], noised to t (B,) -> guesses of x0 and of the noise, each (B, 3, S, S).
+    def micro_batch_args(self, first, count):
+        """How many of these images stay clean, so that the ratio is right in the whole batch."""
+        return {"n_clean": int((first + count) * self.clean_ratio) - int(first * self.clean_ratio)}
 
-        visible  int (B, M): the patches that the network sees, all if None        labels, keep_label as for forward
+    def predict(self, x, t, labels=None, ids_keep=None, keep_label=None):
+        """Pixels (B, 3, S, S) in about [-1, 1], noised to t (B,) -> predictions of x0 and eps, (B, 3, S, S) each.
+
+        ids_keep  int (B, M): the patches that the network sees, all if None        labels, keep_label  as for forward
         """
-        c = self.condition(send(t, x.device), labels, keep_label)
-        return self.decode(self.encode(x, c, visible), c, visible)
+        c = self.condition(to_device(t, x.device), labels, keep_label)                      # (B, C)
+        return self.decode(self.encode(x, c, ids_keep), c, ids_keep)
 
     def condition(self, t, labels=None, keep_label=None):
-        """What every block is told: (B, C). In training one label in ten is left out, which guidance needs."""
-        phases = angles(t, self.norm.weight.numel(), self.norm.weight.numel() / 2 - 1)
-        c = self.time_embed(torch.cat([phases.sin(), phases.cos()], 1))
+        """Timestep (B,) and labels -> c of the blocks (B, C). In training one label in ten is hidden, for classifier-free guidance."""
+        width = self.norm.weight.numel()
+        c = self.time_embed(timestep_embedding(t, width, width / 2 - 1, "sin cos"))
         if self.classes:
             if labels is not None and keep_label is None:
                 keep_label = torch.rand(labels.shape, device=t.device) >= (0.1 if self.training else 0.0)
-            none = torch.full_like(t, self.classes)
-            c = c + self.label_embed(none if labels is None else torch.where(keep_label, labels, none))
+            no_label = torch.full_like(t, self.classes)
+            c = c + self.label_embed(no_label if labels is None else torch.where(keep_label, labels, no_label))
         return F.silu(c)
 
-    def encode(self, x, c, visible=None):
-        """Noised pixels -> class tokens, then the visible patches: (B, 4 + M, C)."""
-        x = self.tokens(x)
-        x = x if visible is None else take(x, visible)
+    def encode(self, x, c, ids_keep=None):
+        """Pixels (B, 3, S, S) -> latent: class tokens, then the visible patches (B, 4 + M, C)."""
+        x = self.patches(x)                                                                 # (B, L, C)
+        x = x if ids_keep is None else gather_tokens(x, ids_keep)                           # (B, M, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
             x = block(x, c)
         return self.norm(x)
 
-    def tokens(self, x):
-        """A token a patch, which knows its place: (B, 3, S, S) -> (B, L, C)."""
+    def patches(self, x):
+        """Pixels (B, 3, S, S) -> embedded patches with their positions (B, L, C)."""
         return self.patch_embed(x).flatten(2).mT + self.pos_embed
 
-    def decode(self, latent, c, visible=None):
-        """Latent (B, 4 + M, C) -> guesses of x0 and of the noise, each (B, 3, S, S)."""
-        x = self.decoder_input(latent, visible)
+    def decode(self, latent, c, ids_keep=None):
+        """Latent (B, 4 + M, C) -> predictions of x0 and eps, (B, 3, S, S) each."""
+        x = self.decoder_input(latent, ids_keep)                                            # (B, 1 + L, C)
         for block in self.decoder_blocks:
             x = block(x, c)
-        shift, scale = self.decoder_modulation(c)[:, None].chunk(2, -1)
-        x = self.decoder_norm(x)[:, 1:] * (1 + scale) + shift
-        return in_float32(self.to_pixels, x.mT.unflatten(2, (self.grid, self.grid))).chunk(2, 1)
+        shift, scale = self.decoder_modulation(c)[:, None].chunk(2, -1)                     # (B, 1, C) each
+        x = self.decoder_norm(x)[:, 1:] * (1 + scale) + shift                               # (B, L, C)
+        x = x.mT.unflatten(2, (self.grid, self.grid))                                       # (B, C, h, w)
+        return in_float32(self.to_pixels, x).chunk(2, 1)
 
-    def decoder_input(self, latent, visible=None):
-        """The mean of the class tokens, all that the decoder learns of the picture as a whole; then patches in their places, the
-        mask token in every gap: (B, 1 + L, C)."""
-        front, x = latent[:, :self.cls_token.size(1)].mean(1, keepdim=True), latent[:, self.cls_token.size(1):]
-        x = x if visible is None else put(self.mask_token.to(x.dtype).expand(len(x), self.length, -1), visible, x)
-        return torch.cat([front, x + self.decoder_pos_embed], 1)
+    def decoder_input(self, latent, ids_keep=None):
+        """The mean of the class tokens, then all patches: visible ones at their places, the mask token at the others (B, 1 + L, C)."""
+        k = self.cls_token.size(1)
+        summary, x = latent[:, :k].mean(1, keepdim=True), latent[:, k:]
+        if ids_keep is not None:
+            x = scatter_tokens(self.mask_token.to(x.dtype).expand(len(x), self.length, -1), ids_keep, x)
+        return torch.cat([summary, x + self.decoder_pos_embed], 1)
 
     # ---- generation
 
     def guided(self, x, t, labels=None, guidance=1.0):
-        """predict(), with what the label changes exaggerated."""
+        """predict() with classifier-free guidance w: u + w (c - u), u without and c with the label [CFG]."""
         if labels is None or guidance == 1:
             return self.predict(x, t, labels)
-        return tuple(free + guidance * (ours - free) for ours, free in zip(self.predict(x, t, labels), self.predict(x, t)))
+        return tuple(u + guidance * (c - u) for c, u in zip(self.predict(x, t, labels), self.predict(x, t)))
+
+    def num_steps(self, steps=None, eta=None):
+        """125 as published: from T down in strides of T / steps, rounded up, and t = 1 at the end. MAE: 1."""
+        return len(self.timesteps(steps)) if self.generates else 1
+
+    def timesteps(self, steps=None):
+        """The timesteps of sampling, descending."""
+        return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
-    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
-        """From noise to pictures: yields a Denoising after each step.
+    def sample_steps(self, n, steps=None, eta=1.0, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
+        """From noise to images: yields a Denoising after each step. The prediction of eps is what is used.
 
-        n, steps      pictures; steps, 125 as published: from T down in strides of T / steps, rounded up, and t = 1 at the end
-        temperature   eta of ddim_step, 0 to 1: 1 as published (DDPM), 0 for DDIM, which adds no noise on the way
-        labels, guidance, known, mask, seeds        as for MAGE.sample_steps; guidance is the same at every step
-        ValueError    if it was trained on clean pictures only (MAE) and there is nothing known: it fills holes, in one step
+        n, steps      images; see num_steps
+        eta           1 as published: DDPM; 0: DDIM, which adds no noise on the way
+        labels, guidance, known, mask, seeds        as for MAGE.sample_steps; guidance is the same in every step
+
+        A model that saw clean images only (MAE) cannot start from nothing. It inpaints, in one step.
         """
-        if self.clean == 1:
-            yield self.fill(known, mask)
+        if not self.generates:
+            yield self.inpaint(known, mask)
             return
-        T = len(self.abar) - 1
-        t = [*range(T, 1, -math.ceil(T / (steps or 125))), 1]
+        t = self.timesteps(steps)
 
-        def guess(x, step):
+        def predict_x0(x, step):
             _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, guidance)
-            return x0_from_noise(x, self.abar[t[step]], eps).clamp(-1, 1), None
-        eta = 1.0 if temperature is None else temperature
-        yield from denoise(guess, lambda draw: self.noise(seeds, draw), self.abar[t], eta, known, mask)
+            return x0_from_eps(x, self.alpha_bar[t[step]], eps).clamp(-1, 1), None
+        yield from denoise(predict_x0, lambda draw: self.noise(seeds, draw), self.alpha_bar[t], eta, known, mask)
 
-    def fill(self, known, mask):
-        """MAE's way to inpaint: patches that the mask touches are hidden, and guessed at once from the rest."""
-        hidden = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()
-        visible, counts = hidden.argsort(stable=True, dim=1), (1 - hidden).sum(1).cpu()
+    def inpaint(self, known, mask):
+        """As MAE does: patches that contain pixels to be generated are masked, and predicted at once from the others."""
+        masked = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()         # (n, L)
+        ids_visible_first, visible = masked.argsort(stable=True, dim=1), (1 - masked).sum(1).cpu()
         x, x0 = 2 * known - 1, torch.empty_like(known)
-        for count in set(counts.tolist()):                                                  # holes differ in size
-            rows = send((counts == count).nonzero().flatten(), x.device)
-            x0[rows], _ = self.predict(x[rows], torch.zeros_like(rows), visible=visible[rows, :count])
+        for count, images in groups_of_equal_length(visible):
+            i = to_device(images, x.device)
+            x0[i], _ = self.predict(x[i], torch.zeros_like(i), ids_keep=ids_visible_first[i, :count])
         return Denoising(torch.where(mask[:, None], x0.clamp(-1, 1), x))
 
     @torch.no_grad()
     def reconstruct(self, x, mask_noise=None):
-        """How MAE is looked at: pixels (B, 3, S, S) -> the same with the clean part's share hidden, and with the network's guess there."""
+        """Pixels (B, 3, S, S) -> the same with r_0 of the patches masked, and with the predictions there, as MAE is looked at."""
         mask_noise = torch.rand(len(x), self.length, device=x.device) if mask_noise is None else mask_noise
-        visible = self.visible(mask_noise, self.hidden_clean)
-        hidden = self.hidden_pixels(visible)
-        guess = (self.predict(2 * x - 1, torch.zeros(len(x), dtype=torch.long, device=x.device), visible=visible)[0] + 1) / 2
-        return torch.where(hidden, 0.2, x), torch.where(hidden, guess.clamp(0, 1), x)
+        ids_keep = self.random_masking(mask_noise, self.mask_ratio_clean)
+        mask, t = self.pixel_mask(ids_keep), torch.zeros(len(x), dtype=torch.long, device=x.device)
+        prediction = (self.predict(2 * x - 1, t, ids_keep=ids_keep)[0] + 1) / 2
+        return torch.where(mask, 0.2, x), torch.where(mask, prediction.clamp(0, 1), x)
 
     # ---- representation
 
-    maps = MAGE.maps
-
     def noised(self, x, t, noise=None):
-        """Pixels (B, 3, S, S) in [0, 1] -> what the network reads at time t, and its condition (B, C)."""
-        xt = q_sample(2 * x - 1, self.abar[int(t)], torch.randn_like(x) if noise is None else noise)
+        """Pixels (B, 3, S, S) in [0, 1] -> xt (B, 3, S, S) at timestep t, and the condition (B, C). noise is eps, drawn if None."""
+        xt = q_sample(2 * x - 1, self.alpha_bar[int(t)], torch.randn_like(x) if noise is None else noise)
         return xt, self.condition(torch.full((len(x),), int(t), device=x.device))
 
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
-        """Block outputs as maps; arguments as for MAGE.features, with t from 0 (clean) to T and noise (B, 3, S, S)."""
+        """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, and noise (B, 3, S, S)."""
         x, c = self.noised(x, t, noise)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.tokens(x)], 1)
-        return self.maps(x, self.decoder_input, layers, add, self.cls_token.size(1), c)
-
-    pools = ("class", "mean")
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patches(x)], 1)          # (B, 4 + L, C)
+        return encoder_decoder_features(self, x, self.decoder_input, layers, add, self.cls_token.size(1), (c,))
 
     def embed(self, x, noise=None, pool="class"):
-        """The vector the paper probes: (B, C). 'class': the mean of the normed class tokens; 'mean': of the last encoder layer over the
-        picture, normalised. At t = best_t: clean, or for a model that never saw clean pictures with a little noise (B, 3, S, S)."""
+        """The vector that the paper probes: (B, C). 'class': the mean of the normed class tokens; 'mean': outputs of the encoder's
+        last block, averaged over the image, then normalised. At timestep best_t."""
         if pool == "mean":
             return F.layer_norm(self.features(x, self.best_t, noise=noise)[0].mean((2, 3)), self.norm.normalized_shape, eps=1e-6)
         return self.encode(*self.noised(x, self.best_t, noise))[:, :self.cls_token.size(1)].mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 8. ADM: guess the noise, pixel by pixel
+# --------------------------------------------------------------------------------------------------------------
+# 10. ADM: predict the noise with a U-Net
 #
-#     loss = mean (eps - eps'(x_t, t))^2  +  vb            x_t as in section 3, t uniform              [DDPM, eq. 14] [iDDPM, eq. 16]
+#     loss = mean (eps - eps'(xt, t))^2  +  L_vb             t uniform in 0 ... T-1        [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# The plainest way to undo noise: a network that looks at the noised picture and names the noise. It is a U-Net: residual blocks
-# on ever smaller maps, and back to ever larger ones, where each block also gets the map that the block opposite to it on the way
-# down has made. Nothing is hidden and nothing is tokenised; t is told to every block. Frozen, it can be read like any other network
-# [DiffSSL]: best soon after its middle, from a picture with a little noise. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
+# A network that sees the noised image and predicts the noise: a U-Net, of residual blocks, with attention on small maps.
+# Every output on the way down is kept, and joins the input of the block at its mirror on the way up:
+#
+#     tiny: 32 x 32 x 16    1  2 ------------------------------------------> 12 13     13 blocks; 7 is the middle
+#           16 x 16 x 32         3  4 ------------------------------> 10 11            3, 5: half the side; 9, 11: twice the side
+#            8 x 8 x 64                5  6 ------- 7 -------- 8  9                    b reads its mirror's output, 14 - b, too
+#
+# The timestep enters every residual block. Nothing is masked and nothing is tokenised. Frozen, the network is a
+# representation, too [DiffSSL]: best soon after the middle, of an image with a little noise. DifFeed, in probe.py, reads it
+# twice, and in the second pass adds what late blocks found to the outputs of their mirrors.
+# (Official files: unet.py, gaussian_diffusion.py, nn.py of guided-diffusion.)
 
 
-def zero(module):
-    """The same layer with all weights 0: what ends a branch adds nothing at first, so every block starts as the identity."""
+def zero_init(module):
+    """The layer with all weights 0. As the last one of a branch it makes every block start as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
-class TimedResBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut; between them, emb scales and shifts every channel. Official name: ResBlock.
+class ADMResBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, E) -> (B, out, h', w'). Official name: ResBlock.
 
-    forward(x (B, inp, h, w), emb (B, E)) -> (B, out, h', w'). resize halves or doubles the map, before the first convolution and on
-    the shortcut alike.
+    emb scales and shifts every channel between the convolutions. resize, a layer that halves or doubles the side, acts
+    before the first convolution and on the shortcut.
     """
 
     def __init__(self, inp, out, emb, groups, dropout, resize=None):
@@ -1470,19 +1663,24 @@ class TimedResBlock(nn.Module):
         self.resize = resize or nn.Identity()
         self.in_layers = nn.Sequential(nn.GroupNorm(groups, inp), nn.SiLU(), nn.Conv2d(inp, out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * out))
-        self.out_layers = nn.Sequential(nn.GroupNorm(groups, out), nn.SiLU(), nn.Dropout(dropout), zero(nn.Conv2d(out, out, 3, padding=1)))
+        self.out_layers = nn.Sequential(nn.GroupNorm(groups, out), nn.SiLU(), nn.Dropout(dropout),
+                                        zero_init(nn.Conv2d(out, out, 3, padding=1)))
         self.skip_connection = nn.Identity() if inp == out else nn.Conv2d(inp, out, 1)
 
     def forward(self, x, emb):
-        h = self.in_layers[2](self.resize(self.in_layers[:2](x)))
-        scale, shift = self.emb_layers(emb)[..., None, None].chunk(2, 1)
+        norm, silu, conv = self.in_layers
+        h = conv(self.resize(silu(norm(x))))                                                # (B, out, h', w')
+        scale, shift = self.emb_layers(emb)[..., None, None].chunk(2, 1)                    # (B, out, 1, 1) each
         h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
         return self.skip_connection(self.resize(x)) + h
 
 
-class MapAttention(nn.Module):
-    """Self-attention over a map (B, C, h, w), without positions. Heads of width head, or so many; order of
-    channels "legacy": q, k, v of each head; "new": q of all heads, k, v. Official name: AttentionBlock."""
+class ADMAttention(nn.Module):
+    """Self-attention over a map, without positions: (B, C, h, w) -> (B, C, h, w). Official name: AttentionBlock.
+
+    head, heads  width of a head, or their number
+    order        of the 3 C channels: "legacy": q, k, v of the first head, of the second, ...; "new": q of all heads, k, v
+    """
 
     def __init__(self, dim, head, groups, heads=None, order="legacy"):
         super().__init__()
@@ -1491,48 +1689,55 @@ class MapAttention(nn.Module):
         self.heads = n = heads or dim // head
         self.split = {"legacy": ((n, 3, -1), (3, 0, 2, 1, 4)), "new": ((3, n, -1), (2, 0, 3, 1, 4))}[order]
         self.norm = nn.GroupNorm(groups, dim)
-        self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero(nn.Conv1d(dim, dim, 1))
+        self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero_init(nn.Conv1d(dim, dim, 1))
 
     def forward(self, x):
-        qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C): what convolutions give is in
-        q, k, v = qkv.unflatten(2, self.split[0]).permute(self.split[1])        # no fused kernel's order
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        # The 1x1 convolutions are computed as linear layers: a convolution's output is in no order that fused kernels take.
+        qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C)
+        q, k, v = qkv.unflatten(2, self.split[0]).permute(self.split[1])                    # 3 x (B, heads, L, d)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)              # (B, L, C)
         return x + F.linear(y, self.proj_out.weight[..., 0], self.proj_out.bias).mT.view(x.shape)
 
 
-class TimedBlock(nn.Sequential):
-    """The layers of one block; residual blocks are told the time. (B, C, h, w), (B, E) -> (B, C', h', w')."""
+class ADMBlock(nn.Sequential):
+    """The layers of one block; residual blocks read the timestep's embedding: (B, C, h, w), (B, E) -> (B, C', h', w')."""
 
     def forward(self, x, emb):
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, TimedResBlock) else layer(x)
+            x = layer(x, emb) if isinstance(layer, ADMResBlock) else layer(x)
         return x
 
 
-# How much noise a step back puts in again need not be known beforehand. At least it is what would be right if x_0 were known,
-# at most what would be right if every picture were noise; the network says for every pixel where between the two, on a
-# logarithmic scale [iDDPM, eq. 15]. It learns that from the variational bound: how many bits, a pixel and color, are lost if
-# the step back is drawn from the network's normal distribution instead of the true one. In there eps' is detached: vb teaches the
-# variance alone. Its weight is 1: the paper's 0.001 stands before a sum over 1000 steps, of which one t drawn gives the mean.
+# The network also predicts the variance of each step back. It lies between two bounds: the posterior variance, right if
+# x0 were known, and beta_t = 1 - alpha_bar_t / alpha_bar_(t-1), right if images were pure noise. The network's second
+# output v, about -1 ... 1, interpolates between them for every pixel, on a logarithmic scale [iDDPM, eq. 15]:
+#
+#     log variance = (1 + v) / 2 log beta_t  +  (1 - v) / 2 log beta~_t            beta~: the posterior variance
+#
+# It is learned from the variational bound, in bits per pixel and channel:
+#
+#     L_vb = KL( q(x_(t-1) | xt, x0) || p(x_(t-1) | xt) )    for t > 0,        - log p(x0 | x1)    for t = 0     [DDPM, eq. 5]
+#
+# There eps' is detached: L_vb trains the variance alone. The paper's weight 0.001 stands before the sum over 1000 timesteps;
+# one t is drawn here, so the weight is 1.
 
 
-def log_variances(abar):
-    """Logarithms of the smallest and the largest variance of each step back: float64 (T,) -> twice (T,). The last step, to x_0, needs
-    none, and its logarithm would be infinite; it gets the smallest variance of its neighbour."""
-    before = F.pad(abar[:-1], (1, 0), value=1.0)
-    small = posterior_variance(abar, before)
-    return torch.cat([small[1:2], small[1:]]).log(), (1 - abar / before).log()
+def log_variances(alpha_bar):
+    """log beta~ and log beta at all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0; its logarithm is replaced by that of t = 1."""
+    before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
+    small = posterior_variance(alpha_bar, before)
+    return torch.cat([small[1:2], small[1:]]).log(), (1 - alpha_bar / before).log()
 
 
-def learned_log_variance(v, i, abar):
-    """The network's v (B, 3, S, S), about -1 .. 1, at steps i of the process abar (T,) -> log of the variance, like v."""
-    small, large = (spread(table[i], v) for table in log_variances(abar))
+def learned_log_variance(v, t, alpha_bar):
+    """v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> log variance, like v: the interpolation above."""
+    small, large = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
     return (1 + v) / 2 * large + (1 - v) / 2 * small
 
 
 def discretised_nll(x, mean, log_std):
-    """-log of the mass, in nats, that a normal distribution puts on the byte that x in [-1, 1] stands for; the first and last byte take
-    all that lies beyond. Elementwise; its cdf is the usual approximation by tanh, as official (losses.py)."""
+    """-log of the probability, in nats, of the byte that x in [-1, 1] stands for, under a normal distribution. The first and the
+    last byte get all that lies beyond. Elementwise. The cdf is approximated by tanh, as in the official losses.py."""
     def cdf(z):
         return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)).tanh())
     below, above = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (-1, 1))
@@ -1540,98 +1745,124 @@ def discretised_nll(x, mean, log_std):
     return -mass.clamp(min=1e-12).log()
 
 
-def hybrid_loss(out, x0, xt, noise, i, abar):
-    """The two terms of the loss for each picture: squared error of the noise, and vb in bits. (B,) each.
+def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
+    """Both terms of the loss for each image: squared error of eps, and L_vb in bits. (B,) each.
 
-    out  (B, 6, S, S): guess of the noise, and v        x0, xt, noise  (B, 3, S, S), x0 in [-1, 1]
-    i    int (B,), on the CPU: steps of the process abar (T,), which may be one that kept_steps has shortened
+    out  (B, 6, S, S): predictions of eps, and v        x0, xt, eps  (B, 3, S, S), x0 in [-1, 1]
+    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,), which may be shortened, see spaced_timesteps
     """
-    eps, v = out.chunk(2, 1)
-    now, after = abar[i], F.pad(abar, (1, 0), value=1.0)[i]
-    true = ddim_step(xt, x0, now, after, eta=1.0)                                           # means of the two normal distributions
-    mean = ddim_step(xt, x0_from_noise(xt, now, eps.detach()), now, after, eta=1.0)
-    log_var, log_true = learned_log_variance(v, i, abar), spread(log_variances(abar)[0][i], v)
-    kl = 0.5 * (log_var - log_true - 1 + (log_true - log_var).exp() + (true - mean) ** 2 * (-log_var).exp())
-    nats = torch.where(spread(i == 0, x0) > 0, discretised_nll(x0, mean, 0.5 * log_var), kl).mean((1, 2, 3))
-    return (noise - eps).square().mean((1, 2, 3)), nats / math.log(2)
+    eps_hat, v = out.chunk(2, 1)
+    now, before = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]
+    # At eta = 1 and without noise a DDIM step is the mean of DDPM's posterior, see section 8.
+    posterior_mean = ddim_step(xt, x0, now, before, eta=1.0)
+    model_mean = ddim_step(xt, x0_from_eps(xt, now, eps_hat.detach()), now, before, eta=1.0)
+    log_var, log_posterior = learned_log_variance(v, t, alpha_bar), per_image(log_variances(alpha_bar)[0][t], v)
+    kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp()
+                + (posterior_mean - model_mean) ** 2 * (-log_var).exp())
+    nats = torch.where(per_image(t == 0, x0) > 0, discretised_nll(x0, model_mean, 0.5 * log_var), kl).mean((1, 2, 3))
+    return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
+
+
+def spaced_timesteps(steps, counts):
+    """A shorter process: timesteps 0 ... steps - 1 in as many equal sections as there are counts, of each section that many, evenly
+    spaced. Ascending. ValueError if a section has fewer than asked for. (Official file: respace.py.)"""
+    kept, start = [], 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (i < steps % len(counts))
+        if count > size:
+            raise ValueError(f"{count} steps do not fit into a section of {size}")
+        stride, at = (size - 1) / max(1, count - 1), 0.0
+        for _ in range(count):
+            kept.append(start + round(at))
+            at += stride                                        # added up as in the official code, so that ties round alike
+        start += size
+    return kept
+
+
+def strided_timesteps(steps, count):
+    """The same with one whole stride from 0 on, as DDIM was evaluated ('ddimN' in respace.py, which refuses a count that no stride
+    gives; here the next smaller possible one is taken)."""
+    return list(range(0, steps, -(-steps // count)))
 
 
 class ADM(Model):
     """Diffusion U-Net without labels.
 
     image_size           S; a multiple of 2 ** (levels - 1), else ValueError
-    ch, ch_mult, blocks  width of level i is ch * ch_mult[i]; residual blocks a level, and one more on the way up
-    attention            how many times smaller than the picture the maps are that get attention; the middle always does
-    head, heads, order   see MapAttention   groups  of every GroupNorm; divides every width
-    schedule, steps      of the noise, see alpha_bar       classes  0: labels have no place here, else ValueError
+    ch, ch_mult, blocks  level i has ch * ch_mult[i] channels; residual blocks per level, one more on the way up
+    attention            by how much smaller than the image the maps are that get attention; the middle always does
+    head, heads, order   see ADMAttention        groups  of every group norm; divides every width
+    schedule, steps      of the noise, see noise_schedule
 
-    Blocks are counted from 1: N on the way down, the middle N + 1, then those on the way up, of which number b also reads the map of
-    its mirror, 2N + 2 - b. What a block puts out is what all its layers have made, attention and change of size included.
+    Blocks are counted from 1: N on the way down, the middle, N + 1, and N on the way up. An output of a block is what all its
+    layers made, attention and change of size included.
     """
 
-    def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32, schedule="linear", steps=1000, classes=0,
+    def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32, schedule="linear", steps=1000,
                  heads=None, order="legacy"):
         super().__init__()
         if image_size % 2 ** (len(ch_mult) - 1):
             raise ValueError(f"image size {image_size} cannot be halved {len(ch_mult) - 1} times")
-        if classes:
-            raise ValueError("this network takes no labels")
-        self.image_size, self.classes, self.layers = image_size, classes, {}                # layers: {block: (channels, h, w)}
-        self.abar = alpha_bar(schedule, steps)                                              # no buffer
-        self.stride = 2 ** (len(ch_mult) - 1)
-        self.t_range, self.best_t = (0, steps - 1, "the step of the noise"), round(0.09 * steps)    # [DiffSSL] reads at 90 of 1000
+        self.image_size, self.stride, self.layers = image_size, 2 ** (len(ch_mult) - 1), {}
+        self.alpha_bar = noise_schedule(schedule, steps)                                    # (T,); no buffer
+        self.max_steps = steps
+        self.t_range, self.best_t = (0, steps - 1, "the timestep"), round(0.09 * steps)     # [DiffSSL] reads at 90 of 1000
         self.time_embed = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
-        residual = functools.partial(TimedResBlock, emb=4 * ch, groups=groups, dropout=dropout)
-        attention_of = functools.partial(MapAttention, head=head, groups=groups, heads=heads, order=order)
         widths = [int(ch * m) for m in ch_mult]
 
-        def attend(i):
-            return [attention_of(widths[i])] if 2 ** i in attention else []
+        def residual(inp, out, resize=None):
+            return ADMResBlock(inp, out, 4 * ch, groups, dropout, resize)
 
-        def block(width, level, *layers):
-            self.layers[len(self.layers) + 1] = (width, image_size >> level, image_size >> level)
-            return TimedBlock(*layers)
-        c = widths[0]
-        self.input_blocks = nn.ModuleList([block(c, 0, nn.Conv2d(3, c, 3, padding=1))])
-        for i, width in enumerate(widths):
-            if i:
-                self.input_blocks.append(block(c, i, residual(c, c, resize=nn.AvgPool2d(2))))
+        def attend(width, level):
+            return [ADMAttention(width, head, groups, heads, order)] if 2 ** level in attention else []
+        width = widths[0]
+        downs, skips = [ADMBlock(nn.Conv2d(3, width, 3, padding=1))], [(width, 0)]          # skips: (channels, level) of each output
+        for level, out in enumerate(widths):
+            if level:
+                downs.append(ADMBlock(residual(width, width, nn.AvgPool2d(2))))
+                skips.append((width, level))
             for _ in range(blocks):
-                self.input_blocks.append(block(width, i, residual(c, width), *attend(i)))
-                c = width
-        self.middle_block = block(c, i, residual(c, c), attention_of(c), residual(c, c))
-        self.output_blocks = nn.ModuleList()
-        for i, width in reversed(list(enumerate(widths))):
+                downs.append(ADMBlock(residual(width, out), *attend(out, level)))
+                skips.append((out, level))
+                width = out
+        self.input_blocks = nn.ModuleList(downs)
+        self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order), residual(width, width))
+        shapes, ups = [*skips, (width, level)], []
+        for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
-                up = [residual(width, width, resize=nn.Upsample(scale_factor=2.0))] if i and j == blocks else []
-                inp = c + self.layers[self.mirror(len(self.layers) + 1)][0]
-                self.output_blocks.append(block(width, i - len(up), residual(inp, width), *attend(i), *up))
-                c = width
-        self.best_layer = min(len(self.input_blocks) + 2 + 2 * blocks, len(self.layers))    # [DiffSSL]: 24 of 37, before maps grow a second time
-        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero(nn.Conv2d(c, 6, 3, padding=1)))
+                last = bool(level) and j == blocks
+                resize = [residual(out, out, nn.Upsample(scale_factor=2.0))] if last else []
+                ups.append(ADMBlock(residual(width + skips.pop()[0], out), *attend(out, level), *resize))
+                shapes.append((out, level - last))
+                width = out
+        self.output_blocks = nn.ModuleList(ups)
+        self.layers = {b: (c, image_size >> level, image_size >> level) for b, (c, level) in enumerate(shapes, 1)}
+        self.best_layer = min(len(downs) + 2 + 2 * blocks, len(self.layers))                # [DiffSSL]: 24 of 37
+        self.out = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), zero_init(nn.Conv2d(width, 6, 3, padding=1)))
         self.to(memory_format=torch.channels_last)                                          # up to twice as fast, on CPUs too
 
     @property
     def blocks(self):
-        """All blocks in the order they run."""
+        """All blocks in the order in which they run."""
         return [*self.input_blocks, self.middle_block, *self.output_blocks]
 
     def predict(self, x, t, layers=None, add={}):
-        """The network itself: noised pixels x (B, 3, S, S), of clean ones in [-1, 1], and steps t int (B,) -> (B, 6, S, S): the noise, and
-        v of learned_log_variance. With layers: [map (B, C, h, w) for each of layers] instead, and no block after the last of them runs.
+        """Noised pixels x (B, 3, S, S) and timesteps t int (B,) -> (B, 6, S, S): predictions of eps, and v.
 
-        add  {layer: map} is added to the output of that layer, before anyone reads it
+        layers  with them: [map (B, C, h, w) for each of layers] instead, and blocks after the last of them do not run
+        add     {layer: map} added to the output of that layer, before anything reads it
         """
-        phase = angles(send(t, x.device), self.time_embed[0].in_features, self.time_embed[0].in_features // 2)
-        emb, stack, maps = self.time_embed(torch.cat([phase.cos(), phase.sin()], 1).to(x.dtype)), [], {}
+        ch = self.time_embed[0].in_features
+        emb = self.time_embed(timestep_embedding(to_device(t, x.device), ch, ch // 2, "cos sin").to(x.dtype))       # (B, 4 ch)
+        skips, maps = [], {}
         for b, block in enumerate(self.blocks, 1):
             if b > len(self.input_blocks) + 1:
-                x = torch.cat([x, stack.pop()], 1)
-            x = block(x, emb)
+                x = torch.cat([x, skips.pop()], 1)
+            x = block(x, emb)                                                               # (B, *self.layers[b])
             if b in add:
                 x = x + add[b]
             if b <= len(self.input_blocks):
-                stack.append(x)
+                skips.append(x)
             if layers and b in layers:
                 maps[b] = x
                 if b == max(layers):
@@ -1639,71 +1870,358 @@ class ADM(Model):
         return in_float32(self.out, x)
 
     def noised(self, x, t, noise=None):
-        """Pixels (B, 3, S, S) in [0, 1] and steps int (B,) -> x_0 in [-1, 1], x_t, and the noise in it, drawn if None."""
-        noise = torch.randn_like(x) if noise is None else noise
-        return 2 * x - 1, q_sample(2 * x - 1, self.abar[t], noise), noise
+        """Pixels (B, 3, S, S) in [0, 1] and timesteps int (B,) -> x0 in [-1, 1], xt, eps. noise is eps, drawn if None."""
+        eps = torch.randn_like(x) if noise is None else noise
+        return 2 * x - 1, q_sample(2 * x - 1, self.alpha_bar[t], eps), eps
 
     # ---- training
 
     def forward(self, x, labels=None, *, t=None, noise=None):
-        """Loss of one batch: pixels (B, 3, S, S) in [0, 1] -> scalar, dict of its terms. t int (B,) and noise like x are drawn if None."""
-        t = torch.randint(len(self.abar), (len(x),)) if t is None else t.cpu()
-        x0, xt, noise = self.noised(x, t, noise)
-        mse, vb = hybrid_loss(self.predict(xt, t), x0, xt, noise, t, self.abar)
+        """Loss of one batch: pixels (B, 3, S, S) in [0, 1] -> scalar, dict of its terms. t int (B,) and noise like x, drawn if None."""
+        t = torch.randint(len(self.alpha_bar), (len(x),)) if t is None else t.cpu()
+        x0, xt, eps = self.noised(x, t, noise)
+        mse, vb = hybrid_loss(self.predict(xt, t), x0, xt, eps, t, self.alpha_bar)          # (B,) each
         return (mse + vb).mean(), {"mse": mse.mean(), "vb": vb.mean()}
 
     # ---- generation
 
+    def num_steps(self, steps=None, eta=None):
+        """250 as published, 25 for DDIM, at most T."""
+        return len(self.timesteps(steps, 1.0 if eta is None else eta))
+
+    def timesteps(self, steps, eta):
+        """The timesteps of sampling, ascending."""
+        steps = min(steps or (250 if eta else 25), self.max_steps)
+        return spaced_timesteps(self.max_steps, [steps]) if eta else strided_timesteps(self.max_steps, steps)
+
     @torch.no_grad()
-    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
-        """Ancestral sampling [DDPM, algorithm 2] with the learned variance, or DDIM, on a shortened process.
+    def sample_steps(self, n, steps=None, eta=1.0, known=None, mask=None, seeds=None):
+        """From noise to images on a shortened process: yields a Denoising after each step.
 
-        n, steps      pictures, steps; 250 as published, 25 for DDIM
-        temperature   0 to 1. 1: ancestral; less: DDIM, eta of ddim_step, which adds less noise, at 0 none
+        n, steps      images; see num_steps
+        eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, which ignores it
         known, mask, seeds        as for MAGE.sample_steps
-        yields        a Denoising after each step. labels must be None: this network takes none, so guidance means nothing
         """
-        T, eta = len(self.abar), 1.0 if temperature is None else temperature
-        steps = min(steps or (250 if eta else 25), T)
-        kept = kept_steps(T, [steps]) if eta else strided_steps(T, steps)
-        abar, last = self.abar[kept], len(kept) - 1
+        kept = self.timesteps(steps, eta)
+        alpha_bar, last = self.alpha_bar[kept], len(kept) - 1
 
-        def guess(x, step):
-            i = last - step
+        def predict_x0(x, step):
+            i = last - step                                     # of the shortened process
             eps, v = self.predict(x, torch.full((n,), kept[i], device=x.device)).chunk(2, 1)
-            std = (0.5 * learned_log_variance(v, i, abar)).exp() if eta == 1 and i else None
-            return x0_from_noise(x, abar[i], eps).clamp(-1, 1), std
-        yield from denoise(guess, lambda draw: self.noise(seeds, draw), abar.flip(0), eta, known, mask)
+            std = (0.5 * learned_log_variance(v, i, alpha_bar)).exp() if eta == 1 and i else None
+            return x0_from_eps(x, alpha_bar[i], eps).clamp(-1, 1), std
+        yield from denoise(predict_x0, lambda draw: self.noise(seeds, draw), alpha_bar.flip(0), eta, known, mask)
 
     # ---- representation
 
     forms = {**Model.forms, "t": Model.forms["t"] + " or int ({B}) in [{m.t_range[0]}, {m.t_range[1]}]"}
 
     def mirror(self, layer):
-        """The block on the other side, whose map goes into this one, and to which feedback heads feed this one back."""
+        """The block on the other side of the U, whose output joins this one's input."""
         return 2 * len(self.input_blocks) + 2 - layer
 
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
-        """Block outputs as maps; no block after the last one asked for runs.
-
-        x       pixels (B, 3, S, S) in [0, 1]      layers  which blocks; [best_layer] if None      finetune  changes nothing here
-        t       step of the noise, int or int (B,); noise like x, drawn if None
-        add     {layer: map (B, C, h, w)} added to the output of that layer
-        returns [map (B, C, h, w) for each of layers]
-        """
+        """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, int or int (B,), and noise like x."""
         t = torch.as_tensor(t).cpu().long().expand(len(x))
         return self.predict(self.noised(x, t, noise)[1], t, layers or [self.best_layer], add)
 
-    pools = ("mean",)
-
     def embed(self, x, noise=None, pool="mean"):
-        """The vector the paper probes: (B, C), the mean over the map of the best layer at the best step. noise as for features."""
+        """The vector that the paper probes: (B, C), the map of best_layer at timestep best_t, averaged over the image."""
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
 
 
-# Wrong calls. One guard stands before all public methods, a fork's too. It knows arguments by their names, and their forms
-# from the class: "float (B, 3, 32, 32) in [0, 1]" is a tensor, "int in [1, 9)" a number. Kind, shape and device can be
-# looked at without waiting for a GPU; values are if they lie on the CPU, and in sample() wherever they lie.
+# --------------------------------------------------------------------------------------------------------------
+# 11. Sizes and recipes
+#
+# A model is a name and a dict of plain numbers. A checkpoint stores that dict, and build() turns it back into a model. Base
+# and large are the papers' sizes; of ADM base is the network for 256 pixels, and small is as large as DDPM's for 32. Tiny and
+# toy are ours, for a CPU.
+
+TOKENIZERS = {
+    "toy":   dict(codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),     # enough for drawn shapes
+    "tiny":  dict(codebook_dim=16, ch=32, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),
+    "small": dict(codebook_dim=32, ch=64, ch_mult=(1, 1, 2, 2, 4), blocks=2, groups=8),
+    "base":  dict(codebook_dim=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2),
+}
+TOKENIZERS["large"] = TOKENIZERS["base"]
+
+MAGE_SIZES = {
+    "tiny":  dict(width=128, depth=4, heads=4, decoder_width=128, decoder_depth=2, decoder_heads=4, dropout=0.0),
+    "small": dict(width=384, depth=12, heads=6, decoder_width=384, decoder_depth=4, decoder_heads=6),
+    "base":  dict(width=768, depth=12, heads=12, decoder_width=768, decoder_depth=8, decoder_heads=16),
+    "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, decoder_depth=8, decoder_heads=16),
+}
+ADDP_SIZES = {size: {k: v for k, v in args.items() if k != "decoder_width"} for size, args in MAGE_SIZES.items()}
+
+UMD_SIZES = {
+    "tiny":  dict(width=128, depth=4, heads=4, decoder_depth=2),
+    "small": dict(width=384, depth=12, heads=6, decoder_depth=4),
+    "base":  dict(width=768, depth=12, heads=12, decoder_depth=4),
+    "large": dict(width=1024, depth=24, heads=16, decoder_depth=8),
+}
+
+ADM_SIZES = {
+    "tiny":  dict(ch=16, ch_mult=(1, 2, 4), blocks=1, attention=(4,), head=32, groups=4, schedule="cosine"),
+    "small": dict(ch=128, ch_mult=(1, 2, 2, 2), blocks=2, attention=(2,), dropout=0.1, schedule="cosine"),
+    "base":  dict(ch=256, ch_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32)),
+}
+ADM_SIZES["large"] = ADM_SIZES["base"]
+
+
+def mae_no_decay(name, p):
+    """Parameters without weight decay in MAE and MAGE: all vectors."""
+    return p.dim() <= 1 or name.endswith(".bias")
+
+
+def umd_no_decay(name, p):
+    """The same in UMD: norms decay there, tokens do not."""
+    return name.endswith("bias") or name in ("cls_token", "mask_token")
+
+
+# How each is trained, by AdamW:
+#
+#     betas, weight_decay, no_decay      of AdamW; no_decay(name, parameter) says which parameters do not decay
+#     grad_clip                          largest norm of the gradient
+#     warmup, min_lr                     the learning rate rises during this ratio of the steps, and falls to this ratio of itself
+#     min_crop                           a random crop keeps at least this ratio of the image's area
+#     ema, probe_ema                     decay of the averaged weights, 0 for none: sampling reads them; whether probes do, too
+#     paper                              length, batch size and learning rate, for 256 images, of the papers' ImageNet runs
+#     tiny                               what suits tiny models better than train.py's defaults for small data sets
+
+MAGE_RECIPE = dict(betas=(0.9, 0.95), weight_decay=0.05, no_decay=mae_no_decay, grad_clip=3.0, warmup=0.025, min_lr=0.0,
+                   min_crop=0.2, ema=0.0, probe_ema=False, paper=dict(epochs=1600, batch_size=4096, lr=1.5e-4), tiny={})
+ADDP_RECIPE = dict(MAGE_RECIPE, paper=dict(epochs=1600, batch_size=4096, lr=1e-4))
+UMD_RECIPE = dict(betas=(0.9, 0.95), weight_decay=0.05, no_decay=umd_no_decay, grad_clip=1.0, warmup=0.05, min_lr=0.0,
+                  min_crop=0.8, ema=0.9999, probe_ema=False, paper=dict(epochs=800, batch_size=1024, lr=1.5e-4),
+                  tiny=dict(ids=64, batch_size=32, steps=3000, lr=18e-3))
+MAE_RECIPE = dict(UMD_RECIPE, ema=0.0, paper=dict(epochs=800, batch_size=4096, lr=1.5e-4))
+TUNE_RECIPE = dict(UMD_RECIPE, betas=(0.9, 0.999), weight_decay=0.0, min_crop=0.95,
+                   paper=dict(epochs=50, batch_size=256, lr=1.5e-4))
+ADM_RECIPE = dict(betas=(0.9, 0.999), weight_decay=0.0, no_decay=mae_no_decay, grad_clip=math.inf, warmup=0.0, min_lr=1.0,
+                  min_crop=0.8, ema=0.9999, probe_ema=True, paper=dict(epochs=396, batch_size=256, lr=1e-4),
+                  tiny=dict(batch_size=32, steps=2000))
+
+
+class Method(typing.NamedTuple):
+    """A row of MODELS. A method of your own is a subclass of Model and a row here; the README has one in thirty lines."""
+    model: type
+    sizes: dict                         # {"tiny": constructor arguments, ...}, at least one
+    recipe: dict                        # with all the keys above
+    options: dict = {}                  # constructor arguments that make it this method
+    reads: str = "ids"                  # first arguments of the constructor: "ids": vqgan, image_size; "patches": image_size, grid;
+                                        # "pixels": image_size
+    predictor: str = ""                 # "ids": the row of the trained model that takes vqgan's place
+    views: int = 1                      # crops of an image that one step reads
+    tune: dict = {}                     # options that change when a trained model learns to be conditioned on labels
+    tune_recipe: dict = {}              # recipe then, if another
+
+    @property
+    def tokenizer(self):
+        """Whether it reads token ids."""
+        return self.reads == "ids"
+
+
+def umd_method(clean_ratio, mask_ratio_clean, mask_ratio_noised):
+    """UMD with these three numbers. Learning labels, it sees noised images whole, and a few clean ones, so as not to forget them."""
+    options = dict(clean_ratio=clean_ratio, mask_ratio_clean=mask_ratio_clean, mask_ratio_noised=mask_ratio_noised)
+    return Method(UMD, UMD_SIZES, UMD_RECIPE if clean_ratio < 1 else MAE_RECIPE, options, reads="patches",
+                  tune=dict(clean_ratio=0.05 if clean_ratio else 0.0, mask_ratio_noised=0.0), tune_recipe=TUNE_RECIPE)
+
+
+MODELS = {
+    "mage":    Method(MAGE, MAGE_SIZES, MAGE_RECIPE),
+    "mage-c":  Method(MAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}, views=2),
+    "addp":    Method(ADDP, ADDP_SIZES, ADDP_RECIPE, predictor="mage"),
+    "umd":     umd_method(0.5, 0.75, 0.375),
+    "mae":     umd_method(1.0, 0.75, 0.0),
+    "maskdit": umd_method(0.0, 0.0, 0.5),
+    "dit":     umd_method(0.0, 0.0, 0.0),
+    "adm":     Method(ADM, ADM_SIZES, ADM_RECIPE, reads="pixels"),
+}
+
+
+def tokenizer_config(size, stride, codes=1024):
+    """VQGAN arguments of a preset, cut down to the levels that a stride of 2, 4, 8 or 16 needs."""
+    config = dict(TOKENIZERS[size], codebook_size=codes)
+    config["ch_mult"] = list(config["ch_mult"][:int(math.log2(stride)) + 1])
+    return config
+
+
+def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, tune=False):
+    """Everything build() needs, as plain values.
+
+    grid       patches on a side, for models that read patches
+    tokenizer  VQGAN arguments, for models that read ids; or the config of the predictor, one of the same size if not given
+    classes    > 0: conditioned on labels, if the model takes them        tune  True: starting from a trained model
+    """
+    method = MODELS[name]
+    if method.predictor:
+        source = {"predictor": tokenizer if "model" in tokenizer else model_config(method.predictor, size, image_size, grid, tokenizer)}
+    else:
+        source = {"ids": {"tokenizer": tokenizer}, "patches": {"grid": grid}, "pixels": {}}[method.reads]
+    labels = {"classes": classes} if method.model.takes_labels else {}
+    return {"model": name, "image_size": image_size, **source, **labels, **method.sizes[size], **method.options,
+            **(method.tune if tune else {})}
+
+
+OLD_NAMES = {"clean": "clean_ratio", "hidden_clean": "mask_ratio_clean", "hidden_noised": "mask_ratio_noised"}      # in checkpoints
+
+
+def build(config):
+    """Config -> model with fresh weights. A config without 'model' is a tokenizer's."""
+    if "model" not in config:
+        return VQGAN(**config)
+    frozen = [build(config[k]) for k in ("tokenizer", "predictor") if k in config]
+    rest = {OLD_NAMES.get(k, k): v for k, v in config.items() if k not in ("model", "tokenizer", "predictor")}
+    model = MODELS[config["model"]].model
+    if not model.takes_labels and rest.pop("classes", 0):
+        raise ValueError(f"{config['model']} takes no labels")
+    return model(*frozen, **rest)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 12. Published weights
+#
+# Files of the original authors store no config, so sizes are read off the shapes of their tensors. What shapes cannot tell
+# stands in the next lines: heads of encoder and decoder by width; and what the published MAGE and ADDP files carry although
+# no line of their code reads it, leftovers of MAE.
+
+PUBLISHED_HEADS = {768: (12, 16), 1024: (16, 16)}
+DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
+        "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids", "pos_token_embed", "pos_mask_embed")
+
+
+def sub_state(state, prefix):
+    """A state dict's part whose names begin with prefix, which is cut off."""
+    return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def count_blocks(state, prefix):
+    """How many blocks the state dict has under prefix."""
+    return len({k.split(".")[0] for k in sub_state(state, prefix)})
+
+
+def published_tokenizer(state):
+    """VQGAN arguments read off a state dict with the official names (vqgan_jax_strongaug.ckpt)."""
+    ch = state["encoder.conv_in.weight"].size(0)
+    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].size(0) for i in range(count_blocks(state, "encoder.down."))]
+    size, dim = state["quantize.embedding.weight"].shape
+    return dict(codebook_size=size, codebook_dim=dim, ch=ch, ch_mult=[w // ch for w in widths], blocks=count_blocks(state, "encoder.down.0.block."))
+
+
+def published_mage(state, heads=None):
+    """Official MAGE state dict -> (config, the state that our MAGE loads strictly, names left out).
+
+    heads  (encoder, decoder); by default those of the published widths, 768 and 1024
+    """
+    tokenizer = published_tokenizer(sub_state(state, "vqgan."))
+    words, width = state["token_emb.word_embeddings.weight"].shape
+    positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
+    heads = heads or PUBLISHED_HEADS[width]
+    config = {"model": "mage", "tokenizer": tokenizer, "image_size": math.isqrt(positions - 1) * 2 ** (len(tokenizer["ch_mult"]) - 1),
+              "width": width, "depth": count_blocks(state, "blocks."), "heads": heads[0], "decoder_width": decoder_width,
+              "decoder_depth": count_blocks(state, "decoder_blocks."), "decoder_heads": heads[1],
+              "classes": words - tokenizer["codebook_size"] - 1, "fake_class": 76}
+    with torch.device("meta"):
+        ours = build(config).state_dict().keys()
+    kept = {k: v for k, v in state.items() if k in ours}
+    table = "token_emb.position_embeddings.weight"
+    kept[table] = kept[table][:positions]                                                   # a longer table has rows never read
+    return config, kept, sorted(state.keys() - ours)
+
+
+def published_addp(state, heads=None, predictor_heads=None):
+    """The same for an official ADDP state dict (addp-vit-*.pth), which holds its predictor and, twice, the tokenizer."""
+    predictor, kept, dead = published_mage(sub_state(state, "token_predictor."), predictor_heads)
+    own = {k: v for k, v in state.items() if not k.startswith("token_predictor.")}
+    width = own["token_emb.weight"].size(1)
+    heads = heads or PUBLISHED_HEADS[width]
+    config = {"model": "addp", "predictor": predictor, "image_size": predictor["image_size"], "width": width, "depth": count_blocks(own, "blocks."),
+              "heads": heads[0], "decoder_depth": count_blocks(own, "decoder_blocks."), "decoder_heads": heads[1]}
+    with torch.device("meta"):
+        ours = build(config).state_dict().keys()
+    kept = {**{k: v for k, v in own.items() if k in ours}, **{f"token_predictor.{k}": v for k, v in kept.items()}}
+    return config, kept, sorted(own.keys() - ours) + [f"token_predictor.{k}" for k in dead]
+
+
+def published_adm(state, head=64, **attention):
+    """Official ADM state dict (256x256_diffusion_uncond.pt and its like) -> (config, the same state, no names left out).
+
+    Heads, order of channels, noise and side of the image cannot be seen; published heads are 64 wide, the
+    smallest maps 8 x 8. attention: heads and order, if others. ValueError for a conditional one: labels have no place.
+    """
+    if "label_emb.weight" in state:
+        raise ValueError("it is class-conditional; ADM is read without classes only")
+    ch, ups = state["time_embed.0.weight"].size(1), range(count_blocks(state, "output_blocks."))
+    levels = 1 + sum(any(f"output_blocks.{i}.{j}.in_layers.0.weight" in state for j in (1, 2)) for i in ups)    # those that enlarge
+    blocks = count_blocks(state, "input_blocks.") // levels - 1
+    first = [f"input_blocks.{1 + i * (blocks + 1)}" for i in range(levels)]
+    config = {"model": "adm", "image_size": 8 * 2 ** (levels - 1), "ch": ch, "blocks": blocks, "head": head,
+              **attention, "ch_mult": [state[f"{name}.0.out_layers.3.weight"].size(0) / ch for name in first],
+              "attention": [2 ** i for i, name in enumerate(first) if f"{name}.1.norm.weight" in state]}
+    return config, state, []
+
+
+# Which reader a file is for, by the first prefix that any of its names has.
+PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": published_mage, "input_blocks.0.": published_adm}
+
+
+def published_weights(state, ema=True):
+    """{name: tensor}, wherever a file has them, less prefixes of wrappers; ema: the averaged, if any."""
+    keys = ["model", "state_dict", "model_state_dict", "model_ema", "ema"]
+    found = [state[k] for k in keys[::-1 if ema else 1] if isinstance(state.get(k), dict)] or [state]
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in {**found[-1], **found[0]}.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 13. Behind the scenes
+#
+# No method is explained from here on.
+#
+# Random numbers by seed. In generation a number depends on (the image's seed, which draw, which position) and on nothing
+# else, so an image is the same alone or among a thousand, on any device (but for rounding, which may tip a close choice).
+# An integer hash does it, the finaliser of MurmurHash3.
+
+
+def murmur(x):
+    """Scramble the low 32 bits of int64 values; a product that overflows keeps its low 32 bits, which are all that is used."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def hashed_uniform(seeds, draw, n):
+    """n uniform numbers strictly inside (0, 1) for each seed: int64 (B,), int -> float32 (B, n)."""
+    row = murmur(murmur(murmur(seeds) ^ (seeds >> 32)) + draw)
+    bits = murmur(row[:, None] + 0x9E3779B9 * torch.arange(1, n + 1, device=seeds.device))
+    return ((bits >> 9).float() + 0.5) / 2**23                                              # 23 bits: 1 is never reached
+
+
+def to_gumbel(u):
+    """Uniform numbers in (0, 1) -> standard Gumbel noise, -log(-log u)."""
+    return -(-u.log()).log()
+
+
+def to_normal(u):
+    """Uniform numbers in (0, 1) -> standard normal ones, by inverting the distribution function."""
+    return math.sqrt(2) * torch.erfinv(2 * u - 1)
+
+
+def sample_categorical(p, u):
+    """One category a row by inverting the distribution function: p (..., K) sums to 1, u (...) in (0, 1) -> int64 (...)."""
+    cdf = p.cumsum(-1)
+    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1).clamp(max=p.size(-1) - 1)
+
+
+def to_device(x, device):
+    """x on the device. Nobody waits for the copy, but on Apple's, which would read x when it may be freed already."""
+    return x.to(device, non_blocking=torch.device(device).type != "mps")
+
+
+# Checked arguments. One guard stands before the public methods of all models. It knows an argument by its name, and the form
+# that it must have from the class: "float (B, 3, 32, 32) in [0, 1]" is a tensor, "int in [1, 9)" a number. Kind, shape and
+# device can be looked at without waiting for a GPU. Values are looked at if they lie on the CPU, and in sample() anywhere.
 
 FORM = re.compile(r"(\w+)(?: \((.*?),?\))?(?: in \[(\S+), (\S+)([])]))?")
 
@@ -1734,9 +2252,11 @@ def is_tensor(v, kind, shape, low, high, weight, near, wait):
 
 
 def fits(v, form, weight, near=False, wait=False):
-    """Whether v is of one of the forms that "or" connects; "among a, b" are names, "layers" and "maps" collections of numbers."""
+    """Whether v has one of the forms that "or" connects; "among a, b" are names, "layers" and "maps" collections of numbers."""
     if " or " in form:
         return any(fits(v, part, weight, near, wait) for part in form.split(" or "))
+    if form == "function":
+        return callable(v)
     if form.startswith("among "):
         return isinstance(v, str) and v in re.findall(r"[\w-]+", form)[1:]
     kind, shape, low, high, end = FORM.fullmatch(form).groups()
@@ -1758,8 +2278,8 @@ def sizes(model, a):
         S, D = side, m.best_layer if isinstance(m, ADDP) and side != S else D
     B = len(x) if isinstance(x, torch.Tensor) and x.dim() else int(n) if is_number(n, "int", 1, math.inf) else "B"
     N = B
-    if "clean" in a and B != "B":
-        N = B - (int(B * m.clean) if not is_number(a["clean"], "int", 0, B) else int(a["clean"]))
+    if "n_clean" in a and B != "B":
+        N = B - (int(a["n_clean"]) if is_number(a["n_clean"], "int", 0, B) else int(B * m.clean_ratio))
     elif isinstance(x, torch.Tensor) and x.dim() in (3, 5):                                                 # (B, 2, L), (B, 2, 3, S, S)
         N = 2 * B
     return {"m": m, "S": S, "D": D, "B": B, "N": N, "time": type(getattr(m, "t_range", (0, 0))[1]).__name__}
@@ -1777,6 +2297,8 @@ def checked(method, args, options, wait=False):
     """Call a method if its arguments are of the forms that its class states, else ValueError. Integers become int or int64;
     labels and seeds go to the model's device, seeds are counted from one number. wait: for values that are not on the CPU."""
     signature, model = inspect.signature(method), args[0]
+    if unknown := [name for name in options if name not in signature.parameters]:
+        raise ValueError(f"{unknown[0]} is nothing that {type(model).__name__}.{method.__name__} takes; it takes {', '.join([*signature.parameters][1:])}")
     given = signature.bind(*args, **options)
     given.apply_defaults()
     a, weight = given.arguments, next(model.parameters())
@@ -1799,239 +2321,21 @@ def checked(method, args, options, wait=False):
                 require(f"add[{b}]", m, f"float ({size['B']}, {C}, {', '.join(str(n * size['S'] // model.image_size) for n in sides)})", weight)
         elif isinstance(v, torch.Tensor) and v.dim():
             v = v if v.is_floating_point() or v.dtype == torch.bool else v.long()
-            a[key] = send(v, weight.device) if key in ("labels", "seeds") else v
+            a[key] = to_device(v, weight.device) if key in ("labels", "seeds") else v
         elif form.startswith("int"):
             a[key] = int(v)
+    if a.get("guidance", 1) != 1 and a["labels"] is None:
+        raise ValueError(f"guidance must be 1 without labels, not {a['guidance']}")
     if "n" in a and not isinstance(a.get("seeds", weight), torch.Tensor):
         a["seeds"] = torch.arange(a["n"], device=weight.device) + (a["seeds"] or 0)
     return method(*given.args, **given.kwargs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 9. Presets, and weights of the original authors
-#
-# A model is a name and a dict of plain numbers; a checkpoint stores that dict, build() turns it back into a model. Published
-# files store none, so their sizes are read off the shapes of their tensors. Base and large are the papers' sizes; of ADM that is the
-# network for 256 pixels, and small the one that DDPM has for 32, in ADM's manner.
-
-TOKENIZERS = {
-    "toy":   dict(codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),     # enough for shapes in flat colours
-    "tiny":  dict(codebook_dim=16, ch=32, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),
-    "small": dict(codebook_dim=32, ch=64, ch_mult=(1, 1, 2, 2, 4), blocks=2, groups=8),
-    "base":  dict(codebook_dim=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2),
-}
-TOKENIZERS["large"] = TOKENIZERS["base"]
-
-MAGE_SIZES = {
-    "tiny":  dict(width=128, depth=4, heads=4, decoder_width=128, decoder_depth=2, decoder_heads=4, dropout=0.0),
-    "small": dict(width=384, depth=12, heads=6, decoder_width=384, decoder_depth=4, decoder_heads=6),
-    "base":  dict(width=768, depth=12, heads=12, decoder_width=768, decoder_depth=8, decoder_heads=16),
-    "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, decoder_depth=8, decoder_heads=16),
-}
-ADDP_SIZES = {size: {k: v for k, v in args.items() if k != "decoder_width"} for size, args in MAGE_SIZES.items()}
+for _class, _name in ((VQGAN, "encode"), (VQGAN, "decode"), (VQGAN, "reconstruct"), (Model, "noise")):     # classes of models see to it themselves
+    setattr(_class, _name, guarded(getattr(_class, _name)))
 
 
-UMD_SIZES = {
-    "tiny":  dict(width=128, depth=4, heads=4, decoder_depth=2),
-    "small": dict(width=384, depth=12, heads=6, decoder_depth=4),
-    "base":  dict(width=768, depth=12, heads=12, decoder_depth=4),
-    "large": dict(width=1024, depth=24, heads=16, decoder_depth=8),
-}
-
-
-def timm_plain(name, p):
-    """Parameters without weight decay in MAE and MAGE: all vectors."""
-    return p.dim() <= 1 or name.endswith(".bias")
-
-
-def umd_plain(name, p):
-    """The same in UMD: norms decay there, tokens do not."""
-    return name.endswith("bias") or name in ("cls_token", "mask_token")
-
-
-# How each is trained: AdamW with these; clip is of the gradient's norm; the learning rate rises for a share warmup of the steps and falls
-# to a share least of itself; crop is the share of a picture that is kept at least. ema is how slowly the averaged weights, which sampling
-# then reads, follow, 0 for none; probe_ema: so do probes. paper: length, batch and learning rate for 256 images of the papers' ImageNet runs;
-# tiny: what serves the tiny models of pixels better than the small sets' defaults (train.py).
-MAGE_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=timm_plain, clip=3.0, warmup=0.025, least=0.0, crop=0.2, ema=0.0, probe_ema=False,
-                   paper=dict(epochs=1600, batch_size=4096, lr=1.5e-4), tiny={})
-ADDP_RECIPE = dict(MAGE_RECIPE, paper=dict(epochs=1600, batch_size=4096, lr=1e-4))
-UMD_RECIPE = dict(betas=(0.9, 0.95), decay=0.05, plain=umd_plain, clip=1.0, warmup=0.05, least=0.0, crop=0.8, ema=0.9999, probe_ema=False,
-                  paper=dict(epochs=800, batch_size=1024, lr=1.5e-4), tiny=dict(ids=64, batch_size=32, steps=3000, lr=18e-3))
-MAE_RECIPE = dict(UMD_RECIPE, ema=0.0, paper=dict(epochs=800, batch_size=4096, lr=1.5e-4))
-TUNE_RECIPE = dict(UMD_RECIPE, betas=(0.9, 0.999), decay=0.0, crop=0.95, paper=dict(epochs=50, batch_size=256, lr=1.5e-4))
-ADM_RECIPE = dict(betas=(0.9, 0.999), decay=0.0, plain=timm_plain, clip=math.inf, warmup=0.0, least=1.0, crop=0.8, ema=0.9999, probe_ema=True,
-                  paper=dict(epochs=396, batch_size=256, lr=1e-4), tiny=dict(batch_size=32, steps=2000))
-
-ADM_SIZES = {
-    "tiny":  dict(ch=16, ch_mult=(1, 2, 4), blocks=1, attention=(4,), head=32, groups=4, schedule="cosine"),
-    "small": dict(ch=128, ch_mult=(1, 2, 2, 2), blocks=2, attention=(2,), dropout=0.1, schedule="cosine"),
-    "base":  dict(ch=256, ch_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32)),
-}
-ADM_SIZES["large"] = ADM_SIZES["base"]
-
-
-class Method(typing.NamedTuple):
-    """A row of MODELS: the class, its constructor's arguments by size, and those that make it this method."""
-    model: type
-    sizes: dict
-    options: dict
-    tune: dict = {}                     # what changes when a trained model learns to be conditioned on labels
-    tokenizer: bool = True              # reads ids; else pixels
-    predictor: str = ""                 # the row of the trained model that it learns from
-    views: int = 1                      # crops it reads of an image
-    recipe: dict = MAGE_RECIPE
-    tune_recipe: dict = MAGE_RECIPE
-
-
-def umd_method(clean, hidden_clean, hidden_noised):
-    """UMD with these three numbers. Learning labels it sees noised pictures whole, and a few clean ones, so as not to forget them."""
-    options = dict(clean=clean, hidden_clean=hidden_clean, hidden_noised=hidden_noised)
-    return Method(UMD, UMD_SIZES, options, dict(clean=0.05 if clean else 0.0, hidden_noised=0.0), tokenizer=False,
-                  recipe=UMD_RECIPE if clean < 1 else MAE_RECIPE, tune_recipe=TUNE_RECIPE)
-
-
-MODELS = {
-    "mage":    Method(MAGE, MAGE_SIZES, {}),
-    "mage-c":  Method(MAGE, MAGE_SIZES, {"contrastive": 0.1}, views=2),
-    "addp":    Method(ADDP, ADDP_SIZES, {}, predictor="mage", recipe=ADDP_RECIPE),
-    "umd":     umd_method(0.5, 0.75, 0.375),
-    "mae":     umd_method(1.0, 0.75, 0.0),
-    "maskdit": umd_method(0.0, 0.0, 0.5),
-    "dit":     umd_method(0.0, 0.0, 0.0),
-    "adm":     Method(ADM, ADM_SIZES, {}, tokenizer=False, recipe=ADM_RECIPE),
-}
-
-
-def tokenizer_config(size, stride, codes=1024):
-    """VQGAN arguments of a preset, cut down to the levels that a stride of 2, 4, 8 or 16 needs."""
-    config = dict(TOKENIZERS[size], codebook_size=codes)
-    config["ch_mult"] = list(config["ch_mult"][:int(math.log2(stride)) + 1])
-    return config
-
-
-def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, tune=False):
-    """Everything build() needs, as plain values.
-
-    grid       patches along a side, for models that read pixels
-    tokenizer  VQGAN arguments, for models that read ids; or the config of the predictor, which is one of the same size if not given
-    classes    > 0: conditioned on labels, which models with a predictor are not        tune  True: starting from a trained model
-    """
-    method = MODELS[name]
-    if method.predictor:
-        source = {"predictor": tokenizer if "model" in tokenizer else model_config(method.predictor, size, image_size, grid, tokenizer)}
-    elif method.tokenizer:
-        source = {"tokenizer": tokenizer, "classes": classes}
-    elif "grid" in inspect.signature(method.model).parameters:
-        source = {"grid": grid, "classes": classes}
-    else:
-        source = {"classes": classes}
-    return {"model": name, "image_size": image_size, **source, **method.sizes[size], **method.options, **(method.tune if tune else {})}
-
-
-def build(config):
-    """Config -> model with fresh weights. A config without 'model' is a tokenizer's."""
-    if "model" not in config:
-        return VQGAN(**config)
-    rest = {k: v for k, v in config.items() if k not in ("model", "tokenizer", "predictor")}
-    frozen = [build(config[k]) for k in ("tokenizer", "predictor") if k in config]
-    return MODELS[config["model"]].model(*frozen, **rest)
-
-
-def parts(state, prefix):
-    """A state dict's part whose names begin with prefix, which is cut off."""
-    return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
-
-
-def count(state, prefix):
-    """How many blocks the state dict has under prefix."""
-    return len({k.split(".")[0] for k in parts(state, prefix)})
-
-
-def published_tokenizer(state):
-    """VQGAN arguments read off a state dict with the official names (vqgan_jax_strongaug.ckpt)."""
-    ch = state["encoder.conv_in.weight"].size(0)
-    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].size(0) for i in range(count(state, "encoder.down."))]
-    size, dim = state["quantize.embedding.weight"].shape
-    return dict(codebook_size=size, codebook_dim=dim, ch=ch, ch_mult=[w // ch for w in widths], blocks=count(state, "encoder.down.0.block."))
-
-
-# What shapes cannot tell: heads of encoder and decoder by width. And what the published MAGE and ADDP files carry although no line
-# of their code reads it: leftovers of MAE.
-PUBLISHED_HEADS = {768: (12, 16), 1024: (16, 16)}
-DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
-        "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids", "pos_token_embed", "pos_mask_embed")
-
-
-def published_mage(state, heads=None):
-    """Official MAGE state dict -> (config, the state that our MAGE loads strictly, names left out).
-
-    heads  (encoder, decoder); by default those of the published widths, 768 and 1024
-    """
-    tokenizer = published_tokenizer(parts(state, "vqgan."))
-    words, width = state["token_emb.word_embeddings.weight"].shape
-    positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
-    heads = heads or PUBLISHED_HEADS[width]
-    config = {"model": "mage", "tokenizer": tokenizer, "image_size": math.isqrt(positions - 1) * 2 ** (len(tokenizer["ch_mult"]) - 1),
-              "width": width, "depth": count(state, "blocks."), "heads": heads[0], "decoder_width": decoder_width,
-              "decoder_depth": count(state, "decoder_blocks."), "decoder_heads": heads[1],
-              "classes": words - tokenizer["codebook_size"] - 1, "fake_class": 76}
-    with torch.device("meta"):
-        ours = build(config).state_dict().keys()
-    kept = {k: v for k, v in state.items() if k in ours}
-    table = "token_emb.position_embeddings.weight"
-    kept[table] = kept[table][:positions]                                                   # a longer table has rows never read
-    return config, kept, sorted(state.keys() - ours)
-
-
-def published_addp(state, heads=None, predictor_heads=None):
-    """The same for an official ADDP state dict (addp-vit-*.pth), which holds its predictor and, twice, the tokenizer."""
-    predictor, kept, dead = published_mage(parts(state, "token_predictor."), predictor_heads)
-    own = {k: v for k, v in state.items() if not k.startswith("token_predictor.")}
-    width = own["token_emb.weight"].size(1)
-    heads = heads or PUBLISHED_HEADS[width]
-    config = {"model": "addp", "predictor": predictor, "image_size": predictor["image_size"], "width": width, "depth": count(own, "blocks."),
-              "heads": heads[0], "decoder_depth": count(own, "decoder_blocks."), "decoder_heads": heads[1]}
-    with torch.device("meta"):
-        ours = build(config).state_dict().keys()
-    kept = {**{k: v for k, v in own.items() if k in ours}, **{f"token_predictor.{k}": v for k, v in kept.items()}}
-    return config, kept, sorted(own.keys() - ours) + [f"token_predictor.{k}" for k in dead]
-
-
-def published_adm(state, head=64, **attention):
-    """Official ADM state dict (256x256_diffusion_uncond.pt and its like) -> (config, the same state, no names left out).
-
-    Heads, order of channels, noise and side of the image cannot be seen; published heads are 64 wide, the
-    smallest maps 8 x 8. attention: heads and order, if others. ValueError for a conditional one: labels have no place.
-    """
-    if "label_emb.weight" in state:
-        raise ValueError("it is class-conditional; ADM is read without classes only")
-    ch, ups = state["time_embed.0.weight"].size(1), range(count(state, "output_blocks."))
-    levels = 1 + sum(any(f"output_blocks.{i}.{j}.in_layers.0.weight" in state for j in (1, 2)) for i in ups)    # those that enlarge
-    blocks = count(state, "input_blocks.") // levels - 1
-    first = [f"input_blocks.{1 + i * (blocks + 1)}" for i in range(levels)]
-    config = {"model": "adm", "image_size": 8 * 2 ** (levels - 1), "ch": ch, "blocks": blocks, "head": head,
-              **attention, "ch_mult": [state[f"{name}.0.out_layers.3.weight"].size(0) / ch for name in first],
-              "attention": [2 ** i for i, name in enumerate(first) if f"{name}.1.norm.weight" in state]}
-    return config, state, []
-
-
-# Which reader a file is for, by the first prefix that any of its names has.
-PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": published_mage, "input_blocks.0.": published_adm}
-
-
-def published_weights(state, ema=True):
-    """{name: tensor}, wherever a file has them, less prefixes of wrappers; ema: the averaged, if any."""
-    keys = ["model", "state_dict", "model_state_dict", "model_ema", "ema"]
-    found = [state[k] for k in keys[::-1 if ema else 1] if isinstance(state.get(k), dict)] or [state]
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in {**found[-1], **found[0]}.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# 10. Pictures, runs and files
-#
-# No method is explained from here on. Files are checked when they are read, checkpoints are written under another name and then
-# renamed, loads execute nothing, and a user's mistake ends in one sentence.
+# Scripts: a user's mistake ends in one sentence.
 
 
 class UserError(Exception):
@@ -2051,7 +2355,7 @@ def attention_kernels():
     return contextlib.nullcontext()
 
 
-def run_script(main):
+def run_main(main):
     """Call main(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and exit code 1."""
     torch.set_flush_denormal(True)      # gates that start at 0 make gradients whose squares are denormal: a CPU takes ten times as long for those
     torch.backends.cudnn.benchmark = True       # shapes stay the same: a GPU tries once which convolution is fastest
@@ -2086,12 +2390,12 @@ def default_dtype(name):
     return "bfloat16" if cuda and torch.cuda.get_device_capability(name)[0] >= 8 else "float32"
 
 
-def option(default, help, least=1, most=2**31 - 1, **more):
+def flag(default, help, least=1, most=2**31 - 1, **more):
     """A field that parse() makes an option of, numbers from least to most. more: choices, positional=True."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
 
 
-def parse(cls, description, argv=None):
+def parse_flags(cls, description, argv=None):
     """Command line -> instance of the dataclass cls: an option a field, dashes outside, underscores inside; bool gives --x / --no-x."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
 
@@ -2176,7 +2480,7 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
             ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
             return rebuild(config, {**state["model"], **(ema and state.get("ema") or {})}, path), state["config"]
         weights = published_weights(state, ema is not False)
-        readers = [reader for name, reader in PUBLISHED.items() if parts(weights, name)]
+        readers = [reader for name, reader in PUBLISHED.items() if sub_state(weights, name)]
         if "x_embedder.proj.weight" in weights or "decoder_pred.weight" in weights and not readers:
             raise UserError(f"{path} is a file of the official DiT or MAE and does not fit: dit and mae here are the two ends of UMD, other networks")
         if not readers or attention and (ours or readers != [published_adm]):
@@ -2198,8 +2502,8 @@ def load_tokenizer(path):
     state = load_checkpoint(path)
     with reading(path, "a tokenizer of train.py or a published one"):
         if isinstance(state.get("config"), dict) and "tokenizer_arch" in state["config"]:
-            config, weights = state["config"]["tokenizer_arch"], parts(state["model"], "vqgan.")
-        elif any(parts(weights := published_weights(state), name) for name in (*PUBLISHED, "blocks.")):
+            config, weights = state["config"]["tokenizer_arch"], sub_state(state["model"], "vqgan.")
+        elif any(sub_state(weights := published_weights(state), name) for name in (*PUBLISHED, "blocks.")):
             raise UserError(f"{path} is a model, not a tokenizer; name its run's folder or a tokenizer.pt")
         else:
             config = published_tokenizer(weights)
@@ -2268,7 +2572,7 @@ def read_image(path, size):
         return from_image(image, size).float() / 255
 
 
-def grid(x, columns=8, least=1024):
+def image_grid(x, columns=8, least=1024):
     """Pictures (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are enlarged to about least pixels."""
     n, _, side, _ = x.shape
     columns = min(columns, n)
@@ -2287,18 +2591,18 @@ def grid(x, columns=8, least=1024):
 # A crop is named by an integer, so that the same crop comes out on any machine and after any interruption.
 
 
-def fold(*values):
+def hash_ints(*values):
     """Integers, or int64 tensors, scrambled into one."""
     state = 0
     for value in values:
-        state = mix(mix(value) + 0x9E3779B9 * (state + 1))
+        state = murmur(murmur(value) + 0x9E3779B9 * (state + 1))
     return state
 
 
 def crop_boxes(crops, width, height, scale):
     """Random resized crops: area in scale x the picture, aspect 3/4 .. 4/3, place uniform, flipped every other time; one draw each,
     clipped to the picture (official file: util/crop.py). int64 (B,) -> left, top, width, height, flip: float (B,) each, bool (B,)."""
-    area, ratio, x, y, flip = uniform(crops, 0, 5).unbind(1)
+    area, ratio, x, y, flip = hashed_uniform(crops, 0, 5).unbind(1)
     area = width * height * (scale[0] + area * (scale[1] - scale[0]))
     ratio = (math.log(4 / 3) * (2 * ratio - 1)).exp()
     w, h = (area * ratio).sqrt().clamp(max=width), (area / ratio).sqrt().clamp(max=height)
@@ -2307,10 +2611,10 @@ def crop_boxes(crops, width, height, scale):
 
 def shuffled(n, *seeds):
     """0 .. n - 1 in an order that follows from the seeds: int64 (n,)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(fold(*seeds)))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(hash_ints(*seeds)))
 
 
-class Pictures:
+class ImageTensor:
     """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time. Attributes as Folder's.
 
     scale  share of the area that a crop keeps, (0.2, 1) in the papers
@@ -2326,10 +2630,10 @@ class Pictures:
     def batches(self, plan, workers=0, replace=True):
         """The pictures of the plan, (x, labels) at a time; workers are not needed here, and all can be read."""
         for index, crops in plan:
-            x = self.images[send(index, self.images.device)].float() / 255
+            x = self.images[to_device(index, self.images.device)].float() / 255
             if crops is not None:
                 x = x.repeat_interleave(crops.size(1), 0)
-                x = self.crop(x, send(crops.flatten(), x.device)).unflatten(0, crops.shape)
+                x = self.crop(x, to_device(crops.flatten(), x.device)).unflatten(0, crops.shape)
             yield x, self.labels[index]
 
     def crop(self, x, crops):
@@ -2342,7 +2646,7 @@ class Pictures:
         return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="border", align_corners=False)
 
 
-class Folder(torch.utils.data.Dataset):
+class ImageFolder(torch.utils.data.Dataset):
     """Image files, decoded by worker processes when they are asked for; as floats they exist on the device only.
 
     paths, labels  of the images, int (N,)       classes  names, none for images without labels       root  what messages are about
@@ -2376,7 +2680,7 @@ class Folder(torch.utils.data.Dataset):
                 side = (self.size, self.size)
                 return torch.zeros((3, *side) if crops is None else (len(crops), 3, *side), dtype=torch.uint8), torch.tensor(-1), bad
             draw += 1
-            i = fold(index if crops is None else crops[0], draw) % len(self)
+            i = hash_ints(index if crops is None else crops[0], draw) % len(self)
 
     def crop(self, image, crops):
         """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole picture (3, S, S)."""
@@ -2422,7 +2726,7 @@ class Folder(torch.utils.data.Dataset):
                 if i not in self.named:
                     print(f"unreadable, {'another image takes its place' if replace else 'left out'}: {shown(self.paths[i])} ({error})", file=sys.stderr)
                 self.unreadable[i] = self.named[i] = error
-            images.append(send(x, self.device))
+            images.append(to_device(x, self.device))
             labels.append(y)
             if sum(map(len, labels)) == sizes[0]:
                 yield torch.cat(images).float().div_(255), torch.cat(labels)
@@ -2516,12 +2820,12 @@ def image_files(folder, others):
 # nothing about the class, so shape is what there is to learn. Each is a signed distance: negative inside, in units of its radius.
 
 
-def box(x, y, w, h):
+def box_distance(x, y, w, h):
     """Distance to a rectangle of half sides w and h."""
     return (x.abs() - w).maximum(y.abs() - h)
 
 
-def star(x, y, r):
+def star_distance(x, y, r):
     """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36 degrees."""
     fifth = 2 * math.pi / 5
     angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
@@ -2531,11 +2835,11 @@ def star(x, y, r):
 SHAPES = {
     "circle":   lambda x, y, r: r - 0.85,
     "ring":     lambda x, y, r: (r - 0.75).abs() - 0.2,
-    "square":   lambda x, y, r: box(x, y, 0.7, 0.7),
-    "bar":      lambda x, y, r: box(x, y, 0.95, 0.28),
-    "cross":    lambda x, y, r: box(x, y, 0.95, 0.3).minimum(box(x, y, 0.3, 0.95)),
+    "square":   lambda x, y, r: box_distance(x, y, 0.7, 0.7),
+    "bar":      lambda x, y, r: box_distance(x, y, 0.95, 0.28),
+    "cross":    lambda x, y, r: box_distance(x, y, 0.95, 0.3).minimum(box_distance(x, y, 0.3, 0.95)),
     "triangle": lambda x, y, r: torch.stack([x, -x / 2 + y * 0.866, -x / 2 - y * 0.866]).amax(0) - 0.5,
-    "star":     lambda x, y, r: star(x, y, r),
+    "star":     lambda x, y, r: star_distance(x, y, r),
     "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
 }
 GROUND = torch.tensor([128.0, 128.0, 128.0])
@@ -2545,7 +2849,7 @@ PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96]
 def draw_shapes(seeds, size):
     """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side, turned by quarters
     give or take 9 degrees, always wholly visible."""
-    kind, color, radius, cx, cy, turn, wobble = uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
+    kind, color, radius, cx, cy, turn, wobble = hashed_uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
     cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
     turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
@@ -2599,7 +2903,7 @@ def download_cifar10(folder, timeout=60):
                 os.lockf(lock.fileno(), os.F_LOCK, 0)                                       # dies with us
             if inside.exists():
                 return
-            if processes()[1] > 1 and time.monotonic() - started > 1:         # else all would fail one by one
+            if rank_and_world()[1] > 1 and time.monotonic() - started > 1:         # else all would fail one by one
                 raise TimeoutError("another process has tried")
             with tempfile.TemporaryDirectory(prefix=".", dir=folder) as own, \
                     tempfile.TemporaryFile(dir=folder) as archive, \
@@ -2639,7 +2943,7 @@ def labelled(folder, notes):
     return found
 
 
-def held_out(files, labels):
+def is_held_out(files, labels):
     """Whether each file is held out to test on: a tenth of each class, by a hash of its name, so that nothing changes when others come; none of
     a class of which nothing would be left."""
     picked = [int(hashlib.md5(os.fsencode(p.name)).hexdigest(), 16) % 10 == 0 for p in files]
@@ -2666,7 +2970,7 @@ def find_images(root):
     if second:
         how, train, test = f"{second}/", (files[0], labels[0]), (files[1], labels[1])
     else:
-        how, held = "a tenth of each class, by a hash of the file's name", held_out(files[0], labels[0])
+        how, held = "a tenth of each class, by a hash of the file's name", is_held_out(files[0], labels[0])
         train, test = ([[v for v, h in zip(column, held) if h == part] for column in (files[0], labels[0])] for part in (False, True))
     classes = [name for name in parts[0] if name]
     notes.insert(0, f"{shown(root)}: {len(train[0])} images {f'of {len(classes)} classes' if classes else 'without classes'} to train on, "
@@ -2674,7 +2978,7 @@ def find_images(root):
     return f"{' and '.join(names) or 'one part'}, {'class folders' if classes else 'flat'}", classes, {True: train, False: test}, "\n".join(notes)
 
 
-def look_at(data, count=500):
+def check_sample(data, count=500):
     """Open the heads of some images of every class. UserError if none of a class can be opened, or if one in ten cannot."""
     bad, seen, whole = [], 0, []
     for c, name in enumerate(data.classes or [""]):
@@ -2702,18 +3006,18 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":
-        return Pictures(*shapes(train, size), (max(crop, 0.5), 1.0), device)
+        return ImageTensor(*shapes(train, size), (max(crop, 0.5), 1.0), device)
     if dataset == "cifar10":
         if size != 32:
             raise UserError(f"CIFAR-10 has 32 x 32 pixels, which does not fit a model or --image-size of {size}")
         if not data_dir:
             download_cifar10(root)
-        return Pictures(*cifar10(root, train), (crop, 1.0), device)
+        return ImageTensor(*cifar10(root, train), (crop, 1.0), device)
     layout, classes, parts, summary = find_images(root)
-    data = Folder(root, *(parts[train] if parts[train][0] else parts[True]), classes, size, (crop, 1.0), strict, device, layout, summary)
+    data = ImageFolder(root, *(parts[train] if parts[train][0] else parts[True]), classes, size, (crop, 1.0), strict, device, layout, summary)
     data.unseen = not train and bool(parts[False][0])
     if train and not strict:
-        look_at(data)
+        check_sample(data)
     return data
 
 
@@ -2730,7 +3034,7 @@ SIGNALS = {}                        # {number: when it came}: what has asked a t
 def asked_to_stop():
     """Whether a signal has reached any of the processes. All of them come here together, so all stop after the same step."""
     asked = torch.tensor(len(SIGNALS))
-    if processes()[1] > 1:
+    if rank_and_world()[1] > 1:
         torch.distributed.all_reduce(asked)                                                 # on the CPU: no device is waited for
     return bool(asked)
 
@@ -2765,15 +3069,15 @@ def leave_processes():
         torch.distributed.destroy_process_group()
 
 
-def processes():
+def rank_and_world():
     """Rank of this process and their number; 0 and 1 without torchrun."""
     there = torch.distributed.is_initialized()
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
 
 
-def first_alone(work):
+def rank_zero_first(work):
     """What work() returns in the first process, for which the others wait. Its UserError, which it alone tells, ends them all."""
-    rank, world = processes()
+    rank, world = rank_and_world()
     found = [None, None]
     if rank == 0:
         try:
@@ -2788,3 +3092,41 @@ def first_alone(work):
     return result
 
 
+# --------------------------------------------------------------------------------------------------------------
+# 14. A training loop
+#
+# The whole story, on drawn shapes and a CPU, in about a minute: `python unified.py`. train.py has the same loop, and what a
+# long run needs: ids that are computed once, averaged weights, evaluation, checkpoints, many GPUs.
+
+
+def fit(net, steps, batch_size, peak_lr):
+    """Train net on batches of drawn shapes."""
+    weights = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
+    for step in range(steps):
+        seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
+        images, _ = draw_shapes(seeds, 32)                                                  # uint8 (B, 3, 32, 32)
+        loss, logs = net(images.float() / 255)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 3.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            print(f"{type(net).__name__:17s} step {step + 1:5d}   loss {loss.item():.3f}")
+
+
+def main(tokenizer_steps=600, steps=900, out="shapes.png"):
+    """Train a tokenizer, then MAGE on its ids, and write a sheet of 64 samples."""
+    torch.manual_seed(0)
+    vqgan = build(tokenizer_config("toy", stride=8, codes=128))
+    fit(TokenizerTraining(vqgan), tokenizer_steps, batch_size=16, peak_lr=4e-3)
+    model = MAGE(vqgan, image_size=32, **MAGE_SIZES["tiny"])
+    fit(model, steps, batch_size=64, peak_lr=1.5e-3)
+    image_grid(model.eval().sample(64)).save(out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
