@@ -5364,7 +5364,7 @@ PUBLIC = ("forward", "sample_steps", "features", "embed", "reconstruct", "noise"
 
 def right_arguments(model, method, views=1):
     """Arguments of a call that succeeds, {} of a method that the model lacks; each allows one number of rows only. A method of a fork
-    whose own arguments are to be checked, too, gets a line here, and in its class's forms."""
+    whose own arguments are to be checked, too, gets a line here, and one in FORMS."""
     rows, x = torch.arange(4), some_pictures(8, 32).unflatten(0, (4, 2))
     known = dict(x=x[:, :views].squeeze(1), ids=torch.arange(64).view(4, 4, 4) % 32, n=4, steps=2,
                  temperature=0.5, eta=0.5, guidance=1.5, known=x[:, 0], mask=x[:, 0, 0] > 0.5, seeds=rows, schedule="linear", draw=3,

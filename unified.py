@@ -1,8 +1,8 @@
-"""Generate and represent images with one network: MAGE, MAGE-C, ADDP, UMD (MAE, MaskDiT, DiT) and ADM, in one file.
+"""Generate and represent images with one network: MAGE, MAGE-C, ADDP, UMD and ADM in one file.
 
-One idea runs through all of them: corrupt an image, and train a network to undo it. To undo it, the network has to
-understand the image, so its activations are a representation. Undone step by step, starting from nothing, it is
-generation.
+One idea runs through all of them: corrupt an image, and train a network to undo it. To undo it, the network
+has to understand the image, so its activations are a representation. Undone step by step, starting from
+nothing, it is generation.
 
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
@@ -12,54 +12,57 @@ generation.
                                  half: noise added, 37.5 % masked
     ADM      pixels              noise added                             the noise, and its variance
 
-MAE, MaskDiT and DiT are UMD with other numbers. How it is used:
+MAE, MaskDiT and DiT are UMD with other numbers. How a model is used:
 
-    import torch, unified
-    tokenizer = unified.build(unified.tokenizer_config("toy", stride=8, codes=128))
-    model = unified.build(unified.model_config("mage", "tiny", image_size=32, tokenizer=...))       # see the last page
-    model, config = unified.load_model("out/shapes-mage")       # or a trained one, in eval mode
+    import unified
+    vqgan = unified.build(unified.tokenizer_config("toy", stride=8, codes=128))     # a fresh tokenizer
+    model = unified.MAGE(vqgan, image_size=32, **unified.MAGE_SIZES["tiny"])        # and a fresh MAGE
+    model, config = unified.load_model("out/shapes-mage")                           # or a trained one
 
-    loss, logs = model(x)                       # x (B, 3, 32, 32) in [0, 1], or ids from a cache
+    loss, logs = model(x)                           # x (B, 3, 32, 32) in [0, 1], or its token ids (B, L)
     loss.backward()
-    x = model.sample(16, seeds=0)               # (16, 3, 32, 32) in [0, 1]
-    z = model.embed(x)                          # (16, C), what a linear probe reads
-    maps = model.features(x, layers=[2, 4])     # [(16, C, 4, 4), ...] after any block
+    x = model.sample(16, seeds=0)                   # (16, 3, 32, 32) in [0, 1]
+    z = model.embed(x)                              # (16, C), what a linear probe reads
+    maps = model.features(x, layers=[2, 4])         # [(16, C, 4, 4), ...], after any block
 
-`python unified.py` trains a tokenizer and MAGE on drawn shapes in about a minute; its loop is the last page.
+`python unified.py` trains a tokenizer and MAGE on drawn shapes in a minute or two; its loop is section 14.
 
-    1  Attention and blocks     every token attends to every other token
-    2  The VQ tokenizer         image -> token ids -> image
-    3  What every model offers  loss, samples, embeddings; the interface that the scripts use
-    4  Masking and unmasking    how many tokens are masked, and which, in training and in generation
-    5  MAGE                     predict the masked ids
-    6  MAGE-C                   and tell which two crops show the same image
-    7  ADDP                     read pixels, predict ids; a trained MAGE is the teacher
-    8  Noise                    the noise schedule, and the way back: DDPM and DDIM
-    9  UMD, MAE, MaskDiT, DiT   predict masked patches, or the noise, or both
-    10 ADM                      predict the noise with a U-Net; its blocks are representations, too
-    11 Sizes and recipes        presets, and how each method is trained
-    12 Published weights        how files of the original authors are read
-    13 Behind the scenes        random numbers by seed, checked arguments, files, data sets, processes
-    14 A training loop          the whole story in thirty lines
+    1  Attention and blocks        every token attends to every other token
+    2  The VQ tokenizer            image -> token ids -> image
+    3  What every model offers     loss, samples, embeddings, feature maps
+    4  Masking and unmasking       how many tokens are masked, and which, in training and in generation
+    5  MAGE                        predict the masked ids
+    6  MAGE-C                      and tell which two crops show the same image
+    7  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
+    8  Noise                       the noise schedule, and the way back: DDPM and DDIM
+    9  UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
+    10 ADM                         predict the noise with a U-Net; its blocks are representations, too
+    11 Sizes and recipes           presets, and how each method is trained
+    12 Published weights           how files of the original authors are read
+    13 Behind the scenes           random numbers by seed, checked arguments, files, data sets, processes
+    14 A training loop             the whole story in thirty lines
 
-Shapes   B images, n of them when they are generated    L tokens of an image, h x w = L their grid
-         M tokens that enter an encoder    C width    K codebook entries    V crops of an image    S image side in pixels
-Symbols  x pixels    z output of the tokenizer's encoder, or an embedding    ids token ids    x0, eps, xt clean pixels, noise,
-         their mixture at timestep t    alpha_bar how much of x0 is left in xt
+Sizes    B images; n, when they are generated           L tokens of an image, on a grid of h x w
+         M tokens that enter an encoder                 C channels of a token
+         K entries of the codebook                      S pixels on a side of an image
+Symbols  x pixels                                       ids token ids
+         z output of the tokenizer's encoder, or an embedding
+         x0, eps, xt clean pixels, noise, and their mixture at timestep t of T
+         alpha_bar how much of x0 is left in xt
 
-Pixels are floats in [0, 1] wherever they enter or leave; [-1, 1] is used where noise is added. Masks are bool, True =
-masked. Whatever is drawn at random can be passed in instead.
+Pixels are floats in [0, 1] wherever they enter or leave; [-1, 1] is used where noise is added. Masks are
+bool, True = masked. What is drawn at random can be passed in instead.
 
-Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423              [ADM] Dhariwal and Nichol 2021, 2105.05233
-         [Attention] Vaswani et al. 2017, 1706.03762            [CFG] Ho and Salimans 2022, 2207.12598
-         [DDIM] Song et al. 2020, 2010.02502                    [DDPM] Ho et al. 2020, 2006.11239
-         [DiffSSL] Mukhopadhyay et al. 2023, 2307.08702, 2311.17921     [DiT] Peebles and Xie 2022, 2212.09748
-         [iDDPM] Nichol and Dhariwal 2021, 2102.09672           [MAE] He et al. 2021, 2111.06377
-         [MAGE] Li et al. 2022, 2211.09117                      [MaskDiT] Zheng et al. 2023, 2306.09305
-         [MaskGIT] Chang et al. 2022, 2202.04200                [RePaint] Lugmayr et al. 2022, 2201.09865
-         [SimCLR] Chen et al. 2020, 2002.05709                  [UMD] Hansen-Estruch et al. 2024, 2406.17688
-         [ViT] Dosovitskiy et al. 2020, 2010.11929              [VQ-VAE] van den Oord et al. 2017, 1711.00937
-         [VQGAN] Esser et al. 2020, 2012.09841
+Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
+         [Attention] Vaswani et al. 2017, 1706.03762        [CFG] Ho and Salimans 2022, 2207.12598
+         [DDIM] Song et al. 2020, 2010.02502                [DDPM] Ho et al. 2020, 2006.11239
+         [DiffSSL] Mukhopadhyay et al. 2023, 2307.08702     [DifFeed] Mukhopadhyay et al. 2023, 2311.17921
+         [DiT] Peebles and Xie 2022, 2212.09748             [iDDPM] Nichol and Dhariwal 2021, 2102.09672
+         [MAE] He et al. 2021, 2111.06377                   [MAGE] Li et al. 2022, 2211.09117
+         [MaskDiT] Zheng et al. 2023, 2306.09305            [MaskGIT] Chang et al. 2022, 2202.04200
+         [RePaint] Lugmayr et al. 2022, 2201.09865          [SimCLR] Chen et al. 2020, 2002.05709
+         [UMD] Hansen-Estruch et al. 2024, 2406.17688       [ViT] Dosovitskiy et al. 2020, 2010.11929
+         [VQ-VAE] van den Oord et al. 2017, 1711.00937      [VQGAN] Esser et al. 2020, 2012.09841
 """
 import argparse
 import collections
@@ -98,7 +101,7 @@ import tqdm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. Attention and blocks
 #
 #     A = softmax(Q K^T / sqrt(d)) V          Q, K, V: (B, heads, L, d)                    [Attention, eq. 1]
@@ -129,7 +132,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # 3 x (B, heads, L, d)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, L, d)
         p = self.dropout if self.training else 0.0
         if self.fused and fused_is_faster(q, p):
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)                        # (B, heads, L, d)
@@ -144,7 +147,8 @@ def fused_is_faster(q, dropout):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, linear, for each token: (B, L, C) -> (B, L, C). gelu: "none" is the exact one, "tanh" the approximation."""
+    """Linear, GELU, linear, for each token: (B, L, C) -> (B, L, C). gelu: "none" is the exact one, "tanh" the
+    approximation."""
 
     def __init__(self, dim, hidden_dim, dropout=0.0, gelu="none"):
         super().__init__()
@@ -152,7 +156,7 @@ class MLP(nn.Module):
         self.dropout, self.gelu = nn.Dropout(dropout), gelu
 
     def forward(self, x):
-        x = self.dropout(F.gelu(self.fc1(x), approximate=self.gelu))                        # (B, L, hidden_dim)
+        x = self.dropout(F.gelu(self.fc1(x), approximate=self.gelu))                    # (B, L, hidden_dim)
         return self.dropout(self.fc2(x))                                                    # (B, L, C)
 
 
@@ -179,13 +183,13 @@ def scatter_tokens(into, index, x):
     return into.scatter(1, index[..., None].expand(-1, -1, x.size(2)), x)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. The VQ tokenizer
 #
-#     z = E(x)        id = argmin_k ||z - e_k||^2        x' = D(e_id)                      [VQ-VAE, eq. 1 and 2]
+#     z = E(x)        id = argmin_k ||z - e_k||^2        x' = D(e_id)                    [VQ-VAE, eq. 1 and 2]
 #
 #     image 256 x 256 x 3                                                        image
-#       | E: residual blocks, average pooling                                      ^  D: residual blocks, upsampling
+#       | E: residual blocks, average pooling                                ^  D: residual blocks, upsampling
 #       |    256 x 256 x 128                                            256 x 256 x 128
 #       |    128 x 128 x 128                                            128 x 128 x 128
 #       |     64 x 64 x 256                                               64 x 64 x 256
@@ -193,14 +197,15 @@ def scatter_tokens(into, index, x):
 #       v     16 x 16 x 512                                               16 x 16 x 512
 #     z 16 x 16 x 256  --- nearest of the K = 1024 codes --->  ids 16 x 16  --->  e_id 16 x 16 x 256
 #
-# From here on an image is 256 integers below 1024. The layers are those of MaskGIT's tokenizer, which MAGE uses frozen
-# (official file: taming/modules/diffusionmodules/model.py). It differs from the well-known VQGAN: no attention, no
-# convolution around the codebook, average pooling on the way down, and hardly any bias.
+# From here on an image is 256 integers below 1024. The layers are those of MaskGIT's tokenizer,
+# which MAGE uses frozen (official file: taming/modules/diffusionmodules/model.py). It differs from the
+# well-known VQGAN: no attention, no convolution around the codebook, average pooling on the way down, and
+# hardly any bias.
 
 
 def group_norm(channels, groups=32):
-    """GroupNorm. Published tokenizers have 32 groups. Narrow ones need fewer: normalising one channel alone would erase its
-    mean, and with it the brightness of the image."""
+    """GroupNorm. Published tokenizers have 32 groups. Narrow ones need fewer: normalising one channel alone
+    would erase its mean, and with it the brightness of the image."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -217,23 +222,25 @@ class ResBlock(nn.Module):
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))                                               # (B, out, h, w)
         h = self.conv2(F.silu(self.norm2(h)))
-        # Where the width changes, the published tokenizers send the block's output, not its input, through the shortcut.
-        # It was a slip in the original code, but every released weight was trained with it.
+        # Where the width changes, the published tokenizers send the block's output, not its input, through
+        # the shortcut. It was a slip in the original code, but every released weight was trained with it.
         return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
 
 
 def res_blocks(inp, out, blocks, groups):
     """The residual blocks of one resolution, named as in the published files."""
-    return nn.ModuleDict({"block": nn.ModuleList(ResBlock(inp if j == 0 else out, out, groups) for j in range(blocks))})
+    first, others = ResBlock(inp, out, groups), (ResBlock(out, out, groups) for _ in range(blocks - 1))
+    return nn.ModuleDict({"block": nn.ModuleList([first, *others])})
 
 
 def middle_blocks(width, groups):
     """The two residual blocks at the lowest resolution."""
-    return nn.ModuleDict({"block_1": ResBlock(width, width, groups), "block_2": ResBlock(width, width, groups)})
+    return nn.ModuleDict({name: ResBlock(width, width, groups) for name in ("block_1", "block_2")})
 
 
 class Encoder(nn.Module):
-    """Pixels (B, 3, S, S) in [0, 1] -> z (B, dim, S / stride, S / stride), with stride = 2 ** (len(ch_mult) - 1).
+    """Pixels (B, 3, S, S) in [0, 1] -> z (B, dim, S / stride, S / stride), with stride = 2 **
+    (len(ch_mult) - 1).
 
     ch, ch_mult  level i has ch * ch_mult[i] channels       blocks  residual blocks per level
     dim          width of a codebook entry                  groups  of every group norm; divides every width
@@ -243,7 +250,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1, bias=False)
-        self.down = nn.ModuleList(res_blocks(inp, out, blocks, groups) for inp, out in zip([ch] + widths, widths))
+        self.down = nn.ModuleList(res_blocks(inp, out, blocks, groups)
+                                  for inp, out in zip([ch] + widths, widths))
         self.mid = middle_blocks(widths[-1], groups)
         self.norm_out, self.conv_out = group_norm(widths[-1], groups), nn.Conv2d(widths[-1], dim, 1)
 
@@ -258,20 +266,22 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way back: (B, dim, h, w) -> pixels (B, 3, S, S), about [0, 1] but not clamped. Arguments as for Encoder."""
+    """The way back: (B, dim, h, w) -> pixels (B, 3, S, S), about [0, 1] but not clamped.
+    Arguments as for Encoder."""
 
     def __init__(self, ch, ch_mult, blocks, dim, groups):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
         self.mid = middle_blocks(widths[-1], groups)
-        self.up = nn.ModuleList(res_blocks(inp, out, blocks, groups) for inp, out in zip(widths[1:] + widths[-1:], widths))
-        for i, width in enumerate(widths[1:], 1):                                           # up.0 is at full resolution
+        self.up = nn.ModuleList(res_blocks(inp, out, blocks, groups)
+                                for inp, out in zip(widths[1:] + widths[-1:], widths))
+        for i, width in enumerate(widths[1:], 1):                                 # up.0 is at full resolution
             self.up[i]["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
         self.norm_out, self.conv_out = group_norm(widths[0], groups), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
-        x = self.conv_in(z)                                                                 # (B, widths[-1], h, w)
+        x = self.conv_in(z)                                                            # (B, widths[-1], h, w)
         x = self.mid["block_2"](self.mid["block_1"](x))
         for level in reversed(self.up):
             for block in level["block"]:
@@ -282,8 +292,9 @@ class Decoder(nn.Module):
 
 
 def in_float32(layer, x):
-    """layer(x) in float32 at least, even under autocast: 8 bits of mantissa are too few for pixels and for long sums."""
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):              # "meta" has no autocast
+    """layer(x) in float32 at least, even under autocast: 8 bits of mantissa are too few for pixels and for
+    long sums."""
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):        # "meta" has no autocast
         return layer(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
@@ -296,10 +307,11 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
 
     def distances(self, z):
-        """||z - e_k||^2 = ||z||^2 + ||e_k||^2 - 2 z . e_k at every position: (B, dim, h, w) -> (B * h * w, K), in float32."""
+        """||z - e_k||^2 = ||z||^2 + ||e_k||^2 - 2 z . e_k at every position: (B, dim, h, w) ->
+        (B * h * w, K), in float32."""
         def squared(z, e=self.embedding.weight):
             norms = (z * z).sum(1, keepdim=True) + (e * e).sum(1)                           # (B * h * w, K)
-            return norms.addmm_(z, e.T, alpha=-2)                                           # in place: no second large matrix
+            return norms.addmm_(z, e.T, alpha=-2)                           # in place: no second large matrix
         return in_float32(squared, z.movedim(1, -1).flatten(0, -2))
 
     def lookup(self, ids):
@@ -313,15 +325,13 @@ class VQGAN(nn.Module):
     codebook_size  K        codebook_dim  width of a code        ch, ch_mult, blocks, groups  as for Encoder
     """
 
-    forms = {"x": "float (B, 3, {S}, {S}) in [-0.5, 1.5]", "ids": "int (B, h, w) in [0, {m.codes})"}        # section 13
-
     def __init__(self, codebook_size, codebook_dim, ch, ch_mult, blocks, groups=32):
         super().__init__()
         self.codes, self.stride = codebook_size, 2 ** (len(ch_mult) - 1)
         self.encoder = Encoder(ch, ch_mult, blocks, codebook_dim, groups)
         self.decoder = Decoder(ch, ch_mult, blocks, codebook_dim, groups)
         self.quantize = Codebook(codebook_size, codebook_dim)
-        self.to(memory_format=torch.channels_last)                                          # fastest for convolutions
+        self.to(memory_format=torch.channels_last)                                  # fastest for convolutions
 
     def encode(self, x):
         """Pixels (B, 3, S, S) in [0, 1] -> ids (B, h, w). S must be a multiple of the stride."""
@@ -329,12 +339,13 @@ class VQGAN(nn.Module):
         return self.quantize.distances(z).argmin(1).view(-1, *z.shape[2:])
 
     def decode(self, ids):
-        """Ids (B, h, w) -> pixels (B, 3, S, S), not clamped: a released decoder overshoots [0, 1] a little."""
+        """Ids (B, h, w) -> pixels (B, 3, S, S), not clamped: a released decoder overshoots [0, 1] a
+        little."""
         return self.decode_codes(self.quantize.lookup(ids))
 
     def decode_codes(self, z, pixels=2**22):
-        """Codes, or weighted means of codes, (B, dim, h, w) -> pixels, as decode() returns them. At most so many pixels are
-        computed at once, which takes a few GiB."""
+        """Codes, or weighted means of codes, (B, dim, h, w) -> pixels, as decode() returns them. At most so
+        many pixels are computed at once, which takes a few GiB."""
         images = max(1, pixels // (self.stride ** 2 * math.prod(z.shape[2:])))
         return torch.cat([self.decoder(part) for part in z.split(images)])
 
@@ -345,19 +356,21 @@ class VQGAN(nn.Module):
         return self.decode(ids).clamp(0, 1), ids
 
 
-# Training the tokenizer. The loss is a weighted sum of these terms, sg = stop-gradient, p = softmax(-distances / 0.01):
+# Training the tokenizer. The loss is a weighted sum of these terms, sg = stop-gradient, p =
+# softmax(-distances / 0.01):
 #
-#     l1, l2       |x' - x|,  (x' - x)^2               the decoder receives z + sg(e_id - z): its gradient goes straight
-#                                                      through the rounding to the encoder               [VQ-VAE, 3.2]
-#     commitment   ||z - sg(e_id)||^2                  moves z towards its code                          [VQ-VAE, eq. 3]
-#     codebook     ||sg(z) - e_id||^2                  moves the code towards z                          [VQ-VAE, eq. 3]
-#     coverage     ||e_k - sg(nearest z)||^2           moves every code, used or not, to where z are              [ours]
-#     entropy      mean H(p) - H(mean p)               each position sure of its code, the batch using all codes
-#                                                                                         [MaskGIT's training code]
-#     generator    -d(x'), discriminator  hinge        sharper textures, from 256 pixels on              [VQGAN, eq. 7]
+#     l1, l2      |x' - x|,  (x' - x)^2      the decoder receives z + sg(e_id - z): its gradient goes straight
+#                                              through the rounding to the encoder               [VQ-VAE, 3.2]
+#     commitment   ||z - sg(e_id)||^2                 moves z towards its code                 [VQ-VAE, eq. 3]
+#     codebook     ||sg(z) - e_id||^2                 moves the code towards z                 [VQ-VAE, eq. 3]
+#     coverage     ||e_k - sg(nearest z)||^2       moves every code, used or not, to where z are        [ours]
+#     entropy      mean H(p) - H(mean p)             each position sure of its code, the batch using all codes
+#                                                                                    [MaskGIT's training code]
+#     generator    -d(x'), discriminator  hinge      sharper textures, from 256 pixels on       [VQGAN, eq. 7]
 #
-# VQ-VAE's terms alone leave most codes unused. MaskGIT adds a perceptual loss from a pretrained network; we do without
-# such weights. The price is texture: expect a higher reconstruction FID than the 2 to 3 of released tokenizers.
+# VQ-VAE's terms alone leave most codes unused. MaskGIT adds a perceptual loss from a pretrained network;
+# we do without such weights. The price is texture: expect a higher reconstruction FID than the 2 to 3 of
+# released tokenizers.
 
 
 def straight_through(z, codes):
@@ -366,7 +379,8 @@ def straight_through(z, codes):
 
 
 def entropy_loss(distances, temperature=0.01):
-    """Mean entropy per position minus entropy of the mean distribution: (N, K) -> scalar in [-ln K, 0]. Temperature as MaskGIT's."""
+    """Mean entropy per position minus entropy of the mean distribution: (N, K) -> scalar in [-ln K, 0].
+    Temperature as MaskGIT's."""
     logits = distances / -temperature
     p, log_p = logits.softmax(1), logits.log_softmax(1)                                     # (N, K)
     mean = p.mean(0)                                                                        # (K,)
@@ -374,11 +388,12 @@ def entropy_loss(distances, temperature=0.01):
 
 
 def add_grain(x, grain):
-    """Pixels (B, 3, S, S): images of one flat colour get noise of half a grey level, grain is uniform in [0, 1] and like x.
+    """Pixels (B, 3, S, S): images of one flat colour get noise of half a grey level, grain is uniform in
+    [0, 1] and like x.
 
-    In a black image nothing varies. A dozen fresh group norms would divide by zero variance, each making the gradient a
-    thousand times longer."""
-    flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)      # (B, 1, 1, 1)
+    In a black image nothing varies. A dozen fresh group norms would divide by zero variance,
+    each making the gradient a thousand times longer."""
+    flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)  # (B, 1, 1, 1)
     return x + flat * (grain - 0.5) / 255
 
 
@@ -389,7 +404,8 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList([nn.Identity()] + [group_norm(w) for w in widths[2:]])   # none right after the pixels
+        # None right after the pixels.
+        self.norms = nn.ModuleList([nn.Identity()] + [group_norm(w) for w in widths[2:]])
         self.score = nn.Conv2d(widths[-1], 1, 1)
 
     def forward(self, x):
@@ -399,8 +415,9 @@ class PatchDiscriminator(nn.Module):
 
 
 class TokenizerTraining(nn.Module):
-    """Tokenizer, discriminator, and the loss of both. One backward pass and one optimizer step serve both: the generator term
-    does not reach the discriminator's parameters, nor the discriminator's term the tokenizer's.
+    """Tokenizer, discriminator, and the loss of both. One backward pass and one optimizer step serve both:
+    the generator term does not reach the discriminator's parameters,
+    nor the discriminator's term the tokenizer's.
 
     vqgan    the VQGAN to train
     WEIGHTS  of the terms above; the commitment's is [VQ-VAE]'s, the others are ours
@@ -438,18 +455,19 @@ class TokenizerTraining(nn.Module):
         return loss, logs
 
     def adversarial_losses(self, x, y, reconstruction):
-        """Hinge losses of generator and discriminator. The former is scaled so that, at the decoder's last layer, its gradient
-        is as long as that of the reconstruction loss [VQGAN, eq. 7]."""
+        """Hinge losses of generator and discriminator. The former is scaled so that, at the decoder's last
+        layer, its gradient is as long as that of the reconstruction loss [VQGAN, eq. 7]."""
         frozen = {k: p.detach() for k, p in self.discriminator.named_parameters()}
         generator = -torch.func.functional_call(self.discriminator, frozen, (y,)).mean()
         last = self.vqgan.decoder.conv_out.weight
-        wanted, own = (torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (reconstruction, generator))
+        wanted, own = (torch.autograd.grad(term, last, retain_graph=True)[0].norm()
+                       for term in (reconstruction, generator))
         real, fake = self.discriminator(x), self.discriminator(y.detach())
         discriminator = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
         return (wanted / (own + 1e-4)).clamp(0, 1e4) * generator, discriminator
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. What every model offers
 #
 # All models below answer the same four questions, so the scripts need not know which one they have:
@@ -459,79 +477,74 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# The class below is the whole contract: a method of your own defines what has no default here, and joins MODELS in
-# section 11. Scripts read nothing else off a model. On a first reading, skim it and go on to section 4.
+# The class below is the whole contract; the scripts read nothing else off a model. A method of your own is a
+# subclass and a row in MODELS, section 11. On a first reading, skim this section and go on to the next.
 
 
 class Model(nn.Module):
-    """What the scripts use. A subclass defines forward, sample_steps, features and embed:
+    """What the scripts use. A subclass defines __init__ and these four:
 
-    forward(x, labels=None, ...)        x (B, 3, S, S), or ids; labels int (B,) -> scalar loss, dict of its terms
-    sample_steps(n, seeds=None, ...)    yields a state after each step. What else it takes can be asked for when sampling:
-                                        steps, temperature, eta, labels, guidance, known and mask (see MAGE)
-    features(x, t, layers, add, noise, finetune)    -> [map (B, C, h, w) for each of layers], see MAGE.features
-    embed(x, noise, pool)               -> vectors (B, C); pool is one of pools
-
-    An argument that does not have the form which `forms` states is a ValueError, see section 13.
+    forward(x, labels=None, ...) -> scalar loss, dict of its terms          x (B, 3, S, S), or ids (B, L)
+    sample_steps(n, seeds=None, ...)                yields a state after each step; of steps, temperature,
+                                                    eta, guidance, labels, known and mask it takes those that
+                                                    it knows, with the meaning of MAGE's and UMD's
+    features(x, t, layers, add, noise, finetune)    -> [map (B, C, h, w) for each of layers], as in MAGE
+    embed(x, noise=None, pool=...)                  -> vectors (B, C); pool is one of pools
     """
 
+    # Set by every class or its __init__:
     image_size: int                     # S
     layers: dict                        # {layer: (channels, h, w)} of all blocks, counted from 1
-    best_layer: int                     # the layer and the timestep (or mask ratio) that the authors read
-    best_t = 0
-    t_range = (0, 0, "always 0")        # smallest and largest t of features(), and what it means; whole numbers if these are int
-    pools = ("mean",)                   # poolings that embed() knows, the authors' first
-    length = 0                          # tokens of an image; 0 if the model has none
-    codes = 0                           # entries of the codebook, if ids are predicted
-    classes = 0                         # labels that it can be conditioned on
-    takes_labels = False                # whether its class can be built with classes > 0
-    reads_ids = False                   # features() and embed() take ids (B, L) as well as pixels
-    generates = True                    # can start from nothing
-    reconstructs = False                # has reconstruct(x (B, 3, S, S)) -> images in between, and the reconstruction
-    max_steps = math.inf                # sampling steps beyond which there are no more
-    stem = ()                           # modules and parameters before the first of `blocks`, for layer decay and --init-encoder
-    dynamic_blocks = ()                 # blocks whose number of tokens changes from call to call, for torch.compile
+    best_layer: int                     # the layer that the authors read, and best_t the timestep
 
-    forms = {"x": "float (B, 3, {S}, {S})", "known": "float ({B}, 3, {S}, {S}) in [-0.5, 1.5]", "mask": "bool ({B}, {S}, {S})",
-             "noise": "float ({N}, 3, {S}, {S})", "mask_noise": "float ({N}, {m.length})", "keep_label": "bool ({N})",
-             "t": "{time} in [{m.t_range[0]}, {m.t_range[1]}]", "forward.t": "{time} ({N}) in [{m.t_range[0]}, {m.t_range[1]}]",
-             "n": "int in [1, inf]", "steps": "int in [1, inf]", "temperature": "float in [0, inf]", "eta": "float in [0, 1]",
-             "guidance": "float in [-1e9, 1e9]", "seeds": "int ({B})",
-             "sample_steps.seeds": "int in [-9e18, 9e18] or int ({B})", "labels": "int ({B}) in [0, {m.classes})",
-             "pool": "among {m.pools}", "layers": "layers in [1, {D}]", "add": "maps in [1, {D}]",
-             "schedule": "function or among cosine, linear", "order": "function", "draw": "int in [0, 9e18]"}
-    forms["embed.x"] = forms["reconstruct.x"] = forms["x"] + " in [-0.5, 1.5]"              # decoders overshoot a little
+    # With defaults:
+    best_t = 0
+    t_range = (0, 0, "always 0")        # min and max of t in features(), and what t is; int for a timestep
+    pools = ("mean",)                   # poolings that embed() knows, the authors' first
+    length = 0                          # tokens of an image, if there are any
+    codes = 0                           # entries of the codebook, if ids are predicted
+    classes = 0                         # labels that it is conditioned on
+    takes_labels = False                # the class can be built with classes > 0
+    reads_ids = False                   # features() and embed() take ids as well as pixels
+    generates = True                    # it can start from nothing
+    reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
+    max_steps = math.inf                # more sampling steps than these are not possible
+    stem = ()                           # names of what comes before the first of blocks
+    dynamic_blocks = ()                 # blocks whose number of tokens differs from call to call
 
     def __init_subclass__(cls):
         """Put the check of arguments before its public methods."""
-        for name in vars(cls).keys() & {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}:
+        public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
+        for name in vars(cls).keys() & public:
             setattr(cls, name, guarded(vars(cls)[name]))
 
     def sample(self, n, **options):
-        """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on n: count seeds up,
-        as in  for first in range(0, 1000, 64): x = model.sample(64, seeds=first)."""
+        """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
+        how many are made at once: for first in range(0, 1000, 64): x = model.sample(64, seeds=first)."""
         for state in checked(type(self).sample_steps, (self, n), options, wait=True):
             pass
         return self.render(state)
 
     def num_steps(self, steps=None, eta=None):
-        """How many steps sample_steps takes when asked for so many, None: for the authors' number."""
+        """How many steps sample_steps takes, when asked for so many or, None, for the authors' number."""
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
-        """A state of sample_steps -> pixels (n, 3, S, S) in [0, 1]. This one is for a Denoising, section 8."""
+        """A state of sample_steps -> pixels (n, 3, S, S) in [0, 1]. Here of a Denoising, see section 8."""
         return ((state.x + 1) / 2).clamp(0, 1)
 
     def noise(self, seeds, draw=0):
-        """What features(noise=) takes, decided by each image's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
-        return to_normal(hashed_uniform(seeds, draw, 3 * self.image_size ** 2)).view(-1, 3, self.image_size, self.image_size)
+        """What features(noise=) takes, from each image's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
+        S = self.image_size
+        return to_normal(hashed_uniform(seeds, draw, 3 * S * S)).view(-1, 3, S, S)
 
     def micro_batch_args(self, first, count):
         """More arguments of forward() when it sees only images first .. first + count - 1 of a batch."""
         return {}
 
     def mirror(self, layer):
-        """The layer at equal distance from the other end. DifFeed, a head of probe.py, adds what it finds at `layer` there."""
+        """The layer at equal distance from the other end, where DifFeed, a head of probe.py, feeds back what
+        it found at this one."""
         return len(self.layers) + 1 - layer
 
     @property
@@ -567,36 +580,39 @@ def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
 def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
     """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
 
-    x              tokens (B, prefix + L, C), the input of the first block; the class tokens are the first prefix of them
+    x              tokens (B, prefix + L, C), the input of the first block; the class tokens are the first
+                   prefix of them
     decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
     """
     layers, L = layers or [model.best_layer], x.size(1) - prefix
     x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
     if max(layers) > len(model.blocks):
         x = decoder_input(model.norm(x))
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, len(model.blocks) + 1)
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
         maps = {**maps, **more}
     return [maps[b] for b in layers]
 
 
 def groups_of_equal_length(counts):
-    """A batch has one number of tokens, so images of which different numbers are masked cannot share one: int (n,), on the
-    CPU -> yields (count, which images have it int (m,))."""
+    """A batch has one number of tokens, so images of which different numbers are masked cannot share one:
+    int (n,), on the CPU -> yields (count, which images have it int (m,))."""
     for count in sorted(set(counts.tolist())):
         yield count, (counts == count).nonzero().flatten()
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. Masking and unmasking
 #
-# Training masks a random part of the tokens. The mask ratio r is drawn once per batch from a normal distribution,
-# truncated [MAGE, 3.2]:
+# Training masks a random part of the tokens. The mask ratio r is drawn once per batch from a normal
+# distribution, truncated [MAGE, 3.2]:
 #
 #     r ~ N(0.55, 0.25^2) restricted to [0.5, 1]          mean 0.69
 #
-# At r = 0.5 most of the image is visible, and the network learns to represent it. At r = 1 nothing is, and it learns to
-# generate. Which tokens are masked is decided by sorting random numbers. Of the masked ones half of all tokens are
-# dropped before the encoder, as in MAE, which saves half of its work; their number is fixed, so shapes are static:
+# At r = 0.5 most of the image is visible, and the network learns to represent it. At r = 1 nothing is,
+# and it learns to generate. Which tokens are masked is decided by sorting random numbers. Of the masked ones
+# half of all tokens are dropped before the encoder, as in MAE, which saves half of its work; their number is
+# fixed, so shapes are static:
 #
 #     L = 256 tokens, r = 0.55
 #     |------------ 141 masked --------------|------------- 115 visible -------------|
@@ -606,7 +622,8 @@ def groups_of_equal_length(counts):
 
 
 def truncated_normal(u, mean=0.55, std=0.25, low=0.5, high=1.0):
-    """Uniform u in [0, 1] -> a normal variable restricted to [low, high], by inverting its distribution function."""
+    """Uniform u in [0, 1] -> a normal variable restricted to [low, high],
+    by inverting its distribution function."""
     a, b = (math.erf((bound - mean) / std / math.sqrt(2)) for bound in (low, high))
     return (mean + std * math.sqrt(2) * torch.erfinv(a + u * (b - a))).clamp(low, high)
 
@@ -624,18 +641,19 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
     returns     mask bool (B, L), True = masked; ids_keep int (B, L - dropped), ascending
     """
     L = mask_noise.size(1)
-    ids_shuffle = mask_noise.argsort(stable=True, dim=1)                                    # (B, L), smallest noise first
+    ids_shuffle = mask_noise.argsort(stable=True, dim=1)                        # (B, L), smallest noise first
     mask = ids_shuffle.argsort(1) < math.ceil(L * float(mask_ratio))                        # (B, L)
     ids_keep = ids_shuffle[:, math.ceil(L * drop_ratio):]                                   # (B, L - dropped)
     return mask, ids_keep.sort(1).values
 
 
-# Generation starts with all tokens masked. Step t of T predicts every masked token, keeps the most confident predictions,
-# and masks the others again, so that the number of masked tokens falls along a cosine [MaskGIT, 3.2 and eq. 3]:
+# Generation starts with all tokens masked. Step t of T predicts every masked token,
+# keeps the most confident predictions, and masks the others again, so that the number of masked tokens falls
+# along a cosine [MaskGIT, 3.2 and eq. 3]:
 #
 #     num_masked(t) = floor(n cos(pi t / 2T))            n = tokens masked at the start
 #
-#     256 tokens, 20 steps:  255 252 248 243 ... 60 40 20 1 0       few are kept at first, when predictions are poor
+#   256 tokens, 20 steps:  255 252 248 243 ... 60 40 20 1 0   few are kept at first, when predictions are poor
 #
 #     ids            _    _    a    _    b        _ is [MASK]; tokens that are visible stay
 #     prediction     c    d    .    e    .        sampled from p, for every masked token
@@ -677,13 +695,14 @@ def unmask(logits, ids, mask, masked, u, noise, order=None):
     return ids, rank_in_row(confidence) < to_device(masked, ids.device)[:, None]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5. MAGE: predict the masked ids
 #
-#     loss = - mean over masked i of  log p(id_i | visible ids)          with label smoothing 0.1        [MAGE, eq. 1]
+#     loss = - mean over masked i of  log p(id_i | visible ids)     with label smoothing 0.1     [MAGE, eq. 1]
 #
-# An encoder reads the visible ids. Its output at position 0, the class token, comes to summarise the image. A decoder gets
-# every encoder output back at its place and this summary at every masked place, and predicts the ids there:
+# An encoder reads the visible ids. Its output at position 0, the class token, comes to summarise the image.
+# A decoder gets every encoder output back at its place and this summary at every masked place, and predicts
+# the ids there:
 #
 #     ids     [class]  a   _   _   b   _   c          _ is masked
 #     drop    [class]  a   _       b       c          half of the tokens, all of them masked
@@ -691,18 +710,20 @@ def unmask(logits, ids, mask, masked, u, noise, order=None):
 #     fill      z0    za   z0  z0  zb  z0  zc
 #     decode                p   p       p             softmax over the K codes
 #
-# Position 0 holds a class id: a label, or the "fake class", which stands for any image. Codes, classes, fake class and
-# [MASK] are one vocabulary:
+# Position 0 holds a class id: a label, or the "fake class", which stands for any image. Codes, classes,
+# fake class and [MASK] are one vocabulary:
 #
-#     0 ... K-1 codes | K ... K+classes-1 | fake class | [MASK]          (published files: the fake class is class 76)
+#   0 ... K-1 codes | K ... K+classes-1 | fake class | [MASK]    (published files: the fake class is class 76)
 
 
 class TokenEmbedding(nn.Module):
-    """LayerNorm(token + position), then dropout: ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
+    """LayerNorm(token + position), then dropout: ids (B, 1 + L) -> (B, 1 + L, C). Official name:
+    BertEmbeddings."""
 
     def __init__(self, vocab_size, positions, dim, dropout):
         super().__init__()
-        self.word_embeddings, self.position_embeddings = nn.Embedding(vocab_size, dim), nn.Embedding(positions, dim)
+        self.word_embeddings = nn.Embedding(vocab_size, dim)
+        self.position_embeddings = nn.Embedding(positions, dim)
         self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-6), nn.Dropout(dropout)
 
     def forward(self, ids):
@@ -710,14 +731,16 @@ class TokenEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Decoder output -> logits. The output matrix is the token embedding, without gradient, as in the official code.
+    """Decoder output -> logits. The output matrix is the token embedding, without gradient, as in the
+    official code.
 
-    forward(x (B, L, C'), weight (V, C): the embeddings of the first V ids of the vocabulary) -> (B, L, V) in float32
+    forward(x (B, L, C'), weight (V, C): the embeddings of the first V ids of the vocabulary) -> (B, L, V) in
+    float32
     """
 
     def __init__(self, inp, dim, vocab_size):
         super().__init__()
-        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)                           # eps 1e-5 here, 1e-6 elsewhere
+        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)              # eps 1e-5 here, 1e-6 elsewhere
         self.bias = nn.Parameter(torch.zeros(1, 1, vocab_size))
 
     def forward(self, x, weight):
@@ -730,7 +753,8 @@ def masked_cross_entropy(logits, target, mask):
 
     logits (B, L, V)    target  ids (B, L), or probabilities (B, L, V)    mask bool (B, L)
     """
-    nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), label_smoothing=0.1, reduction="none")     # (B * L,)
+    logits, target = logits.flatten(0, 1), target.flatten(0, 1)  # (B * L, V), (B * L, ...)
+    nll = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")            # (B * L,)
     return (nll * mask.flatten()).sum() / mask.sum()
 
 
@@ -753,8 +777,9 @@ def learned_tokens(length, dim):
 
 
 def init_weights(module):
-    """MAE's and MAGE's initialisation: Xavier-uniform matrices (qkv as one), zero biases, N(0, 0.02^2) embeddings. The 0.02
-    belongs to width 768. It is scaled so that fresh logits, products with these embeddings, vary alike at any width."""
+    """MAE's and MAGE's initialisation: Xavier-uniform matrices (qkv as one), zero biases, N(0, 0.02^2)
+    embeddings. The 0.02 belongs to width 768. It is scaled so that fresh logits, products with these
+    embeddings, vary alike at any width."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -769,7 +794,8 @@ class MAGE(Model):
     image_size      S, a multiple of the tokenizer's stride, else ValueError
     width, depth, heads, decoder_width, decoder_depth, decoder_heads        of encoder and decoder
     classes         0, or the number of labels it can be conditioned on
-    fake_class      None: the fake class has an id of its own; c: it shares that of class c (published files: 76)
+    fake_class      None: the fake class has an id of its own; c: it shares that of class c
+                    (published files: 76)
     contrastive     weight of the contrastive loss of section 6; 0 for plain MAGE
     """
 
@@ -777,17 +803,13 @@ class MAGE(Model):
     t_range, best_t = (0.0, 1.0, "the mask ratio"), 0.0
     pools, stem = ("mean", "class"), ("token_emb",)
 
-    ids_form = " or int (B, {m.length}) in [0, {m.codes})"
-    forms = {**Model.forms, "x": Model.forms["x"] + ids_form, "embed.x": Model.forms["embed.x"] + ids_form, "noise": "float ({N}, {m.length})",
-             "forward.x": Model.forms["x"] + ids_form + " or float (B, 2, 3, {S}, {S})" + ids_form.replace("B", "B, 2"),
-             "mask_ratio": "float in [0.5, 1]"}
-
     def __init__(self, vqgan, image_size, width, depth, heads, decoder_width, decoder_depth, decoder_heads,
                  classes=0, fake_class=None, contrastive=0.0, dropout=0.1):
         super().__init__()
         if image_size % vqgan.stride:
-            raise ValueError(f"image size {image_size} is not a multiple of the tokenizer's stride {vqgan.stride}")
-        self.image_size, self.grid, self.classes, self.contrastive = image_size, image_size // vqgan.stride, classes, contrastive
+            raise ValueError(f"image size {image_size} is not a multiple of the stride {vqgan.stride}")
+        self.image_size, self.grid = image_size, image_size // vqgan.stride
+        self.classes, self.contrastive = classes, contrastive
         self.codes, self.length = vqgan.quantize.embedding.num_embeddings, self.grid ** 2   # K, L
         self.max_steps = self.length
         self.fake_id = self.codes + (classes if fake_class is None else fake_class)
@@ -799,7 +821,8 @@ class MAGE(Model):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, decoder_width)
         self.decoder_pos_embed_learned = learned_tokens(1 + self.length, decoder_width)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads, dropout) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads, dropout)
+                                            for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.mlm_layer = Head(decoder_width, width, vocab_size)
         if contrastive:
@@ -826,7 +849,8 @@ class MAGE(Model):
             x, labels = x.flatten(0, 1), None if labels is None else labels.repeat_interleave(2)
         ids = self.to_ids(x)                                                                # (B, L)
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
-        mask_ratio = truncated_normal(torch.rand(())) if mask_ratio is None else mask_ratio         # on the CPU: decides shapes
+        # On the CPU: decides shapes.
+        mask_ratio = truncated_normal(torch.rand(())) if mask_ratio is None else mask_ratio
         mask, ids_keep = random_masking(mask_noise, mask_ratio)
         latent = self.encode(self.input_ids(ids, mask, labels, keep_label), ids_keep)       # (B, 1 + L/2, C)
         logits = self.decode(latent, mask, ids_keep)                                        # (B, L, K)
@@ -844,8 +868,8 @@ class MAGE(Model):
         return self.vqgan.encode(x).flatten(1) if x.is_floating_point() else x.long()
 
     def input_ids(self, ids, mask, labels=None, keep_label=None):
-        """Ids (B, L) -> what the encoder reads (B, 1 + L): the class id first, [MASK] where masked. In training one label in ten
-        is replaced by the fake class, which classifier-free guidance needs."""
+        """Ids (B, L) -> what the encoder reads (B, 1 + L): the class id first, [MASK] where masked. In
+        training one label in ten is replaced by the fake class, which classifier-free guidance needs."""
         class_id = torch.full_like(ids[:, :1], self.fake_id)                                # (B, 1)
         if labels is not None:
             if keep_label is None:
@@ -854,7 +878,8 @@ class MAGE(Model):
         return torch.cat([class_id, ids.masked_fill(mask, self.mask_id)], 1)
 
     def encode(self, input_ids, ids_keep=None):
-        """Input ids (B, 1 + L) -> latent (B, 1 + M, C). Only the class id and positions ids_keep (B, M) enter; all if None."""
+        """Input ids (B, 1 + L) -> latent (B, 1 + M, C). Only the class id and positions ids_keep (B, M)
+        enter; all if None."""
         x = self.token_emb(input_ids)                                                       # (B, 1 + L, C)
         if ids_keep is not None:
             x = torch.cat([x[:, :1], gather_tokens(x[:, 1:], ids_keep)], 1)                 # (B, 1 + M, C)
@@ -863,14 +888,16 @@ class MAGE(Model):
         return self.norm(x)
 
     def decode(self, latent, *masking, vocab_size=None):
-        """Latent (B, 1 + M, C) -> logits (B, L, K), or over the first vocab_size ids. masking: as for decoder_input."""
+        """Latent (B, 1 + M, C) -> logits (B, L, K), or over the first vocab_size ids. masking: as for
+        decoder_input."""
         x = self.decoder_input(latent, *masking)
         for block in self.decoder_blocks:
             x = block(x)
         return self.predict_ids(x[:, 1:1 + self.length], vocab_size)
 
     def decoder_input(self, latent, mask, ids_keep=None):
-        """Encoder outputs back at their places, the output at position 0 wherever a token is masked: (B, 1 + L, C')."""
+        """Encoder outputs back at their places, the output at position 0 wherever a token is masked:
+        (B, 1 + L, C')."""
         x = self.decoder_embed(latent)                                                      # (B, 1 + M, C')
         summary = x[:, :1].expand(-1, self.length, -1)                                      # (B, L, C')
         visible = x[:, 1:] if ids_keep is None else scatter_tokens(summary, ids_keep, x[:, 1:])
@@ -888,17 +915,20 @@ class MAGE(Model):
     round_up = False                                            # of num_masked
 
     @torch.no_grad()
-    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None, seeds=None,
-                     schedule="cosine", order=None):
+    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None,
+                     seeds=None, schedule="cosine", order=None):
         """Parallel decoding, section 4 [MaskGIT, 3.2].
 
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
-        temperature   of the Gumbel noise on the confidence. 6 as published for 16 x 16 tokens, less for fewer (ours)
+        temperature   of the Gumbel noise on the confidence. 6 as published for 16 x 16 tokens,
+                      less for fewer (ours)
         labels        int (n,), or None
         guidance      w of classifier-free guidance, see logits(); grows from 1 to w during the steps
-        known, mask   inpainting: pixels (n, 3, S, S) and bool (n, S, S), True = to be generated; a mask for each image
+        known, mask   inpainting: pixels (n, 3, S, S) and bool (n, S, S), True = to be generated;
+                      a mask for each image
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
-        schedule      how the number of masked tokens falls, see num_masked; "linear" with 256 steps as published for ADDP
+        schedule      how the number of masked tokens falls, see num_masked; "linear" with 256 steps as
+                      published for ADDP
         order         which tokens are kept first, see unmask; by confidence if None
         yields        a Decoding after each step; nothing is masked in the last one
         """
@@ -911,14 +941,15 @@ class MAGE(Model):
             w = 1 + (guidance - 1) * progress
             # From nothing all images begin alike, so the first pass is needed once only.
             m = 1 if step == 0 and known is None and labels is None else n
-            logits = self.logits(ids[:m], masked[:m], labels, w, x, count[:m]).expand(n, -1, -1)    # (n, L, K)
-            count = num_masked(initial, count, step, steps, schedule, self.round_up)        # what masked.sum(1) will be
+            logits = self.logits(ids[:m], masked[:m], labels, w, x, count[:m]).expand(n, -1, -1)  # (n, L, K)
+            # What masked.sum(1) will be.
+            count = num_masked(initial, count, step, steps, schedule, self.round_up)
             u, gumbel = (hashed_uniform(seeds, 2 * step + k, self.length) for k in (0, 1))  # (n, L) each
             noise = temperature * (1 - progress) * to_gumbel(gumbel)
             ids, masked = unmask(logits, ids, masked, count, u, noise, order)
             x = self.next_image(ids, masked, logits)
             if step + 1 == steps:
-                masked = torch.zeros_like(masked)               # num_masked never returns 0; here every prediction is kept
+                masked = torch.zeros_like(masked)  # num_masked never returns 0; here every prediction is kept
             yield Decoding(ids, masked, known, mask, x)
 
     def num_steps(self, steps=None, eta=None):
@@ -928,8 +959,8 @@ class MAGE(Model):
     def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
         """Logits (n, L, K) of masked ids (n, L). Nothing is dropped here: the encoder reads every [MASK].
 
-        With a label, classifier-free guidance [CFG]: w moves the logits from those without label, u, through those with
-        it, c, and beyond: u + w (c - u). x and count are for ADDP, see there.
+        With a label, classifier-free guidance [CFG]: w moves the logits from those without label, u,
+        through those with it, c, and beyond: u + w (c - u). x and count are for ADDP, see there.
         """
         def conditional(labels):
             return self.decode(self.encode(self.input_ids(ids, mask, labels)), mask)
@@ -943,7 +974,8 @@ class MAGE(Model):
 
     @torch.no_grad()
     def render(self, state):
-        """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where tokens are masked, known pixels as they were."""
+        """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where tokens are masked,
+        known pixels as they were."""
         x = self.vqgan.decode(state.ids.unflatten(1, (self.grid, self.grid))).clamp(0, 1)
         mask = state.mask.unflatten(1, (1, self.grid, self.grid)).float()
         mask = F.interpolate(mask, scale_factor=float(self.vqgan.stride)) > 0               # (n, 1, S, S)
@@ -952,8 +984,9 @@ class MAGE(Model):
     def initial_state(self, n, known=None, mask=None):
         """Ids and which of them are masked, (n, L) each: all of them, unless pixels are known.
 
-        Inpainting: the pixels to be generated are set to 0 before the image is tokenised, since neighbouring ids would
-        leak what was there. Tokens that contain such pixels are masked, and their neighbours, whose ids describe the 0."""
+        Inpainting: the pixels to be generated are set to 0 before the image is tokenised,
+        since neighbouring ids would leak what was there. Tokens that contain such pixels are masked, and
+        their neighbours, whose ids describe the 0."""
         device = self.norm.weight.device
         if known is None:
             return (torch.zeros(n, self.length, dtype=torch.long, device=device),
@@ -973,11 +1006,13 @@ class MAGE(Model):
         return hashed_uniform(seeds, 0, self.length)
 
     def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
-        """Outputs of blocks as feature maps, before the final norm and without the class token. Blocks after the last layer that
-        is asked for do not run.
+        """Outputs of blocks as feature maps, before the final norm and without the class token. Blocks after
+        the last layer that is asked for do not run.
 
-        x         pixels (B, 3, S, S) or ids (B, L)              layers  numbers of blocks; [best_layer] if None
-        t         mask ratio in [0, 1], 0 for the whole image; noise (B, L): the smallest are masked, drawn if None
+        x         pixels (B, 3, S, S) or ids (B, L)              layers  numbers of blocks;
+                  [best_layer] if None
+        t         mask ratio in [0, 1], 0 for the whole image; noise (B, L): the smallest are masked,
+                  drawn if None
         add       {layer: map (B, C, h, w)} added to the output of that layer
         finetune  changes nothing here: MAGE is fine-tuned as it was trained
         returns   [map (B, C, h, w) for each of layers]
@@ -991,71 +1026,74 @@ class MAGE(Model):
         return encoder_decoder_features(self, x, lambda latent: self.decoder_input(latent, mask), layers, add)
 
     def embed(self, x, noise=None, pool="mean"):
-        """The vector that the paper probes: (B, C). 'mean': outputs of the last block, averaged over the image, then normalised;
-        'class': the normed class token. Nothing is masked."""
+        """The vector that the paper probes: (B, C). 'mean': outputs of the last block, averaged over the
+        image, then normalised; 'class': the normed class token. Nothing is masked."""
         if pool == "mean":
-            return F.layer_norm(self.features(x)[0].mean((2, 3)), self.norm.normalized_shape, eps=1e-6)
+            mean = self.features(x)[0].mean((2, 3))                                         # (B, C)
+            return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6. MAGE-C: which two crops show the same image?
 #
-#     loss = - mean over all 2B views a of  log  exp(z_a . z_b / tau) / sum over c != a of exp(z_a . z_c / tau)
-#                                                b = the other view of a's image                  [SimCLR, eq. 1]
+#    loss = - mean over all 2B views a of  log  exp(z_a . z_b / tau) / sum over c != a of exp(z_a . z_c / tau)
+#                                             b = the other view of a's image                  [SimCLR, eq. 1]
 #
-# Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's outputs is projected to a
-# unit vector z, which must be closer to that of the other crop than to those of all other images. Weight 0.1 beside the
-# masked loss [MAGE, 3.3]. The authors released no training code for it: the projection's sizes and tau are ours.
+# Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's outputs is
+# projected to a unit vector z, which must be closer to that of the other crop than to those of all other
+# images. Weight 0.1 beside the masked loss [MAGE, 3.3]. The authors released no training code for it: the
+# projection's sizes and tau are ours.
 
 
 def info_nce(z, temperature=0.2):
     """Contrastive loss of unit vectors z (B, 2, P), row i holding the two views of image i.
 
-    The other 2B - 2 views are negatives. With several processes, which must have equal B, the views of all of them are;
-    gradients flow through all of them, as if one process held the whole batch.
+    The other 2B - 2 views are negatives. With several processes, which must have equal B,
+    the views of all of them are; gradients flow through all of them, as if one process held the whole batch.
     """
     views = z.flatten(0, 1)                                                                 # (2B, P)
     everyone, first = views, 0
     if torch.distributed.is_initialized():
-        everyone = torch.cat(torch.distributed.nn.all_gather(views))                        # (2B * processes, P)
+        everyone = torch.cat(torch.distributed.nn.all_gather(views))                    # (2B * processes, P)
         first = torch.distributed.get_rank() * len(views)
     me = torch.arange(first, first + len(views), device=z.device)
-    similarity = views @ everyone.T / temperature                                           # (2B, 2B * processes)
+    similarity = views @ everyone.T / temperature                                       # (2B, 2B * processes)
     similarity = similarity.scatter(1, me[:, None], -math.inf)                              # c != a
-    return F.cross_entropy(similarity, me ^ 1)                                              # views 2i and 2i + 1 belong together
+    return F.cross_entropy(similarity, me ^ 1)                           # views 2i and 2i + 1 belong together
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 7. ADDP: read pixels, predict ids
 #
-#     x_t = D(z),   z_i = e_(id_i) where visible,  sum_k r_i(k) e_k where masked           r: MAGE's prediction, from fewer ids
-#     loss = - mean over masked i of  sum_k q_i(k) log p_i(k | x_t, visible ids)           q: MAGE's prediction, from the visible ids
-#                                                                                          [ADDP, figure 4]
+#     x_t  = D(z),  z_i = e_(id_i) where visible,  sum over k of r_i(k) e_k where masked
+#     loss = - mean over masked i of  sum over k of q_i(k) log p_i(k | x_t, visible ids)      [ADDP, figure 4]
 #
-# Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter. ADDP has an
-# encoder of pixels and a decoder of ids, and generation alternates between the two spaces:
+#     r: MAGE's prediction from fewer ids     q: MAGE's prediction from the visible ids     p: this network's
 #
-#     ids, mask ---> z: codes where visible,       --- D ---> image x_t --> encoder --> decoder --> p --> unmask --+
-#       ^            mean codes under p where masked                                    ^                          |
-#       |                                                                    visible ids|                          |
-#       +----------------------------------------------------------------------------------------------------------+
+# Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
+# ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces:
 #
-# In training a frozen MAGE provides both ends. It predicts r from the ids of an earlier step, so x_t looks as it would in
-# generation; and it predicts q from the visible ids, which is the target:
+#   ids, mask ---> z: codes where visible,   --- D ---> image x_t --> encoder --> decoder --> p --> unmask --+
+#       ^            mean codes under p where masked                              ^                          |
+#       |                                                              visible ids|                          |
+#       +----------------------------------------------------------------------------------------------------+
 #
-#                     ids, mask of an earlier step --- MAGE ---> r --- D ---> x_t --> encoder --> decoder --> p
-#                                                                                                             | loss
-#                     ids, mask of this step --------- MAGE ---> q -------------------------------------------+
+# In training a frozen MAGE provides both ends. It predicts r from the ids of an earlier step,
+# so x_t looks as it would in generation; and it predicts q from the visible ids, which is the target:
+#
+#                    ids, mask of an earlier step --- MAGE ---> r --- D ---> x_t --> encoder --> decoder --> p
+#                                                                                                       | loss
+#                     ids, mask of this step --------- MAGE ---> q ------------------------------------------+
 #
 # No timestep enters the network: it can see how much of the image is decided.
 
 
 def nested_mask_ratios():
-    """Mask ratios of training, ascending, and their probabilities: float64 (66,) each. They are the cosine's values at 0, 0.01 ... 1
-    that lie in [0.5, 1), weighted by MAGE's normal distribution. As they are dense near 1, more is masked than in MAGE:
-    74.5 % on average. (Official file: utils.py.)"""
+    """Mask ratios of training, ascending, and their probabilities: float64 (66,) each. They are the cosine's
+    values at 0, 0.01 ... 1 that lie in [0.5, 1), weighted by MAGE's normal distribution. As they are dense
+    near 1, more is masked than in MAGE: 74.5 % on average. (Official file: utils.py.)"""
     ratio = (math.pi / 2 * torch.arange(100, -1, -1, dtype=torch.float64) / 100).cos()
     ratio = ratio[(ratio >= 0.5) & (ratio < 1)]
     weight = (-((ratio - 0.55) / 0.25) ** 2 / 2).exp()
@@ -1063,44 +1101,50 @@ def nested_mask_ratios():
 
 
 class ADDP(MAGE):
-    """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py, models_vit.py). What is not
-    written here is MAGE's: blocks, the loop of decoding, the choice of what to unmask.
+    """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py,
+    models_vit.py). What is not written here is MAGE's: blocks, the loop of decoding,
+    the choice of what to unmask.
 
-    predictor       a trained MAGE, frozen; its tokenizer is this model's. Generating from nothing does not need it
+    predictor       a trained MAGE, frozen; its tokenizer is this model's.
+                    Generating from nothing does not need it
     image_size      S, which must be the predictor's, else ValueError
     width, depth, heads, decoder_depth, decoder_heads       of encoder and decoder; both have the same width
 
     It differs from the paper's figure 4, as the official code does:
-    - the loss has label smoothing, and its softmax runs over the whole vocabulary, although only codes are predicted;
+    - the loss has label smoothing, and its softmax runs over the whole vocabulary,
+    although only codes are predicted;
     - visible ids enter the decoder as tokens, beside the encoder's output;
     - x_t is made from a mask that is 1 to 5 entries of nested_mask_ratios() earlier, not exactly one step.
     """
 
-    takes_labels = reads_ids = False                            # ids would be decoded first, and that is not the original image
+    takes_labels = reads_ids = False          # ids would be decoded first, and that is not the original image
     t_range, best_t = (0, 0, "always 0, since no timestep enters the network"), 0
     stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
-    forms = {**MAGE.forms, **dict.fromkeys(("forward.x", "embed.x"), MAGE.forms["x"]),      # one view; and what is read is clamped
-             "index": "int in [0, 66)", "gap": "int in [1, 5]"}
-
+    # One view; and what is read is clamped.
     def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
         if image_size != predictor.image_size:
             raise ValueError(f"image size {image_size} is not the predictor's {predictor.image_size}")
-        super().__init__(predictor.vqgan, image_size, width, depth, heads, width, decoder_depth, decoder_heads, dropout=dropout)
+        super().__init__(predictor.vqgan, image_size, width, depth, heads,
+                         width, decoder_depth, decoder_heads, dropout=dropout)
         vocab_size, patch = predictor.mask_id + 1, self.vqgan.stride
         self.token_emb, self.mlm_layer = nn.Embedding(vocab_size, width), Head(width, width, vocab_size)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})       # one patch for each id
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})  # one patch for each id
         self.token_emb.apply(init_weights), self.mlm_layer.apply(init_weights)
-        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))            # it is a linear layer on patches
-        self.cls_token, self.mask_token, self.pos_embed = (learned_tokens(m, width) for m in (1, 1, 1 + self.length))
-        self.decoder_pos_mask_embed, self.decoder_pos_token_embed = (learned_tokens(1 + self.length, width) for _ in range(2))
+        # It is a linear layer on patches.
+        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))
+        self.cls_token, self.mask_token = learned_tokens(1, width), learned_tokens(1, width)
+        self.pos_embed = learned_tokens(1 + self.length, width)
+        self.decoder_pos_mask_embed = learned_tokens(1 + self.length, width)
+        self.decoder_pos_token_embed = learned_tokens(1 + self.length, width)
         self.tokenizer_norm, self.dropout = nn.LayerNorm(width, eps=1e-6), nn.Dropout(dropout)
-        self.register_buffer("color_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)     # ImageNet's
-        self.register_buffer("color_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        # ImageNet's.
+        for name, values in (("color_mean", (0.485, 0.456, 0.406)), ("color_std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.token_predictor = predictor.requires_grad_(False)
 
     def train(self, mode=True):
-        """The predictor stays in eval mode. In the official training it did not: its predictions, which are inputs and targets,
-        had dropout 0.1. model.token_predictor.train() afterwards gives that."""
+        """The predictor stays in eval mode. In the official training it did not: its predictions, which are
+        inputs and targets, had dropout 0.1. model.token_predictor.train() afterwards gives that."""
         super().train(mode)
         self.token_predictor.eval()
         return self
@@ -1111,7 +1155,8 @@ class ADDP(MAGE):
         """Loss of one batch.
 
         x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). Labels are not used
-        index, gap  the entry of nested_mask_ratios() that is masked, one for the batch (as in the official code), and how
+        index, gap  the entry of nested_mask_ratios() that is masked, one for the batch
+                    (as in the official code), and how
                     many entries earlier x_t was made, 1 ... 5
         mask_noise  (B, L): the smallest are masked. All three are drawn if None
         returns     scalar loss, dict of its terms
@@ -1119,31 +1164,37 @@ class ADDP(MAGE):
         ids = self.to_ids(x)                                                                # (B, L)
         mask, mask_earlier, visible = self.nested_masks(ids, index, gap, mask_noise)
         with torch.no_grad():
-            r, q = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([mask_earlier, mask])).chunk(2)  # (B, L, K) each
+            both = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([mask_earlier, mask]))
+            r, q = both.chunk(2)                                                            # (B, L, K) each
             xt = self.next_image(ids, mask, r)                                              # (B, 3, S, S)
         logits = self.decode(self.encode(xt), ids, mask, visible, vocab_size=len(self.token_weights))
-        target = F.pad(q.softmax(-1), (0, logits.size(2) - self.codes))                     # (B, L, vocab_size)
+        target = F.pad(q.softmax(-1), (0, logits.size(2) - self.codes))                 # (B, L, vocab_size)
         loss = masked_cross_entropy(logits, target, mask)
         return loss, {"masked": loss}
 
     def nested_masks(self, ids, index=None, gap=None, mask_noise=None):
-        """Masks of this step and of an earlier one, which contains it: bool (B, L) each; and how many tokens are visible: int."""
+        """Masks of this step and of an earlier one, which contains it: bool (B, L) each; and how many tokens
+        are visible: int."""
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
-        ratio, weight = nested_mask_ratios()                                                # on the CPU: they decide shapes
-        index = int(sample_categorical(weight, torch.rand((), dtype=torch.float64)) if index is None else index)
-        gap = int(torch.randint(1, 6, ()) if gap is None else gap)
-        now, earlier = (math.ceil(self.length * ratio[min(i, len(ratio) - 1)].item()) for i in (index, index + gap))
+        ratio, weight = nested_mask_ratios()                                  # on the CPU: they decide shapes
+        if index is None:
+            index = int(sample_categorical(weight, torch.rand((), dtype=torch.float64)))
+        gap = int(torch.randint(1, 6, ())) if gap is None else gap
+        now, earlier = (math.ceil(self.length * ratio[min(i, len(ratio) - 1)].item())
+                        for i in (index, index + gap))
         rank = rank_in_row(mask_noise)
         return rank < now, rank < earlier, self.length - now
 
     def next_image(self, ids, mask, logits):
-        """x_t (n, 3, S, S), not clamped: codes of visible ids, mean codes under softmax(logits) where masked, decoded."""
+        """x_t (n, 3, S, S), not clamped: codes of visible ids, mean codes under softmax(logits) where masked,
+        decoded."""
         codes = self.vqgan.quantize.embedding.weight                                        # (K, dim)
         z = torch.where(mask[..., None], logits.softmax(-1) @ codes, codes[ids])            # (n, L, dim)
         return self.vqgan.decode_codes(z.mT.unflatten(2, (self.grid, self.grid)))
 
     def patches(self, x, finetune=False):
-        """Pixels (B, 3, S, S) -> input of the encoder's blocks (B, 1 + L, C). Fine-tuning skips the clamp and tokenizer_norm."""
+        """Pixels (B, 3, S, S) -> input of the encoder's blocks (B, 1 + L, C). Fine-tuning skips the clamp and
+        tokenizer_norm."""
         x = ((x if finetune else x.clamp(0, 1)) - self.color_mean) / self.color_std
         x = self.patch_embed["proj"](x)                                                     # (B, C, h, w)
         cls_token = self.cls_token.expand(len(x), -1, -1)
@@ -1151,7 +1202,8 @@ class ADDP(MAGE):
         return x if finetune else self.dropout(self.tokenizer_norm(x))
 
     def resized_pos_embed(self, side):
-        """Position embedding of side x side patches (1, 1 + side * side, C), interpolated if training had another number."""
+        """Position embedding of side x side patches (1, 1 + side * side, C), interpolated if training had
+        another number."""
         if side == self.grid:
             return self.pos_embed
         grid = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))                # (1, C, h, w)
@@ -1159,20 +1211,23 @@ class ADDP(MAGE):
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
     def encode(self, x):
-        """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters: masked ids show as blurred patches."""
+        """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters:
+        masked ids show as blurred patches."""
         x = self.patches(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def decoder_input(self, latent, ids, mask, visible):
-        """Latent (B, 1 + L, C) -> (B, 1 + L + visible, C). The mask token stands where an id is masked and, unlike in MAGE, at
-        position 0; the visible ids, the same number in each image, are appended. Each kind has its own position embedding."""
-        x = torch.cat([self.mask_token.expand(len(ids), -1, -1), self.decoder_embed(latent[:, 1:])], 1)     # (B, 1 + L, C)
+        """Latent (B, 1 + L, C) -> (B, 1 + L + visible, C). The mask token stands where an id is masked and,
+        unlike in MAGE, at position 0; the visible ids, the same number in each image, are appended. Each kind
+        has its own position embedding."""
+        mask_token = self.mask_token.expand(len(ids), -1, -1)
+        x = torch.cat([mask_token, self.decoder_embed(latent[:, 1:])], 1)                   # (B, 1 + L, C)
         x = x + self.decoder_pos_embed_learned
         x = torch.where(F.pad(mask, (1, 0))[..., None], self.mask_token + self.decoder_pos_mask_embed, x)
         id_tokens = self.token_emb(ids) + self.decoder_pos_token_embed[:, 1:]               # (B, L, C)
-        ids_visible = mask.int().argsort(stable=True, dim=1)[:, :visible]                   # (B, visible), ascending
+        ids_visible = mask.int().argsort(stable=True, dim=1)[:, :visible]            # (B, visible), ascending
         return torch.cat([x, gather_tokens(id_tokens, ids_visible)], 1)
 
     token_weights = property(lambda self: self.token_emb.weight)
@@ -1185,14 +1240,17 @@ class ADDP(MAGE):
     def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
         """Logits (n, L, K) from the image so far x, None before the first step, and the visible ids.
 
-        count int (n,), on the CPU: how many tokens of each image are masked. While that is all of them, the decoder
-        overwrites whatever the encoder says, and no image is needed. Inpainting begins with what the predictor expects.
+        count int (n,), on the CPU: how many tokens of each image are masked. While that is all of them,
+        the decoder overwrites whatever the encoder says, and no image is needed. Inpainting begins with what
+        the predictor expects.
         """
         count = mask.sum(1).cpu() if count is None else count
         if count.min() == self.length:
-            latent = ids.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel(), dtype=self.norm.weight.dtype)
+            latent = self.norm.weight.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel())
         else:
-            latent = self.encode(self.next_image(ids, mask, self.token_predictor.logits(ids, mask)) if x is None else x)
+            if x is None:
+                x = self.next_image(ids, mask, self.token_predictor.logits(ids, mask))
+            latent = self.encode(x)
         logits = torch.empty(*ids.shape, self.codes, device=ids.device)
         for masked, images in groups_of_equal_length(count):
             i = to_device(images, ids.device)
@@ -1200,16 +1258,18 @@ class ADDP(MAGE):
         return logits
 
     def render(self, state):
-        """Decoding -> pixels (n, 3, S, S) in [0, 1]: the image so far. In the last one a single id is still a mean of codes, as
-        in the official code."""
+        """Decoding -> pixels (n, 3, S, S) in [0, 1]: the image so far. In the last one a single id is still a
+        mean of codes, as in the official code."""
         return state.with_known(state.x.clamp(0, 1))
 
     # ---- representation
 
     def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
-        """As MAGE's, of pixels (B, 3, S, S), or of ids (B, L), which are decoded. t is 0. Layers of the decoder see all ids.
+        """As MAGE's, of pixels (B, 3, S, S), or of ids (B, L), which are decoded. t is 0. Layers of the
+        decoder see all ids.
 
-        finetune  True: as the authors fine-tune, without clamp and tokenizer_norm, although pre-trained with them. S may
+        finetune  True: as the authors fine-tune, without clamp and tokenizer_norm,
+                  although pre-trained with them. S may
                   then be another multiple of the patch size, for layers of the encoder
         """
         x = self.to_pixels(x)
@@ -1222,45 +1282,52 @@ class ADDP(MAGE):
     @torch.no_grad()
     def to_pixels(self, x):
         """Ids (B, L) -> pixels (B, 3, S, S). Pixels stay pixels."""
-        return x if x.is_floating_point() else self.vqgan.decode(x.long().unflatten(1, (self.grid, self.grid)))
+        if x.is_floating_point():
+            return x
+        return self.vqgan.decode(x.long().unflatten(1, (self.grid, self.grid)))
 
     def embed(self, x, noise=None, pool="mean"):
-        """A vector for a linear probe: (B, C). 'mean': the encoder's normed outputs, averaged over the image; 'class': at position 0."""
+        """A vector for a linear probe: (B, C). 'mean': the encoder's normed outputs, averaged over the image;
+        'class': at position 0."""
         latent = self.encode(self.to_pixels(x))                                             # (B, 1 + L, C)
         return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 8. Noise
 #
 # Noise corrupts pixels by degrees, where a mask corrupts tokens at once. At timestep t the image is a mixture
 #
-#     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, 1)                      [DDPM, eq. 4]
+#     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, 1)                  [DDPM, eq. 4]
 #
 # and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps.
 #
 # Predicting eps is predicting x0: solve the equation for either. In the loss only the weight differs,
-# |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2; with weight 1 on eps it is DDPM's "simple" loss [DDPM, eq. 14].
+# |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2; with weight 1 on eps it is DDPM's "simple" loss
+# [DDPM, eq. 14].
 #
 # The way back goes to ever larger alpha_bar. A step predicts x0, and with it eps, and mixes them anew:
 #
-#     x_next = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise     [DDIM, eq. 12]
-#     sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)       [DDIM, eq. 16]
+#   x_next = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise   [DDIM, eq. 12]
+#    sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)    [DDIM, eq. 16]
 #
-# eta = 0 adds no noise: DDIM. At eta = 1 sigma^2 is the variance of the posterior q(x_next | xt, x0) [DDPM, eq. 7], and the
-# first two terms are its mean: write eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar), and collect the factors of xt
-# and x0'. So eta = 1 is DDPM's ancestral sampling, for neighbouring timesteps and for any others.
+# eta = 0 adds no noise: DDIM. At eta = 1 sigma^2 is the variance of the posterior q(x_next | xt, x0)
+# [DDPM, eq. 7], and the first two terms are its mean: write eps' = (xt - sqrt(alpha_bar) x0') /
+# sqrt(1 - alpha_bar), and collect the factors of xt and x0'. So eta = 1 is DDPM's ancestral sampling, for
+# neighbouring timesteps and for any others.
 #
-# In this section alpha_bar is a float64 tensor (B,) or (), on the CPU: some GPUs lack float64, and reading a timestep off
-# any of them would mean waiting. Pixels are in [-1, 1].
+# In this section alpha_bar is a float64 tensor (B,) or (), on the CPU: some GPUs lack float64,
+# and reading a timestep off any of them would mean waiting. Pixels are in [-1, 1].
 
 
 def noise_schedule(name, steps=1000):
-    """alpha_bar at timesteps 0 ... T-1: float64 (T,). "linear" betas [DDPM], or "cosine", which spares small images [iDDPM, eq. 17]."""
+    """alpha_bar at timesteps 0 ... T-1: float64 (T,). "linear" betas [DDPM], or "cosine", which spares small
+    images [iDDPM, eq. 17]."""
     if name == "linear":
         beta = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
     elif name == "cosine":
-        f = (((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008) * math.pi / 2).cos() ** 2
+        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        f = (((t + 0.008) / 1.008) * math.pi / 2).cos() ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     else:
         raise ValueError(f"a noise schedule is 'linear' or 'cosine', not {name!r}")
@@ -1268,7 +1335,8 @@ def noise_schedule(name, steps=1000):
 
 
 def per_image(a, x):
-    """Float64 numbers (B,) or (), rounded and sent to where pixels x (B, 3, S, S) can be multiplied by them."""
+    """Float64 numbers (B,) or (), rounded and sent to where pixels x (B, 3, S, S) can be multiplied by
+    them."""
     return to_device(a.to(x.dtype), x.device).view(-1, 1, 1, 1) if a.dim() else a.to(x.dtype)
 
 
@@ -1290,14 +1358,19 @@ def posterior_variance(alpha_bar, alpha_bar_next):
 def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """One step from xt at alpha_bar to alpha_bar_next, given a prediction of x0: the equation above.
 
-    noise  standard normal, like xt        std  like xt: scales the noise instead of sigma, where a network has learned it
-    With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of removing it.
+    noise  standard normal, like xt        std  like xt: scales the noise instead of sigma, where a network
+           has learned it
+    With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of
+    removing it.
     """
     eps = (per_image(alpha_bar.rsqrt(), xt) * xt - x0) / per_image((1 / alpha_bar - 1).sqrt(), xt)
     variance = eta ** 2 * posterior_variance(alpha_bar, alpha_bar_next)
-    std = per_image(variance.sqrt(), xt) if std is None else std * per_image(torch.as_tensor(alpha_bar_next < 1), xt)
-    mean = per_image(alpha_bar_next.sqrt(), xt) * x0 + per_image((1 - alpha_bar_next - variance).sqrt(), xt) * eps
-    return mean + std * noise
+    if std is None:
+        std = per_image(variance.sqrt(), xt)
+    else:
+        std = std * per_image(torch.as_tensor(alpha_bar_next < 1), xt)
+    direction = per_image((1 - alpha_bar_next - variance).sqrt(), xt) * eps
+    return per_image(alpha_bar_next.sqrt(), xt) * x0 + direction + std * noise
 
 
 class Denoising(typing.NamedTuple):
@@ -1311,7 +1384,8 @@ def denoise(predict_x0, noise, alpha_bar, eta=1.0, known=None, mask=None):
     predict_x0   function (x, step) -> x0 in [-1, 1], and std of ddim_step or None
     noise        function k -> standard normal (n, 3, S, S). k = 0 is the start; step s adds number 2 s + 1
     alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
-    known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the known pixels
+    known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated.
+                 After each step the known pixels
                  are put back, with as much noise (number 2 s + 2) as x has by then [RePaint]
     """
     x = noise(0)
@@ -1324,7 +1398,8 @@ def denoise(predict_x0, noise, alpha_bar, eta=1.0, known=None, mask=None):
 
 
 def timestep_embedding(t, dim, last, order):
-    """t (B,) -> (B, dim), float32: sines and cosines of t w_j, w_j = 10000^(-j / last) for j = 0 ... dim / 2 - 1.
+    """t (B,) -> (B, dim), float32: sines and cosines of t w_j, w_j = 10000^(-j / last) for j = 0 ...
+    dim / 2 - 1.
 
     UMD and ADM differ in last, dim / 2 - 1 against dim / 2, and in the order, "sin cos" against "cos sin"."""
     w = (-math.log(10000) / last * torch.arange(dim // 2, device=t.device)).exp()           # (dim / 2,)
@@ -1332,19 +1407,20 @@ def timestep_embedding(t, dim, last, order):
     return torch.cat([phase.sin(), phase.cos()] if order == "sin cos" else [phase.cos(), phase.sin()], 1)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 9. UMD, MAE, MaskDiT, DiT: predict masked patches, or the noise, or both
 #
 # A token is now a patch of pixels. A batch has two parts:
 #
-#     clean part    B - N images, t = 0, mask ratio r_0:       L_clean = mean over masked pixels   (x0 - x0')^2      [MAE]
-#     noised part   N images, t = 1 ... T, mask ratio r_t:     L_x0    = mean over masked pixels   (x0 - x0')^2
-#                                                              L_eps   = mean over visible pixels  (eps - eps')^2
+#  clean part  B - N images, t = 0, mask ratio r_0:   L_clean = mean over masked pixels   (x0 - x0')^2   [MAE]
+#    noised part   N images, t = 1 ... T, mask ratio r_t:     L_x0    = mean over masked pixels   (x0 - x0')^2
+#                                                           L_eps   = mean over visible pixels  (eps - eps')^2
 #                                                              (r_t = 0: both over all pixels)
-#     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                              [UMD, section 3]
+#     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                 [UMD, section 3]
 #
-# Masking patches teaches the large structure of images, removing noise every scale of detail. If clean images are called
-# t = 0, with alpha_bar_0 = 1, then q_sample covers both parts, and three numbers make four methods of it:
+# Masking patches teaches the large structure of images, removing noise every scale of detail.
+# If clean images are called t = 0, with alpha_bar_0 = 1, then q_sample covers both parts, and three numbers
+# make four methods of it:
 #
 #                 clean_ratio (B - N) / B    mask_ratio_clean r_0    mask_ratio_noised r_t
 #     UMD                  0.5                      0.75                  0.375
@@ -1352,12 +1428,14 @@ def timestep_embedding(t, dim, last, order):
 #     MaskDiT              0                         -                     0.5
 #     DiT                  0                         -                      0
 #
-# These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets normalised patch by patch;
-# the published DiT reads latents, has no decoder, predicts the noise alone and learns a variance. Their weights do not fit.
+# These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets
+# normalised patch by patch; the published DiT reads latents, has no decoder, predicts the noise alone and
+# learns a variance. Their weights do not fit.
 
 
 class ConditionedBlock(Block):
-    """A Block whose halves are shifted, scaled and gated by a condition c (adaLN-Zero [DiT, 3.2]): x (B, L, C), c (B, C) -> (B, L, C).
+    """A Block whose halves are shifted, scaled and gated by a condition c (adaLN-Zero [DiT, 3.2]): x
+    (B, L, C), c (B, C) -> (B, L, C).
 
         x + gate1 * attention(LayerNorm(x) (1 + scale1) + shift1), then the same with the MLP
 
@@ -1368,20 +1446,23 @@ class ConditionedBlock(Block):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)     # (B, 1, C) each
+        modulation = self.modulation(c)[:, None].chunk(6, -1)                               # 6 x (B, 1, C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 def masked_mse(prediction, target, mask):
-    """Mean squared error over the pixels where mask (B, 1, S, S) is True; prediction and target (B, 3, S, S)."""
+    """Mean squared error over the pixels where mask (B, 1, S, S) is True; prediction and target
+    (B, 3, S, S)."""
     return ((prediction - target).square() * mask).sum() / (3 * mask.sum())
 
 
 class UMD(Model):
     """Unified masked diffusion (official files: models/ae.py, trainers/train_ae.py of small-vision, in JAX).
 
-    image_size, grid                            S, and patches on a side; S a multiple of grid, else ValueError
+    image_size, grid                            S, and patches on a side; S a multiple of grid,
+                                                else ValueError
     width, depth, heads, decoder_depth          encoder and decoder have the same width and heads
     clean_ratio, mask_ratio_clean, mask_ratio_noised        the three numbers of the table above
     classes                                     0, or the number of labels it can be conditioned on
@@ -1391,37 +1472,39 @@ class UMD(Model):
 
     takes_labels = True
     pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
-    forms = {**Model.forms, "mask_noise": "float ({B}, {m.length})", "n_clean": "int in [0, {B}]"}
-
-    def __init__(self, image_size, grid, width, depth, heads, decoder_depth, clean_ratio, mask_ratio_clean, mask_ratio_noised,
-                 classes=0, class_tokens=4):
+    def __init__(self, image_size, grid, width, depth, heads, decoder_depth, clean_ratio, mask_ratio_clean,
+                 mask_ratio_noised, classes=0, class_tokens=4):
         super().__init__()
         if image_size % grid:
             raise ValueError(f"image size {image_size} is not a multiple of the grid, {grid}")
         self.image_size, self.grid, self.length, self.classes = image_size, grid, grid ** 2, classes
-        self.clean_ratio, self.mask_ratio_clean, self.mask_ratio_noised = clean_ratio, mask_ratio_clean, mask_ratio_noised
-        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), noise_schedule("cosine")])      # (1 + T,); no buffer
+        self.clean_ratio = clean_ratio
+        self.mask_ratio_clean, self.mask_ratio_noised = mask_ratio_clean, mask_ratio_noised
+        self.alpha_bar = torch.cat([torch.ones(1).double(), noise_schedule("cosine")])  # (1 + T,), no buffer
         self.max_steps = len(self.alpha_bar) - 1
         self.t_range = (0, self.max_steps, "the timestep, 0 for no noise")
-        self.best_t = 0 if clean_ratio else 51                  # who never saw a clean image reads one with a little noise best [official]
+        # Who never saw a clean image reads one with a little noise best [official].
+        self.best_t = 0 if clean_ratio else 51
         self.generates, self.reconstructs = clean_ratio < 1, mask_ratio_clean > 0
 
         patch = image_size // grid
         self.time_embed = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
         if classes:
-            self.label_embed = nn.Sequential(nn.Embedding(classes + 1, width), nn.Linear(width, 2 * width), nn.SiLU(),
-                                             nn.Linear(2 * width, width))
+            self.label_embed = nn.Sequential(nn.Embedding(classes + 1, width), nn.Linear(width, 2 * width),
+                                             nn.SiLU(), nn.Linear(2 * width, width))
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
-        self.pos_embed, self.decoder_pos_embed = (nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
-                                                  for _ in range(2))
-        # Four equal class tokens. They have no position, so they stay equal: one token that counts four times in attention.
+        self.pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
+        self.decoder_pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
+        # Four equal class tokens. They have no position, so they stay equal: one token that counts four times
+        # in attention.
         self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))
         masks = bool(clean_ratio and mask_ratio_clean) or mask_ratio_noised > 0
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masks)
         self.blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(decoder_depth))
-        self.decoder_norm, self.decoder_modulation = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 2 * width)
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_modulation = nn.Linear(width, 2 * width)
         self.to_pixels = nn.ConvTranspose2d(width, 6, patch, patch)
         self.init_weights()
         self.best_layer = depth                                 # the encoder's last
@@ -1429,20 +1512,22 @@ class UMD(Model):
 
     @torch.no_grad()
     def init_weights(self):
-        """The authors' initialisation: Xavier-uniform matrices (q, k and v one by one); LeCun-normal embeddings of patches,
-        timestep and label; zero modulation."""
+        """The authors' initialisation: Xavier-uniform matrices (q, k and v one by one); LeCun-normal
+        embeddings of patches, timestep and label; zero modulation."""
         for block in (*self.blocks, *self.decoder_blocks):
-            for weight in (*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight):
+            attn, mlp, modulation = block.attn, block.mlp, block.modulation
+            for weight in (*attn.qkv.weight.chunk(3), attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight):
                 nn.init.xavier_uniform_(weight)
-            for zero in (block.attn.qkv.bias, block.attn.proj.bias, block.modulation.weight, block.modulation.bias):
+            for zero in (attn.qkv.bias, attn.proj.bias, modulation.weight, modulation.bias):
                 nn.init.zeros_(zero)
-            for bias in (block.mlp.fc1.bias, block.mlp.fc2.bias):
+            for bias in (mlp.fc1.bias, mlp.fc2.bias):
                 nn.init.normal_(bias, std=1e-6)
         for layer in (self.patch_embed, *self.time_embed, *(self.label_embed if self.classes else ())):
             if isinstance(layer, nn.Embedding):
                 nn.init.normal_(layer.weight, std=layer.embedding_dim ** -0.5)
             elif not isinstance(layer, nn.SiLU):
-                std = layer.weight[0].numel() ** -0.5 / 0.8796          # 0.8796: std of a standard normal truncated at +-2
+                # 0.8796: std of a standard normal truncated at +-2.
+                std = layer.weight[0].numel() ** -0.5 / 0.8796
                 nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
                 nn.init.zeros_(layer.bias)
         nn.init.normal_(self.to_pixels.weight, std=0.02)
@@ -1458,7 +1543,8 @@ class UMD(Model):
         labels      int (B,) in [0, classes), or None; the clean part does not see them
         n_clean     how many images, the last ones, stay clean: B - N; int(B * clean_ratio) if None
         t, noise    int (N,) in 1 ... T and eps (N, 3, S, S)
-        mask_noise  (B, L): the smallest are masked        keep_label  bool (N,): False hides the label. All drawn if None
+        mask_noise  (B, L): the smallest are masked        keep_label  bool (N,): False hides the label. All
+                    drawn if None
         returns     scalar loss, dict of its terms
         """
         x0, B = 2 * x - 1, len(x)
@@ -1469,16 +1555,19 @@ class UMD(Model):
         loss, logs = 0, {}
         if N:
             labels = None if labels is None else labels[:N]
-            logs["x0"], logs["eps"] = self.losses(x0[:N], t, noise, mask_noise[:N], self.mask_ratio_noised, labels, keep_label)
+            logs["x0"], logs["eps"] = self.losses(x0[:N], t, noise, mask_noise[:N], self.mask_ratio_noised,
+                                                  labels, keep_label)
             loss = N / B * (logs["x0"] + logs["eps"]) / 2
         if N < B:
-            logs["x0_clean"], _ = self.losses(x0[N:], t.new_zeros(B - N), torch.zeros_like(x0[N:]), mask_noise[N:],
+            zeros = torch.zeros_like(x0[N:])
+            logs["x0_clean"], _ = self.losses(x0[N:], t.new_zeros(B - N), zeros, mask_noise[N:],
                                               self.mask_ratio_clean)
             loss = loss + (B - N) / B * logs["x0_clean"]
         return loss, logs
 
     def losses(self, x0, t, eps, mask_noise, mask_ratio, labels=None, keep_label=None):
-        """L_x0, over masked pixels, and L_eps, over visible ones; both over all pixels if nothing is masked."""
+        """L_x0, over masked pixels, and L_eps, over visible ones; both over all pixels if nothing is
+        masked."""
         ids_keep = self.random_masking(mask_noise, mask_ratio) if mask_ratio else None      # (B, M)
         x0_hat, eps_hat = self.predict(q_sample(x0, self.alpha_bar[t], eps), t, labels, ids_keep, keep_label)
         if not mask_ratio:
@@ -1487,36 +1576,43 @@ class UMD(Model):
         return masked_mse(x0_hat, x0, mask), masked_mse(eps_hat, eps, ~mask)
 
     def random_masking(self, mask_noise, mask_ratio):
-        """Patches that enter the encoder, in any order, since each has a position embedding: int (B, M). The smallest are masked."""
+        """Patches that enter the encoder, in any order, since each has a position embedding: int (B, M). The
+        smallest are masked."""
         return mask_noise.argsort(dim=1, stable=True)[:, self.length - int(self.length * (1 - mask_ratio)):]
 
     def pixel_mask(self, ids_keep):
         """Visible patches, int (B, M) -> bool (B, 1, S, S), True = masked."""
-        mask = torch.ones(len(ids_keep), self.length, dtype=torch.bool, device=ids_keep.device).scatter(1, ids_keep, False)
+        mask = torch.ones(len(ids_keep), self.length, dtype=torch.bool, device=ids_keep.device)
+        mask = mask.scatter(1, ids_keep, False).view(-1, 1, self.grid, self.grid)           # (B, 1, h, w)
         patch = self.image_size // self.grid
-        return mask.view(-1, 1, self.grid, self.grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+        return mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
     def micro_batch_args(self, first, count):
         """How many of these images stay clean, so that the ratio is right in the whole batch."""
         return {"n_clean": int((first + count) * self.clean_ratio) - int(first * self.clean_ratio)}
 
     def predict(self, x, t, labels=None, ids_keep=None, keep_label=None):
-        """Pixels (B, 3, S, S) in about [-1, 1], noised to t (B,) -> predictions of x0 and eps, (B, 3, S, S) each.
+        """Pixels (B, 3, S, S) in about [-1, 1], noised to t (B,) -> predictions of x0 and eps,
+        (B, 3, S, S) each.
 
-        ids_keep  int (B, M): the patches that the network sees, all if None        labels, keep_label  as for forward
+        ids_keep  int (B, M): the patches that the network sees, all if None        labels,
+                  keep_label  as for forward
         """
         c = self.condition(to_device(t, x.device), labels, keep_label)                      # (B, C)
         return self.decode(self.encode(x, c, ids_keep), c, ids_keep)
 
     def condition(self, t, labels=None, keep_label=None):
-        """Timestep (B,) and labels -> c of the blocks (B, C). In training one label in ten is hidden, for classifier-free guidance."""
+        """Timestep (B,) and labels -> c of the blocks (B, C). In training one label in ten is hidden, for
+        classifier-free guidance."""
         width = self.norm.weight.numel()
         c = self.time_embed(timestep_embedding(t, width, width / 2 - 1, "sin cos"))
         if self.classes:
             if labels is not None and keep_label is None:
                 keep_label = torch.rand(labels.shape, device=t.device) >= (0.1 if self.training else 0.0)
-            no_label = torch.full_like(t, self.classes)
-            c = c + self.label_embed(no_label if labels is None else torch.where(keep_label, labels, no_label))
+            shown = no_label = torch.full_like(t, self.classes)
+            if labels is not None:
+                shown = torch.where(keep_label, labels, no_label)
+            c = c + self.label_embed(shown)
         return F.silu(c)
 
     def encode(self, x, c, ids_keep=None):
@@ -1543,7 +1639,8 @@ class UMD(Model):
         return in_float32(self.to_pixels, x).chunk(2, 1)
 
     def decoder_input(self, latent, ids_keep=None):
-        """The mean of the class tokens, then all patches: visible ones at their places, the mask token at the others (B, 1 + L, C)."""
+        """The mean of the class tokens, then all patches: visible ones at their places, the mask token at the
+        others (B, 1 + L, C)."""
         k = self.cls_token.size(1)
         summary, x = latent[:, :k].mean(1, keepdim=True), latent[:, k:]
         if ids_keep is not None:
@@ -1567,12 +1664,14 @@ class UMD(Model):
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
-    def sample_steps(self, n, steps=None, eta=1.0, guidance=1.0, labels=None, known=None, mask=None, seeds=None):
+    def sample_steps(self, n, steps=None, eta=1.0, guidance=1.0, labels=None, known=None, mask=None,
+                     seeds=None):
         """From noise to images: yields a Denoising after each step. The prediction of eps is what is used.
 
         n, steps      images; see num_steps
         eta           1 as published: DDPM; 0: DDIM, which adds no noise on the way
-        labels, guidance, known, mask, seeds        as for MAGE.sample_steps; guidance is the same in every step
+        labels, guidance, known, mask, seeds        as for MAGE.sample_steps;
+                                                    guidance is the same in every step
 
         A model that saw clean images only (MAE) cannot start from nothing. It inpaints, in one step.
         """
@@ -1584,11 +1683,13 @@ class UMD(Model):
         def predict_x0(x, step):
             _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, guidance)
             return x0_from_eps(x, self.alpha_bar[t[step]], eps).clamp(-1, 1), None
-        yield from denoise(predict_x0, lambda draw: self.noise(seeds, draw), self.alpha_bar[t], eta, known, mask)
+        noise = functools.partial(self.noise, seeds)
+        yield from denoise(predict_x0, noise, self.alpha_bar[t], eta, known, mask)
 
     def inpaint(self, known, mask):
-        """As MAE does: patches that contain pixels to be generated are masked, and predicted at once from the others."""
-        masked = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()         # (n, L)
+        """As MAE does: patches that contain pixels to be generated are masked,
+        and predicted at once from the others."""
+        masked = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()  # (n, L)
         ids_visible_first, visible = masked.argsort(stable=True, dim=1), (1 - masked).sum(1).cpu()
         x, x0 = 2 * known - 1, torch.empty_like(known)
         for count, images in groups_of_equal_length(visible):
@@ -1598,7 +1699,8 @@ class UMD(Model):
 
     @torch.no_grad()
     def reconstruct(self, x, mask_noise=None):
-        """Pixels (B, 3, S, S) -> the same with r_0 of the patches masked, and with the predictions there, as MAE is looked at."""
+        """Pixels (B, 3, S, S) -> the same with r_0 of the patches masked, and with the predictions there, as
+        MAE is looked at."""
         mask_noise = torch.rand(len(x), self.length, device=x.device) if mask_noise is None else mask_noise
         ids_keep = self.random_masking(mask_noise, self.mask_ratio_clean)
         mask, t = self.pixel_mask(ids_keep), torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -1608,7 +1710,8 @@ class UMD(Model):
     # ---- representation
 
     def noised(self, x, t, noise=None):
-        """Pixels (B, 3, S, S) in [0, 1] -> xt (B, 3, S, S) at timestep t, and the condition (B, C). noise is eps, drawn if None."""
+        """Pixels (B, 3, S, S) in [0, 1] -> xt (B, 3, S, S) at timestep t, and the condition (B, C). noise is
+        eps, drawn if None."""
         xt = q_sample(2 * x - 1, self.alpha_bar[int(t)], torch.randn_like(x) if noise is None else noise)
         return xt, self.condition(torch.full((len(x),), int(t), device=x.device))
 
@@ -1616,52 +1719,58 @@ class UMD(Model):
         """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, and noise (B, 3, S, S)."""
         x, c = self.noised(x, t, noise)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patches(x)], 1)          # (B, 4 + L, C)
-        return encoder_decoder_features(self, x, self.decoder_input, layers, add, self.cls_token.size(1), (c,))
+        k = self.cls_token.size(1)
+        return encoder_decoder_features(self, x, self.decoder_input, layers, add, k, (c,))
 
     def embed(self, x, noise=None, pool="class"):
-        """The vector that the paper probes: (B, C). 'class': the mean of the normed class tokens; 'mean': outputs of the encoder's
-        last block, averaged over the image, then normalised. At timestep best_t."""
+        """The vector that the paper probes: (B, C). 'class': the mean of the normed class tokens; 'mean':
+        outputs of the encoder's last block, averaged over the image, then normalised. At timestep best_t."""
         if pool == "mean":
-            return F.layer_norm(self.features(x, self.best_t, noise=noise)[0].mean((2, 3)), self.norm.normalized_shape, eps=1e-6)
+            mean = self.features(x, self.best_t, noise=noise)[0].mean((2, 3))               # (B, C)
+            return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         return self.encode(*self.noised(x, self.best_t, noise))[:, :self.cls_token.size(1)].mean(1)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 10. ADM: predict the noise with a U-Net
 #
-#     loss = mean (eps - eps'(xt, t))^2  +  L_vb             t uniform in 0 ... T-1        [DDPM, eq. 14] [iDDPM, eq. 16]
+#     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# A network that sees the noised image and predicts the noise: a U-Net, of residual blocks, with attention on small maps.
-# Every output on the way down is kept, and joins the input of the block at its mirror on the way up:
+# A network that sees the noised image and predicts the noise: a U-Net, of residual blocks,
+# with attention on small maps. Every output on the way down is kept, and joins the input of the block at its
+# mirror on the way up:
 #
-#     tiny: 32 x 32 x 16    1  2 ------------------------------------------> 12 13     13 blocks; 7 is the middle
-#           16 x 16 x 32         3  4 ------------------------------> 10 11            3, 5: half the side; 9, 11: twice the side
-#            8 x 8 x 64                5  6 ------- 7 -------- 8  9                    b reads its mirror's output, 14 - b, too
+#     tiny: 32 x 32 x 16    1  2 ---------------------------------------> 12 13     13 blocks; 7 is the middle
+#           16 x 16 x 32         3  4 -----------> 10 11            3, 5: half the side; 9, 11: twice the side
+#          8 x 8 x 64          5  6 ------- 7 -------- 8  9           b reads its mirror's output, 14 - b, too
 #
-# The timestep enters every residual block. Nothing is masked and nothing is tokenised. Frozen, the network is a
-# representation, too [DiffSSL]: best soon after the middle, of an image with a little noise. DifFeed, in probe.py, reads it
-# twice, and in the second pass adds what late blocks found to the outputs of their mirrors.
-# (Official files: unet.py, gaussian_diffusion.py, nn.py of guided-diffusion.)
+# The timestep enters every residual block. Nothing is masked and nothing is tokenised. Frozen,
+# the network is a representation, too [DiffSSL]: best soon after the middle, of an image with a little noise.
+# DifFeed, in probe.py, reads it twice, and in the second pass adds what late blocks found to the outputs of
+# their mirrors. (Official files: unet.py, gaussian_diffusion.py, nn.py of guided-diffusion.)
 
 
 def zero_init(module):
-    """The layer with all weights 0. As the last one of a branch it makes every block start as the identity."""
+    """The layer with all weights 0. As the last one of a branch it makes every block start as the
+    identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 class ADMResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, E) -> (B, out, h', w'). Official name: ResBlock.
+    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, E) -> (B, out, h', w'). Official name:
+    ResBlock.
 
-    emb scales and shifts every channel between the convolutions. resize, a layer that halves or doubles the side, acts
-    before the first convolution and on the shortcut.
+    emb scales and shifts every channel between the convolutions. resize,
+    a layer that halves or doubles the side, acts before the first convolution and on the shortcut.
     """
 
     def __init__(self, inp, out, emb, groups, dropout, resize=None):
         super().__init__()
         self.resize = resize or nn.Identity()
-        self.in_layers = nn.Sequential(nn.GroupNorm(groups, inp), nn.SiLU(), nn.Conv2d(inp, out, 3, padding=1))
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, inp), nn.SiLU(),
+                                       nn.Conv2d(inp, out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * out))
         self.out_layers = nn.Sequential(nn.GroupNorm(groups, out), nn.SiLU(), nn.Dropout(dropout),
                                         zero_init(nn.Conv2d(out, out, 3, padding=1)))
@@ -1670,16 +1779,18 @@ class ADMResBlock(nn.Module):
     def forward(self, x, emb):
         norm, silu, conv = self.in_layers
         h = conv(self.resize(silu(norm(x))))                                                # (B, out, h', w')
-        scale, shift = self.emb_layers(emb)[..., None, None].chunk(2, 1)                    # (B, out, 1, 1) each
+        scale, shift = self.emb_layers(emb)[..., None, None].chunk(2, 1)                # (B, out, 1, 1) each
         h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
         return self.skip_connection(self.resize(x)) + h
 
 
 class ADMAttention(nn.Module):
-    """Self-attention over a map, without positions: (B, C, h, w) -> (B, C, h, w). Official name: AttentionBlock.
+    """Self-attention over a map, without positions: (B, C, h, w) -> (B, C, h, w). Official name:
+    AttentionBlock.
 
     head, heads  width of a head, or their number
-    order        of the 3 C channels: "legacy": q, k, v of the first head, of the second, ...; "new": q of all heads, k, v
+    order        of the 3 C channels: "legacy": q, k, v of the first head, of the second, ...; "new":
+                 q of all heads, k, v
     """
 
     def __init__(self, dim, head, groups, heads=None, order="legacy"):
@@ -1692,15 +1803,17 @@ class ADMAttention(nn.Module):
         self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero_init(nn.Conv1d(dim, dim, 1))
 
     def forward(self, x):
-        # The 1x1 convolutions are computed as linear layers: a convolution's output is in no order that fused kernels take.
+        # The 1x1 convolutions are computed as linear layers: a convolution's output is in no order that fused
+        # kernels take.
         qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C)
-        q, k, v = qkv.unflatten(2, self.split[0]).permute(self.split[1])                    # 3 x (B, heads, L, d)
+        q, k, v = qkv.unflatten(2, self.split[0]).permute(self.split[1])                # 3 x (B, heads, L, d)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)              # (B, L, C)
         return x + F.linear(y, self.proj_out.weight[..., 0], self.proj_out.bias).mT.view(x.shape)
 
 
 class ADMBlock(nn.Sequential):
-    """The layers of one block; residual blocks read the timestep's embedding: (B, C, h, w), (B, E) -> (B, C', h', w')."""
+    """The layers of one block; residual blocks read the timestep's embedding: (B, C, h, w), (B, E) ->
+    (B, C', h', w')."""
 
     def forward(self, x, emb):
         for layer in self:
@@ -1708,36 +1821,40 @@ class ADMBlock(nn.Sequential):
         return x
 
 
-# The network also predicts the variance of each step back. It lies between two bounds: the posterior variance, right if
-# x0 were known, and beta_t = 1 - alpha_bar_t / alpha_bar_(t-1), right if images were pure noise. The network's second
-# output v, about -1 ... 1, interpolates between them for every pixel, on a logarithmic scale [iDDPM, eq. 15]:
+# The network also predicts the variance of each step back. It lies between two bounds: the posterior
+# variance, right if x0 were known, and beta_t = 1 - alpha_bar_t / alpha_bar_(t-1), right if images were pure
+# noise. The network's second output v, about -1 ... 1, interpolates between them for every pixel, on a
+# logarithmic scale [iDDPM, eq. 15]:
 #
-#     log variance = (1 + v) / 2 log beta_t  +  (1 - v) / 2 log beta~_t            beta~: the posterior variance
+#     log variance = (1 + v) / 2 log beta_t  +  (1 - v) / 2 log beta~_t          beta~: the posterior variance
 #
 # It is learned from the variational bound, in bits per pixel and channel:
 #
-#     L_vb = KL( q(x_(t-1) | xt, x0) || p(x_(t-1) | xt) )    for t > 0,        - log p(x0 | x1)    for t = 0     [DDPM, eq. 5]
+#  L_vb = KL( q(x_(t-1) | xt, x0) || p(x_(t-1) | xt) )  for t > 0,  - log p(x0 | x1)  for t = 0  [DDPM, eq. 5]
 #
-# There eps' is detached: L_vb trains the variance alone. The paper's weight 0.001 stands before the sum over 1000 timesteps;
-# one t is drawn here, so the weight is 1.
+# There eps' is detached: L_vb trains the variance alone. The paper's weight 0.001 stands before the sum over
+# 1000 timesteps; one t is drawn here, so the weight is 1.
 
 
 def log_variances(alpha_bar):
-    """log beta~ and log beta at all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0; its logarithm is replaced by that of t = 1."""
+    """log beta~ and log beta at all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0; its logarithm
+    is replaced by that of t = 1."""
     before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
     small = posterior_variance(alpha_bar, before)
     return torch.cat([small[1:2], small[1:]]).log(), (1 - alpha_bar / before).log()
 
 
 def learned_log_variance(v, t, alpha_bar):
-    """v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> log variance, like v: the interpolation above."""
+    """v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> log variance, like v:
+    the interpolation above."""
     small, large = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
     return (1 + v) / 2 * large + (1 - v) / 2 * small
 
 
 def discretised_nll(x, mean, log_std):
-    """-log of the probability, in nats, of the byte that x in [-1, 1] stands for, under a normal distribution. The first and the
-    last byte get all that lies beyond. Elementwise. The cdf is approximated by tanh, as in the official losses.py."""
+    """-log of the probability, in nats, of the byte that x in [-1, 1] stands for, under a normal
+    distribution. The first and the last byte get all that lies beyond. Elementwise. The cdf is approximated
+    by tanh, as in the official losses.py."""
     def cdf(z):
         return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)).tanh())
     below, above = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (-1, 1))
@@ -1749,23 +1866,27 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     """Both terms of the loss for each image: squared error of eps, and L_vb in bits. (B,) each.
 
     out  (B, 6, S, S): predictions of eps, and v        x0, xt, eps  (B, 3, S, S), x0 in [-1, 1]
-    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,), which may be shortened, see spaced_timesteps
+    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,), which may be shortened, see
+         spaced_timesteps
     """
     eps_hat, v = out.chunk(2, 1)
     now, before = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]
     # At eta = 1 and without noise a DDIM step is the mean of DDPM's posterior, see section 8.
     posterior_mean = ddim_step(xt, x0, now, before, eta=1.0)
     model_mean = ddim_step(xt, x0_from_eps(xt, now, eps_hat.detach()), now, before, eta=1.0)
-    log_var, log_posterior = learned_log_variance(v, t, alpha_bar), per_image(log_variances(alpha_bar)[0][t], v)
+    log_var = learned_log_variance(v, t, alpha_bar)
+    log_posterior = per_image(log_variances(alpha_bar)[0][t], v)
     kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp()
                 + (posterior_mean - model_mean) ** 2 * (-log_var).exp())
-    nats = torch.where(per_image(t == 0, x0) > 0, discretised_nll(x0, model_mean, 0.5 * log_var), kl).mean((1, 2, 3))
+    nll = discretised_nll(x0, model_mean, 0.5 * log_var)
+    nats = torch.where(per_image(t == 0, x0) > 0, nll, kl).mean((1, 2, 3))                  # (B,)
     return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
 
 
 def spaced_timesteps(steps, counts):
-    """A shorter process: timesteps 0 ... steps - 1 in as many equal sections as there are counts, of each section that many, evenly
-    spaced. Ascending. ValueError if a section has fewer than asked for. (Official file: respace.py.)"""
+    """A shorter process: timesteps 0 ... steps - 1 in as many equal sections as there are counts, of each
+    section that many, evenly spaced. Ascending. ValueError if a section has fewer than asked for.
+    (Official file: respace.py.)"""
     kept, start = [], 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (i < steps % len(counts))
@@ -1774,14 +1895,15 @@ def spaced_timesteps(steps, counts):
         stride, at = (size - 1) / max(1, count - 1), 0.0
         for _ in range(count):
             kept.append(start + round(at))
-            at += stride                                        # added up as in the official code, so that ties round alike
+            at += stride                          # added up as in the official code, so that ties round alike
         start += size
     return kept
 
 
 def strided_timesteps(steps, count):
-    """The same with one whole stride from 0 on, as DDIM was evaluated ('ddimN' in respace.py, which refuses a count that no stride
-    gives; here the next smaller possible one is taken)."""
+    """The same with one whole stride from 0 on, as DDIM was evaluated
+    ('ddimN' in respace.py, which refuses a count that no stride gives; here the next smaller possible one is
+    taken)."""
     return list(range(0, steps, -(-steps // count)))
 
 
@@ -1789,24 +1911,27 @@ class ADM(Model):
     """Diffusion U-Net without labels.
 
     image_size           S; a multiple of 2 ** (levels - 1), else ValueError
-    ch, ch_mult, blocks  level i has ch * ch_mult[i] channels; residual blocks per level, one more on the way up
-    attention            by how much smaller than the image the maps are that get attention; the middle always does
+    ch, ch_mult, blocks  level i has ch * ch_mult[i] channels; residual blocks per level,
+                         one more on the way up
+    attention            by how much smaller than the image the maps are that get attention;
+                         the middle always does
     head, heads, order   see ADMAttention        groups  of every group norm; divides every width
     schedule, steps      of the noise, see noise_schedule
 
-    Blocks are counted from 1: N on the way down, the middle, N + 1, and N on the way up. An output of a block is what all its
-    layers made, attention and change of size included.
+    Blocks are counted from 1: N on the way down, the middle, N + 1, and N on the way up. An output of a block
+    is what all its layers made, attention and change of size included.
     """
 
-    def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32, schedule="linear", steps=1000,
-                 heads=None, order="legacy"):
+    def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32,
+                 schedule="linear", steps=1000, heads=None, order="legacy"):
         super().__init__()
         if image_size % 2 ** (len(ch_mult) - 1):
             raise ValueError(f"image size {image_size} cannot be halved {len(ch_mult) - 1} times")
         self.image_size, self.stride, self.layers = image_size, 2 ** (len(ch_mult) - 1), {}
         self.alpha_bar = noise_schedule(schedule, steps)                                    # (T,); no buffer
         self.max_steps = steps
-        self.t_range, self.best_t = (0, steps - 1, "the timestep"), round(0.09 * steps)     # [DiffSSL] reads at 90 of 1000
+        # [DiffSSL] reads at 90 of 1000.
+        self.t_range, self.best_t = (0, steps - 1, "the timestep"), round(0.09 * steps)
         self.time_embed = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
         widths = [int(ch * m) for m in ch_mult]
 
@@ -1816,7 +1941,8 @@ class ADM(Model):
         def attend(width, level):
             return [ADMAttention(width, head, groups, heads, order)] if 2 ** level in attention else []
         width = widths[0]
-        downs, skips = [ADMBlock(nn.Conv2d(3, width, 3, padding=1))], [(width, 0)]          # skips: (channels, level) of each output
+        # Skips: (channels, level) of each output.
+        downs, skips = [ADMBlock(nn.Conv2d(3, width, 3, padding=1))], [(width, 0)]
         for level, out in enumerate(widths):
             if level:
                 downs.append(ADMBlock(residual(width, width, nn.AvgPool2d(2))))
@@ -1826,7 +1952,8 @@ class ADM(Model):
                 skips.append((out, level))
                 width = out
         self.input_blocks = nn.ModuleList(downs)
-        self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order), residual(width, width))
+        self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order),
+                                     residual(width, width))
         shapes, ups = [*skips, (width, level)], []
         for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
@@ -1836,10 +1963,12 @@ class ADM(Model):
                 shapes.append((out, level - last))
                 width = out
         self.output_blocks = nn.ModuleList(ups)
-        self.layers = {b: (c, image_size >> level, image_size >> level) for b, (c, level) in enumerate(shapes, 1)}
-        self.best_layer = min(len(downs) + 2 + 2 * blocks, len(self.layers))                # [DiffSSL]: 24 of 37
-        self.out = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), zero_init(nn.Conv2d(width, 6, 3, padding=1)))
-        self.to(memory_format=torch.channels_last)                                          # up to twice as fast, on CPUs too
+        self.layers = {b: (c, image_size >> level, image_size >> level)
+                       for b, (c, level) in enumerate(shapes, 1)}
+        self.best_layer = min(len(downs) + 2 + 2 * blocks, len(self.layers))            # [DiffSSL]: 24 of 37
+        self.out = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(),
+                                 zero_init(nn.Conv2d(width, 6, 3, padding=1)))
+        self.to(memory_format=torch.channels_last)                          # up to twice as fast, on CPUs too
 
     @property
     def blocks(self):
@@ -1849,16 +1978,18 @@ class ADM(Model):
     def predict(self, x, t, layers=None, add={}):
         """Noised pixels x (B, 3, S, S) and timesteps t int (B,) -> (B, 6, S, S): predictions of eps, and v.
 
-        layers  with them: [map (B, C, h, w) for each of layers] instead, and blocks after the last of them do not run
+        layers  with them: [map (B, C, h, w) for each of layers] instead,
+                and blocks after the last of them do not run
         add     {layer: map} added to the output of that layer, before anything reads it
         """
         ch = self.time_embed[0].in_features
-        emb = self.time_embed(timestep_embedding(to_device(t, x.device), ch, ch // 2, "cos sin").to(x.dtype))       # (B, 4 ch)
+        emb = timestep_embedding(to_device(t, x.device), ch, ch // 2, "cos sin")            # (B, ch)
+        emb = self.time_embed(emb.to(x.dtype))                                              # (B, 4 ch)
         skips, maps = [], {}
         for b, block in enumerate(self.blocks, 1):
             if b > len(self.input_blocks) + 1:
                 x = torch.cat([x, skips.pop()], 1)
-            x = block(x, emb)                                                               # (B, *self.layers[b])
+            x = block(x, emb)                                                           # (B, *self.layers[b])
             if b in add:
                 x = x + add[b]
             if b <= len(self.input_blocks):
@@ -1870,14 +2001,16 @@ class ADM(Model):
         return in_float32(self.out, x)
 
     def noised(self, x, t, noise=None):
-        """Pixels (B, 3, S, S) in [0, 1] and timesteps int (B,) -> x0 in [-1, 1], xt, eps. noise is eps, drawn if None."""
+        """Pixels (B, 3, S, S) in [0, 1] and timesteps int (B,) -> x0 in [-1, 1], xt, eps. noise is eps,
+        drawn if None."""
         eps = torch.randn_like(x) if noise is None else noise
         return 2 * x - 1, q_sample(2 * x - 1, self.alpha_bar[t], eps), eps
 
     # ---- training
 
     def forward(self, x, labels=None, *, t=None, noise=None):
-        """Loss of one batch: pixels (B, 3, S, S) in [0, 1] -> scalar, dict of its terms. t int (B,) and noise like x, drawn if None."""
+        """Loss of one batch: pixels (B, 3, S, S) in [0, 1] -> scalar, dict of its terms. t int (B,) and noise
+        like x, drawn if None."""
         t = torch.randint(len(self.alpha_bar), (len(x),)) if t is None else t.cpu()
         x0, xt, eps = self.noised(x, t, noise)
         mse, vb = hybrid_loss(self.predict(xt, t), x0, xt, eps, t, self.alpha_bar)          # (B,) each
@@ -1899,7 +2032,8 @@ class ADM(Model):
         """From noise to images on a shortened process: yields a Denoising after each step.
 
         n, steps      images; see num_steps
-        eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, which ignores it
+        eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM,
+                      which ignores it
         known, mask, seeds        as for MAGE.sample_steps
         """
         kept = self.timesteps(steps, eta)
@@ -1910,35 +2044,37 @@ class ADM(Model):
             eps, v = self.predict(x, torch.full((n,), kept[i], device=x.device)).chunk(2, 1)
             std = (0.5 * learned_log_variance(v, i, alpha_bar)).exp() if eta == 1 and i else None
             return x0_from_eps(x, alpha_bar[i], eps).clamp(-1, 1), std
-        yield from denoise(predict_x0, lambda draw: self.noise(seeds, draw), alpha_bar.flip(0), eta, known, mask)
+        noise = functools.partial(self.noise, seeds)
+        yield from denoise(predict_x0, noise, alpha_bar.flip(0), eta, known, mask)
 
     # ---- representation
-
-    forms = {**Model.forms, "t": Model.forms["t"] + " or int ({B}) in [{m.t_range[0]}, {m.t_range[1]}]"}
 
     def mirror(self, layer):
         """The block on the other side of the U, whose output joins this one's input."""
         return 2 * len(self.input_blocks) + 2 - layer
 
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
-        """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, int or int (B,), and noise like x."""
+        """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, int or int (B,),
+        and noise like x."""
         t = torch.as_tensor(t).cpu().long().expand(len(x))
         return self.predict(self.noised(x, t, noise)[1], t, layers or [self.best_layer], add)
 
     def embed(self, x, noise=None, pool="mean"):
-        """The vector that the paper probes: (B, C), the map of best_layer at timestep best_t, averaged over the image."""
+        """The vector that the paper probes: (B, C), the map of best_layer at timestep best_t, averaged over
+        the image."""
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 11. Sizes and recipes
 #
-# A model is a name and a dict of plain numbers. A checkpoint stores that dict, and build() turns it back into a model. Base
-# and large are the papers' sizes; of ADM base is the network for 256 pixels, and small is as large as DDPM's for 32. Tiny and
-# toy are ours, for a CPU.
+# A model is a name and a dict of plain numbers. A checkpoint stores that dict, and build() turns it back into
+# a model. Base and large are the papers' sizes; of ADM base is the network for 256 pixels, and small is as
+# large as DDPM's for 32. Tiny and toy are ours, for a CPU.
 
 TOKENIZERS = {
-    "toy":   dict(codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),     # enough for drawn shapes
+    # Enough for drawn shapes.
+    "toy":   dict(codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),
     "tiny":  dict(codebook_dim=16, ch=32, ch_mult=(1, 1, 1, 1, 1), blocks=1, groups=1),
     "small": dict(codebook_dim=32, ch=64, ch_mult=(1, 1, 2, 2, 4), blocks=2, groups=8),
     "base":  dict(codebook_dim=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2),
@@ -1946,12 +2082,14 @@ TOKENIZERS = {
 TOKENIZERS["large"] = TOKENIZERS["base"]
 
 MAGE_SIZES = {
-    "tiny":  dict(width=128, depth=4, heads=4, decoder_width=128, decoder_depth=2, decoder_heads=4, dropout=0.0),
+    "tiny":  dict(width=128, depth=4, heads=4, decoder_width=128, decoder_depth=2, decoder_heads=4,
+                  dropout=0.0),
     "small": dict(width=384, depth=12, heads=6, decoder_width=384, decoder_depth=4, decoder_heads=6),
     "base":  dict(width=768, depth=12, heads=12, decoder_width=768, decoder_depth=8, decoder_heads=16),
     "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, decoder_depth=8, decoder_heads=16),
 }
-ADDP_SIZES = {size: {k: v for k, v in args.items() if k != "decoder_width"} for size, args in MAGE_SIZES.items()}
+ADDP_SIZES = {size: {k: v for k, v in args.items() if k != "decoder_width"}                 # it has one width
+              for size, args in MAGE_SIZES.items()}
 
 UMD_SIZES = {
     "tiny":  dict(width=128, depth=4, heads=4, decoder_depth=2),
@@ -1980,39 +2118,44 @@ def umd_no_decay(name, p):
 
 # How each is trained, by AdamW:
 #
-#     betas, weight_decay, no_decay      of AdamW; no_decay(name, parameter) says which parameters do not decay
+#     betas, weight_decay, no_decay     of AdamW; no_decay(name, parameter) says which parameters do not decay
 #     grad_clip                          largest norm of the gradient
-#     warmup, min_lr                     the learning rate rises during this ratio of the steps, and falls to this ratio of itself
+#   warmup, min_lr   the learning rate rises during this ratio of the steps, and falls to this ratio of itself
 #     min_crop                           a random crop keeps at least this ratio of the image's area
-#     ema, probe_ema                     decay of the averaged weights, 0 for none: sampling reads them; whether probes do, too
-#     paper                              length, batch size and learning rate, for 256 images, of the papers' ImageNet runs
-#     tiny                               what suits tiny models better than train.py's defaults for small data sets
+#    ema, probe_ema     decay of the averaged weights, 0 for none: sampling reads them; whether probes do, too
+#     paper                 length, batch size and learning rate, for 256 images, of the papers' ImageNet runs
+#     tiny                          what suits tiny models better than train.py's defaults for small data sets
 
-MAGE_RECIPE = dict(betas=(0.9, 0.95), weight_decay=0.05, no_decay=mae_no_decay, grad_clip=3.0, warmup=0.025, min_lr=0.0,
-                   min_crop=0.2, ema=0.0, probe_ema=False, paper=dict(epochs=1600, batch_size=4096, lr=1.5e-4), tiny={})
+MAGE_RECIPE = dict(
+    betas=(0.9, 0.95), weight_decay=0.05, no_decay=mae_no_decay, grad_clip=3.0, warmup=0.025, min_lr=0.0,
+    min_crop=0.2, ema=0.0, probe_ema=False, paper=dict(epochs=1600, batch_size=4096, lr=1.5e-4), tiny={})
 ADDP_RECIPE = dict(MAGE_RECIPE, paper=dict(epochs=1600, batch_size=4096, lr=1e-4))
-UMD_RECIPE = dict(betas=(0.9, 0.95), weight_decay=0.05, no_decay=umd_no_decay, grad_clip=1.0, warmup=0.05, min_lr=0.0,
-                  min_crop=0.8, ema=0.9999, probe_ema=False, paper=dict(epochs=800, batch_size=1024, lr=1.5e-4),
-                  tiny=dict(ids=64, batch_size=32, steps=3000, lr=18e-3))
+UMD_RECIPE = dict(
+    betas=(0.9, 0.95), weight_decay=0.05, no_decay=umd_no_decay, grad_clip=1.0, warmup=0.05, min_lr=0.0,
+    min_crop=0.8, ema=0.9999, probe_ema=False, paper=dict(epochs=800, batch_size=1024, lr=1.5e-4),
+    tiny=dict(ids=64, batch_size=32, steps=3000, lr=18e-3))
 MAE_RECIPE = dict(UMD_RECIPE, ema=0.0, paper=dict(epochs=800, batch_size=4096, lr=1.5e-4))
 TUNE_RECIPE = dict(UMD_RECIPE, betas=(0.9, 0.999), weight_decay=0.0, min_crop=0.95,
                    paper=dict(epochs=50, batch_size=256, lr=1.5e-4))
-ADM_RECIPE = dict(betas=(0.9, 0.999), weight_decay=0.0, no_decay=mae_no_decay, grad_clip=math.inf, warmup=0.0, min_lr=1.0,
-                  min_crop=0.8, ema=0.9999, probe_ema=True, paper=dict(epochs=396, batch_size=256, lr=1e-4),
-                  tiny=dict(batch_size=32, steps=2000))
+ADM_RECIPE = dict(
+    betas=(0.9, 0.999), weight_decay=0.0, no_decay=mae_no_decay, grad_clip=math.inf, warmup=0.0, min_lr=1.0,
+    min_crop=0.8, ema=0.9999, probe_ema=True, paper=dict(epochs=396, batch_size=256, lr=1e-4),
+    tiny=dict(batch_size=32, steps=2000))
 
 
 class Method(typing.NamedTuple):
-    """A row of MODELS. A method of your own is a subclass of Model and a row here; the README has one in thirty lines."""
+    """A row of MODELS. A method of your own is a subclass of Model and a row here; the README has one in
+    thirty lines."""
     model: type
     sizes: dict                         # {"tiny": constructor arguments, ...}, at least one
     recipe: dict                        # with all the keys above
     options: dict = {}                  # constructor arguments that make it this method
-    reads: str = "ids"                  # first arguments of the constructor: "ids": vqgan, image_size; "patches": image_size, grid;
+    # First arguments of the constructor: "ids": vqgan, image_size; "patches": image_size, grid;.
+    reads: str = "ids"
                                         # "pixels": image_size
     predictor: str = ""                 # "ids": the row of the trained model that takes vqgan's place
     views: int = 1                      # crops of an image that one step reads
-    tune: dict = {}                     # options that change when a trained model learns to be conditioned on labels
+    tune: dict = {}              # options that change when a trained model learns to be conditioned on labels
     tune_recipe: dict = {}              # recipe then, if another
 
     @property
@@ -2022,10 +2165,13 @@ class Method(typing.NamedTuple):
 
 
 def umd_method(clean_ratio, mask_ratio_clean, mask_ratio_noised):
-    """UMD with these three numbers. Learning labels, it sees noised images whole, and a few clean ones, so as not to forget them."""
-    options = dict(clean_ratio=clean_ratio, mask_ratio_clean=mask_ratio_clean, mask_ratio_noised=mask_ratio_noised)
+    """UMD with these three numbers. Learning labels, it sees noised images whole, and a few clean ones, so as
+    not to forget them."""
+    options = dict(clean_ratio=clean_ratio, mask_ratio_clean=mask_ratio_clean,
+                   mask_ratio_noised=mask_ratio_noised)
+    tune = dict(clean_ratio=0.05 if clean_ratio else 0.0, mask_ratio_noised=0.0)
     return Method(UMD, UMD_SIZES, UMD_RECIPE if clean_ratio < 1 else MAE_RECIPE, options, reads="patches",
-                  tune=dict(clean_ratio=0.05 if clean_ratio else 0.0, mask_ratio_noised=0.0), tune_recipe=TUNE_RECIPE)
+                  tune=tune, tune_recipe=TUNE_RECIPE)
 
 
 MODELS = {
@@ -2051,20 +2197,24 @@ def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, t
     """Everything build() needs, as plain values.
 
     grid       patches on a side, for models that read patches
-    tokenizer  VQGAN arguments, for models that read ids; or the config of the predictor, one of the same size if not given
-    classes    > 0: conditioned on labels, if the model takes them        tune  True: starting from a trained model
+    tokenizer  VQGAN arguments, for models that read ids; or the config of the predictor,
+               one of the same size if not given
+    classes    > 0: conditioned on labels, if the model takes them        tune  True:
+               starting from a trained model
     """
     method = MODELS[name]
-    if method.predictor:
-        source = {"predictor": tokenizer if "model" in tokenizer else model_config(method.predictor, size, image_size, grid, tokenizer)}
-    else:
+    if not method.predictor:
         source = {"ids": {"tokenizer": tokenizer}, "patches": {"grid": grid}, "pixels": {}}[method.reads]
+    elif "model" in tokenizer:
+        source = {"predictor": tokenizer}
+    else:
+        source = {"predictor": model_config(method.predictor, size, image_size, grid, tokenizer)}
     labels = {"classes": classes} if method.model.takes_labels else {}
-    return {"model": name, "image_size": image_size, **source, **labels, **method.sizes[size], **method.options,
-            **(method.tune if tune else {})}
+    return {"model": name, "image_size": image_size, **source, **labels,
+            **method.sizes[size], **method.options, **(method.tune if tune else {})}
 
 
-OLD_NAMES = {"clean": "clean_ratio", "hidden_clean": "mask_ratio_clean", "hidden_noised": "mask_ratio_noised"}      # in checkpoints
+OLD_NAMES = {"clean": "clean_ratio", "hidden_clean": "mask_ratio_clean", "hidden_noised": "mask_ratio_noised"}
 
 
 def build(config):
@@ -2079,16 +2229,17 @@ def build(config):
     return model(*frozen, **rest)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 12. Published weights
 #
-# Files of the original authors store no config, so sizes are read off the shapes of their tensors. What shapes cannot tell
-# stands in the next lines: heads of encoder and decoder by width; and what the published MAGE and ADDP files carry although
-# no line of their code reads it, leftovers of MAE.
+# Files of the original authors store no config, so sizes are read off the shapes of their tensors. What
+# shapes cannot tell stands in the next lines: heads of encoder and decoder by width; and what the published
+# MAGE and ADDP files carry although no line of their code reads it, leftovers of MAE.
 
 PUBLISHED_HEADS = {768: (12, 16), 1024: (16, 16)}
-DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
-        "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids", "pos_token_embed", "pos_mask_embed")
+DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight",
+        "patch_embed.proj.bias", "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids",
+        "pos_token_embed", "pos_mask_embed")
 
 
 def sub_state(state, prefix):
@@ -2104,9 +2255,11 @@ def count_blocks(state, prefix):
 def published_tokenizer(state):
     """VQGAN arguments read off a state dict with the official names (vqgan_jax_strongaug.ckpt)."""
     ch = state["encoder.conv_in.weight"].size(0)
-    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].size(0) for i in range(count_blocks(state, "encoder.down."))]
-    size, dim = state["quantize.embedding.weight"].shape
-    return dict(codebook_size=size, codebook_dim=dim, ch=ch, ch_mult=[w // ch for w in widths], blocks=count_blocks(state, "encoder.down.0.block."))
+    levels, blocks = count_blocks(state, "encoder.down."), count_blocks(state, "encoder.down.0.block.")
+    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].size(0) for i in range(levels)]
+    codes, dim = state["quantize.embedding.weight"].shape
+    ch_mult = [width // ch for width in widths]
+    return dict(codebook_size=codes, codebook_dim=dim, ch=ch, ch_mult=ch_mult, blocks=blocks)
 
 
 def published_mage(state, heads=None):
@@ -2115,45 +2268,53 @@ def published_mage(state, heads=None):
     heads  (encoder, decoder); by default those of the published widths, 768 and 1024
     """
     tokenizer = published_tokenizer(sub_state(state, "vqgan."))
-    words, width = state["token_emb.word_embeddings.weight"].shape
+    vocab_size, width = state["token_emb.word_embeddings.weight"].shape
     positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
     heads = heads or PUBLISHED_HEADS[width]
-    config = {"model": "mage", "tokenizer": tokenizer, "image_size": math.isqrt(positions - 1) * 2 ** (len(tokenizer["ch_mult"]) - 1),
-              "width": width, "depth": count_blocks(state, "blocks."), "heads": heads[0], "decoder_width": decoder_width,
-              "decoder_depth": count_blocks(state, "decoder_blocks."), "decoder_heads": heads[1],
-              "classes": words - tokenizer["codebook_size"] - 1, "fake_class": 76}
+    stride = 2 ** (len(tokenizer["ch_mult"]) - 1)
+    config = {"model": "mage", "tokenizer": tokenizer, "image_size": math.isqrt(positions - 1) * stride,
+              "width": width, "depth": count_blocks(state, "blocks."), "heads": heads[0],
+              "decoder_width": decoder_width, "decoder_depth": count_blocks(state, "decoder_blocks."),
+              "decoder_heads": heads[1], "classes": vocab_size - tokenizer["codebook_size"] - 1,
+              "fake_class": 76}
     with torch.device("meta"):
         ours = build(config).state_dict().keys()
     kept = {k: v for k, v in state.items() if k in ours}
     table = "token_emb.position_embeddings.weight"
-    kept[table] = kept[table][:positions]                                                   # a longer table has rows never read
+    kept[table] = kept[table][:positions]                                 # a longer table has rows never read
     return config, kept, sorted(state.keys() - ours)
 
 
 def published_addp(state, heads=None, predictor_heads=None):
-    """The same for an official ADDP state dict (addp-vit-*.pth), which holds its predictor and, twice, the tokenizer."""
+    """The same for an official ADDP state dict (addp-vit-*.pth), which holds its predictor and, twice, the
+    tokenizer."""
     predictor, kept, dead = published_mage(sub_state(state, "token_predictor."), predictor_heads)
     own = {k: v for k, v in state.items() if not k.startswith("token_predictor.")}
     width = own["token_emb.weight"].size(1)
     heads = heads or PUBLISHED_HEADS[width]
-    config = {"model": "addp", "predictor": predictor, "image_size": predictor["image_size"], "width": width, "depth": count_blocks(own, "blocks."),
-              "heads": heads[0], "decoder_depth": count_blocks(own, "decoder_blocks."), "decoder_heads": heads[1]}
+    config = {"model": "addp", "predictor": predictor, "image_size": predictor["image_size"],
+              "width": width, "depth": count_blocks(own, "blocks."), "heads": heads[0],
+              "decoder_depth": count_blocks(own, "decoder_blocks."), "decoder_heads": heads[1]}
     with torch.device("meta"):
         ours = build(config).state_dict().keys()
-    kept = {**{k: v for k, v in own.items() if k in ours}, **{f"token_predictor.{k}": v for k, v in kept.items()}}
+    kept = {f"token_predictor.{k}": v for k, v in kept.items()}
+    kept |= {k: v for k, v in own.items() if k in ours}
     return config, kept, sorted(own.keys() - ours) + [f"token_predictor.{k}" for k in dead]
 
 
 def published_adm(state, head=64, **attention):
-    """Official ADM state dict (256x256_diffusion_uncond.pt and its like) -> (config, the same state, no names left out).
+    """Official ADM state dict (256x256_diffusion_uncond.pt and its like) ->
+    (config, the same state, no names left out).
 
     Heads, order of channels, noise and side of the image cannot be seen; published heads are 64 wide, the
-    smallest maps 8 x 8. attention: heads and order, if others. ValueError for a conditional one: labels have no place.
+    smallest maps 8 x 8. attention: heads and order, if others. ValueError for a conditional one:
+    labels have no place.
     """
     if "label_emb.weight" in state:
         raise ValueError("it is class-conditional; ADM is read without classes only")
     ch, ups = state["time_embed.0.weight"].size(1), range(count_blocks(state, "output_blocks."))
-    levels = 1 + sum(any(f"output_blocks.{i}.{j}.in_layers.0.weight" in state for j in (1, 2)) for i in ups)    # those that enlarge
+    # Those that enlarge.
+    levels = 1 + sum(any(f"output_blocks.{i}.{j}.in_layers.0.weight" in state for j in (1, 2)) for i in ups)
     blocks = count_blocks(state, "input_blocks.") // levels - 1
     first = [f"input_blocks.{1 + i * (blocks + 1)}" for i in range(levels)]
     config = {"model": "adm", "image_size": 8 * 2 ** (levels - 1), "ch": ch, "blocks": blocks, "head": head,
@@ -2163,7 +2324,8 @@ def published_adm(state, head=64, **attention):
 
 
 # Which reader a file is for, by the first prefix that any of its names has.
-PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": published_mage, "input_blocks.0.": published_adm}
+PUBLISHED = {"token_predictor.": published_addp, "token_emb.word_embeddings.": published_mage,
+             "input_blocks.0.": published_adm}
 
 
 def published_weights(state, ema=True):
@@ -2173,18 +2335,19 @@ def published_weights(state, ema=True):
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in {**found[-1], **found[0]}.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 13. Behind the scenes
 #
 # No method is explained from here on.
 #
-# Random numbers by seed. In generation a number depends on (the image's seed, which draw, which position) and on nothing
-# else, so an image is the same alone or among a thousand, on any device (but for rounding, which may tip a close choice).
-# An integer hash does it, the finaliser of MurmurHash3.
+# Random numbers by seed. In generation a number depends on (the image's seed, which draw, which position) and
+# on nothing else, so an image is the same alone or among a thousand, on any device
+# (but for rounding, which may tip a close choice). An integer hash does it, the finaliser of MurmurHash3.
 
 
 def murmur(x):
-    """Scramble the low 32 bits of int64 values; a product that overflows keeps its low 32 bits, which are all that is used."""
+    """Scramble the low 32 bits of int64 values; a product that overflows keeps its low 32 bits, which are all
+    that is used."""
     x = x & 0xFFFFFFFF
     x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
@@ -2195,7 +2358,7 @@ def hashed_uniform(seeds, draw, n):
     """n uniform numbers strictly inside (0, 1) for each seed: int64 (B,), int -> float32 (B, n)."""
     row = murmur(murmur(murmur(seeds) ^ (seeds >> 32)) + draw)
     bits = murmur(row[:, None] + 0x9E3779B9 * torch.arange(1, n + 1, device=seeds.device))
-    return ((bits >> 9).float() + 0.5) / 2**23                                              # 23 bits: 1 is never reached
+    return ((bits >> 9).float() + 0.5) / 2**23                                   # 23 bits: 1 is never reached
 
 
 def to_gumbel(u):
@@ -2209,20 +2372,47 @@ def to_normal(u):
 
 
 def sample_categorical(p, u):
-    """One category a row by inverting the distribution function: p (..., K) sums to 1, u (...) in (0, 1) -> int64 (...)."""
+    """One category a row by inverting the distribution function: p (..., K) sums to 1, u (...) in (0, 1) ->
+    int64 (...)."""
     cdf = p.cumsum(-1)
     return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1).clamp(max=p.size(-1) - 1)
 
 
 def to_device(x, device):
-    """x on the device. Nobody waits for the copy, but on Apple's, which would read x when it may be freed already."""
+    """x on the device. Nobody waits for the copy, but on Apple's, which would read x when it may be freed
+    already."""
     return x.to(device, non_blocking=torch.device(device).type != "mps")
 
 
-# Checked arguments. One guard stands before the public methods of all models. It knows an argument by its name, and the form
-# that it must have from the class: "float (B, 3, 32, 32) in [0, 1]" is a tensor, "int in [1, 9)" a number. Kind, shape and
-# device can be looked at without waiting for a GPU. Values are looked at if they lie on the CPU, and in sample() anywhere.
+# Checked arguments. One guard stands before the public methods of all models. It knows an argument by its
+# name, and its form from the table below: "float (B, 3, 32, 32) in [0, 1]" is a tensor, "int in [1, 9)" a
+# number; what stands in braces follows from the model and the other arguments. Kind, shape and device can be
+# looked at without waiting for a GPU. Values are looked at if they lie on the CPU, and in sample() anywhere.
 
+PIXELS, IDS = "float (B, 3, {S}, {S})", "int (B, {m.length}) in [0, {m.codes})"
+FORMS = {                               # by [class.][method.]argument; decoders overshoot [0, 1] a little
+    "x": PIXELS, "embed.x": PIXELS + " in [-0.5, 1.5]", "reconstruct.x": PIXELS + " in [-0.5, 1.5]",
+    "MAGE.x": f"{PIXELS} or {IDS}", "MAGE.embed.x": f"{PIXELS} in [-0.5, 1.5] or {IDS}",
+    "MAGE.forward.x": f"{PIXELS} or {IDS} or float (B, 2, 3, {{S}}, {{S}}) or "
+                      "int (B, 2, {m.length}) in [0, {m.codes})",
+    "ADDP.forward.x": f"{PIXELS} or {IDS}", "ADDP.embed.x": f"{PIXELS} or {IDS}",
+    "VQGAN.x": PIXELS + " in [-0.5, 1.5]", "VQGAN.ids": "int (B, h, w) in [0, {m.codes})",
+    "labels": "int ({B}) in [0, {m.classes})", "keep_label": "bool ({N})",
+    "mask_ratio": "float in [0.5, 1]", "mask_noise": "float ({N}, {m.length})",
+    "UMD.mask_noise": "float ({B}, {m.length})", "n_clean": "int in [0, {B}]",
+    "index": "int in [0, 66)", "gap": "int in [1, 5]",
+    "t": "{time} in [{m.t_range[0]}, {m.t_range[1]}]",
+    "forward.t": "{time} ({N}) in [{m.t_range[0]}, {m.t_range[1]}]",
+    "ADM.features.t": "int in [0, {m.t_range[1]}] or int ({B}) in [0, {m.t_range[1]}]",
+    "noise": "float ({N}, 3, {S}, {S})", "MAGE.noise": "float ({N}, {m.length})",
+    "n": "int in [1, inf]", "steps": "int in [1, inf]", "temperature": "float in [0, inf]",
+    "eta": "float in [0, 1]", "guidance": "float in [-1e9, 1e9]",
+    "schedule": "function or among cosine, linear", "order": "function",
+    "known": "float ({B}, 3, {S}, {S}) in [-0.5, 1.5]", "mask": "bool ({B}, {S}, {S})",
+    "seeds": "int ({B})", "sample_steps.seeds": "int in [-9e18, 9e18] or int ({B})",
+    "draw": "int in [0, 9e18]", "layers": "layers in [1, {D}]", "add": "maps in [1, {D}]",
+    "pool": "among {m.pools}",
+}
 FORM = re.compile(r"(\w+)(?: \((.*?),?\))?(?: in \[(\S+), (\S+)([])]))?")
 
 
@@ -2235,8 +2425,9 @@ def is_number(v, kind, low, high):
 
 
 def is_tensor(v, kind, shape, low, high, weight, near, wait):
-    """Whether v is a tensor of this kind and shape, where letters are any number, beside the weight, or near (on the CPU). Floats are of
-    the weight's type or, under autocast, of any not above 32 bits. wait: for values from low to high on any device."""
+    """Whether v is a tensor of this kind and shape, where letters are any number, beside the weight, or near
+    (on the CPU). Floats are of the weight's type or, under autocast, of any not above 32 bits. wait: for
+    values from low to high on any device."""
     if not isinstance(v, torch.Tensor) or kind not in str(v.dtype) or v.dim() != len(shape):
         return False
     if any(s not in (str(n), "B", "h", "w") for s, n in zip(shape, v.shape)):
@@ -2245,14 +2436,16 @@ def is_tensor(v, kind, shape, low, high, weight, near, wait):
         return False
     if kind == "float" and v.dtype != weight.dtype:
         return v.element_size() < 8 and torch.is_autocast_enabled("cpu" if v.is_meta else v.device.type)
-    if (low, high) == (-math.inf, math.inf) or v.is_meta or not v.numel() or v.device.type != "cpu" and not wait:
+    unbounded, hidden = (low, high) == (-math.inf, math.inf), v.device.type != "cpu" and not wait
+    if unbounded or hidden or v.is_meta or not v.numel():
         return True
     least, most = (v.long() if kind == "int" else v).aminmax()
     return bool(low <= least and most <= high)
 
 
 def fits(v, form, weight, near=False, wait=False):
-    """Whether v has one of the forms that "or" connects; "among a, b" are names, "layers" and "maps" collections of numbers."""
+    """Whether v has one of the forms that "or" connects; "among a, b" are names, "layers" and "maps"
+    collections of numbers."""
     if " or " in form:
         return any(fits(v, part, weight, near, wait) for part in form.split(" or "))
     if form == "function":
@@ -2264,25 +2457,36 @@ def fits(v, form, weight, near=False, wait=False):
     if kind in ("layers", "maps"):
         several = typing.Mapping if kind == "maps" else typing.Collection
         return isinstance(v, several) and all(is_number(b, "int", low, high) for b in v)
-    return is_number(v, kind, low, high) if shape is None else is_tensor(v, kind, shape.split(", "), low, high, weight, near, wait)
+    if shape is None:
+        return is_number(v, kind, low, high)
+    return is_tensor(v, kind, shape.split(", "), low, high, weight, near, wait)
 
 
 def sizes(model, a):
-    """What the letters in forms stand for, given the arguments a: B images, N of them that are noised or two crops each, S, D layers."""
+    """What the letters in forms stand for, given the arguments a: B images, N of them that are noised or two
+    crops each, S, D layers."""
     x, n, m = a.get("x"), a.get("n"), model
     S, D, stride = getattr(m, "image_size", 0), len(getattr(m, "layers", ())), getattr(m, "stride", 0)
     if a.get("finetune") and isinstance(m, ADDP):               # whose encoder takes other sizes
         stride = m.vqgan.stride
-    if stride and isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim():                        # any multiple will do
+    if stride and isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim():    # any multiple will do
         side = max(x.size(-1) // stride, 1) * stride
         S, D = side, m.best_layer if isinstance(m, ADDP) and side != S else D
-    B = len(x) if isinstance(x, torch.Tensor) and x.dim() else int(n) if is_number(n, "int", 1, math.inf) else "B"
+    B = int(n) if is_number(n, "int", 1, math.inf) else "B"
+    B = len(x) if isinstance(x, torch.Tensor) and x.dim() else B
     N = B
     if "n_clean" in a and B != "B":
         N = B - (int(a["n_clean"]) if is_number(a["n_clean"], "int", 0, B) else int(B * m.clean_ratio))
-    elif isinstance(x, torch.Tensor) and x.dim() in (3, 5):                                                 # (B, 2, L), (B, 2, 3, S, S)
+    elif isinstance(x, torch.Tensor) and x.dim() in (3, 5):                       # (B, 2, L), (B, 2, 3, S, S)
         N = 2 * B
     return {"m": m, "S": S, "D": D, "B": B, "N": N, "time": type(getattr(m, "t_range", (0, 0))[1]).__name__}
+
+
+def form_of(model, method, argument):
+    """The form of a method's argument, the most specific one first; "" if there is none."""
+    classes = [cls.__name__ + "." for cls in type(model).__mro__] + [""]
+    names = [cls + name for cls in classes for name in (f"{method}.{argument}", argument)]
+    return next((FORMS[name] for name in names if name in FORMS), "")
 
 
 def require(key, v, form, weight, **more):
@@ -2290,15 +2494,18 @@ def require(key, v, form, weight, **more):
     if not fits(v, form, weight, **more):
         found = f"{v.dtype} {tuple(v.shape)} on {v.device}; the model is {weight.dtype} on {weight.device}" \
             if isinstance(v, torch.Tensor) else repr(v)[:200]
-        raise ValueError(f"{key} must be {form}, not {found}" + "; divide bytes by 255" * found.startswith("torch.uint8"))
+        raise ValueError(f"{key} must be {form}, not {found}"
+                         + "; divide bytes by 255" * found.startswith("torch.uint8"))
 
 
 def checked(method, args, options, wait=False):
-    """Call a method if its arguments are of the forms that its class states, else ValueError. Integers become int or int64;
-    labels and seeds go to the model's device, seeds are counted from one number. wait: for values that are not on the CPU."""
+    """Call a method if its arguments are of the forms that its class states, else ValueError. Integers become
+    int or int64; labels and seeds go to the model's device, seeds are counted from one number. wait: for
+    values that are not on the CPU."""
     signature, model = inspect.signature(method), args[0]
     if unknown := [name for name in options if name not in signature.parameters]:
-        raise ValueError(f"{unknown[0]} is nothing that {type(model).__name__}.{method.__name__} takes; it takes {', '.join([*signature.parameters][1:])}")
+        raise ValueError(f"{type(model).__name__}.{method.__name__} takes no {unknown[0]}; it takes "
+                         + ", ".join([*signature.parameters][1:]))
     given = signature.bind(*args, **options)
     given.apply_defaults()
     a, weight = given.arguments, next(model.parameters())
@@ -2307,7 +2514,7 @@ def checked(method, args, options, wait=False):
         raise ValueError("known and mask go together, and a model that cannot start from nothing needs both")
     size = sizes(model, a)
     for key, v in a.items():
-        form = model.forms.get(f"{method.__name__}.{key}", model.forms.get(key, "")).format(**size)
+        form = form_of(model, method.__name__, key).format(**size)
         if not form or v is None and signature.parameters[key].default is None:
             continue
         near = key in ("labels", "seeds", "t")
@@ -2318,7 +2525,8 @@ def checked(method, args, options, wait=False):
             a[key] = {int(b): m for b, m in v.items()}
             for b, m in a[key].items():
                 C, *sides = model.layers[b]
-                require(f"add[{b}]", m, f"float ({size['B']}, {C}, {', '.join(str(n * size['S'] // model.image_size) for n in sides)})", weight)
+                h, w = (side * size["S"] // model.image_size for side in sides)
+                require(f"add[{b}]", m, f"float ({size['B']}, {C}, {h}, {w})", weight)
         elif isinstance(v, torch.Tensor) and v.dim():
             v = v if v.is_floating_point() or v.dtype == torch.bool else v.long()
             a[key] = to_device(v, weight.device) if key in ("labels", "seeds") else v
@@ -2331,7 +2539,8 @@ def checked(method, args, options, wait=False):
     return method(*given.args, **given.kwargs)
 
 
-for _class, _name in ((VQGAN, "encode"), (VQGAN, "decode"), (VQGAN, "reconstruct"), (Model, "noise")):     # classes of models see to it themselves
+# Classes of models see to it themselves.
+for _class, _name in ((VQGAN, "encode"), (VQGAN, "decode"), (VQGAN, "reconstruct"), (Model, "noise")):
     setattr(_class, _name, guarded(getattr(_class, _name)))
 
 
@@ -2339,15 +2548,18 @@ for _class, _name in ((VQGAN, "encode"), (VQGAN, "decode"), (VQGAN, "reconstruct
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its text says how. Scripts print it without a traceback and exit with code 2."""
+    """A mistake the user can mend; its text says how. Scripts print it without a traceback and exit with code
+    2."""
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)        # what an OSError says when a disk, a quota or a file has no room left
+# What an OSError says when a disk, a quota or a file has no room left.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def attention_kernels():
-    """A context in which Hopper GPUs take cuDNN's attention first, said to be the fastest there; other GPUs take what torch chooses.
-    cuDNN's has dropout in sixteenths only: torch 2.12 gives another one to flash, older ones have it rounded, so there flash is first."""
+    """A context in which Hopper GPUs take cuDNN's attention first, said to be the fastest there; other GPUs
+    take what torch chooses. cuDNN's has dropout in sixteenths only: torch 2.12 gives another one to flash,
+    older ones have it rounded, so there flash is first."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
         order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         order.insert(0 if torch.__version__ >= (2, 12) else 1, SDPBackend.CUDNN_ATTENTION)
@@ -2356,12 +2568,16 @@ def attention_kernels():
 
 
 def run_main(main):
-    """Call main(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and exit code 1."""
-    torch.set_flush_denormal(True)      # gates that start at 0 make gradients whose squares are denormal: a CPU takes ten times as long for those
-    torch.backends.cudnn.benchmark = True       # shapes stay the same: a GPU tries once which convolution is fastest
+    """Call main(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and
+    exit code 1."""
+    # Gates that start at 0 make gradients whose squares are denormal:
+    # a CPU takes ten times as long for those.
+    torch.set_flush_denormal(True)
+    # Shapes stay the same: a GPU tries once which convolution is fastest.
+    torch.backends.cudnn.benchmark = True
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")                                   # names of files may be any bytes
+            stream.reconfigure(errors="backslashreplace")                    # names of files may be any bytes
     try:
         with attention_kernels():
             main()
@@ -2385,7 +2601,8 @@ def pick_device(name):
 
 
 def default_dtype(name):
-    """'bfloat16' on GPUs that compute in it, else 'float32': CPUs, and GPUs before Ampere, only emulate it."""
+    """'bfloat16' on GPUs that compute in it, else 'float32': CPUs, and GPUs before Ampere,
+    only emulate it."""
     cuda = pick_device(name).type == "cuda"
     return "bfloat16" if cuda and torch.cuda.get_device_capability(name)[0] >= 8 else "float32"
 
@@ -2396,7 +2613,8 @@ def flag(default, help, least=1, most=2**31 - 1, **more):
 
 
 def parse_flags(cls, description, argv=None):
-    """Command line -> instance of the dataclass cls: an option a field, dashes outside, underscores inside; bool gives --x / --no-x."""
+    """Command line -> instance of the dataclass cls: an option a field, dashes outside, underscores inside;
+    bool gives --x / --no-x."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
 
     def refuse(message):
@@ -2405,7 +2623,8 @@ def parse_flags(cls, description, argv=None):
     for field in dataclasses.fields(cls):
         more = {k: v for k, v in field.metadata.items() if k != "range"}
         name = field.name if more.pop("positional", False) else "--" + field.name.replace("_", "-")
-        more["help"] += "" if field.default in (None, "", (), False, dataclasses.MISSING) else f" [{field.default}]"
+        if field.default not in (None, "", (), False, dataclasses.MISSING):
+            more["help"] += f" [{field.default}]"
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument(name, default=field.default, **kind, **more)
     cfg = cls(**vars(parser.parse_args(argv)))
@@ -2467,10 +2686,11 @@ def rebuild(config, state, path):
 
 
 def load_model(path, ema=None, tell=print, heads=None, order=None):
-    """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by the authors of MAGE, ADDP or ADM.
+    """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by
+    the authors of MAGE, ADDP or ADM.
 
     ema   True: the averaged weights, where a checkpoint has them; None: if the paper reads features off them
-    tell  called with one line about what is assumed or never read     heads, order  of ADM, see MapAttention
+    tell  called with one line about what is assumed or never read     heads, order  of ADM, see ADMAttention
     """
     path = pathlib.Path(path, "model.pt" if os.path.isdir(path) else "")
     state, attention = load_checkpoint(path), {k: v for k, v in dict(heads=heads, order=order).items() if v}
@@ -2478,11 +2698,13 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
         if (ours := isinstance(state.get("config"), dict) and "arch" in state["config"]) and not attention:
             config = state["config"]["arch"]
             ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
-            return rebuild(config, {**state["model"], **(ema and state.get("ema") or {})}, path), state["config"]
+            weights = {**state["model"], **(ema and state.get("ema") or {})}
+            return rebuild(config, weights, path), state["config"]
         weights = published_weights(state, ema is not False)
         readers = [reader for name, reader in PUBLISHED.items() if sub_state(weights, name)]
         if "x_embedder.proj.weight" in weights or "decoder_pred.weight" in weights and not readers:
-            raise UserError(f"{path} is a file of the official DiT or MAE and does not fit: dit and mae here are the two ends of UMD, other networks")
+            raise UserError(f"{path} is a file of the official DiT or MAE and does not fit: "
+                            "dit and mae here are the two ends of UMD, other networks")
         if not readers or attention and (ours or readers != [published_adm]):
             tokenizer = {"quantize.embedding.weight", "vqgan.quantize.embedding.weight"} & weights.keys()
             raise UserError(f"{path} is " + ("no published ADM; leave --adm-... out" if attention else
@@ -2490,8 +2712,10 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
                             "neither a checkpoint of train.py nor a file published for MAGE, ADDP or ADM"))
         config, weights, dead = readers[0](weights, **attention)
         unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
-        assumed = f"; assumed: heads {heads or 'of 64 channels'}, {order or 'legacy'} order" if "head" in config else ""
-        tell(f"{path.name}: published layout; dead in the original, left out: {', '.join(n for n in dead if n not in unknown) or 'nothing'}"
+        known = ", ".join(n for n in dead if n not in unknown) or "nothing"
+        assumed = f"; assumed: heads {heads or 'of 64 channels'}, {order or 'legacy'} order"
+        assumed = assumed if "head" in config else ""
+        tell(f"{path.name}: published layout; dead in the original, left out: {known}"
              + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else "") + assumed)
         return rebuild(config, weights, path), {"arch": config}
 
@@ -2518,12 +2742,14 @@ def to_uint8(x):
     return (x.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
 
-TURNS = dict(enumerate((PIL.Image.Transpose[name] for name in ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270",
-                                                                "TRANSVERSE", "ROTATE_90")), 2))        # by EXIF's orientation
+TURNS = {orientation: PIL.Image.Transpose[name] for orientation, name in enumerate(                # of EXIF
+    ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+     "ROTATE_90"), 2)}
 
 
 def turn_of(image):
-    """What has to be done to a PIL image so that it lies as a viewer shows it; None for nothing, or if its EXIF cannot be read."""
+    """What has to be done to a PIL image so that it lies as a viewer shows it; None for nothing, or if its
+    EXIF cannot be read."""
     try:
         return TURNS.get(image.getexif().get(0x0112))
     except Exception:
@@ -2531,19 +2757,22 @@ def turn_of(image):
 
 
 def grey_levels(image):
-    """A PIL image of more than 8 bits a value -> mode L. Integers by the range of their type (of 32 bits, which also hold less: the smallest of
-    8, 16 and 31 that fits), floats in [0, 1]; ValueError for others, whose range nobody knows."""
+    """A PIL image of more than 8 bits a value -> mode L. Integers by the range of their type
+    (of 32 bits, which also hold less: the smallest of 8, 16 and 31 that fits), floats in [0, 1]; ValueError
+    for others, whose range nobody knows."""
     x = numpy.asarray(image).astype(numpy.float64)
     low, high = x.min(), x.max()
-    top = 1.0 if image.mode == "F" else 65535 if image.mode != "I" else 255 if high < 256 else 65535 if high < 65536 else 2**31 - 1
+    tops = {"F": [1.0], "I": [255, 65535, 2**31 - 1]}.get(image.mode, [65535])
+    top = next((top for top in tops if high <= top), tops[-1])
     if not 0 <= low <= high <= top:
         raise ValueError(f"its values lie in {low:g} .. {high:g}, not 0 .. {top:g}")
     return PIL.Image.fromarray((x * (255 / top)).round().astype(numpy.uint8))
 
 
 def upright(image):
-    """A PIL image, just opened, as a viewer shows it: RGB, turned as EXIF says, on white where it is transparent."""
-    image.load()                                                                            # TIFF files are turned in here
+    """A PIL image, just opened, as a viewer shows it: RGB, turned as EXIF says, on white where it is
+    transparent."""
+    image.load()                                                               # TIFF files are turned in here
     turn = turn_of(image)
     if image.mode[0] in "IF":
         image = grey_levels(image)
@@ -2555,7 +2784,8 @@ def upright(image):
 
 
 def from_image(image, size):
-    """PIL image, just opened -> uint8 (3, size, size): shorter side resized, centre cropped, as every evaluation does [MAGE, 292 / 256]."""
+    """PIL image, just opened -> uint8 (3, size, size): shorter side resized, centre cropped, as every
+    evaluation does [MAGE, 292 / 256]."""
     image = upright(image)
     scale = size * (1.14 if min(image.size) >= size * 1.14 else 1) / min(image.size)
     sides = [max(size, round(side * scale)) for side in image.size]
@@ -2573,22 +2803,25 @@ def read_image(path, size):
 
 
 def image_grid(x, columns=8, least=1024):
-    """Pictures (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are enlarged to about least pixels."""
+    """Pictures (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are
+    enlarged to about least pixels."""
     n, _, side, _ = x.shape
     columns = min(columns, n)
     zoom = max(1, least // (columns * side))
     tiles = to_uint8(x).repeat(zoom, 1).repeat(zoom, 2)
     side, gap = side * zoom, 2
-    sheet = numpy.full((-(-n // columns) * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, numpy.uint8)
+    rows = -(-n // columns)
+    sheet = numpy.full((rows * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, numpy.uint8)
     for i, tile in enumerate(tiles):
         top, left = gap + i // columns * (side + gap), gap + i % columns * (side + gap)
         sheet[top:top + side, left:left + side] = tile
     return PIL.Image.fromarray(sheet)
 
 
-# Data sets. Each has: images of one size, labels, class names, and batches(plan): for every (index (B,), crops (B, V) or None) of
-# the plan one (x, labels), x float in [0, 1] of shape (B, V, 3, S, S), or (B, 3, S, S) for the whole picture when crops is None.
-# A crop is named by an integer, so that the same crop comes out on any machine and after any interruption.
+# Data sets. Each has: images of one size, labels, class names, and batches(plan): for every
+# (index (B,), crops (B, V) or None) of the plan one (x, labels), x float in [0, 1] of shape (B, V, 3, S, S),
+# or (B, 3, S, S) for the whole picture when crops is None. A crop is named by an integer, so that the same
+# crop comes out on any machine and after any interruption.
 
 
 def hash_ints(*values):
@@ -2600,8 +2833,9 @@ def hash_ints(*values):
 
 
 def crop_boxes(crops, width, height, scale):
-    """Random resized crops: area in scale x the picture, aspect 3/4 .. 4/3, place uniform, flipped every other time; one draw each,
-    clipped to the picture (official file: util/crop.py). int64 (B,) -> left, top, width, height, flip: float (B,) each, bool (B,)."""
+    """Random resized crops: area in scale x the picture, aspect 3/4 .. 4/3, place uniform, flipped every
+    other time; one draw each, clipped to the picture (official file: util/crop.py). int64 (B,) -> left, top,
+    width, height, flip: float (B,) each, bool (B,)."""
     area, ratio, x, y, flip = hashed_uniform(crops, 0, 5).unbind(1)
     area = width * height * (scale[0] + area * (scale[1] - scale[0]))
     ratio = (math.log(4 / 3) * (2 * ratio - 1)).exp()
@@ -2615,20 +2849,23 @@ def shuffled(n, *seeds):
 
 
 class ImageTensor:
-    """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time. Attributes as Folder's.
+    """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time.
+    Attributes as Folder's.
 
     scale  share of the area that a crop keeps, (0.2, 1) in the papers
     """
 
     def __init__(self, images, labels, classes, scale, device="cpu"):
         self.images, self.labels, self.classes, self.scale = images.to(device), labels, classes, scale
-        self.size, self.layout, self.summary, self.unreadable, self.unseen = images.size(-1), "in memory", "", {}, True
+        self.size, self.layout, self.summary = images.size(-1), "in memory", ""
+        self.unreadable, self.unseen = {}, True
 
     def __len__(self):
         return len(self.images)
 
     def batches(self, plan, workers=0, replace=True):
-        """The pictures of the plan, (x, labels) at a time; workers are not needed here, and all can be read."""
+        """The pictures of the plan, (x, labels) at a time; workers are not needed here,
+        and all can be read."""
         for index, crops in plan:
             x = self.images[to_device(index, self.images.device)].float() / 255
             if crops is not None:
@@ -2642,43 +2879,52 @@ class ImageTensor:
         *box, flip = crop_boxes(crops, side, side, self.scale)
         left, top, w, h = (v / side for v in box)
         zero, sign = torch.zeros_like(w), 1 - 2 * flip.float()
-        matrix = torch.stack([torch.stack([w * sign, zero, 2 * left + w - 1], 1), torch.stack([zero, h, 2 * top + h - 1], 1)], 1)
-        return F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+        rows = [w * sign, zero, 2 * left + w - 1], [zero, h, 2 * top + h - 1]
+        matrix = torch.stack([torch.stack(row, 1) for row in rows], 1)                      # (B, 2, 3)
+        grid = F.affine_grid(matrix, x.shape, align_corners=False)
+        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """Image files, decoded by worker processes when they are asked for; as floats they exist on the device only.
+    """Image files, decoded by worker processes when they are asked for;
+    as floats they exist on the device only.
 
-    paths, labels  of the images, int (N,)       classes  names, none for images without labels       root  what messages are about
-    layout         how it lies on the disk       summary  what was found, in lines, or ""             strict  stop at an unreadable image
+    paths, labels  of the images, int (N,)       classes  names, none for images without labels
+    layout         how it lies on the disk       summary  what was found, in lines, or ""
+    root           what messages are about       strict   stop at an unreadable image
     unseen         False for test images that stand in for too few: they are those to train on
     """
 
-    def __init__(self, root, paths, labels, classes, size, scale, strict=False, device="cpu", layout="", summary=""):
-        self.root, self.paths, self.labels, self.classes, self.size, self.scale = root, paths, torch.tensor(labels), classes, size, scale
-        self.strict, self.device, self.layout, self.summary = strict, torch.device(device), layout, summary
-        self.unreadable, self.named, self.unseen = {}, {}, True                             # index: why; those that were told
+    def __init__(self, root, paths, labels, classes, size, scale, strict=False, device="cpu", layout="",
+                 summary=""):
+        self.root, self.paths, self.labels, self.classes = root, paths, torch.tensor(labels), classes
+        self.size, self.scale, self.strict, self.device = size, scale, strict, torch.device(device)
+        self.layout, self.summary = layout, summary
+        self.unreadable, self.named, self.unseen = {}, {}, True             # index: why; those that were told
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, item):
-        """(index, crops, replace) -> uint8 (V, 3, S, S) or (3, S, S); label; {index: what is wrong} of unreadable images met just now.
+        """(index, crops, replace) -> uint8 (V, 3, S, S) or (3, S, S); label; {index: what is wrong} of
+        unreadable images met just now.
 
-        In place of an unreadable image comes a black one of label -1 or, to replace it, another one that the first crop's number, or else the
-        index, decides, never its neighbour on the disk. Each is opened once.
+        In place of an unreadable image comes a black one of label -1 or, to replace it, another one that the
+        first crop's number, or else the index, decides, never its neighbour on the disk. Each is opened once.
         """
         (index, crops, replace), bad, i, draw = item, {}, item[0], 0
         while True:
-            if i not in self.unreadable and (i == index or abs(i - index) > 1 or draw > 100):  # then nothing but neighbours is left
+            # Then nothing but neighbours is left.
+            if i not in self.unreadable and (i == index or abs(i - index) > 1 or draw > 100):
                 try:
                     with reading(self.paths[i], "an image"), PIL.Image.open(self.paths[i]) as image:
                         return self.crop(image, crops), self.labels[i], bad
                 except UserError as error:
                     bad[i] = self.unreadable[i] = str(error.__cause__)
             if not replace or self.strict or len(self.unreadable) == len(self):
-                side = (self.size, self.size)
-                return torch.zeros((3, *side) if crops is None else (len(crops), 3, *side), dtype=torch.uint8), torch.tensor(-1), bad
+                views = () if crops is None else (len(crops),)
+                black = torch.zeros(*views, 3, self.size, self.size, dtype=torch.uint8)
+                return black, torch.tensor(-1), bad
             draw += 1
             i = hash_ints(index if crops is None else crops[0], draw) % len(self)
 
@@ -2692,7 +2938,7 @@ class ImageFolder(torch.utils.data.Dataset):
         width, height = image.size[::-1] if sideways else image.size
         left, top, w, h, flips = crop_boxes(torch.as_tensor(crops), width, height, self.scale)
         least = self.size / min(w.min(), h.min()).item()
-        if jpeg:                                                                            # is decoded at 1/2, 1/4 or 1/8 if that will do
+        if jpeg:                                               # is decoded at 1/2, 1/4 or 1/8 if that will do
             image.draft("RGB", tuple(math.ceil(least * side) for side in image.size))
             image = upright(image)
         boxes = torch.stack([left, top, left + w, top + h], 1) / round(width / image.width)
@@ -2702,29 +2948,34 @@ class ImageFolder(torch.utils.data.Dataset):
         return torch.stack(views)
 
     def batches(self, plan, workers=0, replace=True):
-        """The images of the plan, (x, labels) at a time, decoded by so many processes. Unreadable ones are named, and replaced by others or
-        given the label -1; UserError if strict, or if there is nothing else.
+        """The images of the plan, (x, labels) at a time, decoded by so many processes. Unreadable ones are
+        named, and replaced by others or given the label -1; UserError if strict, or if there is nothing else.
 
-        Workers hand over at most a mebibyte at once, in shared memory, of which containers have little: a batch comes in several parts.
+        Workers hand over at most a mebibyte at once, in shared memory, of which containers have little: a
+        batch comes in several parts.
         """
         sizes = collections.deque()
 
         def parts():
             for index, crops in plan:
                 sizes.append(len(index))
-                items = [(i, None if crops is None else crops[j].tolist(), replace) for j, i in enumerate(index.tolist())]
+                crops_of = [None] * len(index) if crops is None else crops.tolist()
+                items = [(i, c, replace) for i, c in zip(index.tolist(), crops_of)]
                 n = max(1, 2**20 // (3 * self.size ** 2 * (1 if crops is None else crops.size(1))))
                 yield from (items[k:k + n] for k in range(0, len(items), n))
-        loader = torch.utils.data.DataLoader(self, batch_sampler=parts(), num_workers=workers, collate_fn=together,
-                                             pin_memory=self.device.type == "cuda", timeout=5 if workers else 0)
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=parts(), num_workers=workers, collate_fn=together,
+            pin_memory=self.device.type == "cuda", timeout=5 if workers else 0)
         images, labels = [], []
         for x, y, bad in handed_over(loader):
             for i, error in bad.items():
                 if self.strict or replace and -1 in y:
-                    raise UserError(f"{shown(self.paths[i])} cannot be read as an image ({error}); mend it" +
-                                    (", or leave --strict-images out" if self.strict else f": no other in {shown(self.root)} can"))
+                    remedy = f": no other in {shown(self.root)} can"
+                    raise UserError(f"{shown(self.paths[i])} cannot be read as an image ({error}); mend it"
+                                    + (", or leave --strict-images out" if self.strict else remedy))
                 if i not in self.named:
-                    print(f"unreadable, {'another image takes its place' if replace else 'left out'}: {shown(self.paths[i])} ({error})", file=sys.stderr)
+                    fate = "another image takes its place" if replace else "left out"
+                    print(f"unreadable, {fate}: {shown(self.paths[i])} ({error})", file=sys.stderr)
                 self.unreadable[i] = self.named[i] = error
             images.append(to_device(x, self.device))
             labels.append(y)
@@ -2736,9 +2987,10 @@ class ImageFolder(torch.utils.data.Dataset):
 
 @contextlib.contextmanager
 def shielded():
-    """Processes started in here ignore Ctrl-C and SIGTERM, which are for their parent to answer. And the parent's handler of SIGCHLD stays
-    as it is: the one that torch sets raises wherever the program happens to be, in the middle of an optimizer step, say."""
-    if not hasattr(signal, "pthread_sigmask"):                                              # Windows has neither signal
+    """Processes started in here ignore Ctrl-C and SIGTERM, which are for their parent to answer. And the
+    parent's handler of SIGCHLD stays as it is: the one that torch sets raises wherever the program happens to
+    be, in the middle of an optimizer step, say."""
+    if not hasattr(signal, "pthread_sigmask"):                                    # Windows has neither signal
         yield
         return
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -2752,7 +3004,8 @@ def shielded():
 
 
 def handed_over(loader, patience=300):
-    """What a DataLoader's workers hand over; UserError if one of them dies, or if nothing comes for so many seconds."""
+    """What a DataLoader's workers hand over; UserError if one of them dies,
+    or if nothing comes for so many seconds."""
     with shielded():
         parts, since = iter(loader), time.monotonic()
     while True:
@@ -2763,17 +3016,19 @@ def handed_over(loader, patience=300):
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
-            if "timed out" in str(error) and time.monotonic() - since < patience:           # torch looks for dead workers each time
+            # Torch looks for dead workers each time.
+            if "timed out" in str(error) and time.monotonic() - since < patience:
                 continue
-            raise UserError(f"the processes that decode images have stopped ({error}); they may lack memory, or shared memory (/dev/shm), "
-                            "of which containers have little: --workers 0 does without them") from None
+            raise UserError(f"the processes that decode images have stopped ({error}); they may lack memory, "
+                            "or shared memory (/dev/shm), of which containers have little: "
+                            "--workers 0 does without them") from None
         yield part
         since = time.monotonic()
 
 
 def together(items):
-    """What Folder has of each image of a batch, put together by the process that decoded them: an array a batch is quicker handed on than
-    one an image, and takes one file handle."""
+    """What Folder has of each image of a batch, put together by the process that decoded them: an array a
+    batch is quicker handed on than one an image, and takes one file handle."""
     x, labels, bad = zip(*items)
     return torch.stack(x), torch.stack(labels), dict(item for part in bad for item in part.items())
 
@@ -2783,15 +3038,19 @@ def shown(path):
     return os.fsencode(path).decode(errors="replace")
 
 
-# Folders, as people have them. Names that begin with . or __ belong to programs, not to the data, at any depth.
+# Folders, as people have them. Names that begin with . or __ belong to programs, not to the data,
+# at any depth.
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")      # of files whose suffix says nothing
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+            ".pgm", ".jp2", ".avif"}
+# Of files whose suffix says nothing.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")
 
 
 def entries(folder):
     """What lies in a folder, sorted by name: (folders, files)."""
-    found = [e for e in sorted(os.scandir(folder), key=lambda e: e.name) if not e.name.startswith((".", "__"))] if folder.is_dir() else []
+    found = sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else []
+    found = [e for e in found if not e.name.startswith((".", "__"))]
     return [folder / e.name for e in found if e.is_dir()], [folder / e.name for e in found if not e.is_dir()]
 
 
@@ -2803,21 +3062,23 @@ def is_image(path):
     try:
         with PIL.Image.open(path, formats=[f for f in FORMATS if f in PIL.Image.OPEN]):
             return True
-    except Exception:                                                                       # anything else than an image
+    except Exception:                                                            # anything else than an image
         return False
 
 
 def image_files(folder, others):
-    """Image files in a folder and in those inside it, but for links that lead up again. What is no image joins the list others."""
+    """Image files in a folder and in those inside it, but for links that lead up again. What is no image
+    joins the list others."""
     folders, files = entries(folder)
     images = [p for p in files if is_image(p)]
     others += sorted(set(files) - set(images))
-    here = folder.resolve()
-    return images + [file for p in folders if p.resolve() not in (here, *here.parents) for file in image_files(p, others)]
+    above = (folder.resolve(), *folder.resolve().parents)
+    return images + [file for p in folders if p.resolve() not in above for file in image_files(p, others)]
 
 
-# The set that needs no download: eight shapes in four colours on a plain ground; place, size and turn vary a little. Colour says
-# nothing about the class, so shape is what there is to learn. Each is a signed distance: negative inside, in units of its radius.
+# The set that needs no download: eight shapes in four colours on a plain ground; place, size and turn vary a
+# little. Colour says nothing about the class, so shape is what there is to learn. Each is a signed distance:
+# negative inside, in units of its radius.
 
 
 def box_distance(x, y, w, h):
@@ -2826,7 +3087,8 @@ def box_distance(x, y, w, h):
 
 
 def star_distance(x, y, r):
-    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36 degrees."""
+    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36
+    degrees."""
     fifth = 2 * math.pi / 5
     angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
     return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
@@ -2843,22 +3105,24 @@ SHAPES = {
     "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
 }
 GROUND = torch.tensor([128.0, 128.0, 128.0])
-PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])             # red, teal, blue, amber
+# Red, teal, blue, amber.
+PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])
 
 
 def draw_shapes(seeds, size):
-    """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side, turned by quarters
-    give or take 9 degrees, always wholly visible."""
+    """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
+    turned by quarters give or take 9 degrees, always wholly visible."""
     kind, color, radius, cx, cy, turn, wobble = hashed_uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
     cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
     turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
     row = torch.arange(size) + 0.5
-    x, y = (row - cx) / radius, (row[:, None] - cy) / radius                                # (B, 1, S), (B, S, 1)
+    x, y = (row - cx) / radius, (row[:, None] - cy) / radius                            # (B, 1, S), (B, S, 1)
     x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
     labels = (kind.flatten() * len(SHAPES)).long()
-    distance = torch.stack([shape(x, y, (x * x + y * y).sqrt()) for shape in SHAPES.values()])[labels, torch.arange(len(seeds))]
-    alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                                  # one pixel of soft edge
+    r = (x * x + y * y).sqrt()
+    distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(seeds))]
+    alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
     paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
     return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
 
@@ -2871,16 +3135,21 @@ def shapes(train, size):
 
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_MD5 = {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
-               "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-               "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
-               "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
-               "batches.meta": "5ff9c542aee3614f3951f8cda6e48888"}
+CIFAR10_MD5 = {
+    "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+}
 
 
 def cifar10(folder, train):
-    """The public archive's batches -> uint8 (N, 3, 32, 32), labels (N,), class names. They are pickles, which can run code, so
-    each is read only if it has the published checksum."""
+    """The public archive's batches -> uint8 (N, 3, 32, 32), labels (N,), class names. They are pickles, which
+    can run code, so each is read only if it has the published checksum."""
     def read(name):
         path = folder / "cifar-10-batches-py" / name
         data = path.read_bytes() if path.exists() else b""
@@ -2903,7 +3172,7 @@ def download_cifar10(folder, timeout=60):
                 os.lockf(lock.fileno(), os.F_LOCK, 0)                                       # dies with us
             if inside.exists():
                 return
-            if rank_and_world()[1] > 1 and time.monotonic() - started > 1:         # else all would fail one by one
+            if rank_and_world()[1] > 1 and time.monotonic() - started > 1:    # else all would fail one by one
                 raise TimeoutError("another process has tried")
             with tempfile.TemporaryDirectory(prefix=".", dir=folder) as own, \
                     tempfile.TemporaryFile(dir=folder) as archive, \
@@ -2925,38 +3194,42 @@ def download_cifar10(folder, timeout=60):
 EXPECTED_TREE = """
     {root}/train/n01440764/n01440764_10026.JPEG ...     a folder a class
     {root}/val/n01440764/ILSVRC2012_val_00000293.JPEG ...
-If val/ is flat, as in the official archive, sort its files into the same class folders first. Class folders without train/ and val/, or
-images without classes, will do too."""
+If val/ is flat, as in the official archive, sort its files into the same class folders first.
+Class folders without train/ and val/, or images without classes, will do too."""
 
 
 def labelled(folder, notes):
-    """{class: its image files} of a folder of class folders, {"": files} if images lie right in it. Notes gets a line on all that was left out."""
+    """{class: its image files} of a folder of class folders, {"": files} if images lie right in it. Notes
+    gets a line on all that was left out."""
     others = []
     found = {p.name: image_files(p, others) for p in entries(folder)[0]}
     loose = [p for p in entries(folder)[1] if is_image(p)]
     empty = [name for name, files in found.items() if not files]
     found = {name: files for name, files in found.items() if files} or ({"": loose} if loose else {})
-    for what, names in (("folders without an image", empty), ("files that are no images", [shown(p.name) for p in others]),
-                        ("images beside the class folders", [shown(p.name) for p in loose if "" not in found])):
+    beside = [p.name for p in loose if "" not in found]
+    for what, names in (("folders without an image", empty),
+                        ("files that are no images", [p.name for p in others]),
+                        ("images beside the class folders", beside)):
         if names:
-            notes.append(f"{shown(folder)}: left out {len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})")
+            some = ", ".join(map(shown, names[:3])) + ", ..." * (len(names) > 3)
+            notes.append(f"{shown(folder)}: left out {len(names)} {what} ({some})")
     return found
 
 
 def is_held_out(files, labels):
-    """Whether each file is held out to test on: a tenth of each class, by a hash of its name, so that nothing changes when others come; none of
-    a class of which nothing would be left."""
+    """Whether each file is held out to test on: a tenth of each class, by a hash of its name, so that nothing
+    changes when others come; none of a class of which nothing would be left."""
     picked = [int(hashlib.md5(os.fsencode(p.name)).hexdigest(), 16) % 10 == 0 for p in files]
     left = {c for held, c in zip(picked, labels) if not held}
     return [held and c in left for held, c in zip(picked, labels)]
 
 
 def find_images(root):
-    """(layout, classes, {True: files and labels to train on, False: to test on}, lines on what was found) of a folder. UserError if there is
-    nothing, or if the classes of its parts differ."""
+    """(layout, classes, {True: files and labels to train on, False: to test on}, lines on what was found) of
+    a folder. UserError if there is nothing, or if the classes of its parts differ."""
     notes, tree = [], EXPECTED_TREE.format(root=shown(root))
     second = next((name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()), None)
-    split = second or entries(root / "train")[0]                                            # else it may be a class of trains
+    split = second or entries(root / "train")[0]                            # else it may be a class of trains
     names = ["train", second] if second else ["train"] if split else [""]
     parts = [labelled(root / name, notes) for name in names]
     for name, part in zip(names, parts):
@@ -2964,57 +3237,75 @@ def find_images(root):
             raise UserError(f"no image in {shown(root / name)}, nor in class folders there; expected" + tree)
     odd = sorted(set(parts[0]) ^ set(parts[-1]))
     if odd:
-        raise UserError(f"{shown(root)}/train and {shown(root)}/{second} differ in their classes: {', '.join(odd[:5])} {'...' if odd[5:] else ''} only in one of them"
-                        + ("; expected" + tree) * ("" in odd))
-    files, labels = zip(*(([p for files in part.values() for p in files], [c for c, files in enumerate(part.values()) for _ in files]) for part in parts))
+        some = ", ".join(odd[:5]) + " ..." * (len(odd) > 5)
+        raise UserError(f"{shown(root)}/train and {shown(root)}/{second} differ in their classes: {some} "
+                        "only in one of them" + ("; expected" + tree) * ("" in odd))
+    (files, labels), *rest = (files_and_labels(part) for part in parts)
     if second:
-        how, train, test = f"{second}/", (files[0], labels[0]), (files[1], labels[1])
+        how, train, test = f"{second}/", (files, labels), rest[0]
     else:
-        how, held = "a tenth of each class, by a hash of the file's name", is_held_out(files[0], labels[0])
-        train, test = ([[v for v, h in zip(column, held) if h == part] for column in (files[0], labels[0])] for part in (False, True))
+        how, held = "a tenth of each class, by a hash of the file's name", is_held_out(files, labels)
+        train, test = ([[v for v, h in zip(column, held) if h == part] for column in (files, labels)]
+                       for part in (False, True))
     classes = [name for name in parts[0] if name]
-    notes.insert(0, f"{shown(root)}: {len(train[0])} images {f'of {len(classes)} classes' if classes else 'without classes'} to train on, "
-                 + (f"{len(test[0])} to test on ({how})" if test[0] else "too few to hold any out: what is shown and measured is of these"))
-    return f"{' and '.join(names) or 'one part'}, {'class folders' if classes else 'flat'}", classes, {True: train, False: test}, "\n".join(notes)
+    kind = f"of {len(classes)} classes" if classes else "without classes"
+    tests = f"{len(test[0])} to test on ({how})" if test[0] else \
+        "too few to hold any out: what is shown and measured is of these"
+    notes.insert(0, f"{shown(root)}: {len(train[0])} images {kind} to train on, {tests}")
+    layout = f"{' and '.join(names) or 'one part'}, {'class folders' if classes else 'flat'}"
+    return layout, classes, {True: train, False: test}, "\n".join(notes)
+
+
+def files_and_labels(part):
+    """{class: files} -> files, and their class numbers."""
+    return ([p for files in part.values() for p in files],
+            [c for c, files in enumerate(part.values()) for _ in files])
 
 
 def check_sample(data, count=500):
-    """Open the heads of some images of every class. UserError if none of a class can be opened, or if one in ten cannot."""
+    """Open the heads of some images of every class. UserError if none of a class can be opened, or if one in
+    ten cannot."""
     bad, seen, whole = [], 0, []
     for c, name in enumerate(data.classes or [""]):
         index = (data.labels == c).nonzero().flatten()
-        some = index[torch.linspace(0, len(index) - 1, min(len(index), max(2, count // max(1, len(data.classes))))).long()].tolist()
+        some = min(len(index), max(2, count // max(1, len(data.classes))))
+        some = index[torch.linspace(0, len(index) - 1, some).long()].tolist()
         failed = []
         for i in some:
             try:
                 with PIL.Image.open(data.paths[i]):
                     pass
-            except Exception:                                                               # what it is will be said when it is read
+            except Exception:                                        # what it is will be said when it is read
                 failed.append(i)
         bad, seen, whole = bad + failed, seen + len(some), whole + [name] * (len(failed) == len(some))
     if whole or len(bad) > max(1, seen / 10):
-        raise UserError(f"{len(bad)} of {seen} images that were looked at in {shown(data.root)} cannot be opened, {shown(data.paths[bad[0]])} for one"
-                        + (f"; none of {', '.join(whole[:3])}" if data.classes and whole else "") + "; mend them, or take them out")
+        none = f"; none of {', '.join(whole[:3])}" if data.classes and whole else ""
+        raise UserError(f"{len(bad)} of {seen} images that were looked at in {shown(data.root)} cannot be "
+                        f"opened, {shown(data.paths[bad[0]])} for one{none}; mend them, or take them out")
 
 
 def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0.2):
-    """A data set by name: 'shapes', 'cifar10', 'imagenet', or the path of a folder: class folders in train and val (or valid, validation, test),
-    class folders alone, or images without classes.
+    """A data set by name: 'shapes', 'cifar10', 'imagenet', or the path of a folder: class folders in train
+    and val (or valid, validation, test), class folders alone, or images without classes.
 
-    data_dir  where it lies, '' for ./data/<name>        size  S        train  True: training part        strict  see Folder
-    crop      share of the area that a crop keeps at least; one half and more of shapes, since less may show none
+    data_dir  where it lies, '' for ./data/<name>        size  S        train  True: training part
+              strict  see Folder
+    crop      share of the area that a crop keeps at least; one half and more of shapes,
+              since less may show none
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":
         return ImageTensor(*shapes(train, size), (max(crop, 0.5), 1.0), device)
     if dataset == "cifar10":
         if size != 32:
-            raise UserError(f"CIFAR-10 has 32 x 32 pixels, which does not fit a model or --image-size of {size}")
+            raise UserError("CIFAR-10 has 32 x 32 pixels, which does not fit a model or --image-size of "
+                            f"{size}")
         if not data_dir:
             download_cifar10(root)
         return ImageTensor(*cifar10(root, train), (crop, 1.0), device)
     layout, classes, parts, summary = find_images(root)
-    data = ImageFolder(root, *(parts[train] if parts[train][0] else parts[True]), classes, size, (crop, 1.0), strict, device, layout, summary)
+    files, labels = parts[train] if parts[train][0] else parts[True]
+    data = ImageFolder(root, files, labels, classes, size, (crop, 1.0), strict, device, layout, summary)
     data.unseen = not train and bool(parts[False][0])
     if train and not strict:
         check_sample(data)
@@ -3028,35 +3319,40 @@ class Stopped(Exception):
     """A signal has asked for the end, and nothing is left half done; the text says where."""
 
 
-SIGNALS = {}                        # {number: when it came}: what has asked a training for its end; all that runs long looks here
+SIGNALS = {}    # {number: when it came}: what has asked a training for its end; all that runs long looks here
 
 
 def asked_to_stop():
-    """Whether a signal has reached any of the processes. All of them come here together, so all stop after the same step."""
+    """Whether a signal has reached any of the processes. All of them come here together, so all stop after
+    the same step."""
     asked = torch.tensor(len(SIGNALS))
     if rank_and_world()[1] > 1:
-        torch.distributed.all_reduce(asked)                                                 # on the CPU: no device is waited for
+        torch.distributed.all_reduce(asked)                              # on the CPU: no device is waited for
     return bool(asked)
 
 
 def join_processes(name):
-    """Meet the processes that torchrun started beside this one, if it did; returns the device of this one, name being --device."""
+    """Meet the processes that torchrun started beside this one, if it did; returns the device of this one,
+    name being --device."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"                                           # not even a context on another's device
+        name = f"cuda:{os.environ['LOCAL_RANK']}"                     # not even a context on another's device
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(hours=2))           # the longest wait: for the slowest with its ids
+                                             # The longest wait: for the slowest with its ids.
+                                             timeout=datetime.timedelta(hours=2))
     return device
 
 
 def leave_processes():
-    """Part from them, if there are any: all together, else the last may hang (gloo in torch 2.6). Only who fails waits for nobody.
+    """Part from them, if there are any: all together, else the last may hang (gloo in torch 2.6). Only who
+    fails waits for nobody.
 
-    DistributedDataParallel must be gone before: freed after the group it can hang for good, and a failure's traceback keeps it alive.
+    DistributedDataParallel must be gone before: freed after the group it can hang for good, and a failure's
+    traceback keeps it alive.
     """
     if torch.distributed.is_initialized():
         error = sys.exc_info()[1]
@@ -3076,7 +3372,8 @@ def rank_and_world():
 
 
 def rank_zero_first(work):
-    """What work() returns in the first process, for which the others wait. Its UserError, which it alone tells, ends them all."""
+    """What work() returns in the first process, for which the others wait. Its UserError, which it alone
+    tells, ends them all."""
     rank, world = rank_and_world()
     found = [None, None]
     if rank == 0:
@@ -3092,11 +3389,12 @@ def rank_zero_first(work):
     return result
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 14. A training loop
 #
-# The whole story, on drawn shapes and a CPU, in about a minute: `python unified.py`. train.py has the same loop, and what a
-# long run needs: ids that are computed once, averaged weights, evaluation, checkpoints, many GPUs.
+# The whole story, on drawn shapes and a CPU, in about a minute: `python unified.py`. train.py has the same
+# loop, and what a long run needs: ids that are computed once, averaged weights, evaluation, checkpoints,
+# many GPUs.
 
 
 def fit(net, steps, batch_size, peak_lr):
@@ -3106,7 +3404,7 @@ def fit(net, steps, batch_size, peak_lr):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
     for step in range(steps):
         seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
-        images, _ = draw_shapes(seeds, 32)                                                  # uint8 (B, 3, 32, 32)
+        images, _ = draw_shapes(seeds, 32)                                              # uint8 (B, 3, 32, 32)
         loss, logs = net(images.float() / 255)
         optimizer.zero_grad()
         loss.backward()
