@@ -239,8 +239,7 @@ def middle_blocks(width, groups):
 
 
 class Encoder(nn.Module):
-    """Pixels (B, 3, S, S) in [0, 1] -> z (B, dim, S / stride, S / stride), with stride = 2 **
-    (len(ch_mult) - 1).
+    """Pixels (B, 3, S, S) in [0, 1] -> z (B, dim, S / stride, S / stride); stride = 2 ** (len(ch_mult) - 1).
 
     ch, ch_mult  level i has ch * ch_mult[i] channels       blocks  residual blocks per level
     dim          width of a codebook entry                  groups  of every group norm; divides every width
@@ -356,21 +355,21 @@ class VQGAN(nn.Module):
         return self.decode(ids).clamp(0, 1), ids
 
 
-# Training the tokenizer. The loss is a weighted sum of these terms, sg = stop-gradient, p =
-# softmax(-distances / 0.01):
+# Training the tokenizer. The loss is a weighted sum of these terms, where sg is stop-gradient and
+# p = softmax(-distances / 0.01):
 #
-#     l1, l2      |x' - x|,  (x' - x)^2      the decoder receives z + sg(e_id - z): its gradient goes straight
-#                                              through the rounding to the encoder               [VQ-VAE, 3.2]
-#     commitment   ||z - sg(e_id)||^2                 moves z towards its code                 [VQ-VAE, eq. 3]
-#     codebook     ||sg(z) - e_id||^2                 moves the code towards z                 [VQ-VAE, eq. 3]
-#     coverage     ||e_k - sg(nearest z)||^2       moves every code, used or not, to where z are        [ours]
-#     entropy      mean H(p) - H(mean p)             each position sure of its code, the batch using all codes
-#                                                                                    [MaskGIT's training code]
-#     generator    -d(x'), discriminator  hinge      sharper textures, from 256 pixels on       [VQGAN, eq. 7]
+#     l1, l2         |x' - x|, (x' - x)^2
+#     commitment     ||z - sg(e_id)||^2           pulls z towards its code                     [VQ-VAE, eq. 3]
+#     codebook       ||sg(z) - e_id||^2           pulls the code towards z                     [VQ-VAE, eq. 3]
+#     coverage       ||e_k - sg(nearest z)||^2    pulls every code, used or not, to where z are         [ours]
+#     entropy        mean H(p) - H(mean p)        positions sure of their code, all codes used       [MaskGIT]
+#     generator      -d(x')                       against a patch discriminator d: sharper textures,
+#                                                 from 256 pixels on                            [VQGAN, eq. 7]
 #
-# VQ-VAE's terms alone leave most codes unused. MaskGIT adds a perceptual loss from a pretrained network;
-# we do without such weights. The price is texture: expect a higher reconstruction FID than the 2 to 3 of
-# released tokenizers.
+# Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
+# goes straight through to the encoder. VQ-VAE's terms alone leave most codes unused. MaskGIT's perceptual
+# loss needs a pretrained network, which we do without; the price is texture: expect a clearly higher
+# reconstruction FID than the 2 to 3 of released tokenizers.
 
 
 def straight_through(z, codes):
@@ -388,11 +387,11 @@ def entropy_loss(distances, temperature=0.01):
 
 
 def add_grain(x, grain):
-    """Pixels (B, 3, S, S): images of one flat colour get noise of half a grey level, grain is uniform in
-    [0, 1] and like x.
+    """Pixels (B, 3, S, S) in which images of one flat colour have noise of half a grey level. grain: uniform
+    in [0, 1], like x.
 
-    In a black image nothing varies. A dozen fresh group norms would divide by zero variance,
-    each making the gradient a thousand times longer."""
+    In a black image nothing varies. A dozen fresh group norms would divide by zero variance, each making the
+    gradient a thousand times longer."""
     flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)  # (B, 1, 1, 1)
     return x + flat * (grain - 0.5) / 255
 
@@ -404,7 +403,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
-        # None right after the pixels.
+        # There is no norm right after the pixels.
         self.norms = nn.ModuleList([nn.Identity()] + [group_norm(w) for w in widths[2:]])
         self.score = nn.Conv2d(widths[-1], 1, 1)
 
@@ -416,8 +415,8 @@ class PatchDiscriminator(nn.Module):
 
 class TokenizerTraining(nn.Module):
     """Tokenizer, discriminator, and the loss of both. One backward pass and one optimizer step serve both:
-    the generator term does not reach the discriminator's parameters,
-    nor the discriminator's term the tokenizer's.
+    the generator term does not reach the discriminator's parameters, nor the discriminator's term the
+    tokenizer's.
 
     vqgan    the VQGAN to train
     WEIGHTS  of the terms above; the commitment's is [VQ-VAE]'s, the others are ours
@@ -580,8 +579,7 @@ def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
 def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
     """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
 
-    x              tokens (B, prefix + L, C), the input of the first block; the class tokens are the first
-                   prefix of them
+    x              tokens (B, prefix + L, C), the input of the first block, class tokens first
     decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
     """
     layers, L = layers or [model.best_layer], x.size(1) - prefix
@@ -595,8 +593,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 
 
 def groups_of_equal_length(counts):
-    """A batch has one number of tokens, so images of which different numbers are masked cannot share one:
-    int (n,), on the CPU -> yields (count, which images have it int (m,))."""
+    """Images that may share a batch, since a batch has one number of tokens: counts of tokens int (n,), on
+    the CPU -> yields (count, which images have it int (m,))."""
     for count in sorted(set(counts.tolist())):
         yield count, (counts == count).nonzero().flatten()
 
@@ -604,26 +602,26 @@ def groups_of_equal_length(counts):
 # ------------------------------------------------------------------------------------------------------------
 # 4. Masking and unmasking
 #
-# Training masks a random part of the tokens. The mask ratio r is drawn once per batch from a normal
-# distribution, truncated [MAGE, 3.2]:
+# Training masks a random part of the tokens. The mask ratio r is drawn once for each batch, from a truncated
+# normal distribution [MAGE, 3.2]:
 #
 #     r ~ N(0.55, 0.25^2) restricted to [0.5, 1]          mean 0.69
 #
-# At r = 0.5 most of the image is visible, and the network learns to represent it. At r = 1 nothing is,
-# and it learns to generate. Which tokens are masked is decided by sorting random numbers. Of the masked ones
-# half of all tokens are dropped before the encoder, as in MAE, which saves half of its work; their number is
-# fixed, so shapes are static:
+# At r = 0.5 half of the image is visible, and the network learns to represent it. At r = 1 nothing is, and it
+# learns to generate. Which tokens are masked is decided by sorting random numbers.
+#
+# As in MAE, the encoder is spared most masked tokens: half of all tokens, masked ones, are dropped before it.
+# The number is fixed, whatever r is, so that shapes are static. The other masked tokens enter as [MASK]:
 #
 #     L = 256 tokens, r = 0.55
-#     |------------ 141 masked --------------|------------- 115 visible -------------|
-#     |------- 128 dropped -------|---- 13 ---|                                           13 enter as [MASK]
-#                                 |--- 128 tokens + class token = 129: encoder ------|
-#     |------------- 256 tokens + class token = 257: decoder, all 141 are predicted -----|
+#     |--------------- 141 masked ---------------|---------- 115 visible ----------|
+#     |------- 128 dropped -------|- 13 [MASK] --|
+#                                 |----- 128 tokens, with the class token 129 -----|     enter the encoder
+#     |------------------ 256 tokens, with the class token 257 -------------------|     enter the decoder
 
 
 def truncated_normal(u, mean=0.55, std=0.25, low=0.5, high=1.0):
-    """Uniform u in [0, 1] -> a normal variable restricted to [low, high],
-    by inverting its distribution function."""
+    """Uniform u in [0, 1] -> normal numbers restricted to [low, high], by inverting their distribution."""
     a, b = (math.erf((bound - mean) / std / math.sqrt(2)) for bound in (low, high))
     return (mean + std * math.sqrt(2) * torch.erfinv(a + u * (b - a))).clamp(low, high)
 
@@ -647,13 +645,12 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
     return mask, ids_keep.sort(1).values
 
 
-# Generation starts with all tokens masked. Step t of T predicts every masked token,
-# keeps the most confident predictions, and masks the others again, so that the number of masked tokens falls
-# along a cosine [MaskGIT, 3.2 and eq. 3]:
+# Generation starts with all tokens masked. Step t of T predicts every masked token, keeps the predictions
+# that are most confident, and masks the others again. Their number falls along a cosine [MaskGIT, 3.2]:
 #
 #     num_masked(t) = floor(n cos(pi t / 2T))            n = tokens masked at the start
 #
-#   256 tokens, 20 steps:  255 252 248 243 ... 60 40 20 1 0   few are kept at first, when predictions are poor
+#     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 0     few at first, while predictions are poor
 #
 #     ids            _    _    a    _    b        _ is [MASK]; tokens that are visible stay
 #     prediction     c    d    .    e    .        sampled from p, for every masked token
@@ -661,7 +658,6 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     ids            c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
 # The Gumbel noise keeps images from all turning out alike. It falls to 0 in the last step.
-
 
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
@@ -704,21 +700,22 @@ def unmask(logits, ids, mask, masked, u, noise, order=None):
 # A decoder gets every encoder output back at its place and this summary at every masked place, and predicts
 # the ids there:
 #
-#     ids     [class]  a   _   _   b   _   c          _ is masked
-#     drop    [class]  a   _       b       c          half of the tokens, all of them masked
-#     encode    z0    za   zm      zb      zc         zm, the output of [MASK], will not be used
-#     fill      z0    za   z0  z0  zb  z0  zc
-#     decode                p   p       p             softmax over the K codes
+#     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
+#     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
+#     encode    z0    za   zm      zb                 zm, the output of [MASK], will not be used
+#     fill      z0    za   z0  z0  zb  z0  z0         z0 at every masked place
+#     decode                p   p       p   p         each a softmax over the K codes
 #
 # Position 0 holds a class id: a label, or the "fake class", which stands for any image. Codes, classes,
 # fake class and [MASK] are one vocabulary:
 #
-#   0 ... K-1 codes | K ... K+classes-1 | fake class | [MASK]    (published files: the fake class is class 76)
+#     0 ... K-1 codes  |  K ... labels  |  fake class  |  [MASK]
+#
+# In published files the fake class has no id of its own: it shares that of class 76.
 
 
 class TokenEmbedding(nn.Module):
-    """LayerNorm(token + position), then dropout: ids (B, 1 + L) -> (B, 1 + L, C). Official name:
-    BertEmbeddings."""
+    """LayerNorm(token + position): ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
 
     def __init__(self, vocab_size, positions, dim, dropout):
         super().__init__()
@@ -731,12 +728,8 @@ class TokenEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Decoder output -> logits. The output matrix is the token embedding, without gradient, as in the
-    official code.
-
-    forward(x (B, L, C'), weight (V, C): the embeddings of the first V ids of the vocabulary) -> (B, L, V) in
-    float32
-    """
+    """Decoder output x (B, L, C') -> logits (B, L, V), in float32. The output matrix, weight (V, C), is the
+    embedding of the first V ids; no gradient reaches it from here, as in the official code."""
 
     def __init__(self, inp, dim, vocab_size):
         super().__init__()
@@ -753,7 +746,7 @@ def masked_cross_entropy(logits, target, mask):
 
     logits (B, L, V)    target  ids (B, L), or probabilities (B, L, V)    mask bool (B, L)
     """
-    logits, target = logits.flatten(0, 1), target.flatten(0, 1)  # (B * L, V), (B * L, ...)
+    logits, target = logits.flatten(0, 1), target.flatten(0, 1)                             # (B * L, ...)
     nll = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")            # (B * L,)
     return (nll * mask.flatten()).sum() / mask.sum()
 
@@ -849,7 +842,7 @@ class MAGE(Model):
             x, labels = x.flatten(0, 1), None if labels is None else labels.repeat_interleave(2)
         ids = self.to_ids(x)                                                                # (B, L)
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
-        # On the CPU: decides shapes.
+        # The ratio is drawn on the CPU: nobody waits for a GPU to learn how many tokens are masked.
         mask_ratio = truncated_normal(torch.rand(())) if mask_ratio is None else mask_ratio
         mask, ids_keep = random_masking(mask_noise, mask_ratio)
         latent = self.encode(self.input_ids(ids, mask, labels, keep_label), ids_keep)       # (B, 1 + L/2, C)
@@ -888,7 +881,7 @@ class MAGE(Model):
         return self.norm(x)
 
     def decode(self, latent, *masking, vocab_size=None):
-        """Latent (B, 1 + M, C) -> logits (B, L, K), or over the first vocab_size ids. masking: as for
+        """Latent (B, 1 + M, C) -> logits (B, L, K), or over the first vocab_size ids. masking: arguments of
         decoder_input."""
         x = self.decoder_input(latent, *masking)
         for block in self.decoder_blocks:
@@ -920,16 +913,13 @@ class MAGE(Model):
         """Parallel decoding, section 4 [MaskGIT, 3.2].
 
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
-        temperature   of the Gumbel noise on the confidence. 6 as published for 16 x 16 tokens,
-                      less for fewer (ours)
+        temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, less for fewer (ours)
         labels        int (n,), or None
         guidance      w of classifier-free guidance, see logits(); grows from 1 to w during the steps
-        known, mask   inpainting: pixels (n, 3, S, S) and bool (n, S, S), True = to be generated;
-                      a mask for each image
+        known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
-        schedule      how the number of masked tokens falls, see num_masked; "linear" with 256 steps as
-                      published for ADDP
-        order         which tokens are kept first, see unmask; by confidence if None
+        schedule      see num_masked; ADDP was published with "linear" and 256 steps
+        order         see unmask; by confidence if None
         yields        a Decoding after each step; nothing is masked in the last one
         """
         steps, x = self.num_steps(steps), None
@@ -942,14 +932,14 @@ class MAGE(Model):
             # From nothing all images begin alike, so the first pass is needed once only.
             m = 1 if step == 0 and known is None and labels is None else n
             logits = self.logits(ids[:m], masked[:m], labels, w, x, count[:m]).expand(n, -1, -1)  # (n, L, K)
-            # What masked.sum(1) will be.
+            # That many will be masked after this step; unmask() chooses which.
             count = num_masked(initial, count, step, steps, schedule, self.round_up)
             u, gumbel = (hashed_uniform(seeds, 2 * step + k, self.length) for k in (0, 1))  # (n, L) each
             noise = temperature * (1 - progress) * to_gumbel(gumbel)
             ids, masked = unmask(logits, ids, masked, count, u, noise, order)
             x = self.next_image(ids, masked, logits)
             if step + 1 == steps:
-                masked = torch.zeros_like(masked)  # num_masked never returns 0; here every prediction is kept
+                masked = torch.zeros_like(masked)               # num_masked() leaves one: it is kept, too
             yield Decoding(ids, masked, known, mask, x)
 
     def num_steps(self, steps=None, eta=None):
@@ -974,8 +964,7 @@ class MAGE(Model):
 
     @torch.no_grad()
     def render(self, state):
-        """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where tokens are masked,
-        known pixels as they were."""
+        """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where tokens are masked, known pixels kept."""
         x = self.vqgan.decode(state.ids.unflatten(1, (self.grid, self.grid))).clamp(0, 1)
         mask = state.mask.unflatten(1, (1, self.grid, self.grid)).float()
         mask = F.interpolate(mask, scale_factor=float(self.vqgan.stride)) > 0               # (n, 1, S, S)
@@ -984,9 +973,9 @@ class MAGE(Model):
     def initial_state(self, n, known=None, mask=None):
         """Ids and which of them are masked, (n, L) each: all of them, unless pixels are known.
 
-        Inpainting: the pixels to be generated are set to 0 before the image is tokenised,
-        since neighbouring ids would leak what was there. Tokens that contain such pixels are masked, and
-        their neighbours, whose ids describe the 0."""
+        Inpainting: pixels that are to be generated are set to 0 before the image is tokenised, since ids
+        nearby would leak what was there. Tokens that contain such pixels are masked, and so are their
+        neighbours, whose ids may describe the 0."""
         device = self.norm.weight.device
         if known is None:
             return (torch.zeros(n, self.length, dtype=torch.long, device=device),
@@ -1009,10 +998,9 @@ class MAGE(Model):
         """Outputs of blocks as feature maps, before the final norm and without the class token. Blocks after
         the last layer that is asked for do not run.
 
-        x         pixels (B, 3, S, S) or ids (B, L)              layers  numbers of blocks;
-                  [best_layer] if None
-        t         mask ratio in [0, 1], 0 for the whole image; noise (B, L): the smallest are masked,
-                  drawn if None
+        x         pixels (B, 3, S, S) or ids (B, L)
+        t         mask ratio in [0, 1]; noise (B, L): the smallest are masked, drawn if None
+        layers    numbers of blocks, encoder first; [best_layer] if None
         add       {layer: map (B, C, h, w)} added to the output of that layer
         finetune  changes nothing here: MAGE is fine-tuned as it was trained
         returns   [map (B, C, h, w) for each of layers]
@@ -1038,8 +1026,9 @@ class MAGE(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 6. MAGE-C: which two crops show the same image?
 #
-#    loss = - mean over all 2B views a of  log  exp(z_a . z_b / tau) / sum over c != a of exp(z_a . z_c / tau)
-#                                             b = the other view of a's image                  [SimCLR, eq. 1]
+#     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(c != a) exp(z_a . z_c / tau) )
+#
+#     b: the other view of a's image                                                         [SimCLR, eq. 1]
 #
 # Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's outputs is
 # projected to a unit vector z, which must be closer to that of the other crop than to those of all other
@@ -1050,8 +1039,8 @@ class MAGE(Model):
 def info_nce(z, temperature=0.2):
     """Contrastive loss of unit vectors z (B, 2, P), row i holding the two views of image i.
 
-    The other 2B - 2 views are negatives. With several processes, which must have equal B,
-    the views of all of them are; gradients flow through all of them, as if one process held the whole batch.
+    The other 2B - 2 views are negatives. With several processes, which must have equal B, those of all of
+    them are, and gradients flow through all, as if one process held the whole batch.
     """
     views = z.flatten(0, 1)                                                                 # (2B, P)
     everyone, first = views, 0
@@ -1075,17 +1064,16 @@ def info_nce(z, temperature=0.2):
 # Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
 # ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces:
 #
-#   ids, mask ---> z: codes where visible,   --- D ---> image x_t --> encoder --> decoder --> p --> unmask --+
-#       ^            mean codes under p where masked                              ^                          |
-#       |                                                              visible ids|                          |
-#       +----------------------------------------------------------------------------------------------------+
+#     ids --> z: codes where visible,     -- D --> image x_t --> encoder --> decoder --> p --> unmask --> ids
+#             mean codes under p if masked                                      ^
+#                                                             visible ids ------+
 #
-# In training a frozen MAGE provides both ends. It predicts r from the ids of an earlier step,
-# so x_t looks as it would in generation; and it predicts q from the visible ids, which is the target:
+# In training a frozen MAGE stands at both ends. From the ids of an earlier step, where more is masked, it
+# predicts r, so x_t looks as it would in generation. From the visible ids it predicts q, which is the target:
 #
-#                    ids, mask of an earlier step --- MAGE ---> r --- D ---> x_t --> encoder --> decoder --> p
-#                                                                                                       | loss
-#                     ids, mask of this step --------- MAGE ---> q ------------------------------------------+
+#     ids, mask of an earlier step -- MAGE --> r -- D --> x_t --> encoder --> decoder --> p
+#                                                                                         | loss
+#     ids, mask of this step ------------------- MAGE --> q ------------------------------+
 #
 # No timestep enters the network: it can see how much of the image is decided.
 
@@ -1102,25 +1090,22 @@ def nested_mask_ratios():
 
 class ADDP(MAGE):
     """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py,
-    models_vit.py). What is not written here is MAGE's: blocks, the loop of decoding,
-    the choice of what to unmask.
+    models_vit.py). What is not written here is MAGE's: the loop of decoding, and what it unmasks.
 
-    predictor       a trained MAGE, frozen; its tokenizer is this model's.
-                    Generating from nothing does not need it
+    predictor       a trained MAGE, frozen; its tokenizer is this model's. Not used to generate
     image_size      S, which must be the predictor's, else ValueError
-    width, depth, heads, decoder_depth, decoder_heads       of encoder and decoder; both have the same width
+    width, depth, heads, decoder_depth, decoder_heads       of encoder and decoder, which have the same width
 
     It differs from the paper's figure 4, as the official code does:
-    - the loss has label smoothing, and its softmax runs over the whole vocabulary,
-    although only codes are predicted;
+    - the loss has label smoothing, and its softmax runs over the whole vocabulary;
     - visible ids enter the decoder as tokens, beside the encoder's output;
-    - x_t is made from a mask that is 1 to 5 entries of nested_mask_ratios() earlier, not exactly one step.
+    - x_t comes from a mask that is 1 to 5 entries of nested_mask_ratios() earlier, not exactly one step.
     """
 
-    takes_labels = reads_ids = False          # ids would be decoded first, and that is not the original image
+    takes_labels = reads_ids = False                            # decoded ids are not the original image
     t_range, best_t = (0, 0, "always 0, since no timestep enters the network"), 0
     stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
-    # One view; and what is read is clamped.
+
     def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
         if image_size != predictor.image_size:
             raise ValueError(f"image size {image_size} is not the predictor's {predictor.image_size}")
@@ -1130,14 +1115,14 @@ class ADDP(MAGE):
         self.token_emb, self.mlm_layer = nn.Embedding(vocab_size, width), Head(width, width, vocab_size)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})  # one patch for each id
         self.token_emb.apply(init_weights), self.mlm_layer.apply(init_weights)
-        # It is a linear layer on patches.
+        # It is a linear layer on patches, and initialised like one.
         nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))
         self.cls_token, self.mask_token = learned_tokens(1, width), learned_tokens(1, width)
         self.pos_embed = learned_tokens(1 + self.length, width)
         self.decoder_pos_mask_embed = learned_tokens(1 + self.length, width)
         self.decoder_pos_token_embed = learned_tokens(1 + self.length, width)
         self.tokenizer_norm, self.dropout = nn.LayerNorm(width, eps=1e-6), nn.Dropout(dropout)
-        # ImageNet's.
+        # Mean and standard deviation of ImageNet's pixels.
         for name, values in (("color_mean", (0.485, 0.456, 0.406)), ("color_std", (0.229, 0.224, 0.225))):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.token_predictor = predictor.requires_grad_(False)
@@ -1155,9 +1140,8 @@ class ADDP(MAGE):
         """Loss of one batch.
 
         x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). Labels are not used
-        index, gap  the entry of nested_mask_ratios() that is masked, one for the batch
-                    (as in the official code), and how
-                    many entries earlier x_t was made, 1 ... 5
+        index, gap  the entry of nested_mask_ratios() that is masked, one for the batch (as in the official
+                    code), and how many entries earlier x_t was made, 1 ... 5
         mask_noise  (B, L): the smallest are masked. All three are drawn if None
         returns     scalar loss, dict of its terms
         """
@@ -1186,8 +1170,8 @@ class ADDP(MAGE):
         return rank < now, rank < earlier, self.length - now
 
     def next_image(self, ids, mask, logits):
-        """x_t (n, 3, S, S), not clamped: codes of visible ids, mean codes under softmax(logits) where masked,
-        decoded."""
+        """x_t (n, 3, S, S), not clamped: decoded from the codes of visible ids and, where masked, from mean
+        codes under softmax(logits)."""
         codes = self.vqgan.quantize.embedding.weight                                        # (K, dim)
         z = torch.where(mask[..., None], logits.softmax(-1) @ codes, codes[ids])            # (n, L, dim)
         return self.vqgan.decode_codes(z.mT.unflatten(2, (self.grid, self.grid)))
