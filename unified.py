@@ -1195,8 +1195,7 @@ class ADDP(MAGE):
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
     def encode(self, x):
-        """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters:
-        masked ids show as blurred patches."""
+        """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters; masked ids show as blur."""
         x = self.patches(x)
         for block in self.blocks:
             x = block(x)
@@ -1224,9 +1223,9 @@ class ADDP(MAGE):
     def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
         """Logits (n, L, K) from the image so far x, None before the first step, and the visible ids.
 
-        count int (n,), on the CPU: how many tokens of each image are masked. While that is all of them,
-        the decoder overwrites whatever the encoder says, and no image is needed. Inpainting begins with what
-        the predictor expects.
+        count int (n,), on the CPU: how many tokens of each image are masked. While that is all of them, the
+        decoder overwrites whatever the encoder says, so no image is needed. Inpainting begins with the
+        predictor's image.
         """
         count = mask.sum(1).cpu() if count is None else count
         if count.min() == self.length:
@@ -1252,9 +1251,8 @@ class ADDP(MAGE):
         """As MAGE's, of pixels (B, 3, S, S), or of ids (B, L), which are decoded. t is 0. Layers of the
         decoder see all ids.
 
-        finetune  True: as the authors fine-tune, without clamp and tokenizer_norm,
-                  although pre-trained with them. S may
-                  then be another multiple of the patch size, for layers of the encoder
+        finetune  True: as the authors fine-tune, without clamp and tokenizer_norm, although pre-trained with
+                  them. S may then be another multiple of the patch size, for layers of the encoder
         """
         x = self.to_pixels(x)
 
@@ -1286,22 +1284,22 @@ class ADDP(MAGE):
 #
 # and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps.
 #
-# Predicting eps is predicting x0: solve the equation for either. In the loss only the weight differs,
-# |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2; with weight 1 on eps it is DDPM's "simple" loss
-# [DDPM, eq. 14].
+# Predicting eps is predicting x0: solve the equation for either. In a loss only the weight differs,
+#
+#     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2          1 on eps: "L_simple" [DDPM, eq. 14]
 #
 # The way back goes to ever larger alpha_bar. A step predicts x0, and with it eps, and mixes them anew:
 #
-#   x_next = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise   [DDIM, eq. 12]
-#    sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)    [DDIM, eq. 16]
+#     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
+#     sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)     [DDIM, 16]
 #
-# eta = 0 adds no noise: DDIM. At eta = 1 sigma^2 is the variance of the posterior q(x_next | xt, x0)
-# [DDPM, eq. 7], and the first two terms are its mean: write eps' = (xt - sqrt(alpha_bar) x0') /
-# sqrt(1 - alpha_bar), and collect the factors of xt and x0'. So eta = 1 is DDPM's ancestral sampling, for
-# neighbouring timesteps and for any others.
+# eta = 0 adds no noise: DDIM. eta = 1 is DDPM's ancestral sampling. For then sigma^2 is the variance of the
+# posterior q(x_next | xt, x0), and the rest is its mean: put
+# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into the second term, and collect xt and x0'
+# [DDPM, eq. 7].
 #
-# In this section alpha_bar is a float64 tensor (B,) or (), on the CPU: some GPUs lack float64,
-# and reading a timestep off any of them would mean waiting. Pixels are in [-1, 1].
+# In this section alpha_bar is a float64 tensor (B,) or (), on the CPU: some GPUs lack float64, and reading a
+# timestep off any of them would mean waiting. Pixels are in [-1, 1].
 
 
 def noise_schedule(name, steps=1000):
@@ -1319,8 +1317,7 @@ def noise_schedule(name, steps=1000):
 
 
 def per_image(a, x):
-    """Float64 numbers (B,) or (), rounded and sent to where pixels x (B, 3, S, S) can be multiplied by
-    them."""
+    """Float64 numbers (B,) or (), as factors of pixels x (B, 3, S, S): of its type, on its device."""
     return to_device(a.to(x.dtype), x.device).view(-1, 1, 1, 1) if a.dim() else a.to(x.dtype)
 
 
@@ -1342,8 +1339,9 @@ def posterior_variance(alpha_bar, alpha_bar_next):
 def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """One step from xt at alpha_bar to alpha_bar_next, given a prediction of x0: the equation above.
 
-    noise  standard normal, like xt        std  like xt: scales the noise instead of sigma, where a network
-           has learned it
+    noise  standard normal, like xt
+    std    like xt: scales the noise instead of sigma, where a network has learned it
+
     With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of
     removing it.
     """
@@ -1368,9 +1366,8 @@ def denoise(predict_x0, noise, alpha_bar, eta=1.0, known=None, mask=None):
     predict_x0   function (x, step) -> x0 in [-1, 1], and std of ddim_step or None
     noise        function k -> standard normal (n, 3, S, S). k = 0 is the start; step s adds number 2 s + 1
     alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
-    known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated.
-                 After each step the known pixels
-                 are put back, with as much noise (number 2 s + 2) as x has by then [RePaint]
+    known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the
+                 known pixels are put back, with as much noise (number 2 s + 2) as x has by then [RePaint]
     """
     x = noise(0)
     for step, (now, after) in enumerate(zip(alpha_bar, [*alpha_bar[1:], torch.ones_like(alpha_bar[0])])):
@@ -1382,8 +1379,7 @@ def denoise(predict_x0, noise, alpha_bar, eta=1.0, known=None, mask=None):
 
 
 def timestep_embedding(t, dim, last, order):
-    """t (B,) -> (B, dim), float32: sines and cosines of t w_j, w_j = 10000^(-j / last) for j = 0 ...
-    dim / 2 - 1.
+    """t (B,) -> (B, dim), float32: sines and cosines of t 10000^(-j / last), j = 0 ... dim / 2 - 1.
 
     UMD and ADM differ in last, dim / 2 - 1 against dim / 2, and in the order, "sin cos" against "cos sin"."""
     w = (-math.log(10000) / last * torch.arange(dim // 2, device=t.device)).exp()           # (dim / 2,)
@@ -1394,17 +1390,18 @@ def timestep_embedding(t, dim, last, order):
 # ------------------------------------------------------------------------------------------------------------
 # 9. UMD, MAE, MaskDiT, DiT: predict masked patches, or the noise, or both
 #
-# A token is now a patch of pixels. A batch has two parts:
+# A token is now a patch of pixels. A batch has two parts, with a loss on each:
 #
-#  clean part  B - N images, t = 0, mask ratio r_0:   L_clean = mean over masked pixels   (x0 - x0')^2   [MAE]
-#    noised part   N images, t = 1 ... T, mask ratio r_t:     L_x0    = mean over masked pixels   (x0 - x0')^2
-#                                                           L_eps   = mean over visible pixels  (eps - eps')^2
-#                                                              (r_t = 0: both over all pixels)
-#     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                 [UMD, section 3]
+#     clean part, B - N images:     t = 0, mask ratio r_0
+#         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
+#     noised part, N images:        t = 1 ... T, mask ratio r_t
+#         L_x0    = mean over masked pixels of (x0 - x0')^2
+#         L_eps   = mean over visible pixels of (eps - eps')^2           (at r_t = 0 both over all pixels)
 #
-# Masking patches teaches the large structure of images, removing noise every scale of detail.
-# If clean images are called t = 0, with alpha_bar_0 = 1, then q_sample covers both parts, and three numbers
-# make four methods of it:
+#     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                [UMD, section 3]
+#
+# Masking patches teaches the large structure of images, removing noise every scale of detail. With t = 0 for
+# clean images, and alpha_bar_0 = 1, q_sample covers both parts, and three numbers make four methods of it:
 #
 #                 clean_ratio (B - N) / B    mask_ratio_clean r_0    mask_ratio_noised r_t
 #     UMD                  0.5                      0.75                  0.375
@@ -1437,16 +1434,14 @@ class ConditionedBlock(Block):
 
 
 def masked_mse(prediction, target, mask):
-    """Mean squared error over the pixels where mask (B, 1, S, S) is True; prediction and target
-    (B, 3, S, S)."""
+    """Mean squared error, both (B, 3, S, S), over the pixels where mask (B, 1, S, S) is True."""
     return ((prediction - target).square() * mask).sum() / (3 * mask.sum())
 
 
 class UMD(Model):
     """Unified masked diffusion (official files: models/ae.py, trainers/train_ae.py of small-vision, in JAX).
 
-    image_size, grid                            S, and patches on a side; S a multiple of grid,
-                                                else ValueError
+    image_size, grid                            S, and patches on a side, which divide S, else ValueError
     width, depth, heads, decoder_depth          encoder and decoder have the same width and heads
     clean_ratio, mask_ratio_clean, mask_ratio_noised        the three numbers of the table above
     classes                                     0, or the number of labels it can be conditioned on
@@ -1456,6 +1451,7 @@ class UMD(Model):
 
     takes_labels = True
     pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
+
     def __init__(self, image_size, grid, width, depth, heads, decoder_depth, clean_ratio, mask_ratio_clean,
                  mask_ratio_noised, classes=0, class_tokens=4):
         super().__init__()
@@ -1467,8 +1463,7 @@ class UMD(Model):
         self.alpha_bar = torch.cat([torch.ones(1).double(), noise_schedule("cosine")])  # (1 + T,), no buffer
         self.max_steps = len(self.alpha_bar) - 1
         self.t_range = (0, self.max_steps, "the timestep, 0 for no noise")
-        # Who never saw a clean image reads one with a little noise best [official].
-        self.best_t = 0 if clean_ratio else 51
+        self.best_t = 0 if clean_ratio else 51                  # a little noise, if it never saw clean images
         self.generates, self.reconstructs = clean_ratio < 1, mask_ratio_clean > 0
 
         patch = image_size // grid
@@ -1479,8 +1474,7 @@ class UMD(Model):
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
         self.decoder_pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
-        # Four equal class tokens. They have no position, so they stay equal: one token that counts four times
-        # in attention.
+        # Four equal class tokens. They have no position, so they stay equal: one that counts four times.
         self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))
         masks = bool(clean_ratio and mask_ratio_clean) or mask_ratio_noised > 0
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masks)
@@ -1694,8 +1688,7 @@ class UMD(Model):
     # ---- representation
 
     def noised(self, x, t, noise=None):
-        """Pixels (B, 3, S, S) in [0, 1] -> xt (B, 3, S, S) at timestep t, and the condition (B, C). noise is
-        eps, drawn if None."""
+        """Pixels (B, 3, S, S) in [0, 1] -> xt at timestep t, and the condition (B, C). noise: eps."""
         xt = q_sample(2 * x - 1, self.alpha_bar[int(t)], torch.randn_like(x) if noise is None else noise)
         return xt, self.condition(torch.full((len(x),), int(t), device=x.device))
 
@@ -1720,34 +1713,32 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# A network that sees the noised image and predicts the noise: a U-Net, of residual blocks,
-# with attention on small maps. Every output on the way down is kept, and joins the input of the block at its
-# mirror on the way up:
+# A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
+# maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
 #
-#     tiny: 32 x 32 x 16    1  2 ---------------------------------------> 12 13     13 blocks; 7 is the middle
-#           16 x 16 x 32         3  4 -----------> 10 11            3, 5: half the side; 9, 11: twice the side
-#          8 x 8 x 64          5  6 ------- 7 -------- 8  9           b reads its mirror's output, 14 - b, too
+#     tiny, 32 x 32 x 16    1  2 ----------------------------------> 12 13       1 ... 13: the blocks
+#           16 x 16 x 32         3  4 -----------------------> 10 11             3, 5 halve the side
+#            8 x 8 x 64               5  6 ----- 7 -----> 8  9                   9, 11 double it
 #
-# The timestep enters every residual block. Nothing is masked and nothing is tokenised. Frozen,
-# the network is a representation, too [DiffSSL]: best soon after the middle, of an image with a little noise.
-# DifFeed, in probe.py, reads it twice, and in the second pass adds what late blocks found to the outputs of
-# their mirrors. (Official files: unet.py, gaussian_diffusion.py, nn.py of guided-diffusion.)
+# Block 8 reads outputs 7 and 6, block 9 reads 8 and 5, and so on. Every residual block reads the timestep.
+#
+# Frozen, the network is a representation, too [DiffSSL]: best soon after the middle, of an image with a
+# little noise. DifFeed, a head in probe.py, runs it twice: in the second pass it adds what late blocks found
+# to the outputs of their mirrors. (Official files: unet.py, gaussian_diffusion.py, nn.py of guided-diffusion.)
 
 
 def zero_init(module):
-    """The layer with all weights 0. As the last one of a branch it makes every block start as the
-    identity."""
+    """The layer with weights 0. As the last one of a branch it makes every block start as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 class ADMResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, E) -> (B, out, h', w'). Official name:
-    ResBlock.
+    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, E) -> (B, out, h', w').
 
-    emb scales and shifts every channel between the convolutions. resize,
-    a layer that halves or doubles the side, acts before the first convolution and on the shortcut.
+    emb scales and shifts every channel between the convolutions. resize, a layer that halves or doubles the
+    side, acts before the first convolution and on the shortcut. Official name: ResBlock.
     """
 
     def __init__(self, inp, out, emb, groups, dropout, resize=None):
@@ -1814,23 +1805,23 @@ class ADMBlock(nn.Sequential):
 #
 # It is learned from the variational bound, in bits per pixel and channel:
 #
-#  L_vb = KL( q(x_(t-1) | xt, x0) || p(x_(t-1) | xt) )  for t > 0,  - log p(x0 | x1)  for t = 0  [DDPM, eq. 5]
+#     L_vb = KL( q(x_(t-1) | xt, x0) || p(x_(t-1) | xt) )          t > 0
+#     L_vb = - log p(x0 | x1)                                      t = 0                         [DDPM, eq. 5]
 #
 # There eps' is detached: L_vb trains the variance alone. The paper's weight 0.001 stands before the sum over
 # 1000 timesteps; one t is drawn here, so the weight is 1.
 
 
 def log_variances(alpha_bar):
-    """log beta~ and log beta at all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0; its logarithm
-    is replaced by that of t = 1."""
+    """log beta~ and log beta of all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0, so its
+    logarithm is replaced by that of t = 1."""
     before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
     small = posterior_variance(alpha_bar, before)
     return torch.cat([small[1:2], small[1:]]).log(), (1 - alpha_bar / before).log()
 
 
 def learned_log_variance(v, t, alpha_bar):
-    """v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> log variance, like v:
-    the interpolation above."""
+    """The interpolation above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
     small, large = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
     return (1 + v) / 2 * large + (1 - v) / 2 * small
 
@@ -1850,8 +1841,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     """Both terms of the loss for each image: squared error of eps, and L_vb in bits. (B,) each.
 
     out  (B, 6, S, S): predictions of eps, and v        x0, xt, eps  (B, 3, S, S), x0 in [-1, 1]
-    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,), which may be shortened, see
-         spaced_timesteps
+    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,); that may be a shortened one
     """
     eps_hat, v = out.chunk(2, 1)
     now, before = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]
