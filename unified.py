@@ -1724,7 +1724,7 @@ class UMD(Model):
 #
 # Frozen, the network is a representation, too [DiffSSL]: best soon after the middle, of an image with a
 # little noise. DifFeed, a head in probe.py, runs it twice: in the second pass it adds what late blocks found
-# to the outputs of their mirrors. (Official files: unet.py, gaussian_diffusion.py, nn.py of guided-diffusion.)
+# to the outputs of their mirrors. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
 
 
 def zero_init(module):
