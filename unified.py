@@ -2582,7 +2582,7 @@ def default_dtype(name):
 
 
 def flag(default, help, least=1, most=2**31 - 1, **more):
-    """A field that parse() makes an option of, numbers from least to most. more: choices, positional=True."""
+    """A field of which parse_flags() makes a flag, with numbers from least to most. more: choices, positional."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
 
 
@@ -2708,7 +2708,7 @@ def load_tokenizer(path):
         return rebuild(config, weights, path), config
 
 
-# Pictures in and out.
+# Images in and out.
 
 
 def to_uint8(x):
@@ -2777,7 +2777,7 @@ def read_image(path, size):
 
 
 def image_grid(x, columns=8, least=1024):
-    """Pictures (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are
+    """Images (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are
     enlarged to about least pixels."""
     n, _, side, _ = x.shape
     columns = min(columns, n)
@@ -2794,7 +2794,7 @@ def image_grid(x, columns=8, least=1024):
 
 # Data sets. Each has: images of one size, labels, class names, and batches(plan): for every
 # (index (B,), crops (B, V) or None) of the plan one (x, labels), x float in [0, 1] of shape (B, V, 3, S, S),
-# or (B, 3, S, S) for the whole picture when crops is None. A crop is named by an integer, so that the same
+# or (B, 3, S, S) for the whole image when crops is None. A crop is named by an integer, so that the same
 # crop comes out on any machine and after any interruption.
 
 
@@ -2807,8 +2807,8 @@ def hash_ints(*values):
 
 
 def crop_boxes(crops, width, height, scale):
-    """Random resized crops: area in scale x the picture, aspect 3/4 .. 4/3, place uniform, flipped every
-    other time; one draw each, clipped to the picture (official file: util/crop.py). int64 (B,) -> left, top,
+    """Random resized crops: area in scale x the image, aspect 3/4 .. 4/3, place uniform, flipped every
+    other time; one draw each, clipped to the image (official file: util/crop.py). int64 (B,) -> left, top,
     width, height, flip: float (B,) each, bool (B,)."""
     area, ratio, x, y, flip = hashed_uniform(crops, 0, 5).unbind(1)
     area = width * height * (scale[0] + area * (scale[1] - scale[0]))
@@ -2824,9 +2824,9 @@ def shuffled(n, *seeds):
 
 class ImageTensor:
     """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time.
-    Attributes as Folder's.
+    Attributes as of ImageFolder.
 
-    scale  share of the area that a crop keeps, (0.2, 1) in the papers
+    scale  fraction of the area that a crop keeps, (0.2, 1) in the papers
     """
 
     def __init__(self, images, labels, classes, scale, device="cpu"):
@@ -2838,7 +2838,7 @@ class ImageTensor:
         return len(self.images)
 
     def batches(self, plan, workers=0, replace=True):
-        """The pictures of the plan, (x, labels) at a time; workers are not needed here,
+        """The images of the plan, (x, labels) at a time; workers are not needed here,
         and all can be read."""
         for index, crops in plan:
             x = self.images[to_device(index, self.images.device)].float() / 255
@@ -2903,7 +2903,7 @@ class ImageFolder(torch.utils.data.Dataset):
             i = hash_ints(index if crops is None else crops[0], draw) % len(self)
 
     def crop(self, image, crops):
-        """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole picture (3, S, S)."""
+        """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole image (3, S, S)."""
         if crops is None:
             return from_image(image, self.size)
         jpeg, views = image.format == "JPEG", []
@@ -3084,7 +3084,7 @@ PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96]
 
 
 def draw_shapes(seeds, size):
-    """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
+    """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
     turned by quarters give or take 9 degrees, always wholly visible."""
     kind, color, radius, cx, cy, turn, wobble = hashed_uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
@@ -3102,7 +3102,7 @@ def draw_shapes(seeds, size):
 
 
 def shapes(train, size):
-    """20,000 pictures to train on or 2,000 others to test on."""
+    """20,000 images to train on or 2,000 others to test on."""
     seeds = torch.arange(20_000) if train else torch.arange(1_000_000, 1_002_000)
     images, labels = zip(*(draw_shapes(part, size) for part in seeds.split(1000)))
     return torch.cat(images), torch.cat(labels), list(SHAPES)
@@ -3264,7 +3264,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
 
     data_dir  where it lies, '' for ./data/<name>        size  S        train  True: training part
               strict  see Folder
-    crop      share of the area that a crop keeps at least; one half and more of shapes,
+    crop      min fraction of the area that a crop keeps; one half and more of shapes,
               since less may show none
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
