@@ -1587,10 +1587,10 @@ class UMD(Model):
         if self.classes:
             if labels is not None and keep_label is None:
                 keep_label = torch.rand(labels.shape, device=t.device) >= (0.1 if self.training else 0.0)
-            shown = no_label = torch.full_like(t, self.classes)
+            label = no_label = torch.full_like(t, self.classes)
             if labels is not None:
-                shown = torch.where(keep_label, labels, no_label)
-            c = c + self.label_embed(shown)
+                label = torch.where(keep_label, labels, no_label)
+            c = c + self.label_embed(label)
         return F.silu(c)
 
     def encode(self, x, c, ids_keep=None):
@@ -1928,17 +1928,17 @@ class ADM(Model):
         self.input_blocks = nn.ModuleList(downs)
         self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order),
                                      residual(width, width))
-        shapes, ups = [*skips, (width, level)], []
+        outputs, ups = [*skips, (width, level)], []
         for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
                 last = bool(level) and j == blocks
                 resize = [residual(out, out, nn.Upsample(scale_factor=2.0))] if last else []
                 ups.append(ADMBlock(residual(width + skips.pop()[0], out), *attend(out, level), *resize))
-                shapes.append((out, level - last))
+                outputs.append((out, level - last))
                 width = out
         self.output_blocks = nn.ModuleList(ups)
         self.layers = {b: (c, image_size >> level, image_size >> level)
-                       for b, (c, level) in enumerate(shapes, 1)}
+                       for b, (c, level) in enumerate(outputs, 1)}
         self.best_layer = min(len(downs) + 2 + 2 * blocks, len(self.layers))            # [DiffSSL]: 24 of 37
         self.out = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(),
                                  zero_init(nn.Conv2d(width, 6, 3, padding=1)))
@@ -2436,7 +2436,7 @@ def fits(v, form, weight, near=False, wait=False):
     return is_tensor(v, kind, shape.split(", "), low, high, weight, near, wait)
 
 
-def sizes(model, a):
+def letters_of(model, a):
     """What the letters in forms stand for, given the arguments a: B images, N of them that are noised or two
     crops each, S, D layers."""
     x, n, m = a.get("x"), a.get("n"), model
@@ -2486,7 +2486,7 @@ def checked(method, args, options, wait=False):
     known = a.get("known") is not None
     if known != (a.get("mask") is not None) or "n" in a and not (known or model.generates):
         raise ValueError("known and mask go together, and a model that cannot start from nothing needs both")
-    size = sizes(model, a)
+    size = letters_of(model, a)
     for key, v in a.items():
         form = form_of(model, method.__name__, key).format(**size)
         if not form or v is None and signature.parameters[key].default is None:
@@ -2541,8 +2541,8 @@ def attention_kernels():
     return contextlib.nullcontext()
 
 
-def run_main(main):
-    """Call main(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and
+def run_main(script):
+    """Call script(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and
     exit code 1."""
     # Gates that start at 0 make gradients whose squares are denormal:
     # a CPU takes ten times as long for those.
@@ -2554,7 +2554,7 @@ def run_main(main):
             stream.reconfigure(errors="backslashreplace")                    # names of files may be any bytes
     try:
         with attention_kernels():
-            main()
+            script()
     except (UserError, OSError) as error:
         if getattr(error, "errno", FULL[0]) not in FULL:
             raise
@@ -2582,7 +2582,7 @@ def default_dtype(name):
 
 
 def flag(default, help, least=1, most=2**31 - 1, **more):
-    """A field of which parse_flags() makes a flag, with numbers from least to most. more: choices, positional."""
+    """A field of which parse_flags() makes a flag, with numbers from least to most. more: choices, say."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
 
 
@@ -2928,11 +2928,11 @@ class ImageFolder(torch.utils.data.Dataset):
         Workers hand over at most a mebibyte at once, in shared memory, of which containers have little: a
         batch comes in several parts.
         """
-        sizes = collections.deque()
+        lengths = collections.deque()
 
         def parts():
             for index, crops in plan:
-                sizes.append(len(index))
+                lengths.append(len(index))
                 crops_of = [None] * len(index) if crops is None else crops.tolist()
                 items = [(i, c, replace) for i, c in zip(index.tolist(), crops_of)]
                 n = max(1, 2**20 // (3 * self.size ** 2 * (1 if crops is None else crops.size(1))))
@@ -2953,9 +2953,9 @@ class ImageFolder(torch.utils.data.Dataset):
                 self.unreadable[i] = self.named[i] = error
             images.append(to_device(x, self.device))
             labels.append(y)
-            if sum(map(len, labels)) == sizes[0]:
+            if sum(map(len, labels)) == lengths[0]:
                 yield torch.cat(images).float().div_(255), torch.cat(labels)
-                sizes.popleft()
+                lengths.popleft()
                 images, labels = [], []
 
 
