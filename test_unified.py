@@ -1953,7 +1953,7 @@ def test_the_smallest_of_the_random_numbers_are_masked_in_every_method():
     u = some_noise(4, 16)
     smallest = u.argsort(1).argsort(1) < 12
     for masked in (masking(mage(), some_ids(mage()), 0.75, u)[1], addp().nested_masks(some_ids(mage()), 20, 1, u)[0],
-                   umd().pixel_mask(umd().random_masking(u, 0.75))[:, 0, ::4, ::4].flatten(1)):
+                   umd().pixel_mask(umd().visible_patches(u, 0.75))[:, 0, ::4, ::4].flatten(1)):
         assert masked.equal(u.argsort(1).argsort(1) < masked[0].sum()) and masked.any() and not masked.all()
     assert masked.equal(smallest)
 
