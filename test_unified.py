@@ -4857,10 +4857,10 @@ def test_a_mask_says_what_a_box_says_and_is_cropped_like_the_image(photos, finis
         one = paint("a" + "".join(more), "--mask", masks[0], *more)
         assert (one == paint("b" + "".join(more), "--box", "8,4,20,12", *more)).all()
     assert (paint("c", "--mask", *masks[:2]) == paint("d", "--box", "8,4,20,12", "0,0,32,16")).all()
-    assert "nothing to paint" in paint("e", "--mask", masks[2], expect=2)
-    assert "nothing to paint" in paint("e", "--box", "0,0,32,32", "--outside", expect=2)
+    assert "nothing to inpaint" in paint("e", "--mask", masks[2], expect=2)
+    assert "nothing to inpaint" in paint("e", "--box", "0,0,32,32", "--outside", expect=2)
     assert "either --box" in paint("e", "--mask", masks[0], "--box", "8,4,20,12", expect=2)
-    assert "3 holes for 2" in paint("e", "--mask", *masks, expect=2)
+    assert "3 masks or boxes for 2" in paint("e", "--mask", *masks, expect=2)
 
 
 def test_progress_counts_passes_through_the_network(photos, finished, diffused, tmp_path):
