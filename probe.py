@@ -13,8 +13,7 @@
 
 Every accuracy stands beside two others, got in the same way: from the raw pixels, unless the head needs
 feature maps, and from the same network untrained. What they reach needs no training. Results are appended
-to probe.jsonl in the run's folder. The test set is read once and chooses nothing: places and penalties
-are chosen on training images.
+to probe.jsonl in the run's folder. The test set is read once; training images choose places and penalties.
 
     1  Heads computed in one go    knn, fewshot, ridge
     2  Heads that are trained      linear, mlp, attention and difformer, diffeed, finetune
@@ -126,8 +125,7 @@ def knn(x, y, x_test, y_test, k=20, temperature=0.07):
     return hits.item() / len(y_test)
 
 
-# Few-shot: some images of each class, three draws of them. Two closed-form fits, UMD's and one for very
-# few images.
+# Few-shot: some images of each class, drawn three times. Two closed-form fits, UMD's and one for very few.
 
 
 def fewshot(x, y, x_test, y_test, classes, cfg):
@@ -147,8 +145,7 @@ def fewshot(x, y, x_test, y_test, classes, cfg):
 
 
 def draw_shots(y, shots, seed):
-    """Numbers of `shots` random images of each class, or of all it has: labels int (N,) -> int (shots *
-    classes,)."""
+    """Labels int (N,) -> numbers of `shots` random images of each class, or of all it has: int (n,)."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     return torch.cat([order[y[order] == label][:shots] for label in y.unique()])
 
@@ -173,8 +170,8 @@ def fewshot_ridge(x, y, x_test, y_test, penalties=(1e-3, 1e-2, 1e-1, 1.0, 10.0))
     """Accuracy of ridge regression from a handful of images, too few to hold any out.
 
     The penalty is chosen by leave-one-out, whose errors need no second fit: residual / (1 - leverage),
-    from one singular value decomposition x = u s v. Features are centred but not scaled: the deviation of
-    ten values means little.
+    from one singular value decomposition x = u s v. Features are not scaled: the deviation of ten values
+    means little.
     """
     target = F.one_hot(y).float()
     mean, target_mean = x.mean(0), target.mean(0)
@@ -194,8 +191,7 @@ def fewshot_ridge(x, y, x_test, y_test, penalties=(1e-3, 1e-2, 1e-1, 1.0, 10.0))
 #
 #     W = (X^T X + N penalty I)^-1 X^T Y        X standardised features and a column of ones, Y one-hot labels
 #
-# Both products are sums over images, so all places of a network, equally wide, are probed in the products
-# of one.
+# Both products are sums over images. Places that are equally wide are probed in one batched product.
 
 
 def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
@@ -218,9 +214,8 @@ def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
 
 
 def moments(x, y, mean, std, classes):
-    """X^T X (..., C + 1, C + 1) and X^T Y (..., C + 1, classes) of features x (..., N, C) and labels y
-    (N,); X has a column of ones behind x. In float64, a chunk at a time, since a copy of x in float64 may
-    not fit."""
+    """Features x (..., N, C), labels y (N,) -> X^T X (..., C + 1, C + 1), X^T Y (..., C + 1, classes).
+    In float64, a chunk at a time, since a copy of x in float64 may not fit."""
     gram, cross = 0, 0
     for x, y in zip(x.split(2048, -2), y.split(2048)):
         x = F.pad((x - mean) / std, (0, 1), value=1.0).double()
@@ -243,8 +238,7 @@ def where_float64_is(*tensors):
 # ----------------------------------------------------------------------------------------------------------
 # 2. Heads that are trained
 #
-# Each turns what is read into a vector z (B, D), and ends in a linear layer of that name: logits (B,
-# classes).
+# Each turns what is read into a vector z (B, D), and `linear` turns z into logits (B, classes).
 
 
 class Head(nn.Module):
@@ -261,9 +255,9 @@ class Head(nn.Module):
 
 
 class ProbeHead(Head):
-    """The linear probe: BatchNorm without parameters of its own, then a linear layer: (B, dim) -> (B,
-    classes) [MAE, appendix A] (official file: main_linprobe.py). Normalised features of any scale learn
-    at one learning rate."""
+    """The linear probe: BatchNorm without parameters, then a linear layer: (B, dim) -> (B, classes). The
+    norm lets one learning rate serve features of any scale. [MAE, appendix A]
+    (official file: main_linprobe.py)"""
 
     def __init__(self, dim, classes):
         super().__init__()
@@ -291,8 +285,7 @@ class MLPHead(Head):
 
 
 class HeadBlock(unified.Block):
-    """A transformer block as DiffSSL has it: PyTorch's own initialisation and eps of 1e-5, no bias for q,
-    k and v."""
+    """A transformer block as DiffSSL has it: PyTorch's own initialisation and eps, no bias for q, k, v."""
 
     def __init__(self, dim, heads, ratio):
         super().__init__(dim, heads)
@@ -381,17 +374,16 @@ class DifFeed(Head):
 
     def read(self, x, *noise):
         maps = []
-        for (t, layers), noise in zip(self.head.steps.items(), noise):
+        for (t, layers), eps in zip(self.head.steps.items(), noise):
             with torch.no_grad():
-                late = self.features(x, t, list(self.feedback), {}, noise)
-            maps += self.features(x, t, layers, self.fed_back(late), noise)
+                late = self.features(x, t, list(self.feedback), {}, eps)
+            maps += self.features(x, t, layers, self.fed_back(late), eps)
         return self.head.read(*maps)
 
 
 def feedback_of(model, cfg):
-    """{late layer: its mirror} for DifFeed: --feedback or, as DiffSSL chose, the last layer of each map
-    size whose mirror has that size, the first layer spared; all such layers, where there is one size
-    only."""
+    """{late layer: its mirror} for DifFeed: of --feedback or, as DiffSSL chose, of the last layer of each map
+    size that the mirror has, too, without the first layer's; of all such layers if there is one size only."""
     late = [b for b in model.layers if model.mirror(b) < b]
     chosen = parse_numbers(cfg.feedback, int, "--feedback")
     for b in chosen:
@@ -407,9 +399,8 @@ def feedback_of(model, cfg):
 
 
 class FineTuned(Head):
-    """The whole network learns the classes, below a linear layer on the mean of its best layer's map; its
-    tokenizer stays as it is [MAE, appendix A] (official file: main_finetune.py). read(x) takes images (B,
-    3, S, S)."""
+    """The network itself learns, below a linear layer on the mean of its best layer's map; its tokenizer
+    stays as it is. read(x) takes images (B, 3, S, S). [MAE, appendix A] (official file: main_finetune.py)"""
 
     def __init__(self, net, classes, cfg):
         super().__init__()
@@ -454,8 +445,7 @@ def map_head(model, places, classes, cfg):
 # ----------------------------------------------------------------------------------------------------------
 # 3. Training
 #
-# One loop for all heads. Recipes: images a step, epochs, learning rate for 256 images; None is filled in
-# by fit_recipe.
+# One loop for all heads. lr is for 256 images a step; fit_recipe fills in where it is None.
 
 RECIPES = {
     "linear": dict(batch_size=4096, epochs=90, lr=None),        # of MAE and MAGE
@@ -497,8 +487,7 @@ def fit_recipe(cfg, images):
 
 
 def lr_at(epoch, cfg):
-    """Learning rate at an epoch, which may be a fraction. As published: warm-up and a cosine or, for SGD,
-    a tenth after each quarter."""
+    """Learning rate at an epoch, fractions included: warm-up and a cosine or, for SGD, a tenth a quarter."""
     peak = cfg.lr * cfg.batch_size / 256
     if cfg.sgd:
         return peak * 0.1 ** int(4 * epoch / cfg.epochs)
@@ -630,8 +619,7 @@ def cached_batches(features, y, cfg):
 
 
 def fresh_batches(read, data, index, cfg):
-    """epoch -> the same of features that are computed anew, with --augment and in fine-tuning from fresh
-    random crops."""
+    """The same of features that are computed anew, from random crops with --augment and in fine-tuning."""
     def batches(epoch):
         order = index[unified.shuffled(len(index), cfg.seed, epoch)]
         mine = [local_shard(batch) for batch in order.split(cfg.batch_size)[:len(index) // cfg.batch_size]]
@@ -700,8 +688,7 @@ class Place(typing.NamedTuple):
 
 
 def reader(nets, places, cfg, comparable=False):
-    """The reader of what --head needs of nets, {name: model}, and of 'pixels'; comparable as for
-    feature_vectors()."""
+    """Reads what --head needs of nets, {name: model}, and of 'pixels'. comparable: see feature_vectors()."""
     @torch.no_grad()
     def read(x, names):
         seeds = unified.to_device(unified.hash_ints(cfg.seed, names), x.device)
@@ -718,8 +705,7 @@ def reader(nets, places, cfg, comparable=False):
 
 
 def read_network(model, places, x, seeds, cfg, comparable):
-    """What --head needs of one network: vectors or maps of the places or, for DifFeed, what it computes
-    maps from."""
+    """Vectors or maps of one network at the places or, for DifFeed, what it computes maps from."""
     if cfg.head == "diffeed":
         return {"x": x, **{t: noise_of(model, t, seeds) for t in by_t(places)}}
     if cfg.head in ON_MAPS:
@@ -741,8 +727,7 @@ def features_of(features, name):
 
 
 def feature_maps(model, places, x, seeds):
-    """Images x (B, 3, S, S), or their ids (B, L) -> yields (place, map (B, C, h, w)); one pass through
-    the network a t."""
+    """Images x (B, 3, S, S), or ids (B, L) -> yields (place, map (B, C, h, w)); one pass for each t."""
     for t, at_t in by_t(places).items():
         layers = sorted({place.layer for place in at_t})
         maps = dict(zip(layers, model.features(x, t, layers, noise=noise_of(model, t, seeds))))
@@ -772,8 +757,7 @@ def pool_cells(m, side):
 
 
 def pixel_vectors(x):
-    """(B, 3, S, S) -> (B, 3 * S * S); larger images averaged down to 32 pixels, where a closed-form fit
-    takes seconds."""
+    """(B, 3, S, S) -> (B, 3 * S * S), with S at most 32: a closed-form fit then still takes seconds."""
     return pool_cells(x, 32).flatten(1)
 
 
@@ -803,8 +787,7 @@ def autocast(cfg):
 # ----------------------------------------------------------------------------------------------------------
 # 5. The search for a place
 #
-# Where to read? Ridge regression on nine tenths of the training images is scored on the other tenth, for
-# every candidate.
+# For every candidate, ridge regression on nine tenths of the training images is scored on the other tenth.
 
 ONE_PLACE = ("ridge", "linear", "knn", "fewshot", "mlp", "attention")   # these heads read the best place
 CHOICE = 10_000             # training images for the search at most: all places of one t must fit into memory
@@ -812,8 +795,7 @@ SWEEP = (0, 0.01, 0.03, 0.05, 0.09, 0.15, 0.3, 0.5)             # of the largest
 
 
 def places_to_read(model, cfg):
-    """All combinations of --layers, --t and --pool. The class position is only read where the model
-    itself would."""
+    """All combinations of --layers, --t and --pool; the class position only where the model reads it."""
     layers, ts = parse_numbers(cfg.layers, int, "--layers"), parse_numbers(cfg.t, float, "--t")
     searched = bool(layers or ts or cfg.sweep)
     if cfg.head in ON_MAPS:
@@ -871,8 +853,7 @@ def choose(model, places, train_set, index, cfg):
 
 
 def score_places(vectors, y, held):
-    """{place: vectors (N, C)} -> {place: accuracy of ridge on the first `held` images, fitted on the
-    others}."""
+    """{place: vectors (N, C)} -> {place: accuracy of ridge on the first `held` images, fitted on others}."""
     scores = {}
     for width in {v.size(1) for v in vectors.values()}:                 # equally wide ones in one product
         places = [place for place, v in vectors.items() if v.size(1) == width]
@@ -894,8 +875,7 @@ def print_scores(scores, best):
 
 
 def heat_map(scores, best, title, w=36, h=26):
-    """The same as a PIL image: a column a layer, a row a t and pooling, the darker the better, the best
-    one framed."""
+    """{place: accuracy} -> PIL image: a column a layer, a row a t and pooling, dark is good, a frame best."""
     columns, rows = sorted({place.layer for place in scores}), distinct(place[1:] for place in scores)
     left, top, low, high = 90, 60, min(scores.values()), max(scores.values())
     image = PIL.Image.new("RGB", (max(left + w * len(columns), 480) + 20, top + h * len(rows) + 20), "white")
@@ -1006,8 +986,7 @@ def nested_dims(width):
 
 
 def compare_finetuned(nets, train_set, index, test_set, cfg):
-    """compare() for fine-tuning, with the published layer decay for large and base; from scratch without
-    any."""
+    """compare() for fine-tuning, with the layer decay published for large and base, none from scratch."""
     decay = 0.75 if nets["model"].best_layer >= 24 else 0.65
     tuned = finetune(nets["model"], train_set, index, test_set, decay, "fine-tuning", cfg)
     fresh = finetune(nets["untrained"], train_set, index, test_set, 1.0, "from scratch", cfg)
@@ -1114,8 +1093,7 @@ def results_folder(run):
 
 
 def untrained(model, config):
-    """The same network with fresh weights of seed 0. It keeps the trained tokenizer, whose features are
-    not what is in question."""
+    """The same network with fresh weights of seed 0, but the trained tokenizer, which is not in question."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh = unified.build(config["arch"])
@@ -1214,6 +1192,7 @@ def map_images(function, data, count=None, workers=0, device="cpu", name=None):
     index = torch.arange(len(data))
     if count and count < len(data):
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
+
     def read(x, names):
         return {"": function(x).cpu()}
     features, labels = read_images(read, data, index, workers, device, name)
