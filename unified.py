@@ -12,20 +12,20 @@ nothing, it is generation.
                                  half: noise added, 37.5 % masked
     ADM      pixels              noise added                             the noise, and its variance
 
-MAE, MaskDiT and DiT are UMD with other numbers. How a model is used:
+UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model is used:
 
     import unified
     vqgan = unified.build(unified.tokenizer_config("toy", stride=8, codes=128))     # a fresh tokenizer
     model = unified.MAGE(vqgan, image_size=32, **unified.MAGE_SIZES["tiny"])        # and a fresh MAGE
-    model, config = unified.load_model("out/shapes-mage")                           # or a trained one
+    model, config = unified.load_model("out/shapes-mage")                           # or one of train.py
 
     loss, logs = model(x)                           # x (B, 3, 32, 32) in [0, 1], or its token ids (B, L)
     loss.backward()
-    x = model.sample(16, seeds=0)                   # (16, 3, 32, 32) in [0, 1]
+    x = model.eval().sample(16, seeds=0)            # (16, 3, 32, 32) in [0, 1]
     z = model.embed(x)                              # (16, C), what a linear probe reads
     maps = model.features(x, layers=[2, 4])         # [(16, C, 4, 4), ...], after any block
 
-`python unified.py` trains a tokenizer and MAGE on drawn shapes in a minute or two; its loop is section 14.
+`python unified.py` trains a tokenizer and MAGE on drawn shapes, on a CPU, in a minute or two: section 14.
 
     1  Attention and blocks        every token attends to every other token
     2  The VQ tokenizer            image -> token ids -> image
@@ -47,7 +47,7 @@ Sizes    B images; n, when they are generated           L tokens of an image, on
          K entries of the codebook                      S pixels on a side of an image
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding
-         x0, eps, xt clean pixels, noise, and their mixture at timestep t of T
+         x0, eps, xt clean pixels, noise, and their mixture at timestep t of T (in decoding: step t of T)
          alpha_bar how much of x0 is left in xt
 
 Pixels are floats in [0, 1] wherever they enter or leave; [-1, 1] is used where noise is added. Masks are
@@ -358,7 +358,7 @@ class VQGAN(nn.Module):
 # Training the tokenizer. The loss is a weighted sum of these terms, where sg is stop-gradient and
 # p = softmax(-distances / 0.01):
 #
-#     l1, l2         |x' - x|, (x' - x)^2
+#     l1, l2         |x' - x|, (x' - x)^2         all of them means over pixels or channels
 #     commitment     ||z - sg(e_id)||^2           pulls z towards its code                     [VQ-VAE, eq. 3]
 #     codebook       ||sg(z) - e_id||^2           pulls the code towards z                     [VQ-VAE, eq. 3]
 #     coverage       ||e_k - sg(nearest z)||^2    pulls every code, used or not, to where z are         [ours]
@@ -455,7 +455,7 @@ class TokenizerTraining(nn.Module):
 
     def adversarial_losses(self, x, y, reconstruction):
         """Hinge losses of generator and discriminator. The former is scaled so that, at the decoder's last
-        layer, its gradient is as long as that of the reconstruction loss [VQGAN, eq. 7]."""
+        layer, its gradient is as long as that of the reconstruction, l1 + l2 unweighted [VQGAN, eq. 7]."""
         frozen = {k: p.detach() for k, p in self.discriminator.named_parameters()}
         generator = -torch.func.functional_call(self.discriminator, frozen, (y,)).mean()
         last = self.vqgan.decoder.conv_out.weight
@@ -476,8 +476,11 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# The class below is the whole contract; the scripts read nothing else off a model. A method of your own is a
-# subclass and a row in MODELS, section 11. On a first reading, skim this section and go on to the next.
+# The class below is the whole contract: the scripts read nothing else off a model. It is here because Python
+# wants it before its subclasses; on a first reading, go on to section 4.
+#
+# A method of your own is a subclass and a row in MODELS, section 11. README.md has a complete one ("To add a
+# method"). It may stand at the end of this file, where all scripts find it.
 
 
 class Model(nn.Module):
@@ -496,7 +499,7 @@ class Model(nn.Module):
     layers: dict                        # {layer: (channels, h, w)} of all blocks, counted from 1
     best_layer: int                     # the layer that the authors read, and best_t the timestep
 
-    # With defaults:
+    # With defaults. If transformer blocks are called `blocks`, --init-encoder and layer decay find them.
     best_t = 0
     t_range = (0, 0, "always 0")        # min and max of t in features(), and what t is; int for a timestep
     pools = ("mean",)                   # poolings that embed() knows, the authors' first
@@ -557,48 +560,6 @@ def guarded(method):
     return functools.wraps(method)(lambda *args, **options: checked(method, args, options))
 
 
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, h)}.
-
-    x          tokens (B, ., C), of which the slice patches are the h x h patches of the image, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, h)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * h, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, h)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, class tokens first
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
-
-
-def groups_of_equal_length(counts):
-    """Images that may share a batch, since a batch has one number of tokens: counts of tokens int (n,), on
-    the CPU -> yields (count, which images have it int (m,))."""
-    for count in sorted(set(counts.tolist())):
-        yield count, (counts == count).nonzero().flatten()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 4. Masking and unmasking
 #
@@ -648,16 +609,16 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 # Generation starts with all tokens masked. Step t of T predicts every masked token, keeps the predictions
 # that are most confident, and masks the others again. Their number falls along a cosine [MaskGIT, 3.2]:
 #
-#     num_masked(t) = floor(n cos(pi t / 2T))            n = tokens masked at the start
+#     num_masked(t) = floor(n0 cos(pi t / 2T))           n0 = tokens masked at the start
 #
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 0     few at first, while predictions are poor
 #
 #     ids            _    _    a    _    b        _ is [MASK]; tokens that are visible stay
 #     prediction     c    d    .    e    .        sampled from p, for every masked token
-#     confidence    .9   .2   inf  .4   inf       log p + temperature (1 - t/T) Gumbel
+#     confidence   -.1 -1.6   inf -.9   inf       log p + temperature (1 - t/T) Gumbel
 #     ids            c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
-# The Gumbel noise keeps images from all turning out alike. It falls to 0 in the last step.
+# The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0.
 
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
@@ -667,12 +628,14 @@ def num_masked(initial, masked, step, steps, schedule="cosine", round_up=False):
 
     initial, masked  how many were masked at the start, and before this step
     step, steps      t - 1, counted from 0; and T
-    schedule         "cosine", "linear", or a function (t, T) -> the ratio of n that stays masked
+    schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
+
+    As in the official codes at least one stays masked, also at t = T: sample_steps() then keeps it.
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
     wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(masked - 1)
-    return wanted.clamp(min=1).minimum(masked)                  # one is left for the last step, if any is
+    return wanted.clamp(min=1).minimum(masked)
 
 
 def unmask(logits, ids, mask, masked, u, noise, order=None):
@@ -680,7 +643,8 @@ def unmask(logits, ids, mask, masked, u, noise, order=None):
 
     logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    masked int (n,): how many to mask again
     u (n, L)     in (0, 1), samples the ids            noise (n, L)    is added to the confidence
-    order        None, or a function of the confidence (n, L): what comes out smallest is masked again
+    order        None, or a function of the confidence -> float (n, L), whose smallest are masked again. With
+                 lambda c: -rank.expand_as(c), rank float (L,), tokens are kept in the order of their rank
     returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
@@ -711,7 +675,11 @@ def unmask(logits, ids, mask, masked, u, noise, order=None):
 #
 #     0 ... K-1 codes  |  K ... labels  |  fake class  |  [MASK]
 #
-# In published files the fake class has no id of its own: it shares that of class 76.
+# In published files the fake class has no id of its own: it shares that of class 76. In training one label in
+# ten is replaced by it, so the network also knows images of no class in particular. Generation can then go
+# beyond what the label c asks for, by classifier-free guidance with weight w [CFG]:
+#
+#     logits = logits(fake class) + w (logits(c) - logits(fake class))               w = 1: as trained
 
 
 class TokenEmbedding(nn.Module):
@@ -861,8 +829,8 @@ class MAGE(Model):
         return self.vqgan.encode(x).flatten(1) if x.is_floating_point() else x.long()
 
     def input_ids(self, ids, mask, labels=None, keep_label=None):
-        """Ids (B, L) -> what the encoder reads (B, 1 + L): the class id first, [MASK] where masked. In
-        training one label in ten is replaced by the fake class, which classifier-free guidance needs."""
+        """Ids (B, L) -> what the encoder reads (B, 1 + L): the class id first, [MASK] where masked. Where
+        keep_label is False the fake class replaces the label; if None, for one in ten in training."""
         class_id = torch.full_like(ids[:, :1], self.fake_id)                                # (B, 1)
         if labels is not None:
             if keep_label is None:
@@ -881,8 +849,8 @@ class MAGE(Model):
         return self.norm(x)
 
     def decode(self, latent, *masking, vocab_size=None):
-        """Latent (B, 1 + M, C) -> logits (B, L, K), or over the first vocab_size ids. masking: arguments of
-        decoder_input."""
+        """Latent (B, 1 + M, C) -> logits (B, L, K), or over the first vocab_size ids. masking: what
+        decoder_input takes besides, here mask and ids_keep, in ADDP ids, mask and visible."""
         x = self.decoder_input(latent, *masking)
         for block in self.decoder_blocks:
             x = block(x)
@@ -915,7 +883,7 @@ class MAGE(Model):
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
         temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, less for fewer (ours)
         labels        int (n,), or None
-        guidance      w of classifier-free guidance, see logits(); grows from 1 to w during the steps
+        guidance      w of classifier-free guidance; it grows from 1 during the steps, linearly
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked; ADDP was published with "linear" and 256 steps
@@ -947,20 +915,17 @@ class MAGE(Model):
         return steps or min(20, self.length)
 
     def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
-        """Logits (n, L, K) of masked ids (n, L). Nothing is dropped here: the encoder reads every [MASK].
-
-        With a label, classifier-free guidance [CFG]: w moves the logits from those without label, u,
-        through those with it, c, and beyond: u + w (c - u). x and count are for ADDP, see there.
-        """
+        """Logits (n, L, K) of masked ids (n, L), with classifier-free guidance. Nothing is dropped here: the
+        encoder reads every [MASK]. x and count are for ADDP, see there."""
         def conditional(labels):
             return self.decode(self.encode(self.input_ids(ids, mask, labels)), mask)
         if labels is None or guidance == 1:
             return conditional(labels)
-        u = conditional(None)
-        return u + guidance * (conditional(labels) - u)
+        unconditional = conditional(None)                                                   # the fake class
+        return unconditional + guidance * (conditional(labels) - unconditional)
 
     def next_image(self, ids, mask, logits):
-        """The image that the next step reads: none, MAGE reads ids."""
+        """The image (n, 3, S, S) that the next step reads. MAGE reads ids, so it is None; see ADDP."""
 
     @torch.no_grad()
     def render(self, state):
@@ -1099,7 +1064,8 @@ class ADDP(MAGE):
     It differs from the paper's figure 4, as the official code does:
     - the loss has label smoothing, and its softmax runs over the whole vocabulary;
     - visible ids enter the decoder as tokens, beside the encoder's output;
-    - x_t comes from a mask that is 1 to 5 entries of nested_mask_ratios() earlier, not exactly one step.
+    - x_t comes from a mask that is 1 to 5 entries of nested_mask_ratios() larger, if there are as many larger
+      ones, not from exactly one step before.
     """
 
     takes_labels = reads_ids = False                            # decoded ids are not the original image
@@ -1141,7 +1107,7 @@ class ADDP(MAGE):
 
         x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). Labels are not used
         index, gap  the entry of nested_mask_ratios() that is masked, one for the batch (as in the official
-                    code), and how many entries earlier x_t was made, 1 ... 5
+                    code); x_t comes from entry index + gap, earlier in generation, gap 1 ... 5
         mask_noise  (B, L): the smallest are masked. All three are drawn if None
         returns     scalar loss, dict of its terms
         """
@@ -1195,8 +1161,7 @@ class ADDP(MAGE):
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
     def encode(self, x):
-        """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters:
-        masked ids show as blurred patches."""
+        """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters; masked ids show as blur."""
         x = self.patches(x)
         for block in self.blocks:
             x = block(x)
@@ -1224,9 +1189,9 @@ class ADDP(MAGE):
     def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
         """Logits (n, L, K) from the image so far x, None before the first step, and the visible ids.
 
-        count int (n,), on the CPU: how many tokens of each image are masked. While that is all of them,
-        the decoder overwrites whatever the encoder says, and no image is needed. Inpainting begins with what
-        the predictor expects.
+        count int (n,), on the CPU: how many tokens of each image are masked. If that is all of them, the
+        decoder reads mask tokens only, and the encoder is skipped. Inpainting begins with the predictor's
+        image.
         """
         count = mask.sum(1).cpu() if count is None else count
         if count.min() == self.length:
@@ -1252,9 +1217,8 @@ class ADDP(MAGE):
         """As MAGE's, of pixels (B, 3, S, S), or of ids (B, L), which are decoded. t is 0. Layers of the
         decoder see all ids.
 
-        finetune  True: as the authors fine-tune, without clamp and tokenizer_norm,
-                  although pre-trained with them. S may
-                  then be another multiple of the patch size, for layers of the encoder
+        finetune  True: as the authors fine-tune, without clamp and tokenizer_norm, although pre-trained with
+                  them. S may then be another multiple of the patch size, for layers of the encoder
         """
         x = self.to_pixels(x)
 
@@ -1286,22 +1250,25 @@ class ADDP(MAGE):
 #
 # and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps.
 #
-# Predicting eps is predicting x0: solve the equation for either. In the loss only the weight differs,
-# |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2; with weight 1 on eps it is DDPM's "simple" loss
-# [DDPM, eq. 14].
+# Predicting eps is predicting x0: solve the equation for either. In a loss only the weight differs,
+#
+#     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2          1 on eps: "L_simple" [DDPM, eq. 14]
 #
 # The way back goes to ever larger alpha_bar. A step predicts x0, and with it eps, and mixes them anew:
 #
-#   x_next = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise   [DDIM, eq. 12]
-#    sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)    [DDIM, eq. 16]
+#     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
+#     sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)     [DDIM, 16]
 #
-# eta = 0 adds no noise: DDIM. At eta = 1 sigma^2 is the variance of the posterior q(x_next | xt, x0)
-# [DDPM, eq. 7], and the first two terms are its mean: write eps' = (xt - sqrt(alpha_bar) x0') /
-# sqrt(1 - alpha_bar), and collect the factors of xt and x0'. So eta = 1 is DDPM's ancestral sampling, for
-# neighbouring timesteps and for any others.
+# eta = 0 adds no noise: DDIM. eta = 1 is DDPM's ancestral sampling. For then sigma^2 is the variance of the
+# posterior q(x_next | xt, x0), and the rest is its mean [DDPM, eq. 7]. To see it, put
+# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into the second term, whose root goes away:
 #
-# In this section alpha_bar is a float64 tensor (B,) or (), on the CPU: some GPUs lack float64,
-# and reading a timestep off any of them would mean waiting. Pixels are in [-1, 1].
+#     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 alpha_bar / alpha_bar_next / (1 - alpha_bar)
+#
+# and the factor of xt becomes sqrt(alpha_bar / alpha_bar_next) (1 - alpha_bar_next) / (1 - alpha_bar).
+#
+# In this section alpha_bar is a float64 tensor (B,) or (), on the CPU: some GPUs lack float64, and reading a
+# timestep off any of them would mean waiting. Pixels are in [-1, 1].
 
 
 def noise_schedule(name, steps=1000):
@@ -1319,8 +1286,7 @@ def noise_schedule(name, steps=1000):
 
 
 def per_image(a, x):
-    """Float64 numbers (B,) or (), rounded and sent to where pixels x (B, 3, S, S) can be multiplied by
-    them."""
+    """Float64 numbers (B,) or (), as factors of pixels x (B, 3, S, S): of its type, on its device."""
     return to_device(a.to(x.dtype), x.device).view(-1, 1, 1, 1) if a.dim() else a.to(x.dtype)
 
 
@@ -1342,8 +1308,10 @@ def posterior_variance(alpha_bar, alpha_bar_next):
 def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """One step from xt at alpha_bar to alpha_bar_next, given a prediction of x0: the equation above.
 
-    noise  standard normal, like xt        std  like xt: scales the noise instead of sigma, where a network
-           has learned it
+    noise  standard normal, like xt
+    std    like xt: scales the noise instead of sigma, where a network has learned it; the
+           mean keeps sigma
+
     With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of
     removing it.
     """
@@ -1368,9 +1336,8 @@ def denoise(predict_x0, noise, alpha_bar, eta=1.0, known=None, mask=None):
     predict_x0   function (x, step) -> x0 in [-1, 1], and std of ddim_step or None
     noise        function k -> standard normal (n, 3, S, S). k = 0 is the start; step s adds number 2 s + 1
     alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
-    known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated.
-                 After each step the known pixels
-                 are put back, with as much noise (number 2 s + 2) as x has by then [RePaint]
+    known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the
+                 known pixels are put back, with as much noise (number 2 s + 2) as x has by then [RePaint]
     """
     x = noise(0)
     for step, (now, after) in enumerate(zip(alpha_bar, [*alpha_bar[1:], torch.ones_like(alpha_bar[0])])):
@@ -1381,30 +1348,30 @@ def denoise(predict_x0, noise, alpha_bar, eta=1.0, known=None, mask=None):
         yield Denoising(x)
 
 
-def timestep_embedding(t, dim, last, order):
-    """t (B,) -> (B, dim), float32: sines and cosines of t w_j, w_j = 10000^(-j / last) for j = 0 ...
-    dim / 2 - 1.
+def timestep_embedding(t, dim, last, layout):
+    """t (B,) -> (B, dim), float32: sines and cosines of t 10000^(-j / last), j = 0 ... dim / 2 - 1.
 
-    UMD and ADM differ in last, dim / 2 - 1 against dim / 2, and in the order, "sin cos" against "cos sin"."""
+    UMD and ADM differ in last, dim / 2 - 1 against dim / 2, and in layout, "sin cos" against "cos sin"."""
     w = (-math.log(10000) / last * torch.arange(dim // 2, device=t.device)).exp()           # (dim / 2,)
     phase = t.float()[:, None] * w                                                          # (B, dim / 2)
-    return torch.cat([phase.sin(), phase.cos()] if order == "sin cos" else [phase.cos(), phase.sin()], 1)
+    return torch.cat([phase.sin(), phase.cos()] if layout == "sin cos" else [phase.cos(), phase.sin()], 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 9. UMD, MAE, MaskDiT, DiT: predict masked patches, or the noise, or both
 #
-# A token is now a patch of pixels. A batch has two parts:
+# A token is now a patch of pixels. A batch has two parts, with a loss on each:
 #
-#  clean part  B - N images, t = 0, mask ratio r_0:   L_clean = mean over masked pixels   (x0 - x0')^2   [MAE]
-#    noised part   N images, t = 1 ... T, mask ratio r_t:     L_x0    = mean over masked pixels   (x0 - x0')^2
-#                                                           L_eps   = mean over visible pixels  (eps - eps')^2
-#                                                              (r_t = 0: both over all pixels)
-#     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                 [UMD, section 3]
+#     clean part, B - N images:     t = 0, mask ratio r_0
+#         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
+#     noised part, N images:        t = 1 ... T, mask ratio r_t
+#         L_x0    = mean over masked pixels of (x0 - x0')^2
+#         L_eps   = mean over visible pixels of (eps - eps')^2           (at r_t = 0 both over all pixels)
 #
-# Masking patches teaches the large structure of images, removing noise every scale of detail.
-# If clean images are called t = 0, with alpha_bar_0 = 1, then q_sample covers both parts, and three numbers
-# make four methods of it:
+#     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                [UMD, section 3]
+#
+# Masking patches teaches the large structure of images, removing noise every scale of detail. With t = 0 for
+# clean images, and alpha_bar_0 = 1, q_sample covers both parts, and three numbers make four methods of it:
 #
 #                 clean_ratio (B - N) / B    mask_ratio_clean r_0    mask_ratio_noised r_t
 #     UMD                  0.5                      0.75                  0.375
@@ -1437,16 +1404,14 @@ class ConditionedBlock(Block):
 
 
 def masked_mse(prediction, target, mask):
-    """Mean squared error over the pixels where mask (B, 1, S, S) is True; prediction and target
-    (B, 3, S, S)."""
+    """Mean squared error, both (B, 3, S, S), over the pixels where mask (B, 1, S, S) is True."""
     return ((prediction - target).square() * mask).sum() / (3 * mask.sum())
 
 
 class UMD(Model):
     """Unified masked diffusion (official files: models/ae.py, trainers/train_ae.py of small-vision, in JAX).
 
-    image_size, grid                            S, and patches on a side; S a multiple of grid,
-                                                else ValueError
+    image_size, grid                            S, and patches on a side, which divide S, else ValueError
     width, depth, heads, decoder_depth          encoder and decoder have the same width and heads
     clean_ratio, mask_ratio_clean, mask_ratio_noised        the three numbers of the table above
     classes                                     0, or the number of labels it can be conditioned on
@@ -1456,6 +1421,7 @@ class UMD(Model):
 
     takes_labels = True
     pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
+
     def __init__(self, image_size, grid, width, depth, heads, decoder_depth, clean_ratio, mask_ratio_clean,
                  mask_ratio_noised, classes=0, class_tokens=4):
         super().__init__()
@@ -1467,8 +1433,7 @@ class UMD(Model):
         self.alpha_bar = torch.cat([torch.ones(1).double(), noise_schedule("cosine")])  # (1 + T,), no buffer
         self.max_steps = len(self.alpha_bar) - 1
         self.t_range = (0, self.max_steps, "the timestep, 0 for no noise")
-        # Who never saw a clean image reads one with a little noise best [official].
-        self.best_t = 0 if clean_ratio else 51
+        self.best_t = 0 if clean_ratio else 51                  # official: 51, where no image was clean
         self.generates, self.reconstructs = clean_ratio < 1, mask_ratio_clean > 0
 
         patch = image_size // grid
@@ -1479,8 +1444,7 @@ class UMD(Model):
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
         self.decoder_pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
-        # Four equal class tokens. They have no position, so they stay equal: one token that counts four times
-        # in attention.
+        # Four equal class tokens. They have no position, so they stay equal: one that counts four times.
         self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))
         masks = bool(clean_ratio and mask_ratio_clean) or mask_ratio_noised > 0
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masks)
@@ -1593,10 +1557,10 @@ class UMD(Model):
         if self.classes:
             if labels is not None and keep_label is None:
                 keep_label = torch.rand(labels.shape, device=t.device) >= (0.1 if self.training else 0.0)
-            shown = no_label = torch.full_like(t, self.classes)
+            label = no_label = torch.full_like(t, self.classes)
             if labels is not None:
-                shown = torch.where(keep_label, labels, no_label)
-            c = c + self.label_embed(shown)
+                label = torch.where(keep_label, labels, no_label)
+            c = c + self.label_embed(label)
         return F.silu(c)
 
     def encode(self, x, c, ids_keep=None):
@@ -1634,17 +1598,17 @@ class UMD(Model):
     # ---- generation
 
     def guided(self, x, t, labels=None, guidance=1.0):
-        """predict() with classifier-free guidance w: u + w (c - u), u without and c with the label [CFG]."""
+        """predict() with classifier-free guidance, as in MAGE; here "no label" is an embedding of its own."""
         if labels is None or guidance == 1:
             return self.predict(x, t, labels)
         return tuple(u + guidance * (c - u) for c, u in zip(self.predict(x, t, labels), self.predict(x, t)))
 
     def num_steps(self, steps=None, eta=None):
-        """125 as published: from T down in strides of T / steps, rounded up, and t = 1 at the end. MAE: 1."""
+        """One for each of timesteps(), 126 as published. MAE: 1."""
         return len(self.timesteps(steps)) if self.generates else 1
 
     def timesteps(self, steps=None):
-        """The timesteps of sampling, descending."""
+        """From T down in strides of T / steps, rounded up, 125 steps as published; then 1."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -1694,8 +1658,7 @@ class UMD(Model):
     # ---- representation
 
     def noised(self, x, t, noise=None):
-        """Pixels (B, 3, S, S) in [0, 1] -> xt (B, 3, S, S) at timestep t, and the condition (B, C). noise is
-        eps, drawn if None."""
+        """Pixels (B, 3, S, S) in [0, 1] -> xt at timestep t, and the condition (B, C). noise: eps."""
         xt = q_sample(2 * x - 1, self.alpha_bar[int(t)], torch.randn_like(x) if noise is None else noise)
         return xt, self.condition(torch.full((len(x),), int(t), device=x.device))
 
@@ -1720,34 +1683,34 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# A network that sees the noised image and predicts the noise: a U-Net, of residual blocks,
-# with attention on small maps. Every output on the way down is kept, and joins the input of the block at its
-# mirror on the way up:
+# A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
+# maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
 #
-#     tiny: 32 x 32 x 16    1  2 ---------------------------------------> 12 13     13 blocks; 7 is the middle
-#           16 x 16 x 32         3  4 -----------> 10 11            3, 5: half the side; 9, 11: twice the side
-#          8 x 8 x 64          5  6 ------- 7 -------- 8  9           b reads its mirror's output, 14 - b, too
+#     size "tiny", 32 pixels
+#     block                              1   2   3   4   5   6   7   8   9  10  11  12  13
+#     side of its output                32  32  16  16   8   8   8   8  16  16  32  32  32
+#     channels                          16  16  16  32  32  64  64  64  64  32  32  16  16
+#     also reads the output of block                                 6   5   4   3   2   1
 #
-# The timestep enters every residual block. Nothing is masked and nothing is tokenised. Frozen,
-# the network is a representation, too [DiffSSL]: best soon after the middle, of an image with a little noise.
-# DifFeed, in probe.py, reads it twice, and in the second pass adds what late blocks found to the outputs of
-# their mirrors. (Official files: unet.py, gaussian_diffusion.py, nn.py of guided-diffusion.)
+# Blocks 3 and 5 halve the side, 9 and 11 end in doubling it. Every residual block reads the timestep.
+#
+# Frozen, the network is a representation, too [DiffSSL]: best soon after the middle, of an image with a
+# little noise. DifFeed, a head in probe.py, runs it twice: in the second pass it adds what late blocks found
+# to the outputs of their mirrors. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
 
 
 def zero_init(module):
-    """The layer with all weights 0. As the last one of a branch it makes every block start as the
-    identity."""
+    """The layer with weights 0. As the last one of a branch it makes every block start as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 class ADMResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, E) -> (B, out, h', w'). Official name:
-    ResBlock.
+    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, E) -> (B, out, h', w').
 
-    emb scales and shifts every channel between the convolutions. resize,
-    a layer that halves or doubles the side, acts before the first convolution and on the shortcut.
+    emb scales and shifts every channel between the convolutions. resize, a layer that halves or doubles the
+    side, acts before the first convolution and on the shortcut. Official name: ResBlock.
     """
 
     def __init__(self, inp, out, emb, groups, dropout, resize=None):
@@ -1806,31 +1769,31 @@ class ADMBlock(nn.Sequential):
 
 
 # The network also predicts the variance of each step back. It lies between two bounds: the posterior
-# variance, right if x0 were known, and beta_t = 1 - alpha_bar_t / alpha_bar_(t-1), right if images were pure
+# variance beta~, right if x0 were known, and beta = 1 - alpha_bar / alpha_bar_next, right if images were pure
 # noise. The network's second output v, about -1 ... 1, interpolates between them for every pixel, on a
 # logarithmic scale [iDDPM, eq. 15]:
 #
-#     log variance = (1 + v) / 2 log beta_t  +  (1 - v) / 2 log beta~_t          beta~: the posterior variance
+#     log variance = (1 + v) / 2 log beta  +  (1 - v) / 2 log beta~
 #
 # It is learned from the variational bound, in bits per pixel and channel:
 #
-#  L_vb = KL( q(x_(t-1) | xt, x0) || p(x_(t-1) | xt) )  for t > 0,  - log p(x0 | x1)  for t = 0  [DDPM, eq. 5]
+#     L_vb = KL( q(x_next | xt, x0) || p(x_next | xt) )        in all steps but the last
+#     L_vb = - log p(x0 | xt)                                  in the last, to x0               [DDPM, eq. 5]
 #
 # There eps' is detached: L_vb trains the variance alone. The paper's weight 0.001 stands before the sum over
 # 1000 timesteps; one t is drawn here, so the weight is 1.
 
 
 def log_variances(alpha_bar):
-    """log beta~ and log beta at all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0; its logarithm
-    is replaced by that of t = 1."""
+    """log beta~ and log beta of all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0, so its
+    logarithm is replaced by that of t = 1."""
     before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
     small = posterior_variance(alpha_bar, before)
     return torch.cat([small[1:2], small[1:]]).log(), (1 - alpha_bar / before).log()
 
 
 def learned_log_variance(v, t, alpha_bar):
-    """v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> log variance, like v:
-    the interpolation above."""
+    """The interpolation above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
     small, large = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
     return (1 + v) / 2 * large + (1 - v) / 2 * small
 
@@ -1850,8 +1813,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     """Both terms of the loss for each image: squared error of eps, and L_vb in bits. (B,) each.
 
     out  (B, 6, S, S): predictions of eps, and v        x0, xt, eps  (B, 3, S, S), x0 in [-1, 1]
-    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,), which may be shortened, see
-         spaced_timesteps
+    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,); that may be a shortened one
     """
     eps_hat, v = out.chunk(2, 1)
     now, before = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]
@@ -1902,8 +1864,8 @@ class ADM(Model):
     head, heads, order   see ADMAttention        groups  of every group norm; divides every width
     schedule, steps      of the noise, see noise_schedule
 
-    Blocks are counted from 1: N on the way down, the middle, N + 1, and N on the way up. An output of a block
-    is what all its layers made, attention and change of size included.
+    Blocks are counted from 1: down, middle, up. The output of a block is what all its layers made, attention
+    and change of size included.
     """
 
     def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32,
@@ -1938,17 +1900,17 @@ class ADM(Model):
         self.input_blocks = nn.ModuleList(downs)
         self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order),
                                      residual(width, width))
-        shapes, ups = [*skips, (width, level)], []
+        outputs, ups = [*skips, (width, level)], []
         for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
                 last = bool(level) and j == blocks
                 resize = [residual(out, out, nn.Upsample(scale_factor=2.0))] if last else []
                 ups.append(ADMBlock(residual(width + skips.pop()[0], out), *attend(out, level), *resize))
-                shapes.append((out, level - last))
+                outputs.append((out, level - last))
                 width = out
         self.output_blocks = nn.ModuleList(ups)
         self.layers = {b: (c, image_size >> level, image_size >> level)
-                       for b, (c, level) in enumerate(shapes, 1)}
+                       for b, (c, level) in enumerate(outputs, 1)}
         self.best_layer = min(len(downs) + 2 + 2 * blocks, len(self.layers))            # [DiffSSL]: 24 of 37
         self.out = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(),
                                  zero_init(nn.Conv2d(width, 6, 3, padding=1)))
@@ -2102,13 +2064,14 @@ def umd_no_decay(name, p):
 
 # How each is trained, by AdamW:
 #
-#     betas, weight_decay, no_decay     of AdamW; no_decay(name, parameter) says which parameters do not decay
-#     grad_clip                          largest norm of the gradient
-#   warmup, min_lr   the learning rate rises during this ratio of the steps, and falls to this ratio of itself
-#     min_crop                           a random crop keeps at least this ratio of the image's area
-#    ema, probe_ema     decay of the averaged weights, 0 for none: sampling reads them; whether probes do, too
-#     paper                 length, batch size and learning rate, for 256 images, of the papers' ImageNet runs
-#     tiny                          what suits tiny models better than train.py's defaults for small data sets
+#     betas, weight_decay    of AdamW
+#     no_decay               function (name, parameter) -> True for those without weight decay
+#     grad_clip              max norm of the gradient
+#     warmup, min_lr         the learning rate rises for this ratio of the steps, falls to this of itself
+#     min_crop               a random crop keeps at least this ratio of the image's area
+#     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
+#     paper                  epochs, batch size, and learning rate for 256 images, of the papers on ImageNet
+#     tiny                   what suits tiny models better than train.py's defaults for small data sets
 
 MAGE_RECIPE = dict(
     betas=(0.9, 0.95), weight_decay=0.05, no_decay=mae_no_decay, grad_clip=3.0, warmup=0.025, min_lr=0.0,
@@ -2128,15 +2091,14 @@ ADM_RECIPE = dict(
 
 
 class Method(typing.NamedTuple):
-    """A row of MODELS. A method of your own is a subclass of Model and a row here; the README has one in
-    thirty lines."""
+    """A row of MODELS."""
     model: type
     sizes: dict                         # {"tiny": constructor arguments, ...}, at least one
     recipe: dict                        # with all the keys above
     options: dict = {}                  # constructor arguments that make it this method
-    # First arguments of the constructor: "ids": vqgan, image_size; "patches": image_size, grid;.
+    # What its constructor takes besides: "ids": vqgan (or predictor) first, and image_size;
+    # "patches": image_size and grid; "pixels": image_size.
     reads: str = "ids"
-                                        # "pixels": image_size
     predictor: str = ""                 # "ids": the row of the trained model that takes vqgan's place
     views: int = 1                      # crops of an image that one step reads
     tune: dict = {}              # options that change when a trained model learns to be conditioned on labels
@@ -2368,6 +2330,51 @@ def to_device(x, device):
     return x.to(device, non_blocking=torch.device(device).type != "mps")
 
 
+# Feature maps of transformers, and batches of tokens.
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, h)}.
+
+    x          tokens (B, ., C), of which the slice patches are the h x h patches of the image, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, h)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * h, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, h)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, class tokens first
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
+
+
+def groups_of_equal_length(counts):
+    """Images that may share a batch, since a batch has one number of tokens: counts of tokens int (n,), on
+    the CPU -> yields (count, which images have it int (m,))."""
+    for count in sorted(set(counts.tolist())):
+        yield count, (counts == count).nonzero().flatten()
+
+
 # Checked arguments. One guard stands before the public methods of all models. It knows an argument by its
 # name, and its form from the table below: "float (B, 3, 32, 32) in [0, 1]" is a tensor, "int in [1, 9)" a
 # number; what stands in braces follows from the model and the other arguments. Kind, shape and device can be
@@ -2391,7 +2398,7 @@ FORMS = {                               # by [class.][method.]argument; decoders
     "noise": "float ({N}, 3, {S}, {S})", "MAGE.noise": "float ({N}, {m.length})",
     "n": "int in [1, inf]", "steps": "int in [1, inf]", "temperature": "float in [0, inf]",
     "eta": "float in [0, 1]", "guidance": "float in [-1e9, 1e9]",
-    "schedule": "function or among cosine, linear", "order": "function",
+    "schedule": "function or among {schedules}", "order": "function",
     "known": "float ({B}, 3, {S}, {S}) in [-0.5, 1.5]", "mask": "bool ({B}, {S}, {S})",
     "seeds": "int ({B})", "sample_steps.seeds": "int in [-9e18, 9e18] or int ({B})",
     "draw": "int in [0, 9e18]", "layers": "layers in [1, {D}]", "add": "maps in [1, {D}]",
@@ -2446,7 +2453,7 @@ def fits(v, form, weight, near=False, wait=False):
     return is_tensor(v, kind, shape.split(", "), low, high, weight, near, wait)
 
 
-def sizes(model, a):
+def letters_of(model, a):
     """What the letters in forms stand for, given the arguments a: B images, N of them that are noised or two
     crops each, S, D layers."""
     x, n, m = a.get("x"), a.get("n"), model
@@ -2463,7 +2470,8 @@ def sizes(model, a):
         N = B - (int(a["n_clean"]) if is_number(a["n_clean"], "int", 0, B) else int(B * m.clean_ratio))
     elif isinstance(x, torch.Tensor) and x.dim() in (3, 5):                       # (B, 2, L), (B, 2, 3, S, S)
         N = 2 * B
-    return {"m": m, "S": S, "D": D, "B": B, "N": N, "time": type(getattr(m, "t_range", (0, 0))[1]).__name__}
+    kind = type(getattr(m, "t_range", (0, 0))[1]).__name__
+    return {"m": m, "S": S, "D": D, "B": B, "N": N, "time": kind, "schedules": ", ".join(SCHEDULES)}
 
 
 def form_of(model, method, argument):
@@ -2496,7 +2504,7 @@ def checked(method, args, options, wait=False):
     known = a.get("known") is not None
     if known != (a.get("mask") is not None) or "n" in a and not (known or model.generates):
         raise ValueError("known and mask go together, and a model that cannot start from nothing needs both")
-    size = sizes(model, a)
+    size = letters_of(model, a)
     for key, v in a.items():
         form = form_of(model, method.__name__, key).format(**size)
         if not form or v is None and signature.parameters[key].default is None:
@@ -2551,9 +2559,9 @@ def attention_kernels():
     return contextlib.nullcontext()
 
 
-def run_main(main):
-    """Call main(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback and
-    exit code 1."""
+def run_main(script):
+    """Call script(), answering a UserError with one line and exit code 2. Bugs of ours keep their traceback
+    and exit code 1."""
     # Gates that start at 0 make gradients whose squares are denormal:
     # a CPU takes ten times as long for those.
     torch.set_flush_denormal(True)
@@ -2564,7 +2572,7 @@ def run_main(main):
             stream.reconfigure(errors="backslashreplace")                    # names of files may be any bytes
     try:
         with attention_kernels():
-            main()
+            script()
     except (UserError, OSError) as error:
         if getattr(error, "errno", FULL[0]) not in FULL:
             raise
@@ -2592,7 +2600,7 @@ def default_dtype(name):
 
 
 def flag(default, help, least=1, most=2**31 - 1, **more):
-    """A field that parse() makes an option of, numbers from least to most. more: choices, positional=True."""
+    """A field of which parse_flags() makes a flag, with numbers from least to most. more: choices, say."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
 
 
@@ -2718,7 +2726,7 @@ def load_tokenizer(path):
         return rebuild(config, weights, path), config
 
 
-# Pictures in and out.
+# Images in and out.
 
 
 def to_uint8(x):
@@ -2787,7 +2795,7 @@ def read_image(path, size):
 
 
 def image_grid(x, columns=8, least=1024):
-    """Pictures (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are
+    """Images (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are
     enlarged to about least pixels."""
     n, _, side, _ = x.shape
     columns = min(columns, n)
@@ -2804,7 +2812,7 @@ def image_grid(x, columns=8, least=1024):
 
 # Data sets. Each has: images of one size, labels, class names, and batches(plan): for every
 # (index (B,), crops (B, V) or None) of the plan one (x, labels), x float in [0, 1] of shape (B, V, 3, S, S),
-# or (B, 3, S, S) for the whole picture when crops is None. A crop is named by an integer, so that the same
+# or (B, 3, S, S) for the whole image when crops is None. A crop is named by an integer, so that the same
 # crop comes out on any machine and after any interruption.
 
 
@@ -2817,8 +2825,8 @@ def hash_ints(*values):
 
 
 def crop_boxes(crops, width, height, scale):
-    """Random resized crops: area in scale x the picture, aspect 3/4 .. 4/3, place uniform, flipped every
-    other time; one draw each, clipped to the picture (official file: util/crop.py). int64 (B,) -> left, top,
+    """Random resized crops: area in scale x the image, aspect 3/4 .. 4/3, place uniform, flipped every
+    other time; one draw each, clipped to the image (official file: util/crop.py). int64 (B,) -> left, top,
     width, height, flip: float (B,) each, bool (B,)."""
     area, ratio, x, y, flip = hashed_uniform(crops, 0, 5).unbind(1)
     area = width * height * (scale[0] + area * (scale[1] - scale[0]))
@@ -2834,9 +2842,9 @@ def shuffled(n, *seeds):
 
 class ImageTensor:
     """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time.
-    Attributes as Folder's.
+    Attributes as of ImageFolder.
 
-    scale  share of the area that a crop keeps, (0.2, 1) in the papers
+    scale  fraction of the area that a crop keeps, (0.2, 1) in the papers
     """
 
     def __init__(self, images, labels, classes, scale, device="cpu"):
@@ -2848,7 +2856,7 @@ class ImageTensor:
         return len(self.images)
 
     def batches(self, plan, workers=0, replace=True):
-        """The pictures of the plan, (x, labels) at a time; workers are not needed here,
+        """The images of the plan, (x, labels) at a time; workers are not needed here,
         and all can be read."""
         for index, crops in plan:
             x = self.images[to_device(index, self.images.device)].float() / 255
@@ -2913,7 +2921,7 @@ class ImageFolder(torch.utils.data.Dataset):
             i = hash_ints(index if crops is None else crops[0], draw) % len(self)
 
     def crop(self, image, crops):
-        """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole picture (3, S, S)."""
+        """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole image (3, S, S)."""
         if crops is None:
             return from_image(image, self.size)
         jpeg, views = image.format == "JPEG", []
@@ -2938,11 +2946,11 @@ class ImageFolder(torch.utils.data.Dataset):
         Workers hand over at most a mebibyte at once, in shared memory, of which containers have little: a
         batch comes in several parts.
         """
-        sizes = collections.deque()
+        lengths = collections.deque()
 
         def parts():
             for index, crops in plan:
-                sizes.append(len(index))
+                lengths.append(len(index))
                 crops_of = [None] * len(index) if crops is None else crops.tolist()
                 items = [(i, c, replace) for i, c in zip(index.tolist(), crops_of)]
                 n = max(1, 2**20 // (3 * self.size ** 2 * (1 if crops is None else crops.size(1))))
@@ -2963,9 +2971,9 @@ class ImageFolder(torch.utils.data.Dataset):
                 self.unreadable[i] = self.named[i] = error
             images.append(to_device(x, self.device))
             labels.append(y)
-            if sum(map(len, labels)) == sizes[0]:
+            if sum(map(len, labels)) == lengths[0]:
                 yield torch.cat(images).float().div_(255), torch.cat(labels)
-                sizes.popleft()
+                lengths.popleft()
                 images, labels = [], []
 
 
@@ -3094,7 +3102,7 @@ PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96]
 
 
 def draw_shapes(seeds, size):
-    """Seeds int64 (B,) -> uint8 pictures (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
+    """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
     turned by quarters give or take 9 degrees, always wholly visible."""
     kind, color, radius, cx, cy, turn, wobble = hashed_uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
@@ -3112,7 +3120,7 @@ def draw_shapes(seeds, size):
 
 
 def shapes(train, size):
-    """20,000 pictures to train on or 2,000 others to test on."""
+    """20,000 images to train on or 2,000 others to test on."""
     seeds = torch.arange(20_000) if train else torch.arange(1_000_000, 1_002_000)
     images, labels = zip(*(draw_shapes(part, size) for part in seeds.split(1000)))
     return torch.cat(images), torch.cat(labels), list(SHAPES)
@@ -3274,7 +3282,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
 
     data_dir  where it lies, '' for ./data/<name>        size  S        train  True: training part
               strict  see Folder
-    crop      share of the area that a crop keeps at least; one half and more of shapes,
+    crop      min fraction of the area that a crop keeps; one half and more of shapes,
               since less may show none
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
@@ -3376,7 +3384,7 @@ def rank_zero_first(work):
 # ------------------------------------------------------------------------------------------------------------
 # 14. A training loop
 #
-# The whole story, on drawn shapes and a CPU, in about a minute: `python unified.py`. train.py has the same
+# The whole story, on drawn shapes and a CPU, in a minute or two: `python unified.py`. train.py has the same
 # loop, and what a long run needs: ids that are computed once, averaged weights, evaluation, checkpoints,
 # many GPUs.
 
