@@ -984,8 +984,10 @@ def test_golden_decoding_step_by_step(decoding):
     rows = g.outputs["gen_logits_first_step_image0"]
     stride = 8 if len(range(0, model.length, 8)) == len(rows) else model.length // len(rows)
     assert_close(steps[0].logits[0, ::stride], rows)
+    names = ("input_ids", "sampled_ids", "masking", "next_ids", "logits_logsumexp", "selected_probs",
+             "mask_len", "temperature")
     for i, s in enumerate(steps):
-        theirs = {k: v[i] for k, v in g.outputs.items() if k.startswith("gen_") and len(v) == len(steps)}
+        theirs = {f"gen_{name}": g.outputs[f"gen_{name}"][i] for name in names}
         assert_outputs(theirs, dict(
             gen_input_ids=s.ids.masked_fill(s.mask,
                                             model.mask_id), gen_sampled_ids=s.sampled, gen_masking=s.again,
@@ -1673,7 +1675,6 @@ def test_golden_umd_probe_features():
 def test_golden_umd_sampling_step():
     g, model, _, _ = golden_umd("umd")
     given, how = g.inputs["sampling"], g.config["sampling"]
-    theirs = {k: channels_first(v) for k, v in g.outputs["sampling"].items() if v.dim() == 4}
     x, t = channels_first(given["x"]), torch.full((len(given["x"]),), how["t"] + 1)
     now, after = model.alpha_bar[how["t"] + 1], model.alpha_bar[how["t_next"] + 1]
     with torch.no_grad():
@@ -1685,7 +1686,7 @@ def test_golden_umd_sampling_step():
         believed = believed.clamp(-1, 1)
         step = unified.ddim_step(x, believed, now, after, how["eta"], channels_first(given["step_noise"]))
         ours.update({f"step_{name}_pred_x0": believed, f"step_{name}_sample": step})
-    assert_outputs(theirs, ours)
+    assert_outputs({name: channels_first(g.outputs["sampling"][name]) for name in ours}, ours)
 
 
 def test_golden_umd_sampling_loop(monkeypatch):
@@ -1969,6 +1970,14 @@ def test_golden_sampling_loops(name, eta):
     *_, state = model.sample_steps(1, steps=len(kept), eta=eta)
     assert seen == kept[::-1]
     assert_close(state.x, g.outputs[f"loop_{name}"], AMPLIFIED)
+
+
+def test_discretised_nll_is_a_distribution_over_256_bytes():
+    bytes_ = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, std in [(0.1, 0.3), (-0.5, 0.02), (2.0, 1.0)]:
+        mass = (-unified.discretised_nll(bytes_, torch.tensor(mean), torch.tensor(std).double().log())).exp()
+        assert abs(mass.sum() - 1) < 1e-6
+        assert bytes_[mass.argmax()] == pytest.approx(max(-1, min(1, mean)), abs=1 / 127.5)
 
 
 def test_vb_teaches_the_variance_and_nothing_else():
@@ -3611,12 +3620,20 @@ def test_a_download_may_be_moved_and_of_unknown_length(web, tmp_path, fault):
     assert len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
 
 
-@pytest.mark.parametrize("share", [0.5, 1.5])                           # while it fetches, while it unpacks
-def test_a_full_disk_ends_a_download_in_one_sentence(web, tmp_path, share):
+def test_a_download_with_another_checksum_is_not_unpacked(web, tmp_path, monkeypatch):
+    web.pick("archive")
+    monkeypatch.setitem(unified.CIFAR10_MD5, "cifar-10-python.tar.gz", "0" * 32)
+    with pytest.raises(unified.UserError, match="checksum"):
+        unified.download_cifar10(tmp_path / "data")
+    nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.5])                           # while it fetches, while it unpacks
+def test_a_full_disk_ends_a_download_in_one_sentence(web, tmp_path, ratio):
     web.pick("archive")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:                                                                # an error of the same kind
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(web.archive)), limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(ratio * len(web.archive)), limits[1]))
         with pytest.raises(unified.UserError, match="File too large.*--data-dir"):
             unified.download_cifar10(tmp_path / "data")
     finally:
