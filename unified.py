@@ -1002,9 +1002,10 @@ class MAGE(Model):
 #     b: the other view of a's image                                                         [SimCLR, eq. 1]
 #
 # Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's outputs,
-# without the class token, goes through Linear(C, 4096), ReLU and Linear(4096, 256) to a unit vector z. It
-# must be closer to that of the other crop than to those of all other images. The weight beside the masked loss is
-# 0.1 [MAGE, 3.3]. The authors released no training code for it: the layers' sizes and tau = 0.2 are ours.
+# without the class token, goes through Linear(C, 4096), ReLU and Linear(4096, 256) to a unit vector z, which
+# must be closer to that of the other crop than to those of all other images. The weight beside the masked
+# loss is 0.1 [MAGE, 3.3]. The authors released no training code for it: the layers' sizes and tau = 0.2 are
+# ours.
 
 
 def info_nce(z, temperature=0.2):
