@@ -756,9 +756,12 @@ def pool_cells(m, side):
     return F.adaptive_avg_pool2d(m, min(side, m.size(-1)))
 
 
+PIXEL_SIDE = 32                 # raw pixels are averaged to this side: a closed-form fit then still takes seconds
+
+
 def pixel_vectors(x):
-    """(B, 3, S, S) -> (B, 3 * S * S), with S at most 32: a closed-form fit then still takes seconds."""
-    return pool_cells(x, 32).flatten(1)
+    """(B, 3, S, S) -> (B, 3 * S * S), with S at most PIXEL_SIDE."""
+    return pool_cells(x, PIXEL_SIDE).flatten(1)
 
 
 def noise_of(model, t, seeds):

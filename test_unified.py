@@ -63,6 +63,7 @@ import train
 import unified
 
 torch.set_num_threads(1)            # several wait for each other in a loop, and on a busy machine for minutes
+probe.PIXEL_SIDE = 8                # the probe of raw pixels took half of the time of every run here
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = pathlib.Path(os.environ.get("UNIFIED_GOLDEN", HERE / "assets/golden"))
@@ -5694,3 +5695,11 @@ def run_script(name, args, before=None):
     if before:
         before()
     unified.run_main(importlib.import_module(name.removesuffix(".py")).main)
+
+
+def test_the_tutorial_runs_and_writes_its_samples(tmp_path, monkeypatch, capsys):
+    unified.main(tokenizer_steps=8, steps=8, out=tmp_path / "shapes.png")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["TokenizerTraining", "MAGE", "wrote"]
+    assert float(printed[1].split()[-1]) < 2 * math.log(128)
+    assert PIL.Image.open(tmp_path / "shapes.png").width > 1000

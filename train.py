@@ -895,9 +895,8 @@ def closing_probe(run, model, ema, train, test):
     fresh = unified.build(unified.load_checkpoint(run.folder / "model.pt")["config"]["arch"]).to(run.device).eval()
     if model.tokenizer:
         fresh.vqgan.load_state_dict(model.vqgan.state_dict())
-    pixels = torch.nn.AdaptiveAvgPool2d(min(32, cfg.image_size))
     torch.manual_seed(0)
-    for name, embed in (("features", model.embed), ("the same network untrained", fresh.embed), ("raw pixels", lambda x: pixels(x).flatten(1))):
+    for name, embed in (("features", model.embed), ("the same network untrained", fresh.embed), ("raw pixels", probe.pixel_vectors)):
         with averaged(model, ema if recipe_of(cfg)["probe_ema"] else {}):
             parts = [probe.map_images(embed, data, 10_000, workers=cfg.workers, device=run.device, name=name) for data in (train, test)]
         top1[name] = probe.ridge_probe(*parts[0], *parts[1])

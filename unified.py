@@ -3420,7 +3420,7 @@ def fit(net, steps, batch_size, peak_lr):
         torch.nn.utils.clip_grad_norm_(weights, 3.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 99:
+        if step % 100 == 99 or step + 1 == steps:
             print(f"{type(net).__name__:17s} step {step + 1:5d}   loss {loss.item():.3f}")
 
 
