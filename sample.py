@@ -1,14 +1,16 @@
-"""Pictures from a trained model: from nothing, for a label, or into the holes of your own pictures.
+"""Images from a trained model: from nothing, for a label, or inside a mask in images of your own.
 
-    python sample.py out/RUN                                                    64 pictures in one PNG
-    python sample.py out/RUN --gif                                              and how they come about
-    python sample.py out/RUN --label star --guidance 2                          after training with --labels
-    python sample.py out/RUN --image a.png b.png --box 8,8,24,24 0,0,16,32      paint each picture's box anew; --outside: all but the box
-    python sample.py out/RUN --image a.png --mask m.png                         paint where the mask is white
-    python sample.py out/RUN --n 50000 --npz samples.npz                        for FID tools; --png-dir DIR for those that read PNG files
-    torchrun --standalone --nproc-per-node 8 -- sample.py out/RUN ...           the same on 8 GPUs; mind the lone --
+    python sample.py out/RUN                                        64 images in one PNG
+    python sample.py out/RUN --gif                                  and how they come about
+    python sample.py out/RUN --label star --guidance 2              after training with --labels
+    python sample.py out/RUN --image a.png --mask m.png             inpaint where the mask is white
+    python sample.py out/RUN --image a.png b.png --box 8,8,24,24 0,0,16,32
+                                                                    a box in each image; --outside: all
+                                                                    but the box
+    python sample.py out/RUN --n 50000 --npz samples.npz            for FID tools; others read --png-dir DIR
+    torchrun --standalone --nproc-per-node 8 -- sample.py out/RUN   the same on 8 GPUs; mind the lone --
 
-Picture i depends on the weights, --seed and i, not on --n or --batch.
+Image i depends on the weights, --seed and i, not on --n or --batch.
 """
 import collections
 import contextlib
@@ -17,6 +19,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import pathlib
 import zipfile
@@ -33,263 +36,61 @@ from train import writable, write_file
 from unified import UserError, flag
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Config:
-    run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors", positional=True)
-    n: int = flag(None, "pictures; 64, or 6 for each --image", most=10**7)
-    batch: int = flag(64, "pictures computed at once")
-    steps: int = flag(None, "rounds of decoding; 20, or fewer if there are fewer ids; from noise 125, of adm 250, or 25 at --eta 0")
-    temperature: float = flag(None, "models of ids: Gumbel noise on the confidence; more is more varied, less is cleaner; 6 for 256 ids", least=0)
-    eta: float = flag(None, "models that start from noise: 1 as published, DDPM; 0 is DDIM, which adds no noise on the way", least=0, most=1)
-    seed: int = flag(0, "another one gives other pictures", least=0, most=2**32 - 1)
-    label: str = flag("", "class name or number; several with commas take turns, all takes every class in turn")
+    # What is generated
+    run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors",
+                    positional=True)
+    n: int = flag(None, "images; 64, or 6 for each --image", most=10**7)
+    seed: int = flag(0, "another one gives other images", least=0, most=2**32 - 1)
+    label: str = flag("", "class name or number; several with commas take turns, all takes every class")
     guidance: float = flag(1.0, "how much to exaggerate what the label changes; 1 is not at all",
-                             least=0, most=1000)
-    image: str = flag((), "pictures to paint into, centre-cropped to the model's size", nargs="+")
-    box: str = flag((), "x0,y0,x1,y1 in pixels of the model's size: the hole, one for all pictures or one for each", nargs="+")
-    mask: str = flag((), "instead of boxes images, white where to paint, cropped like the pictures; "
-                           "one for all or one for each", nargs="+")
-    outside: bool = flag(False, "keep the box, or what is white in the mask, and paint all around it")
-    reconstruct: bool = flag(False, "only send each --image through the tokenizer and back; umd and mae hide most of it and guess it")
-    gif: bool = flag(False, "also write the decoding as a film")
-    npz: str = flag("", "also write all pictures to this file, as arr_0, uint8 (N, S, S, 3)")
-    png_dir: str = flag("", "also write each picture to this folder; what this command began is continued")
-    out: str = flag("", "the PNG to write, if not samples-<seed>.png in the run's folder")
+                           least=0, most=1000)
+    gif: bool = flag(False, "also write the steps as a film")
+
+    # Images of your own
+    image: str = flag((), "images to inpaint, centre-cropped to the model's size", nargs="+")
+    mask: str = flag((), "images, white where to inpaint, cropped like --image; one for all or one for each",
+                     nargs="+")
+    box: str = flag((), "instead of masks x0,y0,x1,y1 in pixels of the model's size", nargs="+")
+    outside: bool = flag(False, "keep the box, or what is white in the mask, and inpaint all around it")
+    reconstruct: bool = flag(False, "only send each --image through the tokenizer and back; "
+                                    "umd and mae mask most of it and predict that")
+
+    # How
+    steps: int = flag(None, "rounds of decoding; 20, or fewer if there are fewer ids; "
+                            "from noise 125, of adm 250, or 25 at --eta 0")
+    temperature: float = flag(None, "models of ids: Gumbel noise on the confidence; more is more varied, "
+                                    "less is cleaner; 6 for 256 ids", least=0)
+    eta: float = flag(None, "models that start from noise: 1 as published, DDPM; "
+                            "0 is DDIM, which adds no noise on the way", least=0, most=1)
+    batch: int = flag(64, "images computed at once")
+    weights: str = flag("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
+    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
+                                "else one for 64 channels")
+    adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
+                          choices=["legacy", "new"])
+
+    # Where to
+    out: str = flag("", "the PNG to write; else samples-<seed>.png in the run's folder")
+    npz: str = flag("", "also write all images to this file, as arr_0, uint8 (N, S, S, 3)")
+    png_dir: str = flag("", "also write each image to this folder; what this command began is continued")
     overwrite: bool = flag(False, "replace files that are there")
+
+    # This machine
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = flag(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
-                        choices=["float32", "bfloat16"])
-    weights: str = flag("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
+                      choices=["float32", "bfloat16"])
     compile: bool = flag(False, "compile the blocks: slower to start, then faster")
-    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
-                                  "one for 64 channels, if not given")
-    adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
-                            choices=["legacy", "new"])
-
-
-GRID = 64                                                                                   # pictures in the PNG and the film
-
-
-def check(cfg):
-    """Refuse what makes no sense together."""
-    if cfg.reconstruct and not cfg.image:
-        raise UserError("--reconstruct needs pictures; name them with --image")
-    if cfg.image and bool(cfg.box) + bool(cfg.mask) + cfg.reconstruct != 1:
-        raise UserError("--image needs a hole to paint; say either --box x0,y0,x1,y1 or --mask FILE, "
-                        "or else --reconstruct")
-    if (cfg.box or cfg.mask or cfg.outside) and not cfg.image:
-        raise UserError("--box, --mask and --outside are about your own pictures; name them with --image")
-    if cfg.image and (cfg.npz or cfg.png_dir):
-        raise UserError("--npz and --png-dir are for pictures from nothing; leave --image out")
-    if cfg.reconstruct and cfg.gif:
-        raise UserError("--gif films steps, --reconstruct makes them at once; leave one out")
-    if len(cfg.box or cfg.mask) not in (0, 1, len(cfg.image)):
-        count = len(cfg.box or cfg.mask)
-        raise UserError(f"{count} holes for {len(cfg.image)} pictures; give one, or one for each")
-
-
-def target(cfg):
-    """Where the grid goes. Refuses what cannot be written or is there, and two outputs in one place."""
-    kind = "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples"
-    path = pathlib.Path(cfg.out) if cfg.out else results_folder(cfg.run) / f"{kind}-{cfg.seed}.png"
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out {path} is to be a PNG; give it a name that ends in .png")
-    files = [writable(path, "--out"), *([writable(path.with_suffix(".gif"), "--gif")] if cfg.gif else []),
-             *([writable(cfg.npz, "--npz")] if cfg.npz else [])]
-    for p in files:
-        if p.exists() and not cfg.overwrite:
-            raise UserError(f"{p} is there already; --overwrite replaces it, --out takes another name, --seed other pictures")
-    if len({os.path.realpath(p) for p in files}) < len(files):
-        raise UserError(f"--npz {cfg.npz} is where another output goes; name another file")
-    folder = writable(cfg.png_dir, "--png-dir", folder=True) if cfg.png_dir else None
-    if folder and os.path.realpath(folder) in {os.path.realpath(p.parent) for p in files}:
-        raise UserError(f"--png-dir {folder} gets other output, too; name a folder for its pictures alone")
-    return path
-
-
-def class_numbers(cfg, model, names):
-    """--label -> class numbers, picture i gets number i modulo their count; None without a label."""
-    if not cfg.label:
-        if cfg.guidance != 1:
-            raise UserError(f"--guidance {cfg.guidance:g} exaggerates a label; add --label")
-        return None
-    if not names:
-        raise UserError(f"--label {cfg.label}: {cfg.run} was trained without labels; train.py --labels makes one that takes them")
-    wanted = names if cfg.label == "all" else cfg.label.split(",")
-    numbers = {**{str(i): i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
-    for name in wanted:
-        if name not in numbers:
-            raise UserError(f"--label {name} is no class; they are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}, or 0 to {len(names) - 1}")
-    return torch.tensor([numbers[name] for name in wanted])
-
-
-def hole(box, size):
-    """'x0,y0,x1,y1' -> bool (size, size), True inside."""
-    try:
-        x0, y0, x1, y1 = (int(v) for v in box.split(","))
-        assert 0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size
-    except (ValueError, AssertionError):
-        raise UserError(f"--box {box} is not x0,y0,x1,y1 with 0 <= x0 < x1 <= {size} and 0 <= y0 < y1 <= {size}")
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
-
-
-def holes(cfg, size):
-    """--box or --mask -> bool (images, size, size), True = painted. Masks are cropped as images are."""
-    masks = [unified.read_image(p, size).mean(0) > 0.5 for p in cfg.mask] or [hole(b, size) for b in cfg.box]
-    for name, mask in zip(cfg.mask or cfg.box, masks):
-        if mask.all() if cfg.outside else not mask.any():
-            raise UserError(f"{name} leaves nothing to paint; white, or the inside of a box, is painted, "
-                            "or with --outside the rest")
-    return torch.stack(masks * (len(cfg.image) if len(masks) == 1 else 1)) ^ cfg.outside
-
-
-def generate(model, cfg, index, labels=None, **known):
-    """Pictures with the numbers index (n,), as the states of their decoding: yields after each step."""
-    index = index.to(cfg.device)
-    seeds = (cfg.seed << 32) + index
-    labels = None if labels is None else labels.to(cfg.device)[index % len(labels)]
-    options = {"steps": cfg.steps, "temperature": cfg.temperature, "eta": cfg.eta, "labels": labels,
-               "guidance": None if cfg.guidance == 1 else cfg.guidance}
-    return model.sample_steps(len(index), seeds=seeds, **{name: v for name, v in options.items() if v is not None}, **known)
-
-
-def decodings(model, cfg, parts, labels, **known):
-    """For each of parts, numbers of pictures (n,), yields it and the states of their decoding, to be used up
-    before the next; a bar counts passes through the network. known: of all pictures, by number."""
-    def counted(states):
-        for state in states:
-            bar.update()
-            yield state
-    with tqdm.tqdm(total=model.num_steps(cfg.steps, cfg.eta) * len(parts), unit="pass", dynamic_ncols=True,
-                   disable=unified.rank_and_world()[0] > 0) as bar:
-        for part in parts:
-            there = {name: v[part.to(v.device)] for name, v in known.items()}
-            yield part, counted(generate(model, cfg, part, labels, **there))
-
-
-def pictures(model, cfg, index, labels):
-    """Pictures with the numbers index (n,), --batch at a time and process: yields their numbers and uint8
-    (B, S, S, 3), to every process."""
-    rank, world = unified.rank_and_world()
-    parts = index.split(cfg.batch) if len(index) else ()
-    mine = decodings(model, cfg, parts[rank::world], labels)
-    for _ in range(0, len(parts), world):
-        made, everyone = [], [None] * world
-        for part, states in itertools.islice(mine, 1):
-            *_, state = states
-            made.append((part, unified.to_uint8(model.render(state))))
-        if world > 1:
-            torch.distributed.all_gather_object(everyone, made)
-        yield from itertools.chain(*everyone) if world > 1 else made
-
-
-def thinned(states):
-    """At most 25 of them, evenly spread, the last one included."""
-    return states[::-1][::-(-len(states) // 25)][::-1]
-
-
-def write_film(path, frames, columns):
-    """Frames (n, 3, S, S) in [0, 1] -> a GIF of the grid, three frames a second, the last one held."""
-    sheets = [unified.image_grid(x, columns, 512) for x in frames]
-    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=[330] * (len(sheets) - 1) + [2500], loop=0)
-
-
-def write_grid(path, made):
-    """One PNG of all pictures made."""
-    x = torch.cat([torch.from_numpy(x) for _, x in made])
-    unified.image_grid(x.movedim(-1, 1) / 255).save(path)
-
-
-def write_decoding(path, model, cfg, labels):
-    """The film of the same pictures: how they came about."""
-    parts = [torch.arange(min(cfg.n, GRID))]
-    [states] = [list(states) for _, states in decodings(model, cfg, parts, labels)]
-    write_film(path, [model.render(s).cpu() for s in thinned(states)], 8)
-
-
-def write_npz(path, made, shape):
-    """All pictures, streamed into an .npz, so that 50,000 need no memory; complete or not there."""
-    def write(whole):
-        with zipfile.ZipFile(whole, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            numpy.lib.format.write_array_header_1_0(file, header)
-            for _, x in made:
-                file.write(x.tobytes())
-    write_file(path, write)
-
-
-NOTE = "made-by.json"                   # in --png-dir; no evaluator takes it for an image
-
-
-def made_by(model, config, cfg):
-    """What pictures depend on: a digest of network and weights, and the options that change them."""
-    digest = hashlib.sha256(json.dumps(config["arch"], sort_keys=True).encode())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    options = ("seed", "steps", "temperature", "eta", "label", "guidance", "dtype")
-    return {"weights": digest.hexdigest(), **{name: getattr(cfg, name) for name in options}}
-
-
-def missing(folder, note, cfg):
-    """Numbers of the pictures that the folder lacks. UserError if it holds some that were made otherwise."""
-    numbered = [p for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.exists() else []
-    if cfg.overwrite:
-        for path in numbered:                                   # or a shorter set would keep some
-            path.unlink()
-    elif unified.image_files(folder, []):
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads((folder / NOTE).read_text()) == note:
-                left = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
-                return torch.tensor(left, dtype=torch.long)
-        raise UserError(f"{folder} holds images that other weights, options or a seed made, or who knows what; take "
-                        "another --png-dir, or --overwrite, which deletes those that are numbered")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / NOTE, lambda file: file.write(json.dumps(note).encode()))
-    return torch.arange(cfg.n)
-
-
-def write_pngs(folder, made):
-    """Each picture as 000000.png, 000001.png, ...; none is ever half written."""
-    for index, x in made:
-        for i, tile in zip(index.tolist(), x):
-            PIL.Image.fromarray(tile).save(folder / "unfinished", "PNG")
-            os.replace(folder / "unfinished", folder / f"{i:06d}.png")
-
-
-def write_painted(path, model, cfg, labels):
-    """A row for each --image: as it is, with its hole, and n times painted."""
-    size = model.image_size
-    x = torch.stack([unified.read_image(p, size) for p in cfg.image]).to(cfg.device)
-    mask = holes(cfg, size).to(cfg.device)
-    everything, films = torch.arange(len(x) * cfg.n), []
-    known = {"known": x.repeat_interleave(cfg.n, 0), "mask": mask.repeat_interleave(cfg.n, 0)}
-    for _, states in decodings(model, cfg, everything.split(cfg.batch), labels, **known):
-        states = thinned(list(states)) if cfg.gif else [*states][-1:]
-        films.append(torch.stack([model.render(s).cpu() for s in states]))
-    film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                                # (steps, images, n, 3, S, S)
-    left = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()
-    frames = [torch.cat([left, frame], 1).flatten(0, 1) for frame in film]
-    unified.image_grid(frames[-1], cfg.n + 2).save(path)
-    if cfg.gif:
-        write_film(path.with_suffix(".gif"), frames, cfg.n + 2)
-
-
-def write_reconstructed(path, model, cfg):
-    """Each --image beside what the model's reconstruct() makes of it."""
-    x = torch.stack([unified.read_image(p, model.image_size) for p in cfg.image])
-    torch.manual_seed(cfg.seed)
-    row = [x, *(y.cpu() for y in model.reconstruct(x.to(cfg.device)))]
-    unified.image_grid(torch.stack(row, 1).flatten(0, 1), len(row)).save(path)
 
 
 def main():
     cfg = unified.parse_flags(Config, __doc__.split("\n")[0])
-    check(cfg)
-    cfg.out = target(cfg)
+    check_flags(cfg)
+    path = sheet_path(cfg)
     device = unified.join_processes(cfg.device)
-    cfg.device, cfg.dtype = str(device), cfg.dtype or unified.default_dtype(device)
+    cfg = dataclasses.replace(cfg, out=str(path), n=cfg.n or (6 if cfg.image else 64), device=str(device),
+                              dtype=cfg.dtype or unified.default_dtype(device))
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             run(cfg, device)
@@ -297,61 +98,314 @@ def main():
         unified.leave_processes()
 
 
-def check_options(cfg, model, config):
-    """Refuse what this model's sample_steps does not take."""
-    takes = inspect.signature(model.sample_steps).parameters
-    given = {"steps": cfg.steps, "temperature": cfg.temperature, "eta": cfg.eta, "known": cfg.image and not cfg.reconstruct}
-    for name, value in given.items():
-        if value not in (None, (), False) and name not in takes:
-            other = {"temperature": "eta", "eta": "temperature"}.get(name)
-            raise UserError(f"--{'image' if name == 'known' else name} is nothing that {config['arch']['model']} knows; "
-                            + (f"take --{other}" if other in takes else "leave it out"))
-
-
 def run(cfg, device):
-    """All that is asked for."""
-    attention = {"heads": cfg.adm_heads, "order": cfg.adm_order}
-    model, config = unified.load_model(cfg.run, ema=cfg.weights == "ema", **attention)
+    """Generate from nothing, by all processes together; or inpaint or reconstruct, by the first."""
+    model, config = unified.load_model(cfg.run, ema=cfg.weights == "ema",
+                                       heads=cfg.adm_heads, order=cfg.adm_order)
     model.to(device)
     if cfg.compile:
         compile_blocks(model)
-    if not model.generates and not cfg.image:
-        raise UserError(f"{cfg.run} has learned to fill holes, not to start from nothing; add --image FILE --box x0,y0,x1,y1")
-    if cfg.reconstruct and not model.reconstructs:
-        raise UserError(f"--reconstruct: {cfg.run} has neither a tokenizer nor learned to guess what is hidden")
-    check_options(cfg, model, config)
-    cfg.n = cfg.n or (6 if cfg.image else 64)
-    widest = 65_000 // (model.image_size + 2) - 2                   # a GIF's sides are below 2 ** 16
-    if cfg.image and max(cfg.n, len(cfg.image)) > widest:
-        raise UserError(f"{len(cfg.image)} rows of --n {cfg.n} are too large a sheet; take {widest} at most")
-    labels = class_numbers(cfg, model, config.get("classes") if config.get("labels") else None)
-    if cfg.steps and model.max_steps < cfg.steps and unified.rank_and_world()[0] == 0:
+    check_model(model, config, cfg)
+    labels = class_numbers(cfg, config.get("classes") if config.get("labels") else None)
+    first = unified.rank_and_world()[0] == 0
+    if cfg.steps and model.max_steps < cfg.steps and first:
         unit = "ids" if model.tokenizer else "timesteps"
         print(f"--steps {cfg.steps}: there are {model.max_steps} {unit} only, and more steps gain nothing")
-    first, path = unified.rank_and_world()[0] == 0, cfg.out
-    if cfg.reconstruct and first:
-        write_reconstructed(path, model, cfg)
-    elif cfg.image and first:
-        write_painted(path, model, cfg, labels)
-    elif not cfg.image:
-        everything = torch.arange(cfg.n)
-        wanted = [(everything[:GRID], lambda made: write_grid(path, made))]
-        if cfg.npz:
-            wanted.append((everything, lambda made: write_npz(pathlib.Path(cfg.npz), made, (cfg.n, model.image_size, model.image_size, 3))))
-        if cfg.png_dir:
-            folder = pathlib.Path(cfg.png_dir)
-            index = unified.rank_zero_first(lambda: missing(folder, made_by(model, config, cfg), cfg))
-            wanted.append((index, lambda made: write_pngs(folder, made)))
-        for index, write in wanted:
-            made = pictures(model, cfg, index, labels)
-            if first:
-                write(made)
-            else:
-                collections.deque(made, 0)                                                  # helps to make them, keeps none
-        if cfg.gif and first:
-            write_decoding(path.with_suffix(".gif"), model, cfg, labels)
+    if not cfg.image:
+        generate(model, config, cfg, labels)
+    elif first and cfg.reconstruct:
+        reconstruct(model, cfg)
+    elif first:
+        inpaint(model, cfg, labels)
     if first:
-        print(f"wrote {path}" + (f", {path.with_suffix('.gif')}" if cfg.gif else ""))
+        print(f"wrote {cfg.out}" + (f", {film_path(cfg)}" if cfg.gif else ""))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is generated
+
+GRID = 64                                                       # images in the sheet and the film
+
+
+def generate(model, config, cfg, labels):
+    """Images from nothing: the first 64 on a sheet and, if asked for, all as .npz or PNGs, and a film."""
+    every, first = torch.arange(cfg.n), unified.rank_and_world()[0] == 0
+    outputs = [(every[:GRID], lambda batches: write_sheet(cfg.out, batches))]
+    if cfg.npz:
+        shape = (cfg.n, model.image_size, model.image_size, 3)
+        outputs.append((every, lambda batches: write_npz(pathlib.Path(cfg.npz), batches, shape)))
+    if cfg.png_dir:
+        folder = pathlib.Path(cfg.png_dir)
+        missing = unified.rank_zero_first(lambda: missing_pngs(folder, made_by(model, config, cfg), cfg))
+        outputs.append((missing, lambda batches: write_pngs(folder, batches)))
+    for index, write in outputs:
+        batches = image_batches(model, cfg, index, labels)
+        if first:
+            write(batches)
+        else:
+            collections.deque(batches, 0)                       # helps to make them, keeps none
+    if cfg.gif and first:
+        [(_, states)] = state_batches(model, cfg, [every[:GRID]], labels)
+        write_film(film_path(cfg), [model.render(state).cpu() for state in thinned(list(states))], columns=8)
+
+
+def inpaint(model, cfg, labels):
+    """A row for each --image: as it is, with its mask, and inpainted n times."""
+    x = own_images(model, cfg).to(cfg.device)
+    mask = inpainting_masks(cfg, model.image_size).to(cfg.device)
+    inpainting = {"known": x.repeat_interleave(cfg.n, 0), "mask": mask.repeat_interleave(cfg.n, 0)}
+    batches, films = torch.arange(len(x) * cfg.n).split(cfg.batch), []
+    for _, states in state_batches(model, cfg, batches, labels, **inpainting):
+        states = thinned(list(states)) if cfg.gif else [*states][-1:]
+        films.append(torch.stack([model.render(state).cpu() for state in states]))      # (steps, B, 3, S, S)
+    film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                    # (steps, images, n, 3, S, S)
+    given = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()       # (images, 2, 3, S, S)
+    frames = [torch.cat([given, frame], 1).flatten(0, 1) for frame in film]
+    unified.image_grid(frames[-1], cfg.n + 2).save(cfg.out)
+    if cfg.gif:
+        write_film(film_path(cfg), frames, columns=cfg.n + 2)
+
+
+def reconstruct(model, cfg):
+    """Each --image beside what the model's reconstruct() makes of it."""
+    x = own_images(model, cfg)
+    torch.manual_seed(cfg.seed)
+    row = [x, *(y.cpu() for y in model.reconstruct(x.to(cfg.device)))]
+    unified.image_grid(torch.stack(row, 1).flatten(0, 1), len(row)).save(cfg.out)
+
+
+def own_images(model, cfg):
+    """--image -> (images, 3, S, S) in [0, 1]."""
+    return torch.stack([unified.read_image(path, model.image_size) for path in cfg.image])
+
+
+def image_batches(model, cfg, index, labels):
+    """Images with the numbers index (n,), --batch at a time and process: yields their numbers (B,) and
+    uint8 (B, S, S, 3), to every process."""
+    rank, world = unified.rank_and_world()
+    batches = index.split(cfg.batch) if len(index) else ()
+    mine = state_batches(model, cfg, batches[rank::world], labels)
+    for _ in range(0, len(batches), world):
+        made, everyone = [], [None] * world
+        for batch, states in itertools.islice(mine, 1):
+            *_, state = states
+            made.append((batch, unified.to_uint8(model.render(state))))
+        if world > 1:
+            torch.distributed.all_gather_object(everyone, made)
+        yield from itertools.chain(*everyone) if world > 1 else made
+
+
+def state_batches(model, cfg, batches, labels, **inpainting):
+    """For each of batches, numbers of images (B,), yields it and the states of their decoding, to be used up
+    before the next; a bar counts passes through the network. inpainting: known and mask of all images."""
+    def counted(states):
+        for state in states:
+            bar.update()
+            yield state
+    with tqdm.tqdm(total=model.num_steps(cfg.steps, cfg.eta) * len(batches), unit="pass", dynamic_ncols=True,
+                   disable=unified.rank_and_world()[0] > 0) as bar:
+        for batch in batches:
+            of_batch = {name: v[batch.to(v.device)] for name, v in inpainting.items()}
+            yield batch, counted(decode(model, cfg, batch.to(cfg.device), labels, **of_batch))
+
+
+def decode(model, cfg, index, labels, **inpainting):
+    """The images with the numbers index (B,): yields the state after each step, see Model.sample_steps."""
+    options = {"steps": cfg.steps, "temperature": cfg.temperature, "eta": cfg.eta}
+    if labels is not None:
+        options["labels"] = labels.to(cfg.device)[index % len(labels)]
+    if cfg.guidance != 1:
+        options["guidance"] = cfg.guidance
+    options = {name: value for name, value in options.items() if value is not None}
+    return model.sample_steps(len(index), seeds=(cfg.seed << 32) + index, **options, **inpainting)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How it is written: a sheet, a film, an .npz, a folder of PNGs
+
+
+def write_sheet(path, batches):
+    """One PNG of all images."""
+    x = torch.cat([torch.from_numpy(x) for _, x in batches])                    # (n, S, S, 3)
+    unified.image_grid(x.movedim(-1, 1) / 255).save(path)
+
+
+def write_film(path, frames, columns):
+    """Frames (n, 3, S, S) in [0, 1] -> a GIF of the sheet, three frames a second, the last one held."""
+    sheets = [unified.image_grid(x, columns, 512) for x in frames]
+    duration = [330] * (len(sheets) - 1) + [2500]
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=duration, loop=0)
+
+
+def thinned(states):
+    """At most 25 of them, evenly spread, the last one included."""
+    stride = math.ceil(len(states) / 25)
+    return states[(len(states) - 1) % stride::stride]
+
+
+def write_npz(path, batches, shape):
+    """All images, streamed into an .npz, so that 50,000 need no memory; complete or not there."""
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            numpy.lib.format.write_array_header_1_0(array, header)
+            for _, x in batches:
+                array.write(x.tobytes())
+    write_file(path, write)
+
+
+def write_pngs(folder, batches):
+    """Each image as 000000.png, 000001.png, ...; none is ever half written."""
+    for index, x in batches:
+        for i, image in zip(index.tolist(), x):
+            PIL.Image.fromarray(image).save(folder / "unfinished", "PNG")
+            os.replace(folder / "unfinished", folder / f"{i:06d}.png")
+
+
+NOTE = "made-by.json"                                           # in --png-dir; nobody takes it for an image
+
+
+def made_by(model, config, cfg):
+    """What images depend on: a digest of network and weights, and the options that change them."""
+    digest = hashlib.sha256(json.dumps(config["arch"], sort_keys=True).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    options = ("seed", "steps", "temperature", "eta", "label", "guidance", "dtype")
+    return {"weights": digest.hexdigest(), **{name: getattr(cfg, name) for name in options}}
+
+
+def missing_pngs(folder, note, cfg):
+    """Numbers of the images that the folder lacks. UserError if it holds some that were made otherwise."""
+    if cfg.overwrite:
+        for path in folder.glob("*.png"):
+            if path.stem.isdecimal():                           # else a smaller set would keep some of them
+                path.unlink()
+    elif unified.image_files(folder, []):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((folder / NOTE).read_text()) == note:
+                lacking = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
+                return torch.tensor(lacking, dtype=torch.long)
+        raise UserError(f"{folder} holds images that other weights, options or a seed made, or who knows "
+                        "what; take another --png-dir, or --overwrite, which deletes those that are numbered")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / NOTE, lambda file: file.write(json.dumps(note).encode()))
+    return torch.arange(cfg.n)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Flags: what they mean, and what makes no sense
+
+
+def class_numbers(cfg, names):
+    """--label -> class numbers (k,), of which image i gets number i modulo k; None without a label."""
+    if not cfg.label:
+        if cfg.guidance != 1:
+            raise UserError(f"--guidance {cfg.guidance:g} exaggerates a label; add --label")
+        return None
+    if not names:
+        raise UserError(f"--label {cfg.label}: {cfg.run} was trained without labels; "
+                        "train.py --labels makes one that takes them")
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    asked = names if cfg.label == "all" else cfg.label.split(",")
+    for name in asked:
+        if name not in numbers:
+            known = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+            raise UserError(f"--label {name} is no class; they are {known}, or 0 to {len(names) - 1}")
+    return torch.tensor([numbers[name] for name in asked])
+
+
+def inpainting_masks(cfg, size):
+    """--mask or --box -> bool (images, size, size), True = inpainted."""
+    masks = [unified.read_image(path, size).mean(0) > 0.5 for path in cfg.mask]
+    masks = masks or [box_mask(box, size) for box in cfg.box]
+    for name, mask in zip(cfg.mask or cfg.box, masks):
+        if mask.all() if cfg.outside else not mask.any():
+            raise UserError(f"{name} leaves nothing to inpaint, which is what is white, or inside a box, "
+                            "or with --outside the rest")
+    return torch.stack(masks if len(masks) > 1 else masks * len(cfg.image)) ^ cfg.outside
+
+
+def box_mask(box, size):
+    """'x0,y0,x1,y1' -> bool (size, size), True inside."""
+    try:
+        x0, y0, x1, y1 = map(int, box.split(","))
+    except ValueError:
+        x0 = y0 = x1 = y1 = -1
+    if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
+        raise UserError(f"--box {box} is not x0,y0,x1,y1 with 0 <= x0 < x1 <= {size} "
+                        f"and 0 <= y0 < y1 <= {size}")
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def film_path(cfg):
+    """Where the film goes, beside the sheet."""
+    return pathlib.Path(cfg.out).with_suffix(".gif")
+
+
+def sheet_path(cfg):
+    """Where the sheet goes. UserError for outputs that cannot be written, are there, or share a place."""
+    kind = "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples"
+    path = pathlib.Path(cfg.out) if cfg.out else results_folder(cfg.run) / f"{kind}-{cfg.seed}.png"
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path} is to be a PNG; give it a name that ends in .png")
+    files = [writable(path, "--out")]
+    if cfg.gif:
+        files.append(writable(path.with_suffix(".gif"), "--gif"))
+    if cfg.npz:
+        files.append(writable(cfg.npz, "--npz"))
+    for file in files:
+        if file.exists() and not cfg.overwrite:
+            raise UserError(f"{file} is there already; --overwrite replaces it, --out takes another name, "
+                            "--seed other images")
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise UserError(f"--npz {cfg.npz} is where another output goes; name another file")
+    folder = writable(cfg.png_dir, "--png-dir", folder=True) if cfg.png_dir else None
+    if folder and os.path.realpath(folder) in {os.path.realpath(file.parent) for file in files}:
+        raise UserError(f"--png-dir {folder} gets other output, too; name a folder for its images alone")
+    return path
+
+
+def check_flags(cfg):
+    """UserError for flags that make no sense together."""
+    if cfg.reconstruct and not cfg.image:
+        raise UserError("--reconstruct needs images; name them with --image")
+    if cfg.image and bool(cfg.box) + bool(cfg.mask) + cfg.reconstruct != 1:
+        raise UserError("--image needs to know where to inpaint; say either --box x0,y0,x1,y1 or --mask FILE "
+                        "or --reconstruct")
+    if (cfg.box or cfg.mask or cfg.outside) and not cfg.image:
+        raise UserError("--box, --mask and --outside are about your own images; name them with --image")
+    if cfg.image and (cfg.npz or cfg.png_dir):
+        raise UserError("--npz and --png-dir are for images from nothing; leave --image out")
+    if cfg.reconstruct and cfg.gif:
+        raise UserError("--gif films steps, --reconstruct makes them at once; leave one out")
+    count = len(cfg.box or cfg.mask)
+    if count not in (0, 1, len(cfg.image)):
+        raise UserError(f"{count} masks or boxes for {len(cfg.image)} images; give one, or one for each")
+
+
+def check_model(model, config, cfg):
+    """UserError for what this model cannot do, and for options that its sample_steps does not take."""
+    if not model.generates and not cfg.image:
+        raise UserError(f"{cfg.run} has learned to fill in images, not to start from nothing; "
+                        "add --image FILE --box x0,y0,x1,y1")
+    if cfg.reconstruct and not model.reconstructs:
+        raise UserError(f"--reconstruct: {cfg.run} has neither a tokenizer "
+                        "nor learned to predict what is masked")
+    takes = inspect.signature(model.sample_steps).parameters
+    asked = {"steps": cfg.steps, "temperature": cfg.temperature, "eta": cfg.eta}
+    if cfg.image and not cfg.reconstruct:
+        asked["known"] = cfg.image
+    for name, value in asked.items():
+        if value is not None and name not in takes:
+            flag_name = "image" if name == "known" else name
+            other = {"temperature": "eta", "eta": "temperature"}.get(name)
+            remedy = f"take --{other}" if other in takes else "leave it out"
+            raise UserError(f"--{flag_name} is nothing that {config['arch']['model']} knows; {remedy}")
+    widest = 65_000 // (model.image_size + 2) - 2               # a GIF's sides are below 2 ** 16
+    if cfg.image and max(cfg.n, len(cfg.image)) > widest:
+        raise UserError(f"{len(cfg.image)} rows of --n {cfg.n} are too large a sheet; take {widest} at most")
 
 
 if __name__ == "__main__":

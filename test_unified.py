@@ -1741,7 +1741,7 @@ def test_micro_batches_share_the_clean_part_of_the_whole_batch():
 
 
 def test_the_smallest_of_the_random_numbers_are_masked_in_every_method():
-    u, visible = some_noise(4, 16), umd().random_masking(some_noise(4, 16), 0.75)
+    u, visible = some_noise(4, 16), umd().visible_patches(some_noise(4, 16), 0.75)
     masks = [masking(mage(), some_ids(mage()), 0.75, u)[1],
              addp().nested_masks(some_ids(mage()), 20, 1, u)[0],
              umd().pixel_mask(visible)[:, 0, ::4, ::4].flatten(1)]
@@ -2208,7 +2208,7 @@ def test_diffeed_learns_through_a_frozen_network_of_any_kind():
         found = probe.reader({"top1": model}, wanted, cfg)(x, torch.arange(4))
         head = probe.new_head("top1", {"top1": model}, wanted, found, 3, cfg)
         assert list(head.feedback.items()) == [(b, model.mirror(b)) for b in late]
-        head(*probe.found_in(found, "top1")).square().sum().backward()
+        head(*probe.features_of(found, "top1")).square().sum().backward()
         used = [early < max(layers) for early in head.feedback.values()]
         for layer, early in zip(head.feedback_layers, head.feedback.values()):
             assert early > max(layers) or layer[0].weight.grad.abs().max() > 0
@@ -2217,7 +2217,7 @@ def test_diffeed_learns_through_a_frozen_network_of_any_kind():
         assert not {id(p) for p in head.parameters()} & {id(p) for p in model.parameters()}
         fed_back, model = head.fed_back, model.requires_grad_(True)
         head.fed_back = lambda maps: fed_back(maps) if not any(m.requires_grad for m in maps) else forbidden()
-        head.read(*probe.found_in(found, "top1"))                             # even if it were to learn: not through the first pass
+        head.read(*probe.features_of(found, "top1"))                             # even if it were to learn: not through the first pass
 
 
 def test_what_is_fed_back_by_default_is_the_last_of_each_size_or_all():
@@ -2234,12 +2234,12 @@ def test_the_learning_rate_of_diffssl_is_torchs_step_law():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.05)
     law = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.1)
     for epoch in range(28):
-        assert probe.rate(epoch, cfg) == pytest.approx(optimizer.param_groups[0]["lr"]) == pytest.approx(probe.rate(epoch + 0.99, cfg))
+        assert probe.lr_at(epoch, cfg) == pytest.approx(optimizer.param_groups[0]["lr"]) == pytest.approx(probe.lr_at(epoch + 0.99, cfg))
         optimizer.step()
         law.step()
-    peaks = {name: probe.rate(0, settings(head=name, sgd=True)) for name in probe.SGD}
+    peaks = {name: probe.lr_at(0, settings(head=name, sgd=True)) for name in probe.SGD}
     assert peaks == pytest.approx({"linear": 0.01, "mlp": 0.01, "attention": 0.05, "difformer": 0.05, "diffeed": 0.01})
-    assert [probe.rate(e, settings(head="linear", lr=0.1)) for e in (0, 10, 90)] == pytest.approx([0, 1.6, 0])
+    assert [probe.lr_at(e, settings(head="linear", lr=0.1)) for e in (0, 10, 90)] == pytest.approx([0, 1.6, 0])
 
 
 def test_an_image_always_looks_the_same_and_a_fresh_crop_does_not():
@@ -2272,12 +2272,12 @@ def test_places_are_read_as_their_names_say():
 
 
 def test_a_sweep_reads_every_layer_at_the_steps_of_diffssl():
-    wanted = probe.places(published_unet(), settings(sweep=True))
+    wanted = probe.places_to_read(published_unet(), settings(sweep=True))
     assert len(wanted) == 37 * 8 and {place.layer for place in wanted} == set(range(1, 38))
     assert list(dict.fromkeys(place.t for place in wanted)) == [0, 10, 30, 50, 90, 150, 300, 500]
-    assert probe.places(mage(), settings()) == [probe.Place(2, 0.0, "mean")]
-    assert {place.t for place in probe.places(mage(), settings(sweep=True, t="0,0.5"))} == {0.0, 0.5}
-    assert probe.places(published_unet(), settings()) == [probe.Place(24, 90, "mean")]
+    assert probe.places_to_read(mage(), settings()) == [probe.Place(2, 0.0, "mean")]
+    assert {place.t for place in probe.places_to_read(mage(), settings(sweep=True, t="0,0.5"))} == {0.0, 0.5}
+    assert probe.places_to_read(published_unet(), settings()) == [probe.Place(24, 90, "mean")]
 
 
 def test_probing_many_places_at_once_is_probing_each():
@@ -2313,7 +2313,7 @@ def test_a_heat_map_is_darker_where_accuracy_is_higher():
 def test_features_that_do_not_fit_into_memory_are_a_users_mistake(monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 100)                # 10,000 bytes
     cfg, data = settings(head="ridge"), image_set(6, 16)
-    with pytest.raises(unified.UserError, match="6 pictures need .*--limit"):
+    with pytest.raises(unified.UserError, match="6 images need .*--limit"):
         probe.extract_features(lambda x, names: {"": x.flatten(1)}, data, torch.arange(6), cfg, "")
 
 
@@ -4464,10 +4464,10 @@ def test_a_mask_says_what_a_box_says_and_is_cropped_like_the_image(photos, finis
         one = inpaint("a" + "".join(more), "--mask", masks[0], *more)
         assert (one == inpaint("b" + "".join(more), "--box", "8,4,20,12", *more)).all()
     assert (inpaint("c", "--mask", *masks[:2]) == inpaint("d", "--box", "8,4,20,12", "0,0,32,16")).all()
-    assert "nothing to paint" in inpaint("e", "--mask", masks[2], expect=2)
-    assert "nothing to paint" in inpaint("e", "--box", "0,0,32,32", "--outside", expect=2)
+    assert "nothing to inpaint" in inpaint("e", "--mask", masks[2], expect=2)
+    assert "nothing to inpaint" in inpaint("e", "--box", "0,0,32,32", "--outside", expect=2)
     assert "either --box" in inpaint("e", "--mask", masks[0], "--box", "8,4,20,12", expect=2)
-    assert "3 holes for 2" in inpaint("e", "--mask", *masks, expect=2)
+    assert "3 masks or boxes for 2" in inpaint("e", "--mask", *masks, expect=2)
 
 
 def test_progress_counts_passes_through_the_network(photos, finished, diffused, tmp_path):
@@ -5259,7 +5259,7 @@ def test_closed_form_probes_need_no_float64_on_the_device():
     there = [v.as_subclass(Apples) for v in (x, y, x, y)]
     assert probe.ridge_probe(*there) == probe.ridge_probe(x, y, x, y)
     assert probe.ridge_probe(there[0][None], there[1], there[0][None], there[3]) == [probe.ridge_probe(x, y, x, y)]
-    assert probe.few_umd(*there, 3) == probe.few_umd(x, y, x, y, 3)
+    assert probe.fewshot_umd(*there, 3) == probe.fewshot_umd(x, y, x, y, 3)
     assert probe.knn(*there) == probe.knn(x, y, x, y)
 
 

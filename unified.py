@@ -43,7 +43,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     14 A training loop             the whole story in thirty lines
 
 Sizes    B images; n, when they are generated           L tokens of an image, on a grid of h x w
-         M tokens that enter an encoder                 C channels of a token
+         M of them that enter an encoder                C channels of a token
          K entries of the codebook                      S pixels on a side of an image
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding
@@ -358,13 +358,14 @@ class VQGAN(nn.Module):
 # Training the tokenizer. The loss is a weighted sum of these terms, where sg is stop-gradient and
 # p = softmax(-distances / 0.01):
 #
-#     l1, l2         |x' - x|, (x' - x)^2         all of them means over pixels or channels
-#     commitment     ||z - sg(e_id)||^2           pulls z towards its code                     [VQ-VAE, eq. 3]
-#     codebook       ||sg(z) - e_id||^2           pulls the code towards z                     [VQ-VAE, eq. 3]
-#     coverage       ||e_k - sg(nearest z)||^2    pulls every code, used or not, to where z are         [ours]
-#     entropy        mean H(p) - H(mean p)        positions sure of their code, all codes used       [MaskGIT]
-#     generator      -d(x')                       against a patch discriminator d: sharper textures,
-#                                                 from 256 pixels on                            [VQGAN, eq. 7]
+#     l1             3.0    |x' - x|                    all of them means over pixels or channels
+#     l2            10.0    (x' - x)^2
+#     commitment     0.25   ||z - sg(e_id)||^2          pulls z towards its code              [VQ-VAE, eq. 3]
+#     codebook       1.0    ||sg(z) - e_id||^2          pulls the code towards z              [VQ-VAE, eq. 3]
+#     coverage       0.5    ||e_k - sg(nearest z)||^2   pulls every code, used or not, to where z are  [ours]
+#     entropy        0.03   mean H(p) - H(mean p)       positions sure of their code, all codes used [MaskGIT]
+#     generator      0.8    -d(x')                      against a patch discriminator d: sharper textures,
+#                                                       from 256 pixels on                    [VQGAN, eq. 7]
 #
 # Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
 # goes straight through to the encoder. VQ-VAE's terms alone leave most codes unused. MaskGIT's perceptual
@@ -479,17 +480,21 @@ class TokenizerTraining(nn.Module):
 # The class below is the whole contract: the scripts read nothing else off a model. It is here because Python
 # wants it before its subclasses; on a first reading, go on to section 4.
 #
-# A method of your own is a subclass and a row in MODELS, section 11. README.md has a complete one ("To add a
-# method"). It may stand at the end of this file, where all scripts find it.
+# A method of your own is a subclass and, behind it, a row in the table of section 11, say
+#
+#     class Mine(Model): ...
+#     MODELS["mine"] = Method(Mine, {"tiny": {}}, UMD_RECIPE, reads="pixels")
+#
+# above the last lines of this file, where all scripts find it. README.md has a complete one.
 
 
 class Model(nn.Module):
     """What the scripts use. A subclass defines __init__ and these four:
 
-    forward(x, labels=None, ...) -> scalar loss, dict of its terms          x (B, 3, S, S), or ids (B, L)
-    sample_steps(n, seeds=None, ...)                yields a state after each step; of steps, temperature,
-                                                    eta, guidance, labels, known and mask it takes those that
-                                                    it knows, with the meaning of MAGE's and UMD's
+    forward(x, labels=None, ...)                    -> scalar loss, dict of its terms; x (B, 3, S, S), or ids
+    sample_steps(n, seeds=None, ...)                yields a state after each step, without gradient. It may
+                                                    also take steps, temperature, eta, guidance, labels, known
+                                                    and mask, with the meaning they have in sections 5 and 9
     features(x, t, layers, add, noise, finetune)    -> [map (B, C, h, w) for each of layers], as in MAGE
     embed(x, noise=None, pool=...)                  -> vectors (B, C); pool is one of pools
     """
@@ -568,8 +573,8 @@ def guarded(method):
 #
 #     r ~ N(0.55, 0.25^2) restricted to [0.5, 1]          mean 0.69
 #
-# At r = 0.5 half of the image is visible, and the network learns to represent it. At r = 1 nothing is, and it
-# learns to generate. Which tokens are masked is decided by sorting random numbers.
+# At r = 0.5 half of the image is visible, and the network learns to represent it. Near r = 1 hardly anything
+# is, and it learns to generate. Which tokens are masked is decided by sorting random numbers.
 #
 # As in MAE, the encoder is spared most masked tokens: half of all tokens, masked ones, are dropped before it.
 # The number is fixed, whatever r is, so that shapes are static. The other masked tokens enter as [MASK]:
@@ -623,10 +628,10 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
 
-def num_masked(initial, masked, step, steps, schedule="cosine", round_up=False):
+def num_masked(initial, count, step, steps, schedule="cosine", round_up=False):
     """How many tokens of each image stay masked after a step: int (n,) -> int (n,).
 
-    initial, masked  how many were masked at the start, and before this step
+    initial, count   how many were masked at the start, and before this step
     step, steps      t - 1, counted from 0; and T
     schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
@@ -634,14 +639,14 @@ def num_masked(initial, masked, step, steps, schedule="cosine", round_up=False):
     As in the official codes at least one stays masked, also at t = T: sample_steps() then keeps it.
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
-    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(masked - 1)
-    return wanted.clamp(min=1).minimum(masked)
+    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(count - 1)
+    return wanted.clamp(min=1).minimum(count)
 
 
-def unmask(logits, ids, mask, masked, u, noise, order=None):
+def unmask(logits, ids, mask, count, u, noise, order=None):
     """One step of parallel decoding. It draws no random number of its own.
 
-    logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    masked int (n,): how many to mask again
+    logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many to mask again
     u (n, L)     in (0, 1), samples the ids            noise (n, L)    is added to the confidence
     order        None, or a function of the confidence -> float (n, L), whose smallest are masked again. With
                  lambda c: -rank.expand_as(c), rank float (L,), tokens are kept in the order of their rank
@@ -652,7 +657,7 @@ def unmask(logits, ids, mask, masked, u, noise, order=None):
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + noise                     # (n, L)
     confidence = confidence if order is None else order(confidence)
     confidence = confidence.masked_fill(~mask, math.inf)        # visible before: never masked again
-    return ids, rank_in_row(confidence) < to_device(masked, ids.device)[:, None]
+    return ids, rank_in_row(confidence) < to_device(count, ids.device)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -666,7 +671,7 @@ def unmask(logits, ids, mask, masked, u, noise, order=None):
 #
 #     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
 #     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
-#     encode    z0    za   zm      zb                 zm, the output of [MASK], will not be used
+#     encode    z0    za   zm      zb                 zm, the output of [MASK], is not used by the decoder
 #     fill      z0    za   z0  z0  zb  z0  z0         z0 at every masked place
 #     decode                p   p       p   p         each a softmax over the K codes
 #
@@ -675,8 +680,8 @@ def unmask(logits, ids, mask, masked, u, noise, order=None):
 #
 #     0 ... K-1 codes  |  K ... labels  |  fake class  |  [MASK]
 #
-# In published files the fake class has no id of its own: it shares that of class 76. In training one label in
-# ten is replaced by it, so the network also knows images of no class in particular. Generation can then go
+# (By an accident of the official code, the fake class of published files is class 76.) In training one label
+# in ten is replaced by it, so the network also knows images of no class in particular. Generation can then go
 # beyond what the label c asks for, by classifier-free guidance with weight w [CFG]:
 #
 #     logits = logits(fake class) + w (logits(c) - logits(fake class))               w = 1: as trained
@@ -871,7 +876,8 @@ class MAGE(Model):
 
     token_weights = property(lambda self: self.token_emb.word_embeddings.weight)            # (vocab_size, C)
 
-    # ---- generation
+    # ---- generation. The loop is ADDP's, too: it overrides round_up, next_image, render, and logits,
+    # whose last two arguments are for it.
 
     round_up = False                                            # of num_masked
 
@@ -886,29 +892,29 @@ class MAGE(Model):
         guidance      w of classifier-free guidance; it grows from 1 during the steps, linearly
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
-        schedule      see num_masked; ADDP was published with "linear" and 256 steps
+        schedule      see num_masked
         order         see unmask; by confidence if None
         yields        a Decoding after each step; nothing is masked in the last one
         """
         steps, x = self.num_steps(steps), None
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
-        ids, masked = self.initial_state(n, known, mask)                                    # (n, L) each
-        initial = count = torch.full((n,), self.length) if known is None else masked.sum(1).cpu()
+        ids, token_mask = self.initial_state(n, known, mask)                                # (n, L) each
+        initial = count = torch.full((n,), self.length) if known is None else token_mask.sum(1).cpu()
         for step in range(steps):
             progress = (step + 1) / steps
             w = 1 + (guidance - 1) * progress
             # From nothing all images begin alike, so the first pass is needed once only.
             m = 1 if step == 0 and known is None and labels is None else n
-            logits = self.logits(ids[:m], masked[:m], labels, w, x, count[:m]).expand(n, -1, -1)  # (n, L, K)
+            logits = self.logits(ids[:m], token_mask[:m], labels, w, x, count[:m]).expand(n, -1, -1)
             # That many will be masked after this step; unmask() chooses which.
             count = num_masked(initial, count, step, steps, schedule, self.round_up)
             u, gumbel = (hashed_uniform(seeds, 2 * step + k, self.length) for k in (0, 1))  # (n, L) each
             noise = temperature * (1 - progress) * to_gumbel(gumbel)
-            ids, masked = unmask(logits, ids, masked, count, u, noise, order)
-            x = self.next_image(ids, masked, logits)
+            ids, token_mask = unmask(logits, ids, token_mask, count, u, noise, order)
+            x = self.next_image(ids, token_mask, logits)
             if step + 1 == steps:
-                masked = torch.zeros_like(masked)               # num_masked() leaves one: it is kept, too
-            yield Decoding(ids, masked, known, mask, x)
+                token_mask = torch.zeros_like(token_mask)       # num_masked() leaves one: it is kept, too
+            yield Decoding(ids, token_mask, known, mask, x)
 
     def num_steps(self, steps=None, eta=None):
         """20, or one for each token, unless said otherwise."""
@@ -995,10 +1001,11 @@ class MAGE(Model):
 #
 #     b: the other view of a's image                                                         [SimCLR, eq. 1]
 #
-# Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's outputs is
-# projected to a unit vector z, which must be closer to that of the other crop than to those of all other
-# images. Weight 0.1 beside the masked loss [MAGE, 3.3]. The authors released no training code for it: the
-# projection's sizes and tau are ours.
+# Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's outputs,
+# without the class token, goes through Linear(C, 4096), ReLU and Linear(4096, 256) to a unit vector z, which
+# must be closer to that of the other crop than to those of all other images. The weight beside the masked
+# loss is 0.1 [MAGE, 3.3]. The authors released no training code for it: the layers' sizes and tau = 0.2 are
+# ours.
 
 
 def info_nce(z, temperature=0.2):
@@ -1033,12 +1040,19 @@ def info_nce(z, temperature=0.2):
 #             mean codes under p if masked                                      ^
 #                                                             visible ids ------+
 #
+# The decoder reads what the encoder made of visible tokens, the mask token m at masked ones, and the visible
+# ids, appended. So it learns of a masked place from the image only as far as attention carries it:
+#
+#     tokens    [class]  _   b   _   _        _ is masked
+#     encode      z0    z1  z2  z3  z4        every patch of x_t enters
+#     decode       m     m  z2   m   m   b    b is an embedded id, at the end
+#
 # In training a frozen MAGE stands at both ends. From the ids of an earlier step, where more is masked, it
 # predicts r, so x_t looks as it would in generation. From the visible ids it predicts q, which is the target:
 #
-#     ids, mask of an earlier step -- MAGE --> r -- D --> x_t --> encoder --> decoder --> p
-#                                                                                         | loss
-#     ids, mask of this step ------------------- MAGE --> q ------------------------------+
+#     ids, mask of an earlier step -- MAGE --> r -----+
+#     ids, mask of this step -------------------------+-- D --> x_t --> encoder --> decoder --> p
+#     ids, mask of this step -- MAGE --> q -------------------------------------------------> loss
 #
 # No timestep enters the network: it can see how much of the image is decided.
 
@@ -1057,7 +1071,7 @@ class ADDP(MAGE):
     """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py,
     models_vit.py). What is not written here is MAGE's: the loop of decoding, and what it unmasks.
 
-    predictor       a trained MAGE, frozen; its tokenizer is this model's. Not used to generate
+    predictor       a trained MAGE, frozen; its tokenizer is this model's. Not needed to generate from nothing
     image_size      S, which must be the predictor's, else ValueError
     width, depth, heads, decoder_depth, decoder_heads       of encoder and decoder, which have the same width
 
@@ -1184,7 +1198,7 @@ class ADDP(MAGE):
 
     # ---- generation
 
-    round_up = True                                             # the first step may keep nothing
+    round_up = True             # the first step may keep nothing. Published: 256 steps, schedule "linear"
 
     def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
         """Logits (n, L, K) from the image so far x, None before the first step, and the visible ids.
@@ -1337,7 +1351,8 @@ def denoise(predict_x0, noise, alpha_bar, eta=1.0, known=None, mask=None):
     noise        function k -> standard normal (n, 3, S, S). k = 0 is the start; step s adds number 2 s + 1
     alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
     known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the
-                 known pixels are put back, with as much noise (number 2 s + 2) as x has by then [RePaint]
+                 known pixels are put back, with as much noise (number 2 s + 2) as x has then [RePaint,
+                 without its jumps back]
     """
     x = noise(0)
     for step, (now, after) in enumerate(zip(alpha_bar, [*alpha_bar[1:], torch.ones_like(alpha_bar[0])])):
@@ -1516,16 +1531,16 @@ class UMD(Model):
     def losses(self, x0, t, eps, mask_noise, mask_ratio, labels=None, keep_label=None):
         """L_x0, over masked pixels, and L_eps, over visible ones; both over all pixels if nothing is
         masked."""
-        ids_keep = self.random_masking(mask_noise, mask_ratio) if mask_ratio else None      # (B, M)
+        ids_keep = self.visible_patches(mask_noise, mask_ratio) if mask_ratio else None     # (B, M)
         x0_hat, eps_hat = self.predict(q_sample(x0, self.alpha_bar[t], eps), t, labels, ids_keep, keep_label)
         if not mask_ratio:
             return F.mse_loss(x0_hat, x0), F.mse_loss(eps_hat, eps)
         mask = self.pixel_mask(ids_keep)                                                    # (B, 1, S, S)
         return masked_mse(x0_hat, x0, mask), masked_mse(eps_hat, eps, ~mask)
 
-    def random_masking(self, mask_noise, mask_ratio):
-        """Patches that enter the encoder, in any order, since each has a position embedding: int (B, M). The
-        smallest are masked."""
+    def visible_patches(self, mask_noise, mask_ratio):
+        """Patches that enter the encoder: int (B, M), in any order, since each has a position embedding. The
+        smallest are masked. The number of visible ones is rounded down, as in the official code."""
         return mask_noise.argsort(dim=1, stable=True)[:, self.length - int(self.length * (1 - mask_ratio)):]
 
     def pixel_mask(self, ids_keep):
@@ -1543,8 +1558,8 @@ class UMD(Model):
         """Pixels (B, 3, S, S) in about [-1, 1], noised to t (B,) -> predictions of x0 and eps,
         (B, 3, S, S) each.
 
-        ids_keep  int (B, M): the patches that the network sees, all if None        labels,
-                  keep_label  as for forward
+        ids_keep            int (B, M): the patches that the network sees, all if None
+        labels, keep_label  as for forward
         """
         c = self.condition(to_device(t, x.device), labels, keep_label)                      # (B, C)
         return self.decode(self.encode(x, c, ids_keep), c, ids_keep)
@@ -1650,7 +1665,7 @@ class UMD(Model):
         """Pixels (B, 3, S, S) -> the same with r_0 of the patches masked, and with the predictions there, as
         MAE is looked at."""
         mask_noise = torch.rand(len(x), self.length, device=x.device) if mask_noise is None else mask_noise
-        ids_keep = self.random_masking(mask_noise, self.mask_ratio_clean)
+        ids_keep = self.visible_patches(mask_noise, self.mask_ratio_clean)
         mask, t = self.pixel_mask(ids_keep), torch.zeros(len(x), dtype=torch.long, device=x.device)
         prediction = (self.predict(2 * x - 1, t, ids_keep=ids_keep)[0] + 1) / 2
         return torch.where(mask, 0.2, x), torch.where(mask, prediction.clamp(0, 1), x)
@@ -1781,7 +1796,7 @@ class ADMBlock(nn.Sequential):
 #     L_vb = - log p(x0 | xt)                                  in the last, to x0               [DDPM, eq. 5]
 #
 # There eps' is detached: L_vb trains the variance alone. The paper's weight 0.001 stands before the sum over
-# 1000 timesteps; one t is drawn here, so the weight is 1.
+# T = 1000 timesteps; one t is drawn here, so the weight is 1.
 
 
 def log_variances(alpha_bar):
@@ -2080,7 +2095,7 @@ ADDP_RECIPE = dict(MAGE_RECIPE, paper=dict(epochs=1600, batch_size=4096, lr=1e-4
 UMD_RECIPE = dict(
     betas=(0.9, 0.95), weight_decay=0.05, no_decay=umd_no_decay, grad_clip=1.0, warmup=0.05, min_lr=0.0,
     min_crop=0.8, ema=0.9999, probe_ema=False, paper=dict(epochs=800, batch_size=1024, lr=1.5e-4),
-    tiny=dict(ids=64, batch_size=32, steps=3000, lr=18e-3))
+    tiny=dict(ids=64, batch_size=32, steps=3000, lr=0.018))     # for 256 images; with 32 it is 0.00225
 MAE_RECIPE = dict(UMD_RECIPE, ema=0.0, paper=dict(epochs=800, batch_size=4096, lr=1.5e-4))
 TUNE_RECIPE = dict(UMD_RECIPE, betas=(0.9, 0.999), weight_decay=0.0, min_crop=0.95,
                    paper=dict(epochs=50, batch_size=256, lr=1.5e-4))
@@ -2145,8 +2160,8 @@ def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, t
     grid       patches on a side, for models that read patches
     tokenizer  VQGAN arguments, for models that read ids; or the config of the predictor,
                one of the same size if not given
-    classes    > 0: conditioned on labels, if the model takes them        tune  True:
-               starting from a trained model
+    classes    > 0: conditioned on labels, if the model takes them
+    tune       True: starting from a trained model
     """
     method = MODELS[name]
     if not method.predictor:
@@ -2383,10 +2398,9 @@ def groups_of_equal_length(counts):
 PIXELS, IDS = "float (B, 3, {S}, {S})", "int (B, {m.length}) in [0, {m.codes})"
 FORMS = {                               # by [class.][method.]argument; decoders overshoot [0, 1] a little
     "x": PIXELS, "embed.x": PIXELS + " in [-0.5, 1.5]", "reconstruct.x": PIXELS + " in [-0.5, 1.5]",
-    "MAGE.x": f"{PIXELS} or {IDS}", "MAGE.embed.x": f"{PIXELS} in [-0.5, 1.5] or {IDS}",
     "MAGE.forward.x": f"{PIXELS} or {IDS} or float (B, 2, 3, {{S}}, {{S}}) or "
                       "int (B, 2, {m.length}) in [0, {m.codes})",
-    "ADDP.forward.x": f"{PIXELS} or {IDS}", "ADDP.embed.x": f"{PIXELS} or {IDS}",
+    "ADDP.forward.x": PIXELS, "ADDP.embed.x": PIXELS,
     "VQGAN.x": PIXELS + " in [-0.5, 1.5]", "VQGAN.ids": "int (B, h, w) in [0, {m.codes})",
     "labels": "int ({B}) in [0, {m.classes})", "keep_label": "bool ({N})",
     "mask_ratio": "float in [0.5, 1]", "mask_noise": "float ({N}, {m.length})",
@@ -2475,10 +2489,13 @@ def letters_of(model, a):
 
 
 def form_of(model, method, argument):
-    """The form of a method's argument, the most specific one first; "" if there is none."""
+    """The form of a method's argument, the most specific one first, "" if there is none. Where ids are
+    predicted, x may be ids, too."""
     classes = [cls.__name__ + "." for cls in type(model).__mro__] + [""]
     names = [cls + name for cls in classes for name in (f"{method}.{argument}", argument)]
-    return next((FORMS[name] for name in names if name in FORMS), "")
+    form = next((FORMS[name] for name in names if name in FORMS), "")
+    reads_ids = argument == "x" and method != "reconstruct" and isinstance(model, Model) and model.codes
+    return f"{form} or {IDS}" if reads_ids and IDS not in form else form
 
 
 def require(key, v, form, weight, **more):
