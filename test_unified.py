@@ -946,20 +946,20 @@ def test_guidance_grows_linearly_over_the_steps():
 
 def replayed(monkeypatch, sampled, gumbel):
     """Make the decoding loop draw these ids (steps, n, L) and this Gumbel noise; returns a list that fills
-    with what each step reads (by the names of unmask), the ids it sampled, and what it masked again.
+    with what each step reads, the ids it sampled, and what it masked again.
 
     The ids that the official sampler drew go back in through the front door, as the middle of their slice
     of (0, 1)."""
     unmask, steps = unified.unmask, []
 
-    def replay(*args, **more):
-        given = inspect.signature(unmask).bind(*args, **more)
-        drawn, logits = sampled[len(steps)][..., None], given.arguments["logits"]
+    def replay(logits, ids, mask, count, u, noise, *args, **more):
+        drawn = sampled[len(steps)][..., None]
         cdf = F.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
-        given.arguments["u"] = ((cdf.gather(-1, drawn) + cdf.gather(-1, drawn + 1)) / 2)[..., 0].float()
-        ids, mask = unmask(*given.args, **given.kwargs)
-        steps.append(types.SimpleNamespace(**given.arguments, sampled=ids, again=mask))
-        return ids, mask
+        u = ((cdf.gather(-1, drawn) + cdf.gather(-1, drawn + 1)) / 2)[..., 0].float()
+        step = types.SimpleNamespace(logits=logits, ids=ids, mask=mask, count=count, u=u, noise=noise)
+        step.sampled, step.again = unmask(logits, ids, mask, count, u, noise, *args, **more)
+        steps.append(step)
+        return step.sampled, step.again
     monkeypatch.setattr(unified, "unmask", replay)
     monkeypatch.setattr(unified, "to_gumbel", lambda u: gumbel[len(steps)].float())
     return steps
@@ -995,7 +995,7 @@ def test_golden_decoding_step_by_step(decoding):
         p = s.logits.softmax(-1).gather(-1, s.sampled[..., None])[..., 0]
         assert official.isinf().equal(~s.mask)                          # what was known before is certain
         assert_close(p[s.mask], official[s.mask])
-        assert set(s.masked.tolist()) == set(s.again.sum(1).tolist()) == {theirs["gen_mask_len"]}
+        assert set(s.count.tolist()) == set(s.again.sum(1).tolist()) == {theirs["gen_mask_len"]}
         noise = theirs["gen_temperature"] * g.inputs["gen_gumbel"][i]
         assert_close(s.noise, noise, 1e-4 if i + 1 < len(steps) else 0)  # the last step has no noise
 
