@@ -947,20 +947,20 @@ def test_guidance_grows_linearly_over_the_steps():
 
 def replayed(monkeypatch, sampled, gumbel):
     """Make the decoding loop draw these ids (steps, n, L) and this Gumbel noise; returns a list that fills
-    with what each step reads (by the names of unmask), the ids it sampled, and what it masked again.
+    with what each step reads, the ids it sampled, and what it masked again.
 
     The ids that the official sampler drew go back in through the front door, as the middle of their slice
     of (0, 1)."""
     unmask, steps = unified.unmask, []
 
-    def replay(*args, **more):
-        given = inspect.signature(unmask).bind(*args, **more)
-        drawn, logits = sampled[len(steps)][..., None], given.arguments["logits"]
+    def replay(logits, ids, mask, count, u, noise, *args, **more):
+        drawn = sampled[len(steps)][..., None]
         cdf = F.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
-        given.arguments["u"] = ((cdf.gather(-1, drawn) + cdf.gather(-1, drawn + 1)) / 2)[..., 0].float()
-        ids, mask = unmask(*given.args, **given.kwargs)
-        steps.append(types.SimpleNamespace(**given.arguments, sampled=ids, again=mask))
-        return ids, mask
+        u = ((cdf.gather(-1, drawn) + cdf.gather(-1, drawn + 1)) / 2)[..., 0].float()
+        step = types.SimpleNamespace(logits=logits, ids=ids, mask=mask, count=count, u=u, noise=noise)
+        step.sampled, step.again = unmask(logits, ids, mask, count, u, noise, *args, **more)
+        steps.append(step)
+        return step.sampled, step.again
     monkeypatch.setattr(unified, "unmask", replay)
     monkeypatch.setattr(unified, "to_gumbel", lambda u: gumbel[len(steps)].float())
     return steps
@@ -996,7 +996,7 @@ def test_golden_decoding_step_by_step(decoding):
         p = s.logits.softmax(-1).gather(-1, s.sampled[..., None])[..., 0]
         assert official.isinf().equal(~s.mask)                          # what was known before is certain
         assert_close(p[s.mask], official[s.mask])
-        assert set(s.masked.tolist()) == set(s.again.sum(1).tolist()) == {theirs["gen_mask_len"]}
+        assert set(s.count.tolist()) == set(s.again.sum(1).tolist()) == {theirs["gen_mask_len"]}
         noise = theirs["gen_temperature"] * g.inputs["gen_gumbel"][i]
         assert_close(s.noise, noise, 1e-4 if i + 1 < len(steps) else 0)  # the last step has no noise
 
@@ -2368,10 +2368,9 @@ def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, 
     model = unified.load_model(finished_adm)[0]
     table = [line.split() for line in printed.splitlines() if line[:5].strip().isdigit()]
     assert [int(line[0]) for line in table] == list(model.layers) and all(len(line) == 3 for line in table)
-    taken, = [(int(line[0]), (0, 30)[i]) for line in table for i, text in enumerate(line[1:])
-              if text.startswith("[")]
-    accuracy = {(int(line[0]), (0, 30)[i]): float(text.strip("[]")) for line in table for i,
-                text in enumerate(line[1:])}
+    cells = {(int(layer), t): text for layer, *row in table for t, text in zip((0, 30), row)}
+    taken, = [place for place, text in cells.items() if text.startswith("[")]
+    accuracy = {place: float(text.strip("[]")) for place, text in cells.items()}
     assert taken == (row["layer"], row["t"]) and accuracy[taken] == max(accuracy.values())
     assert min(PIL.Image.open(finished_adm / "sweep.png").size) > 100
 
@@ -2414,8 +2413,7 @@ def test_every_preset_can_be_built_from_plain_values(name):
         config = json.loads(json.dumps(config))                         # plain values survive this
         with torch.device("meta"):
             model = unified.build(config)
-        assert model.image_size == side and model.layers[
-            1][1:] == ((side, side) if name == "adm" else (16, 16))
+        assert model.image_size == side and model.layers[1][1:] == (side if name == "adm" else 16,) * 2
         assert model.classes == (10 if method.model.takes_labels else 0)
         if method.tokenizer:
             assert model.vqgan.stride == stride and (model.contrastive > 0) == (method.views == 2)
@@ -2487,13 +2485,12 @@ def load_hollow(path, load=unified.load_model, **more):
         return *load(path, **(dict(tell=said.append) if load is unified.load_model else {}), **more), said
 
 
-BASE_AND_LARGE = [dict(w=768, depth=12), dict(w=1024, depth=24)]
+BASE, LARGE = dict(w=768, depth=12), dict(w=1024, depth=24)
 
 
 @pytest.mark.parametrize("size, heads, used, encoder, embedding, decoder, head", [
-    (BASE_AND_LARGE[0], (12, 16), 144_896_745, 85_056_000, 1_754_112, 57_492_480, 594_153),
-    (BASE_AND_LARGE[1], (16, 16), 407_788_521, 302_311_424, 2_338_816, 102_084_608,
-     1_053_673)], ids=["base", "large"])
+    (BASE, (12, 16), 144_896_745, 85_056_000, 1_754_112, 57_492_480, 594_153),
+    (LARGE, (16, 16), 407_788_521, 302_311_424, 2_338_816, 102_084_608, 1_053_673)], ids=["base", "large"])
 def test_published_mage_files_load_strictly(tmp_path, size, heads, used, encoder, embedding, decoder, head):
     file = {"model": hollow(official("mage", **size)), "epoch": 1599, "args": argparse.Namespace(blr=1.5e-4)}
     torch.save(file, tmp_path / "mage.pth")
@@ -2507,8 +2504,7 @@ def test_published_mage_files_load_strictly(tmp_path, size, heads, used, encoder
 
 
 @pytest.mark.parametrize("size, heads, used, encoder", [
-    (BASE_AND_LARGE[0], (12, 16), 145.88, 85.85), (BASE_AND_LARGE[1], (16, 16), 409.10,
-                                                   303.37)], ids=["base", "large"])
+    (BASE, (12, 16), 145.88, 85.85), (LARGE, (16, 16), 409.10, 303.37)], ids=["base", "large"])
 def test_published_addp_files_load_strictly(tmp_path, size, heads, used, encoder):
     torch.save({"model": hollow(official("addp", **size)), "args": argparse.Namespace(blr=1e-4)},
                tmp_path / "addp.pth")
@@ -2518,8 +2514,8 @@ def test_published_addp_files_load_strictly(tmp_path, size, heads, used, encoder
             *(f"token_predictor.{name}" for name in official("mage dead", **size))]
     assert all(name in said for name in dead)
     predictor = model.token_predictor
-    assert (predictor.fake_id, predictor.mask_id, model.image_size,
-            len(model.token_emb.weight)) == (1100, 2024, 256, 2025)
+    assert (predictor.fake_id, predictor.mask_id, model.image_size) == (1100, 2024, 256)
+    assert len(model.token_emb.weight) == 2025
     for net in (model, predictor):
         assert (net.blocks[0].attn.heads, net.decoder_blocks[0].attn.heads) == heads
     parts = ("cls_token", "pos_embed", "patch_embed.", "tokenizer_norm.", "blocks.", "norm.")
@@ -2546,8 +2542,7 @@ def test_the_published_unet_loads_strictly_and_one_with_classes_is_refused(tmp_p
     model, config, _ = load_hollow(tmp_path / "0.pt")
     assert model.image_size == 256 and not model.training and model.blocks[23][1].heads == 16
     preset = unified.model_config("adm", "base", 256)
-    assert {k: tuple(v) if isinstance(v, list) else v for k,
-            v in config["arch"].items()} == preset | {"head": 64}
+    assert json.loads(json.dumps(config["arch"])) == json.loads(json.dumps(preset | {"head": 64}))
     torch.save(hollow(official("unet") | {"label_emb.weight": (1000, 1024)}), tmp_path / "1000.pt")
     with pytest.raises(unified.UserError, match="1000.pt.*class-conditional"):
         unified.load_model(tmp_path / "1000.pt")
@@ -2559,7 +2554,7 @@ def test_the_published_unet_loads_strictly_and_one_with_classes_is_refused(tmp_p
     ("addp", "token_predictor.norm.weight"), ("addp", "token_emb.weight"),
     ("unet", "input_blocks.4.0.out_layers.3.weight")])
 def test_a_published_file_that_lacks_a_weight_is_refused_and_the_weight_named(tmp_path, kind, lost):
-    state = hollow(official(kind, **BASE_AND_LARGE[0]))
+    state = hollow(official(kind, **BASE))
     torch.save({"model": {k: v for k, v in state.items() if k != lost}}, tmp_path / "lacking.pth")
     with pytest.raises(unified.UserError, match=f"lacking.pth.*{lost.removeprefix('vqgan.')}"):
         load_hollow(tmp_path / "lacking.pth")
@@ -2852,8 +2847,8 @@ class Options:
 
 def test_a_dataclass_is_a_command_line(capsys):
     assert unified.parse_flags(Options, "", []) == Options("out", 64, "a", True)
-    assert unified.parse_flags(Options, "", ["here", "--batch-size", "8", "--kind=b",
-                                             "--no-compile"]) == Options("here", 8, "b", False)
+    typed = "here --batch-size 8 --kind=b --no-compile".split()
+    assert unified.parse_flags(Options, "", typed) == Options("here", 8, "b", False)
     with pytest.raises(SystemExit) as stop:
         unified.parse_flags(Options, "", ["-h"])
     said = capsys.readouterr().out
@@ -2921,14 +2916,13 @@ def test_pixels_are_rounded_into_bytes():
 
 
 def noisy_image(width, height, seed=0):
-    return PIL.Image.fromarray(
-        numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), numpy.uint8))
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), numpy.uint8)
+    return PIL.Image.fromarray(pixels)
 
 
 def test_an_image_is_read_with_its_shorter_side_and_its_centre():
     wide = noisy_image(60, 20)
-    assert unified.from_image(wide, 20).movedim(0,
-                                                -1).numpy().tolist() == numpy.array(wide)[:, 20:40].tolist()
+    assert (unified.from_image(wide, 20).movedim(0, -1).numpy() == numpy.array(wide)[:, 20:40]).all()
     large = noisy_image(292, 292)                                       # 256 of 292, as in every evaluation
     assert (unified.from_image(large, 256).movedim(0, -1).numpy() == numpy.array(large)[18:274, 18:274]).all()
     # small and grey ones too
@@ -2938,10 +2932,7 @@ def test_an_image_is_read_with_its_shorter_side_and_its_centre():
 def test_a_file_that_is_no_image_is_named(tmp_path):
     noisy_image(20, 20).save(tmp_path / "good.png")
     x = unified.read_image(tmp_path / "good.png", 20)
-    assert x.shape == (3, 20,
-                       20) and x.mul(255).round().movedim(0,
-                                                          -1).tolist() == numpy.array(
-                                                              noisy_image(20, 20)).tolist()
+    assert (unified.to_uint8(x) == numpy.array(noisy_image(20, 20))).all()
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
     for name in ("bad.png", "missing.png"):
         with pytest.raises(unified.UserError, match=name):
@@ -3033,8 +3024,8 @@ def test_both_kinds_of_data_set_cut_the_same_crop(monkeypatch):
         # PIL rounds to bytes and repeats the box's rim
         assert (ours - folders)[:, 2:-2, 2:-2].abs().max() < 1.5 / 255
         rim = x[..., 5:25, 9:25].flip(3) if flip else x[..., 5:25, 9:25]
-        assert (ours - F.interpolate(rim, size=(32, 32),
-                                     mode="bilinear")[0])[:, 2:-2, 2:-2].abs().max() < 1e-4
+        rim = F.interpolate(rim, size=(32, 32), mode="bilinear")[0]
+        assert (ours - rim)[:, 2:-2, 2:-2].abs().max() < 1e-4
 
 
 def test_a_large_jpeg_is_decoded_smaller_only_where_its_crops_stay_large_enough():
@@ -3044,16 +3035,16 @@ def test_a_large_jpeg_is_decoded_smaller_only_where_its_crops_stay_large_enough(
         data = unified.ImageFolder(pathlib.Path(), [], [], [], 32, (area, area))
         whole = data.crop(PIL.Image.open(file).convert("RGB"), [0, 1])  # no file any more: as it was decoded
         opened = PIL.Image.open(file)
-        assert (data.crop(opened,
-                          [0, 1]).float() - whole.float()).abs().mean() < 1.5 and opened.size == decoded
+        assert (data.crop(opened, [0, 1]).float() - whole.float()).abs().mean() < 1.5
+        assert opened.size == decoded
 
 
 def test_a_plan_gives_whole_images_or_crops_with_their_labels():
     data, index = image_set(), torch.tensor([4, 0])
     crops = torch.tensor([[7, 8, 9], [10, 11, 12]])
     (whole, labels), (cut, same) = data.batches([(index, None), (index, crops)])
-    assert whole.mul(
-        255).round().byte().equal(data.images[index]) and labels.tolist() == same.tolist() == [1, 0]
+    assert whole.mul(255).round().byte().equal(data.images[index])
+    assert labels.tolist() == same.tolist() == [1, 0]
     assert cut.shape == (2, 3, 3, 16, 16) and 0 <= cut.min() and cut.max() <= 1
     # the crop's number decides, not its company
     assert_close(cut[1, 2], data.crop(whole[1:], torch.tensor([12]))[0], 1e-6)
@@ -3066,8 +3057,8 @@ def tree(tmp_path):
         for c, name in enumerate(("ant", "bee")):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(3):
-                PIL.Image.new("RGB", (20, 20),
-                              (100 * p + 30 * c + 10 * i,) * 3).save(tmp_path / part / name / f"{i}.png")
+                grey = (100 * p + 30 * c + 10 * i,) * 3
+                PIL.Image.new("RGB", (20, 20), grey).save(tmp_path / part / name / f"{i}.png")
     return tmp_path
 
 
@@ -3083,8 +3074,8 @@ def test_a_folder_is_read_in_order_with_its_labels(tree):
     (x, y), (crops, label) = data.batches(plan)
     assert x.shape == (2, 3, 16, 16) and crops.shape == (1, 2, 3, 16, 16) and label.tolist() == [1]
     assert greys([(x, y)]) == [(0, 0), (50, 1)]
-    assert greys(unified.open_data(str(tree), "", 16,
-                                   train=False).batches([(torch.arange(6), None)]))[3] == (130, 1)
+    test = unified.open_data(str(tree), "", 16, train=False)
+    assert greys(test.batches([(torch.arange(6), None)]))[3] == (130, 1)
 
 
 def folder(root, classes=("ant", "bee"), size=16, **options):
@@ -3125,9 +3116,8 @@ def test_those_that_take_the_place_of_unreadable_images_are_many_and_no_neighbou
     monkeypatch.setattr(PIL.Image, "open", lambda path, *more: (opened.append(path), open_(path, *more))[1])
     found = [g for g, _ in greys(data.batches([(torch.arange(60), None)]))]
     taken = [found[i] for i in range(0, 60, 2)]
-    assert found[1::2] == list(range(1, 60,
-                                     2)) and len(set(taken)) > 12 and all(
-                                         abs(g - i) > 1 for g, i in zip(taken, range(0, 60, 2)))
+    assert found[1::2] == list(range(1, 60, 2)) and len(set(taken)) > 12
+    assert all(abs(g - i) > 1 for g, i in zip(taken, range(0, 60, 2)))
     assert all(opened.count(p) == 1 for p in data.paths[::2])           # remembered
     list(data.batches([(torch.arange(60), None)]))
     assert all(opened.count(p) == 1 for p in data.paths[::2])
@@ -3137,8 +3127,7 @@ def test_many_unreadable_images_take_no_more_time_than_they_are(tmp_path):
     for i in range(1500):
         (tmp_path / f"{i:04d}.png").write_bytes(b"version https://git-lfs" if i % 3 else b"")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "0700.png")
-    opened, data = [0], unified.ImageFolder(tmp_path, sorted(tmp_path.iterdir()), [0] * 1500, [], 8,
-                                            (0.2, 1.0))
+    data = unified.ImageFolder(tmp_path, sorted(tmp_path.iterdir()), [0] * 1500, [], 8, (0.2, 1.0))
     with pytest.raises(unified.UserError, match="1500 .* looked at|of 500 images that were looked at"):
         unified.check_sample(data)
     started = time.time()
@@ -3180,8 +3169,8 @@ def test_unreadable_test_images_count_in_no_accuracy(tree, monkeypatch):
 
 
 def test_a_batch_of_a_folder_takes_no_file_handle_an_image(tree):
-    data, (soft, hard) = unified.open_data("anything", str(tree), 16,
-                                           train=True), resource.getrlimit(resource.RLIMIT_NOFILE)
+    data = unified.open_data("anything", str(tree), 16, train=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
         signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no batch came"))
@@ -3195,26 +3184,22 @@ def test_a_batch_of_a_folder_takes_no_file_handle_an_image(tree):
 # What people bring
 
 
+def converted(*modes):
+    """A grey image in one mode after the other."""
+    return lambda g: functools.reduce(lambda image, mode: image.convert(mode), modes, PIL.Image.fromarray(g))
+
+
 MODES = {        # of one grey image g, uint8 (h, w), or of a coloured one, in every mode that a file can have
-    "1": lambda g: PIL.Image.fromarray(g).convert("1"), "L": lambda g: PIL.Image.fromarray(g),
-    "P": lambda g: PIL.Image.fromarray(g).convert("P"),
-    "RGB": lambda g: PIL.Image.fromarray(g).convert("RGB"),
-    "CMYK": lambda g: PIL.Image.fromarray(g).convert("CMYK"),
-    "LA": lambda g: PIL.Image.fromarray(g).convert("LA"),
-    "RGBA": lambda g: PIL.Image.fromarray(g).convert("RGBA"),
+    **{mode: converted(mode) for mode in ("1", "L", "P", "RGB", "CMYK", "LA", "RGBA", "PA", "RGBX")},
+    **{modes[-1]: converted(*modes)
+       for modes in (("RGB", "YCbCr"), ("RGB", "HSV"), ("RGBA", "RGBa"), ("LA", "La"))},
     "I;16": lambda g: PIL.Image.fromarray(g.astype(numpy.uint16) * 257),
     "I;16B": lambda g: PIL.Image.frombytes("I;16B", g.shape[::-1],
                                            (g.astype(">u2") * 257).astype(">u2").tobytes()),
     "I of 8 bits": lambda g: PIL.Image.fromarray(g.astype(numpy.int32)),
     "I of 16 bits": lambda g: PIL.Image.fromarray(g.astype(numpy.int32) * 257),
     "I of 31 bits": lambda g: PIL.Image.fromarray(g.astype(numpy.int32) * (2**31 // 255)),
-    "F": lambda g: PIL.Image.fromarray((g / 255).astype(numpy.float32)),
-    "YCbCr": lambda g: PIL.Image.fromarray(g).convert("RGB").convert("YCbCr"),
-    "HSV": lambda g: PIL.Image.fromarray(g).convert("RGB").convert("HSV"),
-    "PA": lambda g: PIL.Image.fromarray(g).convert("PA"),
-    "RGBX": lambda g: PIL.Image.fromarray(g).convert("RGBX"),
-    "RGBa": lambda g: PIL.Image.fromarray(g).convert("RGBA").convert("RGBa"),
-    "La": lambda g: PIL.Image.fromarray(g).convert("LA").convert("La")}
+    "F": lambda g: PIL.Image.fromarray((g / 255).astype(numpy.float32))}
 
 
 def test_images_of_any_mode_are_their_twins_in_8_bit_rgb():
@@ -3227,12 +3212,13 @@ def test_images_of_any_mode_are_their_twins_in_8_bit_rgb():
         assert off <= 1, (mode, off)
 
 
-@pytest.mark.parametrize("mode, suffix", [("1", "png"), ("L", "png"), ("P", "gif"), ("P", "png"),
-                                          ("RGB", "png"), ("RGB", "webp"), ("LA", "png"), ("RGBA", "png"),
-                                          ("RGBA", "webp"), ("I;16", "png"), ("I;16", "tif"),
-                                          ("I;16B", "tif"), ("I of 16 bits", "tif"), ("I of 31 bits", "tif"),
-                                          ("F", "tif"), ("CMYK", "tif"), ("YCbCr", "tif"), ("RGBX", "tif"),
-                                          ("CMYK", "jpg"), ("L", "jpg")])
+FILES = {"png": ["1", "L", "P", "RGB", "LA", "RGBA", "I;16"], "gif": ["P"], "webp": ["RGB", "RGBA"],
+         "jpg": ["CMYK", "L"],
+         "tif": ["I;16", "I;16B", "I of 16 bits", "I of 31 bits", "F", "CMYK", "YCbCr", "RGBX"]}
+
+
+@pytest.mark.parametrize("mode, suffix",
+                         [(mode, suffix) for suffix, modes in FILES.items() for mode in modes])
 def test_training_probing_and_inpainting_read_files_of_any_mode_alike(mode, suffix, tmp_path):
     g = numpy.kron(numpy.array([[0, 80], [160, 255]]), numpy.ones((16, 16))).astype(numpy.uint8)
     for name, image in (("a", MODES[mode](g)),
@@ -3245,10 +3231,8 @@ def test_training_probing_and_inpainting_read_files_of_any_mode_alike(mode, suff
     plan = [(torch.tensor([0]), None), (torch.tensor([0]), torch.tensor([[1, 2, 3]]))]     # probing, training
     for (ours, _), (theirs, _) in zip(*(d.batches(plan) for d in data)):
         assert (ours - theirs).abs().max() <= (3 if suffix == "jpg" else 1) / 255 + 1e-6
-    assert (unified.read_image(data[0].paths[0],
-                               32) - unified.read_image(data[1].paths[0],
-                                                        32)).abs().max() <= (
-                                                            3 if suffix == "jpg" else 1) / 255 + 1e-6
+    ours, theirs = (unified.read_image(d.paths[0], 32) for d in data)
+    assert (ours - theirs).abs().max() <= (3 if suffix == "jpg" else 1) / 255 + 1e-6
 
 
 @pytest.mark.parametrize("values", [-1.0, 3.0, 255.0, math.nan, math.inf])
@@ -3397,12 +3381,11 @@ def test_class_folders_are_read_recursively_and_by_content_where_the_suffix_says
 def test_of_class_folders_alone_a_tenth_is_held_out_that_stays_so_when_others_come(tmp_path):
     make_images(tmp_path, [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(100)])
     train, test = both_parts(tmp_path)
-    assert train.classes == test.classes == ["ant",
-                                             "bee"] and len(
-                                                 train) + len(test) == 200 and 10 <= len(test) <= 32
+    assert train.classes == test.classes == ["ant", "bee"]
+    assert len(train) + len(test) == 200 and 10 <= len(test) <= 32
     assert not {*train.paths} & {*test.paths} and "by a hash" in train.summary and test.unseen
-    assert all(data.classes[label] == path.parent.name for data in (train, test) for path,
-               label in zip(data.paths, data.labels))
+    for data in (train, test):
+        assert all(data.classes[label] == path.parent.name for path, label in zip(data.paths, data.labels))
     make_images(tmp_path, [f"ant/{i}-new.png" for i in range(50)])
     more, held = both_parts(tmp_path)
     assert {*train.paths} <= {*more.paths} and {*test.paths} <= {*held.paths}
@@ -4034,9 +4017,8 @@ def clouds(n, spread, seed=0):
     """Points around one centre for each of three classes, on axes of very different scale."""
     g = torch.Generator().manual_seed(seed)
     centres, labels = torch.randn(3, 5, generator=torch.Generator().manual_seed(9)), torch.arange(n) % 3
-    return (centres[labels] + spread * torch.randn(n, 5,
-                                                   generator=g)) * torch.tensor(
-                                                       [1e-3, 1, 1, 1, 100]) + 7, labels
+    x = centres[labels] + spread * torch.randn(n, 5, generator=g)
+    return x * torch.tensor([1e-3, 1, 1, 1, 100]) + 7, labels
 
 
 def test_ridge_is_least_squares_with_a_penalty():
@@ -4067,8 +4049,8 @@ def script(name, *args, expect=0):
     those; in this process, since starting one takes longer than most tests."""
     printed, code = io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(
-        printed), contextlib.redirect_stderr(printed):
+    out, err = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)
+    with pytest.MonkeyPatch.context() as patch, out, err:
         patch.setattr(sys, "argv", [str(HERE / name), *map(str, args)])
         try:
             unified.run_main(importlib.import_module(name.removesuffix(".py")).main)
@@ -4987,14 +4969,12 @@ def right_arguments(model, method, views=1):
                  schedule="linear", draw=3,
                  mask_ratio=0.7, index=20, gap=2, n_clean=2, layers=[1, 2])
     if isinstance(model, unified.Model):
-        most = model.t_range[1]
         number = 4 if method != "forward" else 2 if isinstance(model, unified.UMD) else 4 * views
         known.update(labels=rows % 3 if model.classes else None, mask_noise=some_noise(4 * views, 16),
                      keep_label=torch.arange(number) > 0,
                      noise=model.noise(torch.arange(number)), pool=model.pools[0],
                      add={1: torch.zeros(4, *model.layers[1])},
-                     t=torch.arange(1, 1 + number) if method == "forward" else most / 2
-                     if isinstance(most, float) else min(most, 3))
+                     t=torch.arange(1, 1 + number) if method == "forward" else corrupting(model))
     call = getattr(model, method, None)
     if known.get("labels") is None:
         known.pop("guidance")
@@ -5127,9 +5107,8 @@ def test_pixels_that_are_far_outside_are_refused_where_an_image_is_finished():
 @EVERY
 def test_wrong_options_are_refused_before_the_first_step(name):
     model = small(name)
-    for options in (dict(steps=0), dict(seeds=torch.arange(3)), dict(schedule="sqrt"),
-                    dict(temperature=math.nan),
-                    dict(eta=1.5), dict(mask=torch.ones(2, 32, 32) > 0)):
+    for options in (dict(steps=0), dict(seeds=torch.arange(3)), dict(schedule="sqrt"), dict(eta=1.5),
+                    dict(temperature=math.nan), dict(mask=torch.ones(2, 32, 32) > 0)):
         with pytest.raises(ValueError):
             model.sample_steps(2, **options)
 
@@ -5240,8 +5219,7 @@ def test_generation_never_waits_for_the_device_once_it_has_begun(name):
     told = dict(labels=torch.zeros(4, dtype=torch.long, device="meta"), guidance=2.0) if model.classes else {}
     takes = inspect.signature(model.sample_steps).parameters
     for more in ways_to_sample(model):
-        for option in [
-            {"temperature": 0.0}] if token else [{}] + [{"eta": 0.0}] * ("eta" in takes and model.generates):
+        for option in [{}] + [{"temperature": 0.0}] * token + [{"eta": 0.0}] * ("eta" in takes):
             read = bool(more) and (token or name == "mae")           # once: how large each inpainting mask is
             more = {key: v.to("meta") for key, v in more.items()}
             with Elsewhere(*[torch.tensor([9, 4, 16, 9])] * read) as device:
@@ -5353,8 +5331,8 @@ def test_hopper_takes_cudnns_attention_first_unless_it_would_round_the_dropout(v
     monkeypatch.setattr(unified, "sdpa_kernel", lambda order, set_priority: [kernel.name for kernel in order])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     order = unified.attention_kernels()
-    assert order[0] == first and sorted(order[:2]) == ["CUDNN_ATTENTION",
-                                                       "FLASH_ATTENTION"] and order[3:] == ["MATH"]
+    assert order[0] == first and order[3:] == ["MATH"]
+    assert sorted(order[:2]) == ["CUDNN_ATTENTION", "FLASH_ATTENTION"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert isinstance(unified.attention_kernels(), contextlib.nullcontext)
 
@@ -5471,9 +5449,8 @@ def block_operations(n, d):
 
 def mage_operations(C, depth, decoder, L=256, K=1024):
     D, decoder_depth, seen = decoder[0], decoder[1], 1 + L - math.ceil(L / 2)
-    forward = depth * block_operations(seen,
-                                       C) + 2 * seen * C * D + decoder_depth * block_operations(
-                                           1 + L, D) + 2 * L * (D * C + C * K)
+    encoder, decoder = depth * block_operations(seen, C), decoder_depth * block_operations(1 + L, D)
+    forward = encoder + 2 * seen * C * D + decoder + 2 * L * (D * C + C * K)
     return 3 * forward - 2 * L * C * K                       # the embeddings get no gradient as output matrix
 
 
@@ -5520,8 +5497,8 @@ def graphs(monkeypatch):
     def run_as_it_is(graph, inputs):
         made.append(graph)
         return graph.forward
-    monkeypatch.setattr(nn.Module, "compile", lambda module,
-                        **how: compile(module, backend=run_as_it_is, fullgraph=True, **how))
+    traced = functools.partialmethod(compile, backend=run_as_it_is, fullgraph=True)
+    monkeypatch.setattr(nn.Module, "compile", traced)
     torch._dynamo.reset()
     yield made
     torch._dynamo.reset()
@@ -5598,7 +5575,8 @@ def test_a_predictor_that_is_missing_or_unfit_ends_in_one_sentence(photos, finis
         *found, said = printed.splitlines()
         assert not found or "to test on" in found[0] and len(found) == 1  # what the folder holds
         return said
-    assert f"run python train.py --dataset {photos} --model mage, then this with --predictor out/{photos.name}-mage" in refused()
+    first = f"run python train.py --dataset {photos} --model mage"
+    assert f"{first}, then this with --predictor out/{photos.name}-mage" in refused()
     assert "--image-size 64" in refused("--predictor", finished[0], "--image-size", 64)
     assert "belongs to --model addp" in refused("--predictor", finished[0], "--labels")
 
@@ -5655,8 +5633,9 @@ def finish(process, seconds=LIMIT):
     """Wait for it; returns its exit code, negative for a signal, and what it printed. All that it has
     started is killed."""
     process.join(seconds)
-    code, printed = process.exitcode, process.printed.read_text(
-        errors="replace") if process.printed.exists() else ""
+    code, printed = process.exitcode, ""
+    if process.printed.exists():
+        printed = process.printed.read_text(errors="replace")
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     assert code is not None, f"still running after {seconds} seconds; it had printed\n{printed}"
