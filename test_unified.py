@@ -3296,52 +3296,62 @@ def test_a_gigapixel_file_is_named_wherever_it_is_given(tmp_path, photos, finish
         unified.open_data("anything", str(tmp_path), 32, train=True)
 
 
-def poisoned_steps(bad, images=range(8)):
-    """train.update on a small network, whose gradient is not finite in the steps of bad: [(weights, EMA) after each step], and the Meter.
-    That of the images alone is not in step 12."""
-    run = types.SimpleNamespace(world=1, rank=0, device=torch.device("cpu"), autocast=contextlib.nullcontext, folder="RUN", tell=print,
-                                cfg=types.SimpleNamespace(seed=0, labels=False, log_every=10**6, eval_every=0))
-    net = nn.Linear(3, 1)
+def trained(folder, model, recipe, batches, steps=None, evaluate=None, data=None, forward_args=lambda step, first: {}, **cfg):
+    """train.train() on batches, a function of a plan; recipe: numbers beside MAGE's. Rows of its log; what else is in cfg are flags."""
+    cfg = train.settings(train.Config(**{"device": "cpu", "compile": False, "log_every": 1, "eval_every": 0, "save_every": 10**6,
+                                         "out_dir": str(folder), **cfg}))
+    recipe = {**unified.MAGE_RECIPE, "steps": steps, "views": 1, "lr": 1e-3, **recipe}
+    recipe.setdefault("micro_batch", recipe["batch_size"])
+    train.train(cfg, "model", model, recipe, data, batches, {}, evaluate, forward_args)
+    return train.read_rows(folder)
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = net
 
-        def forward(self, x, labels=None):
-            return self.inner(x).square().mean(), {}
-    model = Net()
+class Linear(nn.Module):
+    """A small network with a loss: the mean of the squares."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 1)
+
+    def forward(self, x, labels=None):
+        return self.inner(x).square().mean(), {}
+
+
+def poisoned_steps(folder, bad, images=range(8)):
+    """Twelve steps of four of 8 images, whose gradient is not finite in the steps of bad: [weight before each step], rows of the log. Alone,
+    only these images have no finite gradient."""
+    model, seen = Linear(), []
+
     def batches(plan):
-        return ((torch.full((1, 3), math.nan if index in images else 1.0), torch.zeros(1)) for index, _ in plan)
-    stage = train.Stage("model", model, {}, batches, 8, 0, 50, 4, 4, 1e-2, dict(unified.MAGE_RECIPE, ema=0.5))
-    optimizer, weights = train.optimizer_of(model, 1e-2, stage.recipe), train.trainable(model)
-    ema, meter, seen = train.averages(model, stage.recipe), train.Meter(run, stage, 0), []
-    for step in range(12):
-        x = torch.full((4, 3), math.nan if step in bad else 1.0)
-        norm, rate = train.update(run, stage, model, optimizer, weights, ema, step, itertools.repeat((x, torch.zeros(4))), meter.add)
-        meter.step(step + 1, norm, rate, ema)
-        seen.append(net.weight.detach().clone())
-    return seen, meter
+        for index, _ in plan:
+            if len(index) == 1:
+                yield torch.full((1, 3), math.nan if index in images else 1.0), torch.zeros(1)
+            else:
+                seen.append(model.inner.weight.detach().clone())
+                yield torch.full((4, 3), math.nan if len(seen) - 1 in bad else 1.0), torch.zeros(4)
+    recipe = dict(ema=0.5, batch_size=4, lr=1e-2)
+    return seen, trained(folder, model, recipe, batches, 12, data=image_set(8, 8), log_every=100)
 
 
-def test_a_step_whose_gradient_is_not_finite_moves_nothing_and_is_told(capsys):
-    seen, meter = poisoned_steps({3, 7})
+def test_a_step_whose_gradient_is_not_finite_moves_nothing_and_is_told(tmp_path, capsys):
+    seen, rows = poisoned_steps(tmp_path, {3, 7})
     assert all(w.isfinite().all() for w in seen)
-    assert [i for i in range(1, 12) if seen[i].equal(seen[i - 1])] == [3, 7]
-    assert math.isfinite(
-        meter.check(12)["loss"]) and "2 of the steps up to 12 were skipped" in capsys.readouterr().out
+    assert [i for i in range(11) if seen[i + 1].equal(seen[i])] == [3, 7]
+    assert math.isfinite(rows[-1]["loss"]) and "2 of the steps up to 12 were skipped" in capsys.readouterr().out
+    state = unified.load_checkpoint(tmp_path / "model.pt")
+    assert all(v.isfinite().all() for part in ("model", "ema") for v in state[part].values())
 
 
-def test_several_steps_in_a_row_without_a_finite_gradient_end_the_run():
-    with pytest.raises(unified.UserError,
-                       match="6 steps in a row up to step 12; RUN keeps the last good checkpoint; a lower --lr"):
-        poisoned_steps(set(range(6, 12)))[1].check(12)
+def test_several_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path):
+    with pytest.raises(unified.UserError, match=f"6 steps in a row up to step 12; {tmp_path} keeps the last good checkpoint; a lower --lr"):
+        poisoned_steps(tmp_path, set(range(6, 12)))
 
 
-def test_an_image_that_alone_is_to_blame_for_such_steps_is_named():
-    bad = torch.cat([index for index, _ in train.plan(8, 0, 0, 4, 4, 0, 1, 11, 12)])[2].item()
+def test_an_image_that_alone_is_to_blame_for_such_steps_is_named(tmp_path):
+    recipe = dict(batch_size=4, micro_batch=4, views=0)
+    bad = torch.cat([index for index, _ in train.plan(8, 0, recipe, 11, 12)])[2].item()
     with pytest.raises(unified.UserError, match=f"step 12; .*image {bad} alone does that: take it out"):
-        poisoned_steps(set(range(6, 12)), [bad])[1].check(12)
+        poisoned_steps(tmp_path, set(range(6, 12)), [bad])
 
 
 # Folders
@@ -3844,14 +3854,13 @@ def test_damaged_checkpoints_are_read_whole_or_named(tmp_path, capfd):
 
 
 def test_a_damaged_line_of_the_log_does_not_count(tmp_path):
-    run = types.SimpleNamespace(folder=tmp_path)
     rows = [{"stage": "model", "step": i, "loss": 0.5} for i in range(3)]
-    assert train.Run.rows(run) == []
+    assert train.read_rows(tmp_path) == []
     good = [json.dumps(row).encode() for row in rows]
     for bad in (b'{"stage": "model", "st{"stage": "model", "step": 9}', b"\xff\xfe}", bytes(40), b"3", b"",
                 b'{"step": 4}', b'{"stage": "model"}', b'{"stage": "model", "step": "4"}'):
         (tmp_path / "log.jsonl").write_bytes(b"\n".join([good[0], bad, *good[1:], good[0][:9]]))
-        assert train.Run.rows(run) == rows
+        assert train.read_rows(tmp_path) == rows
 
 
 def test_features_are_collected_where_nobody_says_how_much_memory_there_is(monkeypatch):
@@ -4402,14 +4411,14 @@ def test_every_image_size_is_built_or_refused_in_a_sentence_that_helps(model):
     for size in ("tiny", "small", "base"):
         for side in range(8, 601):
             try:
-                cfg, _ = train.settle(train.Config(model=model, size=size, image_size=side, device="cpu"))
+                cfg = train.settings(train.Config(model=model, size=size, image_size=side, device="cpu"))
             except unified.UserError as error:
                 assert f"--image-size {side} " in str(error) and ("--ids" in str(error)) == (model != "adm")
                 remedy = str(error).split("take ")[1].split(" or ")[0].split()
                 remedy = remedy if model != "adm" else ["--image-size", *remedy]
                 remedy = dict(zip(remedy[::2], remedy[1::2]))
                 side, ids = int(remedy.get("--image-size", side)), int(remedy.get("--ids", 0)) or None
-                train.settle(train.Config(model=model, size=size, image_size=side, ids=ids, device="cpu"))
+                train.settings(train.Config(model=model, size=size, image_size=side, ids=ids, device="cpu"))
                 continue
             if side < 40 or side % 128 == 0:
                 grid = math.isqrt(cfg.ids)
@@ -4417,7 +4426,7 @@ def test_every_image_size_is_built_or_refused_in_a_sentence_that_helps(model):
                     vqgan = unified.tokenizer_config("toy", side // grid if model != "adm" else 2)
                     unified.build(unified.model_config(model, size, side, grid, vqgan))
     for side, ids in ((256, 256), (512, 1024)):
-        assert train.settle(train.Config(model=model, image_size=side, device="cpu"))[0].ids == ids
+        assert train.settings(train.Config(model=model, image_size=side, device="cpu")).ids == ids
 
 
 def test_pngs_are_continued_only_by_what_made_them(finished, diffused, tmp_path, monkeypatch):
@@ -4488,8 +4497,7 @@ def train_together(folder, micro, contrastive):
     """Twenty optimizer steps of 16 images as one of several processes; leaves losses, first gradients and parameters in folder/WORLD.pt."""
     unified.join_processes("cpu")
     rank, world = unified.rank_and_world()
-    run = types.SimpleNamespace(world=world, rank=rank, device=torch.device("cpu"), autocast=contextlib.nullcontext,
-                                cfg=types.SimpleNamespace(seed=0, labels=False))
+    (folder / str(world)).mkdir(exist_ok=True)
     model = mage(contrastive=contrastive, dropout=0.0).train()
     views = 2 if contrastive else 1
     data = torch.randint(model.codes, (20, 16, views, model.length), generator=torch.Generator().manual_seed(1))
@@ -4497,26 +4505,24 @@ def train_together(folder, micro, contrastive):
 
     def draws(step, first):                                             # given, since a micro-batch of 16 draws other numbers than two of 8
         return dict(mask_ratio=torch.tensor(0.6), mask_noise=noise[step, first * views:(first + micro) * views]) if contrastive else {}
-    stage = train.Stage("model", model, {}, None, 16, views, 20, 16, micro, 1e-3, unified.MAGE_RECIPE, draws)
-    optimizer, weights = train.optimizer_of(model, 1e-3, stage.recipe), train.trainable(model)
-    net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    mine = ((data[step, first:first + micro], torch.zeros(micro, dtype=torch.long)) for step in range(20) for first in range(rank * micro, 16, world * micro))
-    losses, first = [], {}
 
-    def keep_first(*_):
-        if not first:
-            first.update({k: p.grad.clone() for k, p in weights.items()})
-    optimizer.register_step_pre_hook(keep_first)
-    for step in range(20):
-        found = []
-        train.update(run, stage, net, optimizer, weights, {}, step, mine, lambda loss, logs: found.append(loss.detach()))
-        mean = torch.stack(found).mean()
-        if world > 1:
-            torch.distributed.all_reduce(mean)
-        losses.append(mean / world)
+    def batches(plan):
+        places = ((step, first) for step in range(20) for first in range(rank * micro, 16, world * micro))
+        return ((data[step, first:first + micro], torch.zeros(micro, dtype=torch.long)) for step, first in places)
+    first = {}
+
+    def optimizer(weights, recipe):
+        def keep_first(*_):
+            if not first:
+                first.update({k: p.grad.clone() for k, p in weights.items()})
+        adamw = train.adamw(weights, recipe)
+        adamw.register_step_pre_hook(keep_first)
+        return adamw
+    recipe = dict(batch_size=16, micro_batch=micro, optimizer=optimizer)
+    rows = trained(folder / str(world), model, recipe, batches, 20, data=image_set(16, 8), forward_args=draws)
     if rank == 0:
-        torch.save((torch.stack(losses), first, {k: p.detach() for k, p in weights.items()}), f"{folder}/{world}.pt")
-    del net
+        losses = torch.tensor([row["loss"] for row in rows])
+        torch.save((losses, first, {k: p.detach() for k, p in train.trainable(model).items()}), folder / f"{world}.pt")
     unified.leave_processes()
 
 
@@ -4641,8 +4647,8 @@ BARS = ("tokenizer:", "ids of every image:", "model:", "features:")     # what i
 def slow_ids():
     """Ids a shard and an image at a time, as of a large set; and steps long enough to be hit."""
     train.SHARD, probe.images_at_once = 8, lambda data, device: 2
-    update = train.update
-    train.update = lambda *args: (time.sleep(0.02), update(*args))[1]
+    learning_rate = probe.learning_rate
+    probe.learning_rate = lambda *args: (time.sleep(0.02), learning_rate(*args))[1]
 
 
 def killed(photos, run, more, stages, seed):
@@ -4762,30 +4768,32 @@ def test_every_long_loop_stops_at_its_next_batch(no_signals, monkeypatch):
         list(train.until_asked(read))
 
 
-def test_a_stop_while_averaged_weights_are_shown_saves_the_raw_ones(no_signals):
-    net = nn.Linear(2, 2)
-    own, ema = copy.deepcopy(net.state_dict()), {name: p.detach() + 1 for name, p in net.named_parameters()}
+def test_a_stop_while_averaged_weights_are_shown_saves_the_raw_ones(no_signals, tmp_path):
+    model, shown = Linear(), []
 
     def evaluate():
-        assert net.weight.equal(ema["weight"])
+        shown.append(model.inner.weight.detach().clone())
+        no_signals[signal.SIGTERM] = 0.0
         raise unified.Stopped("while it is shown")
-    meter = train.Meter.__new__(train.Meter)
-    meter.run, meter.stage = types.SimpleNamespace(log=forbidden), types.SimpleNamespace(net=net, name="model", evaluate=evaluate)
-    meter.evaluate(5, ema)
-    assert all(v.equal(own[k]) for k, v in net.state_dict().items()) and net.training
+    with pytest.raises(unified.Stopped, match="at step 1 of the model"):
+        trained(tmp_path, model, dict(ema=0.5, batch_size=4), lambda plan: itertools.repeat((torch.ones(4, 3), torch.zeros(4))), 9,
+                evaluate=evaluate, data=image_set(8, 8), eval_every=1)
+    state = unified.load_checkpoint(tmp_path / "model.pt")
+    own, ema = state["model"]["inner.weight"], state["ema"]["inner.weight"]
+    assert shown[0].equal(ema) and not own.equal(ema) and own.equal(model.inner.weight) and model.training
 
 
 def test_a_signal_is_answered_in_words_at_once_and_a_second_one_at_once_in_deed(no_signals, capfd, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        train.listen()
+        train.stop_when_asked()
         signal.raise_signal(signal.SIGTERM)
         assert "stopping" in capfd.readouterr().err and list(no_signals) == [signal.SIGTERM]
         signal.raise_signal(signal.SIGTERM)                             # what torchrun passes on a moment later changes nothing
         no_signals[signal.SIGTERM] -= 3
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        train.listen()
+        train.stop_when_asked()
         assert not no_signals
     finally:
         for number, handler in handlers.items():
@@ -4794,8 +4802,8 @@ def test_a_signal_is_answered_in_words_at_once_and_a_second_one_at_once_in_deed(
 
 def slowly_and_unevenly():
     """The second of two processes takes longer over what comes between two steps, and so sees a signal in another one."""
-    listen, warn = train.listen, train.Meter.warn
-    train.Meter.warn = lambda meter, step: (time.sleep(0.05 * meter.run.rank), warn(meter, step))
+    step_done = train.Log.step_done
+    train.Log.step_done = lambda *args: (time.sleep(0.05 * unified.rank_and_world()[0]), step_done(*args))
 
 
 def test_two_processes_stop_after_the_same_step_and_save_once(photos, finished, tmp_path):
@@ -4821,19 +4829,17 @@ def test_processes_may_log_different_terms(photos, tmp_path):
 
 
 def test_terms_count_as_often_as_they_were_logged():
-    run = types.SimpleNamespace(world=1, rank=0, device=torch.device("cpu"), folder="")
-    meter = train.Meter(run, types.SimpleNamespace(name="model", steps=1), 0)
-    for loss, logs in ((1.0, {"x0": 1.0}), (3.0, {"x0_clean": 5.0}), (5.0, {"x0": 3.0})):
-        meter.add(torch.tensor(loss), {k: torch.tensor(v) for k, v in logs.items()})
-    meter.norm = torch.tensor(1.0)
-    assert meter.check(1) == {"loss": 3.0, "x0": 2.0, "x0_clean": 5.0}
+    log = train.Log(train.Config(device="cpu"), "model", {"steps": 1}, 0, forbidden)
+    for loss, terms in ((1.0, {"x0": 1.0}), (3.0, {"x0_clean": 5.0}), (5.0, {"x0": 3.0})):
+        log.add({name: torch.tensor(v) for name, v in {"loss": loss, **terms}.items()})
+    assert log.means() == {"loss": 3.0, "x0": 2.0, "x0_clean": 5.0}
 
 
 def fail_in_a_step():
-    def update(run, stage, net, *_):
-        assert isinstance(net, nn.parallel.DistributedDataParallel)
+    def fail(*_):
+        assert [o for o in gc.get_objects() if type(o) is nn.parallel.DistributedDataParallel]
         raise KeyError("a bug in a step")
-    train.update, destroy = update, torch.distributed.destroy_process_group
+    probe.learning_rate, destroy = fail, torch.distributed.destroy_process_group
 
     def parted():
         left = [o for o in gc.get_objects() if type(o) is nn.parallel.DistributedDataParallel]
@@ -4933,15 +4939,15 @@ def test_scripts_run_without_what_windows_lacks(name, photos, finished, tmp_path
     assert code == 0, printed
 
 
-def test_a_stage_of_more_than_a_day_is_announced_once(monkeypatch):
-    now, told = [1000.0], []
+def test_a_training_of_more_than_a_day_is_announced_once(monkeypatch, capsys):
+    now = [1000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     for name, steps, seconds in (("tokenizer", 1_000_000, 60), ("model", 2_000_000, 5), ("model", 100, 60)):
-        run = types.SimpleNamespace(rank=1, tell=told.append)
-        meter = train.Meter(run, types.SimpleNamespace(name=name, steps=steps), 7)
+        log = train.Log(train.Config(), name, {"steps": steps}, 7, forbidden)
         for step in range(8, 30):
             now[0] += 500 if step == 8 else seconds                     # the first step compiles
-            meter.warn(step)
+            log.step_done(step, torch.tensor(1.0))
+    told = [line for line in capsys.readouterr().out.splitlines() if "at this pace" in line]
     assert len(told) == 2 and "694 more days" in told[0] and "--tokenizer-batch-size" in told[0] and "116 more days" in told[1]
 
 
@@ -4949,7 +4955,7 @@ def test_a_stage_of_more_than_a_day_is_announced_once(monkeypatch):
                                          (dict(dataset="imagenet", tokenizer_batch_size=8), 8), (dict(dataset="imagenet", size="tiny"), 16)])
 def test_the_tokenizers_batch_fits_the_device_or_is_what_was_asked_for(args, batch, monkeypatch):
     monkeypatch.setattr(unified, "default_dtype", lambda device: "float32")
-    assert train.settle(train.Config(device=args.pop("device", "cpu"), **args))[0].tokenizer_batch_size == batch
+    assert train.settings(train.Config(device=args.pop("device", "cpu"), **args)).tokenizer_batch_size == batch
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5180,36 +5186,38 @@ def test_elsewhere_refuses_what_it_should():
         assert x.cpu() is i and (x + torch.ones((), dtype=torch.float64)).is_meta
 
 
-def trainer(model, method, device, autocast=contextlib.nullcontext, labels=False, size=32):
-    """A function that takes a step of training on 8 images as train.py does: cached ids, or a set on the device."""
-    run = types.SimpleNamespace(world=1, rank=0, device=torch.device(device), autocast=autocast,
-                                cfg=types.SimpleNamespace(seed=0, labels=labels))
-
-    def extra(step, first):
-        return model.micro_batch_args(first, 8) if method else {"adversarial_weight": 0.8}
+def train_watched(folder, model, method, device, watches, size=32, **cfg):
+    """Train on 8 images a step as train.py does, from cached ids or a set on the device: a step in each of the contexts `watches`, which
+    begins with the step's batch and ends before the next one."""
     views, recipe = (method.views, method.recipe) if method else (1, train.TOKENIZER_RECIPE)
-    stage = train.Stage("model", model.train(), {}, None, 8, views, 100, 8, 8, 1e-4, recipe, extra)
-    y, plan = torch.arange(32) % 3, train.plan(32, 0, views, 8, 8, 0, 1, 0, 100)
-    if method and method.tokenizer:
-        ids = torch.randint(model.codes, (32, 4, model.length), dtype=torch.int16)
-        batches = train.cached_batches(ids.to(device), y, plan)
-    else:
-        x = torch.randint(256, (32, 3, size, size), dtype=torch.uint8)
-        batches = unified.ImageTensor(x, y, [], (0.8, 1.0), device).batches(plan)
-    optimizer = train.optimizer_of(model, 1e-4, recipe, None if device == "meta" else True)
-    weights, ema = train.trainable(model), train.averages(model, recipe)
-    return lambda step: train.update(run, stage, model, optimizer, weights, ema, step, batches, lambda *_: None)
+    recipe = {**recipe, "views": views, "batch_size": 8, "lr": 1e-4}
+    if device == "meta":
+        recipe["optimizer"] = functools.partial(train.adamw, fused=None)
+    y, x = torch.arange(32) % 3, torch.randint(256, (32, 3, size, size), dtype=torch.uint8)
+    data = unified.ImageTensor(x, y, [], (0.8, 1.0), device)
+    ids = torch.randint(model.codes, (32, 4, model.length), dtype=torch.int16).to(device) if method and method.tokenizer else None
+
+    def batches(plan):
+        source = data.batches(plan) if ids is None else train.cached_batches(ids, y, plan)
+        for watch in watches:
+            with watch:
+                yield next(source)
+    watched = batches(train.plan(32, 0, {**recipe, "micro_batch": 8}, 0, 100))
+    args = (lambda step, first: model.micro_batch_args(first, 8)) if method else lambda step, first: {"adversarial_weight": 0.8}
+    with contextlib.closing(watched), contextlib.suppress(StopIteration):                   # no watch is left
+        trained(folder, model, recipe, lambda plan: watched, 100, data=data, forward_args=args, device=device, log_every=100, **cfg)
 
 
 @pytest.mark.parametrize("name", [*KINDS, "tokenizer"])
-def test_no_training_step_waits_for_the_device_or_needs_float64_there(name):
+def test_no_training_step_waits_for_the_device_or_needs_float64_there(name, tmp_path, monkeypatch):
     method = unified.MODELS.get(name)
     labels = name in TAKES_LABELS
     model = small(name, 3 * labels) if method else unified.TokenizerTraining(tokenizer())
-    step = trainer(model.to("meta"), method, "meta", labels=labels)
-    with Elsewhere():
-        norm, _ = step(0)
-    assert norm.is_meta
+    monkeypatch.setattr(probe, "autocast", lambda cfg: contextlib.nullcontext())
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args)) or norms[-1])
+    train_watched(tmp_path, model.to("meta"), method, "meta", [Elsewhere()], labels=labels, dtype="float32")
+    assert len(norms) == 1 and norms[0].is_meta
 
 
 @EVERY
@@ -5372,12 +5380,12 @@ def test_bfloat16_is_the_default_where_it_is_computed_in(capability, dtype, gpu,
     monkeypatch.setattr(sample, "run", lambda cfg, device: settled.append(cfg.dtype))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())       # looks for the device
     for device, expected in (("cuda", dtype), ("cuda:1", dtype), ("cpu", "float32"), ("mps", "float32")):
-        settled = [unified.default_dtype(device), train.settle(train.Config(device=device))[0].dtype,
+        settled = [unified.default_dtype(device), train.settings(train.Config(device=device)).dtype,
                    probe.settle(probe.Config(run="", device=device)).dtype]
         monkeypatch.setattr(unified, "parse_flags", lambda cls, *_: cls(run="", device=device))
         sample.main()
         assert set(settled) == {expected}
-    assert train.settle(train.Config(device="cuda", dtype="float32"))[0].dtype == "float32"
+    assert train.settings(train.Config(device="cuda", dtype="float32")).dtype == "float32"
     assert probe.settle(probe.Config(run="", device="cuda", dtype="float32")).dtype == "float32"
 
 
@@ -5480,8 +5488,7 @@ def test_operations_are_those_of_the_formulas(name, size, pixels, formula, publi
 
 
 def test_the_benchmark_compares_with_the_plain_path(monkeypatch):
-    measure = train.seconds_of
-    monkeypatch.setattr(train, "seconds_of", lambda device, function, least=0: measure(device, function, 0.01))
+    monkeypatch.setattr(train, "SECONDS", 0.01)
     printed = script("train.py", "--benchmark", "--batch-size", 4, "--device", "cpu")
     assert "of the product" in printed and "plain path" in printed and "times as long" in printed
     losses = [float(line.split("loss")[1].split()[0]) for line in printed.splitlines() if "loss" in line and "every step" not in line]
@@ -5541,18 +5548,20 @@ def test_addps_decoder_is_compiled_once_for_any_number_of_tokens(graphs):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", list(unified.MODELS))
-def test_no_step_waits_for_the_gpu_or_takes_the_slow_attention(name):
+def test_no_step_waits_for_the_gpu_or_takes_the_slow_attention(name, tmp_path):
     method = unified.MODELS[name]
     tokenizer_arch = unified.tokenizer_config("tiny", 4) if method.tokenizer else None
     model = unified.build(unified.model_config(name, "small", 64, 16, tokenizer_arch)).to("cuda")
-    one = trainer(model, method, "cuda", functools.partial(torch.autocast, "cuda", torch.bfloat16), size=64)
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    # all but the slow one
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-                      SDPBackend.EFFICIENT_ATTENTION]):
-        for step in range(13):
-            torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
-            one(step)
+
+    @contextlib.contextmanager
+    def no_waiting():
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+        torch.cuda.set_sync_debug_mode("default")
+    watches = [contextlib.nullcontext() for _ in range(3)] + [no_waiting() for _ in range(10)]
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):      # all but the slow one
+        train_watched(tmp_path, model, method, "cuda", watches, size=64, dtype="bfloat16")
     torch.cuda.set_sync_debug_mode("default")
 def test_addp_trains_on_the_ids_of_its_predictor_then_samples_and_is_probed(photos, finished, tmp_path):
     run, (ids,) = tmp_path / "run", finished[0].glob("ids-*.npy")
