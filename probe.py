@@ -756,7 +756,7 @@ def pool_cells(m, side):
     return F.adaptive_avg_pool2d(m, min(side, m.size(-1)))
 
 
-PIXEL_SIDE = 32                 # raw pixels are averaged to this side: a closed-form fit then still takes seconds
+PIXEL_SIDE = 32                 # raw pixels are averaged to it: then a closed-form fit still takes seconds
 
 
 def pixel_vectors(x):

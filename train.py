@@ -1084,7 +1084,8 @@ def probe_features(cfg, model, ema, train_set, test_set):
     if model.tokenizer:
         fresh.vqgan.load_state_dict(model.vqgan.state_dict())
     torch.manual_seed(0)
-    readers = {"features": model.embed, "the same network untrained": fresh.embed, "raw pixels": probe.pixel_vectors}
+    readers = {"features": model.embed, "the same network untrained": fresh.embed,
+               "raw pixels": probe.pixel_vectors}
     top1 = {}
     with averaged(model, ema if recipe_of(cfg)["probe_ema"] else {}):
         for name, read in readers.items():
