@@ -2256,7 +2256,7 @@ def test_an_image_always_looks_the_same_and_a_fresh_crop_does_not():
         assert one["top1", place].equal(one["untrained", place])                            # all networks see the same noise
         alone = probe.feature_vectors(model, [place], x, unified.hash_ints(1, torch.arange(4)))[place]
         assert_close(one["top1", place], alone, 1e-5)                   # whatever else is read
-    assert one["pixels", None].equal(x.flatten(1))
+    assert one["pixels", None].equal(probe.pool_cells(x, probe.PIXEL_SIDE).flatten(1))
 
 
 def test_places_are_read_as_their_names_say():
