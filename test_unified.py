@@ -2537,6 +2537,16 @@ def test_published_tokenizer_files_load_strictly(tmp_path, key):
     assert config == unified.tokenizer_config("base", 16) and vqgan.stride == 16
 
 
+def test_configs_of_older_checkpoints_still_build():
+    for name, renamed in (("umd", {"clean": "clean_ratio", "hidden_clean": "mask_ratio_clean",
+                                   "hidden_noised": "mask_ratio_noised"}), ("adm", {})):
+        config = unified.model_config(name, "tiny", 32, 4)
+        older = {**config, **{old: config[new] for old, new in renamed.items()}, "classes": 0}
+        model = unified.build({k: v for k, v in older.items() if k not in renamed.values()})
+        assert model.state_dict().keys() == unified.build(config).state_dict().keys()
+        assert all(vars(model)[new] == config[new] for new in renamed.values())
+
+
 def test_the_published_unet_loads_strictly_and_one_with_classes_is_refused(tmp_path):
     torch.save(hollow(official("unet")), tmp_path / "0.pt")
     model, config, _ = load_hollow(tmp_path / "0.pt")
