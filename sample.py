@@ -31,7 +31,7 @@ import torch.distributed
 import tqdm
 
 import unified
-from probe import compile_blocks, results_folder
+from probe import compile_blocks, image_files, results_folder
 from train import writable, write_file
 from unified import UserError, flag
 
@@ -280,7 +280,7 @@ def missing_pngs(folder, note, cfg):
         for path in folder.glob("*.png"):
             if path.stem.isdecimal():                           # else a smaller set would keep some of them
                 path.unlink()
-    elif unified.image_files(folder, []):
+    elif image_files(folder, []):
         with contextlib.suppress(OSError, ValueError):
             if json.loads((folder / NOTE).read_text()) == note:
                 lacking = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]

@@ -159,7 +159,7 @@ def some_images(n=4, side=16, seed=4):
 def image_set(n=6, side=16, scale=(0.2, 1.0)):
     images = torch.randint(256, (n, 3, side, side), generator=torch.Generator().manual_seed(0),
                            dtype=torch.uint8)
-    return unified.ImageTensor(images, torch.arange(n) % 3, ["a", "b", "c"], scale)
+    return probe.ImageTensor(images, torch.arange(n) % 3, ["a", "b", "c"], scale)
 
 
 def forbidden(*args, **kwargs):
@@ -2998,8 +2998,8 @@ def test_hash_ints_tells_every_combination_apart():
 
 def test_a_crop_is_decided_by_its_number():
     crops = unified.hash_ints(torch.arange(1000)[:, None], torch.arange(2)).flatten()
-    boxes = unified.crop_boxes(crops, 40, 30, (0.2, 1.0))
-    alone = unified.crop_boxes(crops[7:8], 40, 30, (0.2, 1.0))
+    boxes = probe.crop_boxes(crops, 40, 30, (0.2, 1.0))
+    alone = probe.crop_boxes(crops[7:8], 40, 30, (0.2, 1.0))
     assert all(a[7:8].equal(b) for a, b in zip(boxes, alone))
     left, top, w, h, flip = boxes
     assert (left >= 0).all() and (top >= 0).all() and (left + w <= 40.001).all() and (top + h <= 30.001).all()
@@ -3020,7 +3020,7 @@ def test_the_crop_of_everything_is_the_image(monkeypatch):
     data, crops = image_set(), torch.arange(6)
     x = data.images.float() / 255
     for flip in (False, True):
-        monkeypatch.setattr(unified, "crop_boxes", box_of(0, 0, 16, 16, flip))
+        monkeypatch.setattr(probe, "crop_boxes", box_of(0, 0, 16, 16, flip))
         assert_close(data.crop(x, crops), x.flip(3) if flip else x, 1e-5)
 
 
@@ -3028,9 +3028,9 @@ def test_both_kinds_of_data_set_cut_the_same_crop(monkeypatch):
     x = F.interpolate(torch.rand(1, 3, 5, 5), size=32, mode="bicubic").clamp(0, 1)
     image = PIL.Image.fromarray(unified.to_uint8(x[0]))
     for flip in (False, True):
-        monkeypatch.setattr(unified, "crop_boxes", box_of(9, 5, 16, 20, flip))
-        ours = unified.ImageTensor(x, None, [], (0.2, 1.0)).crop(x, torch.zeros(1).long())[0]
-        folders = unified.ImageFolder(pathlib.Path(), [], [], [], 32, (0.2, 1.0)).crop(image, [0])[0] / 255
+        monkeypatch.setattr(probe, "crop_boxes", box_of(9, 5, 16, 20, flip))
+        ours = probe.ImageTensor(x, None, [], (0.2, 1.0)).crop(x, torch.zeros(1).long())[0]
+        folders = probe.ImageFolder(pathlib.Path(), [], [], [], 32, (0.2, 1.0)).crop(image, [0])[0] / 255
         # PIL rounds to bytes and repeats the box's rim
         assert (ours - folders)[:, 2:-2, 2:-2].abs().max() < 1.5 / 255
         rim = x[..., 5:25, 9:25].flip(3) if flip else x[..., 5:25, 9:25]
@@ -3042,7 +3042,7 @@ def test_a_large_jpeg_is_decoded_smaller_only_where_its_crops_stay_large_enough(
     smooth = F.interpolate(torch.rand(1, 3, 6, 8), size=(375, 501), mode="bicubic").clamp(0, 1)
     PIL.Image.fromarray(unified.to_uint8(smooth[0])).save(file := io.BytesIO(), "JPEG", quality=95)
     for area, decoded in ((0.9, (63, 47)), (0.05, (251, 188)), (0.01, (501, 375))):
-        data = unified.ImageFolder(pathlib.Path(), [], [], [], 32, (area, area))
+        data = probe.ImageFolder(pathlib.Path(), [], [], [], 32, (area, area))
         whole = data.crop(PIL.Image.open(file).convert("RGB"), [0, 1])  # no file any more: as it was decoded
         opened = PIL.Image.open(file)
         assert (data.crop(opened, [0, 1]).float() - whole.float()).abs().mean() < 1.5
@@ -3078,20 +3078,20 @@ def greys(batches):
 
 
 def test_a_folder_is_read_in_order_with_its_labels(tree):
-    data = unified.open_data("anything", str(tree), 16, train=True)
+    data = probe.open_data("anything", str(tree), 16, train=True)
     assert data.classes == ["ant", "bee"] and len(data) == 6
     plan = [(torch.tensor([0, 5]), None), (torch.tensor([3]), torch.tensor([[1, 2]]))]
     (x, y), (crops, label) = data.batches(plan)
     assert x.shape == (2, 3, 16, 16) and crops.shape == (1, 2, 3, 16, 16) and label.tolist() == [1]
     assert greys([(x, y)]) == [(0, 0), (50, 1)]
-    test = unified.open_data(str(tree), "", 16, train=False)
+    test = probe.open_data(str(tree), "", 16, train=False)
     assert greys(test.batches([(torch.arange(6), None)]))[3] == (130, 1)
 
 
 def folder(root, classes=("ant", "bee"), size=16, **options):
     """A Folder of root/<class>/*, not looked at beforehand."""
-    files = [(path, c) for c, name in enumerate(classes) for path in unified.image_files(root / name, [])]
-    return unified.ImageFolder(root, *zip(*files), list(classes), size, (0.2, 1.0), **options)
+    files = [(path, c) for c, name in enumerate(classes) for path in probe.image_files(root / name, [])]
+    return probe.ImageFolder(root, *zip(*files), list(classes), size, (0.2, 1.0), **options)
 
 
 def test_an_unreadable_image_gives_its_place_to_one_that_is_drawn_or_is_left_out(tree, capsys):
@@ -3121,7 +3121,7 @@ def test_those_that_take_the_place_of_unreadable_images_are_many_and_no_neighbou
         PIL.Image.new("RGB", (8, 8), (i,) * 3).save(tmp_path / f"{i:02d}.png")
     for i in range(0, 60, 2):
         (tmp_path / f"{i:02d}.png").write_bytes(b"")
-    opened, data = [], unified.ImageFolder(tmp_path, sorted(tmp_path.iterdir()), [0] * 60, [], 8, (0.2, 1.0))
+    opened, data = [], probe.ImageFolder(tmp_path, sorted(tmp_path.iterdir()), [0] * 60, [], 8, (0.2, 1.0))
     open_ = PIL.Image.open
     monkeypatch.setattr(PIL.Image, "open", lambda path, *more: (opened.append(path), open_(path, *more))[1])
     found = [g for g, _ in greys(data.batches([(torch.arange(60), None)]))]
@@ -3137,9 +3137,9 @@ def test_many_unreadable_images_take_no_more_time_than_they_are(tmp_path):
     for i in range(1500):
         (tmp_path / f"{i:04d}.png").write_bytes(b"version https://git-lfs" if i % 3 else b"")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "0700.png")
-    data = unified.ImageFolder(tmp_path, sorted(tmp_path.iterdir()), [0] * 1500, [], 8, (0.2, 1.0))
+    data = probe.ImageFolder(tmp_path, sorted(tmp_path.iterdir()), [0] * 1500, [], 8, (0.2, 1.0))
     with pytest.raises(unified.UserError, match="1500 .* looked at|of 500 images that were looked at"):
-        unified.check_sample(data)
+        probe.check_sample(data)
     started = time.time()
     list(data.batches([(torch.arange(1500), None)], replace=False))
     assert time.time() - started < 20 and len(data.unreadable) == 1499
@@ -3151,7 +3151,7 @@ def test_a_folder_of_nothing_but_corrupt_images_is_a_users_mistake(tree):
     with pytest.raises(unified.UserError, match="png"):
         list(folder(tree / "train").batches([(torch.arange(2), None)]))
     with pytest.raises(unified.UserError, match="6 of 6 images.*none of ant, bee"):
-        unified.open_data("anything", str(tree), 16, train=True)
+        probe.open_data("anything", str(tree), 16, train=True)
 
 
 def test_a_class_or_a_tenth_that_cannot_be_opened_stops_the_run_before_it_starts(tree):
@@ -3160,13 +3160,13 @@ def test_a_class_or_a_tenth_that_cannot_be_opened_stops_the_run_before_it_starts
     for path in (tree / "train/bee").iterdir():
         path.write_bytes(b"")
     with pytest.raises(unified.UserError, match="3 of 43 images.*none of bee"):
-        unified.open_data("anything", str(tree), 16, train=True)
+        probe.open_data("anything", str(tree), 16, train=True)
     PIL.Image.new("RGB", (20, 20)).save(tree / "train/bee/0.png")
-    assert len(unified.open_data("anything", str(tree), 16, train=True)) == 43              # two in 43
+    assert len(probe.open_data("anything", str(tree), 16, train=True)) == 43              # two in 43
     for i in range(3, 6):
         (tree / f"train/ant/{i:02d}.png").write_bytes(b"")
     with pytest.raises(unified.UserError, match="5 of 43"):
-        unified.open_data("anything", str(tree), 16, train=True)
+        probe.open_data("anything", str(tree), 16, train=True)
 
 
 def test_unreadable_test_images_count_in_no_accuracy(tree, monkeypatch):
@@ -3179,7 +3179,7 @@ def test_unreadable_test_images_count_in_no_accuracy(tree, monkeypatch):
 
 
 def test_a_batch_of_a_folder_takes_no_file_handle_an_image(tree):
-    data = unified.open_data("anything", str(tree), 16, train=True)
+    data = probe.open_data("anything", str(tree), 16, train=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
@@ -3264,7 +3264,7 @@ def test_photos_lie_as_viewers_show_them(number, suffix, tmp_path):
         seen = PIL.ImageOps.exif_transpose(image).convert("L")
     assert seen.size == ((120, 80) if number < 5 else (80, 120))
     assert (unified.read_image(path, 80)[0] - unified.from_image(seen, 80)[0] / 255).abs().mean() < 0.02
-    data, twin = folder(tmp_path, [""], 8), unified.ImageFolder(tmp_path, [], [], [], 8, (0.2, 1.0))
+    data, twin = folder(tmp_path, [""], 8), probe.ImageFolder(tmp_path, [], [], [], 8, (0.2, 1.0))
     crops = torch.tensor([[3, 4, 5, 6]])                       # small ones, of a JPEG that is decoded smaller
     (ours, _), = data.batches([(torch.tensor([0]), crops)])
     assert (ours[0] - twin.crop(seen.convert("RGB"), crops[0].tolist()).float() / 255).abs().mean() < 0.03
@@ -3303,7 +3303,7 @@ def test_a_gigapixel_file_is_named_wherever_it_is_given(tmp_path, photos, finish
     assert "giga.png" in script("sample.py", finished[0], "--image", tmp_path / "giga.png", "--box",
                                 "0,0,8,8", expect=2)
     with pytest.raises(unified.UserError, match="giga.png"):
-        unified.open_data("anything", str(tmp_path), 32, train=True)
+        probe.open_data("anything", str(tmp_path), 32, train=True)
 
 
 def trained(folder, model, recipe, batches, steps=None, evaluate=None, data=None, forward_args=lambda step, first: {}, **cfg):
@@ -3374,7 +3374,7 @@ def make_images(root, names, start=0):
 
 
 def both_parts(root):
-    return [unified.open_data(str(root), "", 8, train) for train in (True, False)]
+    return [probe.open_data(str(root), "", 8, train) for train in (True, False)]
 
 
 def test_class_folders_are_read_recursively_and_by_content_where_the_suffix_says_nothing(tree):
@@ -3488,7 +3488,7 @@ def test_shapes_are_decided_by_their_seeds():
 
 def test_training_and_test_shapes_are_different_images(monkeypatch):
     monkeypatch.setattr(unified, "draw_shapes", lambda seeds, size: (seeds[:, None, None, None], seeds))
-    (train_seeds, *_), (test_seeds, _, names) = unified.shapes(True, 32), unified.shapes(False, 32)
+    (train_seeds, *_), (test_seeds, _, names) = probe.shapes(True, 32), probe.shapes(False, 32)
     assert not set(train_seeds.flatten().tolist()) & set(test_seeds.flatten().tolist())
     assert (len(train_seeds), len(test_seeds), len(names)) == (20_000, 2_000, len(unified.SHAPES))
 
@@ -3502,25 +3502,25 @@ def small_cifar(folder, monkeypatch):
     data = {"data": pixels, "labels": list(range(10)), "label_names": list("abcdefghij")}
     for name in ["data_batch_%d" % i for i in range(1, 6)] + ["test_batch", "batches.meta"]:
         (inside / name).write_bytes(pickle.dumps(data))
-        monkeypatch.setitem(unified.CIFAR10_MD5, name, hashlib.md5((inside / name).read_bytes()).hexdigest())
+        monkeypatch.setitem(probe.CIFAR10_MD5, name, hashlib.md5((inside / name).read_bytes()).hexdigest())
     return inside
 
 
 def test_cifar10_is_read_only_if_its_checksum_is_right(tmp_path, monkeypatch):
     inside = small_cifar(tmp_path, monkeypatch)
-    data = unified.open_data("cifar10", str(tmp_path), 32, train=True)
+    data = probe.open_data("cifar10", str(tmp_path), 32, train=True)
     assert data.images.shape == (50, 3, 32, 32) and len(data.classes) == 10
     # planes of 1024 bytes
     assert data.images[0, 1, 0, :3].tolist() == [0, 1, 2] and data.labels[:12].tolist() == [*range(10), 0, 1]
-    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=False)) == 10
+    assert len(probe.open_data("cifar10", str(tmp_path), 32, train=False)) == 10
     (inside / "test_batch").write_bytes(pickle.dumps({"data": 1}))
     with pytest.raises(unified.UserError, match="test_batch"):
-        unified.open_data("cifar10", str(tmp_path), 32, train=False)
+        probe.open_data("cifar10", str(tmp_path), 32, train=False)
     (inside / "data_batch_3").unlink()
     with pytest.raises(unified.UserError, match="data_batch_3"):
-        unified.open_data("cifar10", str(tmp_path), 32, train=True)
+        probe.open_data("cifar10", str(tmp_path), 32, train=True)
     with pytest.raises(unified.UserError, match="64"):
-        unified.open_data("cifar10", str(tmp_path), 64, train=True)
+        probe.open_data("cifar10", str(tmp_path), 64, train=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3575,8 +3575,8 @@ def web(tmp_path, monkeypatch):
 
         def pick(fault, archive=(tmp_path / "web.tar.gz").read_bytes()):
             server.archive = archive
-            monkeypatch.setattr(unified, "CIFAR10_URL", "http://%s:%d/" % server.server_address + fault)
-            monkeypatch.setitem(unified.CIFAR10_MD5, inside.name.removesuffix("batches-py") + "python.tar.gz",
+            monkeypatch.setattr(probe, "CIFAR10_URL", "http://%s:%d/" % server.server_address + fault)
+            monkeypatch.setitem(probe.CIFAR10_MD5, inside.name.removesuffix("batches-py") + "python.tar.gz",
                                 hashlib.md5(archive).hexdigest())
         server.pick = pick
         monkeypatch.setenv("no_proxy", "*")
@@ -3590,8 +3590,8 @@ def nothing_is_left_and_the_next_call_succeeds(web, folder):
     """After a failure."""
     assert [p.name for p in folder.iterdir()] == [".lock"]
     web.pick("archive")
-    unified.download_cifar10(folder)
-    assert len(unified.open_data("cifar10", str(folder), 32, train=False)) == 10
+    probe.download_cifar10(folder)
+    assert len(probe.open_data("cifar10", str(folder), 32, train=False)) == 10
 
 
 @pytest.mark.parametrize("fault", ["missing", "broken", "moved-nowhere", "silent", "no-http", "garbage",
@@ -3599,7 +3599,7 @@ def nothing_is_left_and_the_next_call_succeeds(web, folder):
 def test_a_download_that_fails_ends_in_one_sentence_and_leaves_nothing(web, tmp_path, fault):
     web.pick(fault)
     with pytest.raises(unified.UserError, match="--data-dir") as error:
-        unified.download_cifar10(tmp_path / "data", timeout=0.3)
+        probe.download_cifar10(tmp_path / "data", timeout=0.3)
     assert "\n" not in str(error.value)
     nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
 
@@ -3607,15 +3607,15 @@ def test_a_download_that_fails_ends_in_one_sentence_and_leaves_nothing(web, tmp_
 @pytest.mark.parametrize("fault", ["moved", "length-unknown"])
 def test_a_download_may_be_moved_and_of_unknown_length(web, tmp_path, fault):
     web.pick(fault)
-    unified.download_cifar10(tmp_path)
-    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+    probe.download_cifar10(tmp_path)
+    assert len(probe.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
 
 
 def test_a_download_with_another_checksum_is_not_unpacked(web, tmp_path, monkeypatch):
     web.pick("archive")
-    monkeypatch.setitem(unified.CIFAR10_MD5, "cifar-10-python.tar.gz", "0" * 32)
+    monkeypatch.setitem(probe.CIFAR10_MD5, "cifar-10-python.tar.gz", "0" * 32)
     with pytest.raises(unified.UserError, match="checksum"):
-        unified.download_cifar10(tmp_path / "data")
+        probe.download_cifar10(tmp_path / "data")
     nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
 
 
@@ -3626,7 +3626,7 @@ def test_a_full_disk_ends_a_download_in_one_sentence(web, tmp_path, ratio):
     try:                                                                # an error of the same kind
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(ratio * len(web.archive)), limits[1]))
         with pytest.raises(unified.UserError, match="File too large.*--data-dir"):
-            unified.download_cifar10(tmp_path / "data")
+            probe.download_cifar10(tmp_path / "data")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
@@ -3637,7 +3637,7 @@ def test_ctrl_c_in_a_download_leaves_nothing(web, tmp_path):
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            unified.download_cifar10(tmp_path / "data")
+            probe.download_cifar10(tmp_path / "data")
     finally:
         signal.signal(signal.SIGINT, handler)
     nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
@@ -3655,7 +3655,7 @@ def test_an_archive_writes_nothing_outside_its_folder(web, tmp_path, kind):
         tar.addfile(evil)
     web.pick("archive", file.getvalue())
     with pytest.raises(unified.UserError, match="--data-dir"):
-        unified.download_cifar10(tmp_path / "data")
+        probe.download_cifar10(tmp_path / "data")
     assert not target.exists()
     assert [p.name for p in (tmp_path / "data").iterdir()] == [".lock"]
 
@@ -3664,7 +3664,7 @@ def in_process(folder, **options):
     """A download in a process of its own, which ends with code 2 after a UserError."""
     def download():
         try:
-            unified.download_cifar10(folder, **options)
+            probe.download_cifar10(folder, **options)
         except unified.UserError:
             os._exit(2)
     process = torch.multiprocessing.get_context("fork").Process(target=download, daemon=True)
@@ -3685,7 +3685,7 @@ def exit_codes(processes):
 def test_of_several_processes_one_downloads_and_the_others_wait(web, tmp_path):
     web.pick("slow")
     assert exit_codes([in_process(tmp_path) for _ in range(4)]) == [0] * 4
-    assert web.asked == ["slow"] and len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+    assert web.asked == ["slow"] and len(probe.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
 
 
 def test_when_the_one_that_downloads_fails_the_others_of_its_group_end_soon(web, tmp_path, monkeypatch):
@@ -3705,7 +3705,7 @@ def test_when_the_one_that_downloads_is_killed_another_run_takes_over(web, tmp_p
     time.sleep(0.2)
     first.kill()
     assert exit_codes([first, second]) == [-signal.SIGKILL, 0]
-    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+    assert len(probe.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
 
 
 def test_without_locks_the_first_to_finish_counts(web, tmp_path, monkeypatch):
@@ -3713,7 +3713,7 @@ def test_without_locks_the_first_to_finish_counts(web, tmp_path, monkeypatch):
     web.pick("slow")
     assert exit_codes([in_process(tmp_path) for _ in range(3)]) == [0] * 3
     assert web.asked == ["slow"] * 3
-    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+    assert len(probe.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
 
 
 def test_what_is_killed_while_unpacking_does_not_pass_for_complete(web, tmp_path):
@@ -3722,8 +3722,8 @@ def test_what_is_killed_while_unpacking_does_not_pass_for_complete(web, tmp_path
         patch.setattr(os, "rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL))        # the last moment
         assert exit_codes([in_process(tmp_path)]) == [-signal.SIGKILL]
     assert not (tmp_path / "cifar-10-batches-py").exists()
-    unified.download_cifar10(tmp_path)
-    assert len(unified.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+    probe.download_cifar10(tmp_path)
+    assert len(probe.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
 
 
 # Accidents, by a seed
@@ -3900,7 +3900,7 @@ def test_cached_ids_are_the_ids_of_the_same_crops(tmp_path, monkeypatch):
 def test_ids_that_were_interrupted_are_continued_and_equal_uninterrupted_ones(done, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "images_at_once", lambda data, device: 2)     # one image of two views
     monkeypatch.setattr(train, "SHARD", 12)
-    monkeypatch.setattr(unified, "SIGNALS", {})
+    monkeypatch.setattr(probe, "SIGNALS", {})
     vqgan, data, read = tokenizer(2), image_set(30, 8), []
     for name in ("through", "stopped"):
         (tmp_path / name).mkdir()
@@ -3911,13 +3911,13 @@ def test_ids_that_were_interrupted_are_continued_and_equal_uninterrupted_ones(do
         for item in batches(plan):
             read.append(item)
             if len(read) == done + 1:
-                unified.SIGNALS[signal.SIGINT] = 0.0
+                probe.SIGNALS[signal.SIGINT] = 0.0
             yield item
     data.batches = counted
     with pytest.raises(train.Stopped, match="ids"):
         train.cache_ids(tmp_path / "stopped", vqgan, data, 2)
     assert len(read) == done + 1                                        # it stopped right there,
-    unified.SIGNALS.clear()
+    probe.SIGNALS.clear()
     stopped, labels = train.cache_ids(tmp_path / "stopped", vqgan, data, 2)
     assert len(read) == 30                                              # and what was done is not done twice
     assert (stopped == through).all() and labels.equal(data.labels)
@@ -3946,20 +3946,20 @@ def test_runs_that_share_a_folder_keep_each_others_ids(tmp_path):
 
 
 def test_images_that_were_exported_again_under_their_names_get_ids_of_their_own(tree):
-    first, _ = train.cache_ids(tree, tokenizer(2), unified.open_data("any", str(tree), 8, train=True), 1)
+    first, _ = train.cache_ids(tree, tokenizer(2), probe.open_data("any", str(tree), 8, train=True), 1)
     PIL.Image.effect_noise((20, 20), 99).convert("RGB").save(tree / "train/ant/0.png")
-    second, _ = train.cache_ids(tree, tokenizer(2), unified.open_data("any", str(tree), 8, train=True), 1)
+    second, _ = train.cache_ids(tree, tokenizer(2), probe.open_data("any", str(tree), 8, train=True), 1)
     assert (first[0] != second[0]).any() and (first[1:] == second[1:]).all()
 
 
 def test_a_folder_that_was_moved_keeps_its_ids(tree, tmp_path_factory):
     vqgan, moved = tokenizer(2), tmp_path_factory.mktemp("moved") / "here"
-    marks = [train.fingerprint(vqgan, unified.open_data("any", str(tree), 8, train=True), 1)]
+    marks = [train.fingerprint(vqgan, probe.open_data("any", str(tree), 8, train=True), 1)]
     tree.rename(moved)
-    marks.append(train.fingerprint(vqgan, unified.open_data("any", str(moved), 8, train=True), 1))
+    marks.append(train.fingerprint(vqgan, probe.open_data("any", str(moved), 8, train=True), 1))
     (moved / "train/ant/2.png").unlink()
     (moved / "train/ant/2.png").symlink_to("nowhere")
-    marks.append(train.fingerprint(vqgan, unified.open_data("any", str(moved), 8, train=True), 1))
+    marks.append(train.fingerprint(vqgan, probe.open_data("any", str(moved), 8, train=True), 1))
     assert marks[0] == marks[1] != marks[2]
 
 
@@ -3975,7 +3975,7 @@ def test_every_image_in_memory_counts_for_its_ids():
 
 def test_a_corrupt_image_in_the_cache_has_the_label_of_its_replacement(tree):
     (tree / "train/ant/2.png").write_bytes(b"not an image")
-    data = unified.open_data("anything", str(tree), 8, train=True)
+    data = probe.open_data("anything", str(tree), 8, train=True)
     ids, labels = train.cache_ids(tree, tokenizer(2), data, 1)
     assert labels.tolist() == [0, 0, 1, 1, 1, 1] and (ids[2] == ids[3]).all()
 
@@ -4317,7 +4317,7 @@ def fields(name, *kinds):
 def words(photos, finished, tmp_path, monkeypatch):
     """{script: what makes it begin}; nothing is trained, sampled or probed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(unified, "open_data", begin)
+    monkeypatch.setattr(probe, "open_data", begin)
     monkeypatch.setattr(unified.MAGE, "sample_steps", functools.wraps(unified.MAGE.sample_steps)(lambda *_, **__: begin()))
     load, there = unified.load_model, unified.load_model(finished[0])   # once, since it takes longest
     monkeypatch.setattr(unified, "load_model",
@@ -4575,7 +4575,7 @@ def test_two_processes_share_the_ids_and_leave_one_run(photos, tmp_path):
     assert process.returncode == 0, printed
     assert printed.count("python probe.py") == 1
     vqgan, _ = unified.load_tokenizer(tmp_path / "run")
-    data = unified.open_data(str(photos), "", 32, train=True)
+    data = probe.open_data(str(photos), "", 32, train=True)
     (tmp_path / "alone").mkdir()
     alone, labels = train.cache_ids(tmp_path / "alone", vqgan, data, 2)
     (ids,) = (tmp_path / "run").glob("ids-*.npy")
@@ -4635,9 +4635,9 @@ def test_two_processes_make_the_images_of_one(finished, tmp_path):
 
 @pytest.fixture
 def no_signals(monkeypatch):
-    """What unified.SIGNALS holds of its own."""
-    monkeypatch.setattr(unified, "SIGNALS", {})
-    return unified.SIGNALS
+    """What probe.SIGNALS holds of its own."""
+    monkeypatch.setattr(probe, "SIGNALS", {})
+    return probe.SIGNALS
 
 
 def same_weights(one, two, names=("tokenizer.pt", "model.pt"), parts=("model", "ema", "optimizer")):
@@ -4723,7 +4723,7 @@ def test_a_worker_that_dies_ends_the_run_in_a_sentence_with_what_was_trained_sav
 
 def read_with_a_worker(tree):
     before = signal.getsignal(signal.SIGCHLD)
-    data = unified.open_data("anything", str(tree), 16, train=True)
+    data = probe.open_data("anything", str(tree), 16, train=True)
     for _ in data.batches([(torch.arange(6), None)], workers=1):
         print("same" if signal.getsignal(signal.SIGCHLD) == before else "torch's")
 
@@ -4738,23 +4738,23 @@ def test_workers_that_hand_nothing_over_end_the_wait(monkeypatch):
             time.sleep(3)
     loader = torch.utils.data.DataLoader(Stuck(), sampler=[0], num_workers=1, timeout=1, multiprocessing_context="fork")
     with pytest.raises(unified.UserError, match="/dev/shm.*--workers 0"):
-        next(unified.handed_over(loader, patience=1))
+        next(probe.handed_over(loader, patience=1))
 
 
 def test_a_bug_in_a_worker_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
-        list(unified.handed_over(item() for item in [lambda: (_ for _ in ()).throw(RuntimeError("a bug"))]))
+        list(probe.handed_over(item() for item in [lambda: (_ for _ in ()).throw(RuntimeError("a bug"))]))
 
 
 def test_what_workers_hand_over_at_once_fits_into_a_containers_shared_memory(tree, monkeypatch):
-    sizes, together = [], unified.together
+    sizes, together = [], probe.together
 
     def measured(items):
         x, *rest = together(items)
         sizes.append(x.nbytes)
         return x, *rest
-    monkeypatch.setattr(unified, "together", measured)
-    data = unified.open_data("anything", str(tree), 64, train=True)
+    monkeypatch.setattr(probe, "together", measured)
+    data = probe.open_data("anything", str(tree), 64, train=True)
     index = torch.arange(256) % 6
     x, y = next(data.batches([(index, unified.hash_ints(index[:, None], torch.arange(10)))]))   # what made ids stand still at its third batch
     assert x.shape == (256, 10, 3, 64, 64) and y.equal(data.labels[index]) and sum(sizes) == x.numel() and max(sizes) <= 2**20
@@ -4771,10 +4771,10 @@ def test_every_long_loop_stops_at_its_next_batch(no_signals, monkeypatch):
         if len(read) == 3:
             no_signals[signal.SIGINT] = 0.0
         return x.mean((2, 3))
-    with pytest.raises(unified.Stopped, match="images were read"):
+    with pytest.raises(probe.Stopped, match="images were read"):
         probe.map_images(embed, image_set(20, 8))
     assert len(read) == 3
-    with pytest.raises(unified.Stopped, match="drawn"):
+    with pytest.raises(probe.Stopped, match="drawn"):
         list(train.until_asked(read))
 
 
@@ -4784,8 +4784,8 @@ def test_a_stop_while_averaged_weights_are_shown_saves_the_raw_ones(no_signals, 
     def evaluate():
         shown.append(model.inner.weight.detach().clone())
         no_signals[signal.SIGTERM] = 0.0
-        raise unified.Stopped("while it is shown")
-    with pytest.raises(unified.Stopped, match="at step 1 of the model"):
+        raise probe.Stopped("while it is shown")
+    with pytest.raises(probe.Stopped, match="at step 1 of the model"):
         trained(tmp_path, model, dict(ema=0.5, batch_size=4), lambda plan: itertools.repeat((torch.ones(4, 3), torch.zeros(4))), 9,
                 evaluate=evaluate, data=image_set(8, 8), eval_every=1)
     state = unified.load_checkpoint(tmp_path / "model.pt")
@@ -5204,7 +5204,7 @@ def train_watched(folder, model, method, device, watches, size=32, **cfg):
     if device == "meta":
         recipe["optimizer"] = functools.partial(train.adamw, fused=None)
     y, x = torch.arange(32) % 3, torch.randint(256, (32, 3, size, size), dtype=torch.uint8)
-    data = unified.ImageTensor(x, y, [], (0.8, 1.0), device)
+    data = probe.ImageTensor(x, y, [], (0.8, 1.0), device)
     ids = torch.randint(model.codes, (32, 4, model.length), dtype=torch.int16).to(device) if method and method.tokenizer else None
 
     def batches(plan):
@@ -5408,7 +5408,7 @@ def test_a_probe_compiles_on_a_gpu_and_not_on_a_cpu(gpu):
 
 def test_a_compiled_probe_finds_what_the_plain_one_does(graphs, monkeypatch):
     found, config = [], {"arch": unified.model_config("umd", "tiny", 32, 4)}
-    data = unified.ImageTensor(*unified.draw_shapes(torch.arange(40), 32), list(unified.SHAPES), (1.0, 1.0))
+    data = probe.ImageTensor(*unified.draw_shapes(torch.arange(40), 32), list(unified.SHAPES), (1.0, 1.0))
     monkeypatch.setattr(unified, "load_model", lambda *_, **__: (unified.build(config["arch"]).eval(), config))
     monkeypatch.setattr(probe, "open_sets", lambda *_: ("", data, data))
     monkeypatch.setattr(probe, "report", lambda wanted, dataset, labels, results, *rest: found.append(results))
@@ -5427,7 +5427,7 @@ def test_the_head_of_finetuning_is_float32_beside_a_network_in_bfloat16(monkeypa
         return seen[0].sum()
     monkeypatch.setattr(probe, "mixup_loss", loss)
     cfg = settings(head="finetune", dtype="bfloat16", batch_size=8, epochs=1, lr=1e-3)
-    data = unified.ImageTensor((255 * some_images(8, 32)).byte(), torch.arange(8) % 2, ["a", "b"], (1.0, 1.0))
+    data = probe.ImageTensor((255 * some_images(8, 32)).byte(), torch.arange(8) % 2, ["a", "b"], (1.0, 1.0))
     probe.finetune(model, data, torch.arange(8), data, 1.0, "", cfg)
     assert seen[0].dtype == torch.float32 and not seen[0].equal(seen[0].bfloat16().float())
 

@@ -41,7 +41,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import probe
 import unified
-from unified import Stopped, UserError, flag
+from probe import Stopped
+from unified import UserError, flag
 
 try:
     import fcntl
@@ -247,7 +248,7 @@ def main():
         raise UserError(f"out of memory; try --micro-batch {max(1, micro)}")
     except Stopped as where:                            # all processes are here
         print_once(f"stopped {where}; everything is saved, --resume goes on")
-        code = 128 + next(iter(unified.SIGNALS), signal.SIGTERM)
+        code = 128 + next(iter(probe.SIGNALS), signal.SIGTERM)
     finally:
         unified.leave_processes()
         lock.close()                                    # for whoever calls main() again
@@ -260,12 +261,12 @@ def main():
 def open_data(cfg):
     """The images to train on and those to test on."""
     train_set, test_set = (
-        unified.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, cfg.device, cfg.strict_images,
+        probe.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, cfg.device, cfg.strict_images,
                           recipe_of(cfg)["min_crop"]) for part in (True, False))
     if train_set.summary:
         print_once(train_set.summary)
     if cfg.labels and not train_set.classes:
-        raise UserError(f"--labels: {unified.shown(train_set.root)} has no class folders")
+        raise UserError(f"--labels: {probe.shown(train_set.root)} has no class folders")
     return train_set, test_set
 
 
@@ -323,7 +324,7 @@ def train_tokenizer(cfg, train_set, test_set):
     arch, steps, batch = tokenizer_arch(cfg), cfg.tokenizer_steps, cfg.tokenizer_batch_size
     net = unified.TokenizerTraining(unified.VQGAN(**arch))
     micro = micro_batch_size(cfg, batch, 96 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"])
-    views = 0 if isinstance(train_set, unified.ImageTensor) else 1  # enlarged crops of 32 pixels are all blur
+    views = 0 if isinstance(train_set, probe.ImageTensor) else 1  # enlarged crops of 32 pixels are all blur
     recipe = dict(TOKENIZER_RECIPE, steps=steps, batch_size=batch, micro_batch=micro, views=views,
                   lr=defaults(cfg)["tokenizer_lr"])
 
@@ -496,7 +497,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
             if rank == 0:
                 write_evaluation(cfg, name, step, model, ema, evaluate)
             log.restart_clock(step)
-        stop = unified.asked_to_stop()
+        stop = probe.asked_to_stop()
         if step % cfg.save_every == 0 or step == steps or stop:
             log.check_finite(step)
             save()
@@ -509,7 +510,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
 # Batches, weights, optimizer
 
 
-permutation = functools.lru_cache(2)(unified.shuffled)  # a batch may reach from one epoch into the next
+permutation = functools.lru_cache(2)(probe.shuffled)  # a batch may reach from one epoch into the next
 
 
 def plan(n, seed, recipe, start, stop):
@@ -715,8 +716,8 @@ def images_to_blame(cfg, model, recipe, data, read, step):
                 loss, _ = model(x.squeeze(1), labels if cfg.labels else None)
             gradients = torch.autograd.grad(loss, trainable(model).values(), allow_unused=True)
             if not all(g.isfinite().all() for g in gradients if g is not None):
-                in_files = isinstance(data, unified.ImageFolder)
-                found.append(unified.shown(data.paths[i]) if in_files else f"image {i}")
+                in_files = isinstance(data, probe.ImageFolder)
+                found.append(probe.shown(data.paths[i]) if in_files else f"image {i}")
     return found[:3] if len(found) < images else []
 
 
@@ -825,16 +826,16 @@ def load_checkpoint(cfg, name, model, optimizer, ema):
 
 def stop_when_asked():
     """From now on Ctrl-C and SIGTERM only ask for the end: all that runs long looks into
-    unified.SIGNALS before its next step or batch. A second one, two seconds later or more, ends it at
+    probe.SIGNALS before its next step or batch. A second one, two seconds later or more, ends it at
     once; torchrun passes one on sooner."""
     def ask(number, frame):
-        if unified.SIGNALS and time.monotonic() - min(unified.SIGNALS.values()) > 2:
+        if probe.SIGNALS and time.monotonic() - min(probe.SIGNALS.values()) > 2:
             raise KeyboardInterrupt
-        unified.SIGNALS.setdefault(number, time.monotonic())
+        probe.SIGNALS.setdefault(number, time.monotonic())
         if unified.rank_and_world()[0] == 0:
             with contextlib.suppress(OSError):          # print() might be at work on a line right now
                 os.write(2, b"\nstopping after this step or batch; asked once more, at once\n")
-    unified.SIGNALS.clear()
+    probe.SIGNALS.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
 
@@ -842,7 +843,7 @@ def stop_when_asked():
 def until_asked(items):
     """The items, until a signal asks for the end."""
     for item in items:
-        if unified.SIGNALS:
+        if probe.SIGNALS:
             raise Stopped("while results were drawn")
         yield item
 
@@ -860,7 +861,7 @@ def fingerprint(vqgan, data, views):
     """What ids depend on, as one hexadecimal word: the tokenizer, the images (of files name, size and
     time of change), their crops."""
     digest = hashlib.sha256(repr((views, data.size, data.scale, len(data))).encode())
-    if isinstance(data, unified.ImageFolder):
+    if isinstance(data, probe.ImageFolder):
         images = map(functools.partial(file_mark, data.root), data.paths)
     else:
         images = (part.cpu().numpy().tobytes() for part in data.images.split(1000))
@@ -910,10 +911,10 @@ def make_shards(shards, vqgan, data, views, workers):
             ids.append(found.cpu().numpy().astype(code).reshape(len(y), views, -1))
             labels.append(y.numpy())
             bar.update()
-            if not left or unified.SIGNALS or time.monotonic() - saved > 60:
+            if not left or probe.SIGNALS or time.monotonic() - saved > 60:
                 done, saved = [numpy.concatenate(parts) for parts in (ids, labels)], time.monotonic()
                 write_file(path, lambda file: numpy.savez(file, ids=done[0], labels=done[1]))
-            if unified.SIGNALS:
+            if probe.SIGNALS:
                 return
 
 
@@ -952,7 +953,7 @@ def cache_ids(folder, vqgan, data, views, workers=0):
         parts = enumerate(torch.arange(len(data)).split(SHARD))
         shards = [(ids.with_suffix("") / f"{k:06d}.npz", index) for k, index in parts]
         make_shards(shards, vqgan, data, views, workers)
-        if unified.asked_to_stop():
+        if probe.asked_to_stop():
             raise Stopped("while ids were made")
         shape = (len(data), views, (data.size // vqgan.stride) ** 2)
         unified.rank_zero_first(lambda: join_shards(shards, ids, labels, shape))
@@ -1055,7 +1056,7 @@ def report(cfg, model, ema, train_set, test_set):
     write_row(cfg, stage="report", step=0, **figures, probe=top1)
     for data, fate in ((train_set, "another took its place"), (test_set, "left out")):
         if data.unreadable:
-            print_once(f"{len(data.unreadable)} images of {unified.shown(data.root)} cannot be read: {fate}")
+            print_once(f"{len(data.unreadable)} images of {probe.shown(data.root)} cannot be read: {fate}")
     if vqgan:
         print_once(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test_set)} test images, "
                    f"{figures['codes_used']:.0%} of the codes used")

@@ -25,7 +25,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     z = model.embed(x)                              # (16, C), what a linear probe reads
     maps = model.features(x, layers=[2, 4])         # [(16, C, 4, 4), ...], after any block
 
-`python unified.py` trains a tokenizer and MAGE on drawn shapes, on a CPU, in a minute or two: section 14.
+`python unified.py` trains a tokenizer and MAGE on drawn shapes, on a CPU, in a minute or two: section 15.
 
     1  Attention and blocks        every token attends to every other token
     2  The VQ tokenizer            image -> token ids -> image
@@ -39,8 +39,9 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     10 ADM                         predict the noise with a U-Net; its blocks are representations, too
     11 Sizes and recipes           presets, and how each method is trained
     12 Published weights           how files of the original authors are read
-    13 Behind the scenes           random numbers by seed, checked arguments, files, data sets, processes
-    14 A training loop             the whole story in thirty lines
+    13 Behind the methods          random numbers by seed, feature maps, checked arguments
+    14 For the scripts             mistakes, flags, checkpoints, images, processes
+    15 A training loop             the whole story in thirty lines
 
 Sizes    B images; n, when they are generated           L tokens of an image, on a grid of h x w
          M of them that enter an encoder                C channels of a token
@@ -65,30 +66,21 @@ Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and N
          [VQ-VAE] van den Oord et al. 2017, 1711.00937      [VQGAN] Esser et al. 2020, 2012.09841
 """
 import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
 import errno
 import functools
 import gc
-import hashlib
 import inspect
 import io
 import math
 import os
 import pathlib
-import pickle
 import re
-import signal
 import sys
-import tarfile
-import tempfile
-import threading
-import time
 import traceback
 import typing
-import urllib.request
 import zipfile
 
 import numpy
@@ -97,7 +89,6 @@ import torch
 import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
-import tqdm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -2297,7 +2288,7 @@ def published_weights(state, ema=True):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 13. Behind the scenes
+# 13. Behind the methods
 #
 # No method is explained from here on.
 #
@@ -2313,6 +2304,14 @@ def murmur(x):
     x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ x >> 16
+
+
+def hash_ints(*values):
+    """Integers, or int64 tensors, scrambled into one."""
+    state = 0
+    for value in values:
+        state = murmur(murmur(value) + 0x9E3779B9 * (state + 1))
+    return state
 
 
 def hashed_uniform(seeds, draw, n):
@@ -2553,7 +2552,10 @@ for _class, _name in ((VQGAN, "encode"), (VQGAN, "decode"), (VQGAN, "reconstruct
     setattr(_class, _name, guarded(getattr(_class, _name)))
 
 
-# Scripts: a user's mistake ends in one sentence.
+# ------------------------------------------------------------------------------------------------------------
+# 14. For the scripts
+#
+# A user's mistake ends in one sentence.
 
 
 class UserError(Exception):
@@ -2827,264 +2829,6 @@ def image_grid(x, columns=8, least=1024):
     return PIL.Image.fromarray(sheet)
 
 
-# Data sets. Each has: images of one size, labels, class names, and batches(plan): for every
-# (index (B,), crops (B, V) or None) of the plan one (x, labels), x float in [0, 1] of shape (B, V, 3, S, S),
-# or (B, 3, S, S) for the whole image when crops is None. A crop is named by an integer, so that the same
-# crop comes out on any machine and after any interruption.
-
-
-def hash_ints(*values):
-    """Integers, or int64 tensors, scrambled into one."""
-    state = 0
-    for value in values:
-        state = murmur(murmur(value) + 0x9E3779B9 * (state + 1))
-    return state
-
-
-def crop_boxes(crops, width, height, scale):
-    """Random resized crops: area in scale x the image, aspect 3/4 .. 4/3, place uniform, flipped every
-    other time; one draw each, clipped to the image (official file: util/crop.py). int64 (B,) -> left, top,
-    width, height, flip: float (B,) each, bool (B,)."""
-    area, ratio, x, y, flip = hashed_uniform(crops, 0, 5).unbind(1)
-    area = width * height * (scale[0] + area * (scale[1] - scale[0]))
-    ratio = (math.log(4 / 3) * (2 * ratio - 1)).exp()
-    w, h = (area * ratio).sqrt().clamp(max=width), (area / ratio).sqrt().clamp(max=height)
-    return x * (width - w), y * (height - h), w, h, flip < 0.5
-
-
-def shuffled(n, *seeds):
-    """0 .. n - 1 in an order that follows from the seeds: int64 (n,)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(hash_ints(*seeds)))
-
-
-class ImageTensor:
-    """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time.
-    Attributes as of ImageFolder.
-
-    scale  fraction of the area that a crop keeps, (0.2, 1) in the papers
-    """
-
-    def __init__(self, images, labels, classes, scale, device="cpu"):
-        self.images, self.labels, self.classes, self.scale = images.to(device), labels, classes, scale
-        self.size, self.layout, self.summary = images.size(-1), "in memory", ""
-        self.unreadable, self.unseen = {}, True
-
-    def __len__(self):
-        return len(self.images)
-
-    def batches(self, plan, workers=0, replace=True):
-        """The images of the plan, (x, labels) at a time; workers are not needed here,
-        and all can be read."""
-        for index, crops in plan:
-            x = self.images[to_device(index, self.images.device)].float() / 255
-            if crops is not None:
-                x = x.repeat_interleave(crops.size(1), 0)
-                x = self.crop(x, to_device(crops.flatten(), x.device)).unflatten(0, crops.shape)
-            yield x, self.labels[index]
-
-    def crop(self, x, crops):
-        """Cut and resize by one bilinear sampling; a flip is a negative width."""
-        side = x.size(-1)
-        *box, flip = crop_boxes(crops, side, side, self.scale)
-        left, top, w, h = (v / side for v in box)
-        zero, sign = torch.zeros_like(w), 1 - 2 * flip.float()
-        rows = [w * sign, zero, 2 * left + w - 1], [zero, h, 2 * top + h - 1]
-        matrix = torch.stack([torch.stack(row, 1) for row in rows], 1)                      # (B, 2, 3)
-        grid = F.affine_grid(matrix, x.shape, align_corners=False)
-        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-
-class ImageFolder(torch.utils.data.Dataset):
-    """Image files, decoded by worker processes when they are asked for;
-    as floats they exist on the device only.
-
-    paths, labels  of the images, int (N,)       classes  names, none for images without labels
-    layout         how it lies on the disk       summary  what was found, in lines, or ""
-    root           what messages are about       strict   stop at an unreadable image
-    unseen         False for test images that stand in for too few: they are those to train on
-    """
-
-    def __init__(self, root, paths, labels, classes, size, scale, strict=False, device="cpu", layout="",
-                 summary=""):
-        self.root, self.paths, self.labels, self.classes = root, paths, torch.tensor(labels), classes
-        self.size, self.scale, self.strict, self.device = size, scale, strict, torch.device(device)
-        self.layout, self.summary = layout, summary
-        self.unreadable, self.named, self.unseen = {}, {}, True             # index: why; those that were told
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, item):
-        """(index, crops, replace) -> uint8 (V, 3, S, S) or (3, S, S); label; {index: what is wrong} of
-        unreadable images met just now.
-
-        In place of an unreadable image comes a black one of label -1 or, to replace it, another one that the
-        first crop's number, or else the index, decides, never its neighbour on the disk. Each is opened once.
-        """
-        (index, crops, replace), bad, i, draw = item, {}, item[0], 0
-        while True:
-            # Then nothing but neighbours is left.
-            if i not in self.unreadable and (i == index or abs(i - index) > 1 or draw > 100):
-                try:
-                    with reading(self.paths[i], "an image"), PIL.Image.open(self.paths[i]) as image:
-                        return self.crop(image, crops), self.labels[i], bad
-                except UserError as error:
-                    bad[i] = self.unreadable[i] = str(error.__cause__)
-            if not replace or self.strict or len(self.unreadable) == len(self):
-                views = () if crops is None else (len(crops),)
-                black = torch.zeros(*views, 3, self.size, self.size, dtype=torch.uint8)
-                return black, torch.tensor(-1), bad
-            draw += 1
-            i = hash_ints(index if crops is None else crops[0], draw) % len(self)
-
-    def crop(self, image, crops):
-        """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole image (3, S, S)."""
-        if crops is None:
-            return from_image(image, self.size)
-        jpeg, views = image.format == "JPEG", []
-        image = image if jpeg else upright(image)
-        sideways = jpeg and turn_of(image) in list(TURNS.values())[3:]
-        width, height = image.size[::-1] if sideways else image.size
-        left, top, w, h, flips = crop_boxes(torch.as_tensor(crops), width, height, self.scale)
-        least = self.size / min(w.min(), h.min()).item()
-        if jpeg:                                               # is decoded at 1/2, 1/4 or 1/8 if that will do
-            image.draft("RGB", tuple(math.ceil(least * side) for side in image.size))
-            image = upright(image)
-        boxes = torch.stack([left, top, left + w, top + h], 1) / round(width / image.width)
-        for box, flip in zip(boxes.tolist(), flips):
-            view = numpy.array(image.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR, box))
-            views.append(torch.from_numpy(view[:, ::-1].copy() if flip else view).movedim(2, 0))
-        return torch.stack(views)
-
-    def batches(self, plan, workers=0, replace=True):
-        """The images of the plan, (x, labels) at a time, decoded by so many processes. Unreadable ones are
-        named, and replaced by others or given the label -1; UserError if strict, or if there is nothing else.
-
-        Workers hand over at most a mebibyte at once, in shared memory, of which containers have little: a
-        batch comes in several parts.
-        """
-        lengths = collections.deque()
-
-        def parts():
-            for index, crops in plan:
-                lengths.append(len(index))
-                crops_of = [None] * len(index) if crops is None else crops.tolist()
-                items = [(i, c, replace) for i, c in zip(index.tolist(), crops_of)]
-                n = max(1, 2**20 // (3 * self.size ** 2 * (1 if crops is None else crops.size(1))))
-                yield from (items[k:k + n] for k in range(0, len(items), n))
-        loader = torch.utils.data.DataLoader(
-            self, batch_sampler=parts(), num_workers=workers, collate_fn=together,
-            pin_memory=self.device.type == "cuda", timeout=5 if workers else 0)
-        images, labels = [], []
-        for x, y, bad in handed_over(loader):
-            for i, error in bad.items():
-                if self.strict or replace and -1 in y:
-                    remedy = f": no other in {shown(self.root)} can"
-                    raise UserError(f"{shown(self.paths[i])} cannot be read as an image ({error}); mend it"
-                                    + (", or leave --strict-images out" if self.strict else remedy))
-                if i not in self.named:
-                    fate = "another image takes its place" if replace else "left out"
-                    print(f"unreadable, {fate}: {shown(self.paths[i])} ({error})", file=sys.stderr)
-                self.unreadable[i] = self.named[i] = error
-            images.append(to_device(x, self.device))
-            labels.append(y)
-            if sum(map(len, labels)) == lengths[0]:
-                yield torch.cat(images).float().div_(255), torch.cat(labels)
-                lengths.popleft()
-                images, labels = [], []
-
-
-@contextlib.contextmanager
-def shielded():
-    """Processes started in here ignore Ctrl-C and SIGTERM, which are for their parent to answer. And the
-    parent's handler of SIGCHLD stays as it is: the one that torch sets raises wherever the program happens to
-    be, in the middle of an optimizer step, say."""
-    if not hasattr(signal, "pthread_sigmask"):                                    # Windows has neither signal
-        yield
-        return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def handed_over(loader, patience=300):
-    """What a DataLoader's workers hand over; UserError if one of them dies,
-    or if nothing comes for so many seconds."""
-    with shielded():
-        parts, since = iter(loader), time.monotonic()
-    while True:
-        try:
-            part = next(parts)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader"):
-                raise
-            # Torch looks for dead workers each time.
-            if "timed out" in str(error) and time.monotonic() - since < patience:
-                continue
-            raise UserError(f"the processes that decode images have stopped ({error}); they may lack memory, "
-                            "or shared memory (/dev/shm), of which containers have little: "
-                            "--workers 0 does without them") from None
-        yield part
-        since = time.monotonic()
-
-
-def together(items):
-    """What Folder has of each image of a batch, put together by the process that decoded them: an array a
-    batch is quicker handed on than one an image, and takes one file handle."""
-    x, labels, bad = zip(*items)
-    return torch.stack(x), torch.stack(labels), dict(item for part in bad for item in part.items())
-
-
-def shown(path):
-    """A path as it can be printed, whatever bytes it is made of."""
-    return os.fsencode(path).decode(errors="replace")
-
-
-# Folders, as people have them. Names that begin with . or __ belong to programs, not to the data,
-# at any depth.
-
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
-            ".pgm", ".jp2", ".avif"}
-# Of files whose suffix says nothing.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")
-
-
-def entries(folder):
-    """What lies in a folder, sorted by name: (folders, files)."""
-    found = sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else []
-    found = [e for e in found if not e.name.startswith((".", "__"))]
-    return [folder / e.name for e in found if e.is_dir()], [folder / e.name for e in found if not e.is_dir()]
-
-
-def is_image(path):
-    """By its suffix or, if that says nothing, by how the file begins."""
-    if path.suffix.lower() in SUFFIXES:
-        return True
-    PIL.Image.init()
-    try:
-        with PIL.Image.open(path, formats=[f for f in FORMATS if f in PIL.Image.OPEN]):
-            return True
-    except Exception:                                                            # anything else than an image
-        return False
-
-
-def image_files(folder, others):
-    """Image files in a folder and in those inside it, but for links that lead up again. What is no image
-    joins the list others."""
-    folders, files = entries(folder)
-    images = [p for p in files if is_image(p)]
-    others += sorted(set(files) - set(images))
-    above = (folder.resolve(), *folder.resolve().parents)
-    return images + [file for p in folders if p.resolve() not in above for file in image_files(p, others)]
-
-
 # The set that needs no download: eight shapes in four colours on a plain ground; place, size and turn vary a
 # little. Colour says nothing about the class, so shape is what there is to learn. Each is a signed distance:
 # negative inside, in units of its radius.
@@ -3136,208 +2880,7 @@ def draw_shapes(seeds, size):
     return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
 
 
-def shapes(train, size):
-    """20,000 images to train on or 2,000 others to test on."""
-    seeds = torch.arange(20_000) if train else torch.arange(1_000_000, 1_002_000)
-    images, labels = zip(*(draw_shapes(part, size) for part in seeds.split(1000)))
-    return torch.cat(images), torch.cat(labels), list(SHAPES)
-
-
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_MD5 = {
-    "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
-}
-
-
-def cifar10(folder, train):
-    """The public archive's batches -> uint8 (N, 3, 32, 32), labels (N,), class names. They are pickles, which
-    can run code, so each is read only if it has the published checksum."""
-    def read(name):
-        path = folder / "cifar-10-batches-py" / name
-        data = path.read_bytes() if path.exists() else b""
-        if hashlib.md5(data).hexdigest() != CIFAR10_MD5[name]:
-            raise UserError(f"{path} is missing or damaged; delete its folder and leave --data-dir out")
-        return pickle.loads(data, encoding="latin1")
-    batches = [read(f"data_batch_{i}") for i in range(1, 6)] if train else [read("test_batch")]
-    images = torch.from_numpy(numpy.concatenate([b["data"] for b in batches])).unflatten(1, (3, 32, 32))
-    return images, torch.tensor(sum((b["labels"] for b in batches), [])), read("batches.meta")["label_names"]
-
-
-def download_cifar10(folder, timeout=60):
-    """Fetch and unpack the public archive (163 MiB) into folder, once; it takes its name when it is complete.
-    Who else shares the disk waits meanwhile; if it has no locks, all fetch and the first to finish counts."""
-    inside, started, digest = folder / "cifar-10-batches-py", time.monotonic(), hashlib.md5()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
-            with contextlib.suppress(AttributeError, OSError):                              # not on Windows
-                os.lockf(lock.fileno(), os.F_LOCK, 0)                                       # dies with us
-            if inside.exists():
-                return
-            if rank_and_world()[1] > 1 and time.monotonic() - started > 1:    # else all would fail one by one
-                raise TimeoutError("another process has tried")
-            with tempfile.TemporaryDirectory(prefix=".", dir=folder) as own, \
-                    tempfile.TemporaryFile(dir=folder) as archive, \
-                    urllib.request.urlopen(CIFAR10_URL, timeout=timeout) as source:
-                for chunk in tqdm.tqdm(iter(lambda: source.read(1 << 20), b""), "CIFAR-10", 163, unit=" MiB"):
-                    digest.update(chunk)
-                    archive.write(chunk)
-                if digest.hexdigest() != CIFAR10_MD5["cifar-10-python.tar.gz"]:
-                    raise ValueError(f"{archive.tell()} bytes came, with a wrong checksum")
-                archive.seek(0)
-                tarfile.open(fileobj=archive).extractall(own, filter="data")
-                os.rename(os.path.join(own, inside.name), inside)
-    except Exception as error:                                      # sockets, HTTP, gzip and tar have theirs
-        if not inside.exists():
-            raise UserError(f"CIFAR-10 could not be downloaded ({error!r}); try again, or unpack "
-                            f"{CIFAR10_URL} yourself and pass its folder as --data-dir")
-
-
-EXPECTED_TREE = """
-    {root}/train/n01440764/n01440764_10026.JPEG ...     a folder a class
-    {root}/val/n01440764/ILSVRC2012_val_00000293.JPEG ...
-If val/ is flat, as in the official archive, sort its files into the same class folders first.
-Class folders without train/ and val/, or images without classes, will do too."""
-
-
-def labelled(folder, notes):
-    """{class: its image files} of a folder of class folders, {"": files} if images lie right in it. Notes
-    gets a line on all that was left out."""
-    others = []
-    found = {p.name: image_files(p, others) for p in entries(folder)[0]}
-    loose = [p for p in entries(folder)[1] if is_image(p)]
-    empty = [name for name, files in found.items() if not files]
-    found = {name: files for name, files in found.items() if files} or ({"": loose} if loose else {})
-    beside = [p.name for p in loose if "" not in found]
-    for what, names in (("folders without an image", empty),
-                        ("files that are no images", [p.name for p in others]),
-                        ("images beside the class folders", beside)):
-        if names:
-            some = ", ".join(map(shown, names[:3])) + ", ..." * (len(names) > 3)
-            notes.append(f"{shown(folder)}: left out {len(names)} {what} ({some})")
-    return found
-
-
-def is_held_out(files, labels):
-    """Whether each file is held out to test on: a tenth of each class, by a hash of its name, so that nothing
-    changes when others come; none of a class of which nothing would be left."""
-    picked = [int(hashlib.md5(os.fsencode(p.name)).hexdigest(), 16) % 10 == 0 for p in files]
-    left = {c for held, c in zip(picked, labels) if not held}
-    return [held and c in left for held, c in zip(picked, labels)]
-
-
-def find_images(root):
-    """(layout, classes, {True: files and labels to train on, False: to test on}, lines on what was found) of
-    a folder. UserError if there is nothing, or if the classes of its parts differ."""
-    notes, tree = [], EXPECTED_TREE.format(root=shown(root))
-    second = next((name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()), None)
-    split = second or entries(root / "train")[0]                            # else it may be a class of trains
-    names = ["train", second] if second else ["train"] if split else [""]
-    parts = [labelled(root / name, notes) for name in names]
-    for name, part in zip(names, parts):
-        if not part:
-            raise UserError(f"no image in {shown(root / name)}, nor in class folders there; expected" + tree)
-    odd = sorted(set(parts[0]) ^ set(parts[-1]))
-    if odd:
-        some = ", ".join(odd[:5]) + " ..." * (len(odd) > 5)
-        raise UserError(f"{shown(root)}/train and {shown(root)}/{second} differ in their classes: {some} "
-                        "only in one of them" + ("; expected" + tree) * ("" in odd))
-    (files, labels), *rest = (files_and_labels(part) for part in parts)
-    if second:
-        how, train, test = f"{second}/", (files, labels), rest[0]
-    else:
-        how, held = "a tenth of each class, by a hash of the file's name", is_held_out(files, labels)
-        train, test = ([[v for v, h in zip(column, held) if h == part] for column in (files, labels)]
-                       for part in (False, True))
-    classes = [name for name in parts[0] if name]
-    kind = f"of {len(classes)} classes" if classes else "without classes"
-    tests = f"{len(test[0])} to test on ({how})" if test[0] else \
-        "too few to hold any out: what is shown and measured is of these"
-    notes.insert(0, f"{shown(root)}: {len(train[0])} images {kind} to train on, {tests}")
-    layout = f"{' and '.join(names) or 'one part'}, {'class folders' if classes else 'flat'}"
-    return layout, classes, {True: train, False: test}, "\n".join(notes)
-
-
-def files_and_labels(part):
-    """{class: files} -> files, and their class numbers."""
-    return ([p for files in part.values() for p in files],
-            [c for c, files in enumerate(part.values()) for _ in files])
-
-
-def check_sample(data, count=500):
-    """Open the heads of some images of every class. UserError if none of a class can be opened, or if one in
-    ten cannot."""
-    bad, seen, whole = [], 0, []
-    for c, name in enumerate(data.classes or [""]):
-        index = (data.labels == c).nonzero().flatten()
-        some = min(len(index), max(2, count // max(1, len(data.classes))))
-        some = index[torch.linspace(0, len(index) - 1, some).long()].tolist()
-        failed = []
-        for i in some:
-            try:
-                with PIL.Image.open(data.paths[i]):
-                    pass
-            except Exception:                                        # what it is will be said when it is read
-                failed.append(i)
-        bad, seen, whole = bad + failed, seen + len(some), whole + [name] * (len(failed) == len(some))
-    if whole or len(bad) > max(1, seen / 10):
-        none = f"; none of {', '.join(whole[:3])}" if data.classes and whole else ""
-        raise UserError(f"{len(bad)} of {seen} images that were looked at in {shown(data.root)} cannot be "
-                        f"opened, {shown(data.paths[bad[0]])} for one{none}; mend them, or take them out")
-
-
-def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0.2):
-    """A data set by name: 'shapes', 'cifar10', 'imagenet', or the path of a folder: class folders in train
-    and val (or valid, validation, test), class folders alone, or images without classes.
-
-    data_dir  where it lies, '' for ./data/<name>        size  S        train  True: training part
-              strict  see Folder
-    crop      min fraction of the area that a crop keeps; one half and more of shapes,
-              since less may show none
-    """
-    root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
-    if dataset == "shapes":
-        return ImageTensor(*shapes(train, size), (max(crop, 0.5), 1.0), device)
-    if dataset == "cifar10":
-        if size != 32:
-            raise UserError("CIFAR-10 has 32 x 32 pixels, which does not fit a model or --image-size of "
-                            f"{size}")
-        if not data_dir:
-            download_cifar10(root)
-        return ImageTensor(*cifar10(root, train), (crop, 1.0), device)
-    layout, classes, parts, summary = find_images(root)
-    files, labels = parts[train] if parts[train][0] else parts[True]
-    data = ImageFolder(root, files, labels, classes, size, (crop, 1.0), strict, device, layout, summary)
-    data.unseen = not train and bool(parts[False][0])
-    if train and not strict:
-        check_sample(data)
-    return data
-
-
 # Processes, and the signals that ask them to end.
-
-
-class Stopped(Exception):
-    """A signal has asked for the end, and nothing is left half done; the text says where."""
-
-
-SIGNALS = {}    # {number: when it came}: what has asked a training for its end; all that runs long looks here
-
-
-def asked_to_stop():
-    """Whether a signal has reached any of the processes. All of them come here together, so all stop after
-    the same step."""
-    asked = torch.tensor(len(SIGNALS))
-    if rank_and_world()[1] > 1:
-        torch.distributed.all_reduce(asked)                              # on the CPU: no device is waited for
-    return bool(asked)
 
 
 def join_processes(name):
@@ -3399,7 +2942,7 @@ def rank_zero_first(work):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 14. A training loop
+# 15. A training loop
 #
 # The whole story, on drawn shapes and a CPU, in a minute or two: `python unified.py`. train.py has the same
 # loop, and what a long run needs: ids that are computed once, averaged weights, evaluation, checkpoints,
