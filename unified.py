@@ -476,7 +476,7 @@ class TokenizerTraining(nn.Module):
 #     class Mine(Model): ...
 #     MODELS["mine"] = Method(Mine, {"tiny": {}}, UMD_RECIPE, reads="pixels")
 #
-# above the last lines of this file, where all scripts find it. README.md has a complete one.
+# above the last lines of this file, where all scripts find it. test_unified.py has a complete one, Denoiser.
 
 
 class Model(nn.Module):
