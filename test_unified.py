@@ -198,14 +198,14 @@ class Denoiser(unified.Model):                              # which lists what t
 
     @torch.no_grad()
     def sample_steps(self, n, steps=None, seeds=None):
-        x = 0.5 + 0.5 * self.noise(seeds)
+        x = 0.5 + 0.5 * self.noise(unified.image_seeds(seeds, n, self.pos_embed.device))
         for _ in range(self.num_steps(steps)):
             y = self.to_pixels(self.features(x)[0])
             x = (y + 1) / 2
             yield unified.Denoising(y)
 
 
-DENOISER = unified.Method(Denoiser, {"tiny": {}}, unified.UMD_RECIPE, reads="patches")
+DENOISER = unified.Method(Denoiser, {"tiny": {}}, unified.UMD_RECIPE, tokens="patches")
 METHODS = {**unified.MODELS, "denoiser": DENOISER}
 EVERY = pytest.mark.parametrize("name", list(METHODS))
 KINDS = list(unified.MODELS)
@@ -755,7 +755,7 @@ def test_unmask_keeps_known_ids_and_masks_the_least_confident():
 @pytest.mark.parametrize("name", DECODES_IDS)
 def test_decoding_never_changes_a_known_id_and_ends_with_none_masked(name):
     model = small(name).eval()
-    ids, mask = model.initial_state(3)
+    ids, mask = model.initial_state(3)[:2]
     for state in model.sample_steps(3, steps=8):
         assert not (state.mask & ~mask).any()                           # once known, known for good
         assert state.ids[~mask].equal(ids[~mask]) and (state.ids < model.codes).all()
@@ -1057,7 +1057,7 @@ def test_the_ids_that_an_inpainting_mask_touches_are_masked_and_a_ring_of_one(na
     masked = build(64).initial_state(1, some_images(1, 64), mask)[1].unflatten(1, (16, 16))
     assert masked.any(2)[0].nonzero().flatten().tolist() == list(range(3, 13))  # tokens 3 - 12, not 4 - 11
     model, known, (mask, counts) = build(32, sharp=True), some_images(4, 32), inpainting_masks()
-    ids, masked = model.initial_state(4, known, mask)
+    ids, masked = model.initial_state(4, known, mask)[:2]
     assert masked.sum(1).tolist() == counts
     assert ids.equal(model.to_ids(known * ~mask[:, None]))        # what it covers never reaches the tokenizer
     states = list(model.sample_steps(4, steps=4, known=known, mask=mask))
@@ -1417,7 +1417,7 @@ def test_addp_learns_most_of_what_its_predictor_can_teach():
 def test_while_all_is_masked_no_image_is_read_and_none_would_matter():
     model, ids = addp(sharp=True), some_ids(addp())
     mask = torch.ones_like(ids, dtype=torch.bool)
-    skipped = model.logits(ids, mask)
+    skipped = model.step_logits(unified.Decoding(ids, mask), mask.sum(1))
     for x in (some_images(), torch.zeros(4, 3, 16, 16)):
         assert_close(model.decode(model.encode(x), ids, mask, 0), skipped, 1e-6)
     model.encode = forbidden
@@ -1430,10 +1430,11 @@ def test_while_all_is_masked_no_image_is_read_and_none_would_matter():
 
 def test_addp_generates_without_its_predictor_but_inpainting_begins_with_its_prediction():
     model, known, (mask, _) = addp(32, sharp=True), some_images(4, 32), inpainting_masks()
-    ids, masked = model.initial_state(4, known, mask)
-    image = model.next_image(ids, masked, model.token_predictor.logits(ids, masked))
-    assert model.logits(ids, masked).equal(model.logits(ids, masked, x=image))
-    assert not model.logits(ids, masked).allclose(model.logits(ids, masked, x=known))
+    state = model.initial_state(4, known, mask)
+    image = model.next_image(state.ids, state.mask, model.token_predictor.logits(state.ids, state.mask))
+    first, same, other = (model.step_logits(state._replace(x=x), state.mask.sum(1))
+                          for x in (None, image, known))
+    assert first.equal(same) and not first.allclose(other)
     model.token_predictor.logits = forbidden
     assert len(list(model.sample_steps(3, steps=6))) == 6
 

@@ -200,7 +200,7 @@ def check(cfg):
 def check_sizes(cfg, method):
     """Refuse an --image-size that cannot be halved enough, or that --ids does not cut into equal squares."""
     size, side = cfg.image_size, math.isqrt(cfg.ids)
-    if method.reads == "pixels":
+    if method.tokens == "none":
         unit = 2 ** (len(method.sizes[cfg.size].get("ch_mult", "1")) - 1)
         if size % unit:
             raise UserError(f"--image-size {size} is no multiple of {unit}, as this --model and --size need; "

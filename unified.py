@@ -17,15 +17,17 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     import unified
     vqgan = unified.build(unified.tokenizer_config("toy", stride=8, codes=128))     # a fresh tokenizer
     model = unified.MAGE(vqgan, image_size=32, **unified.MAGE_SIZES["tiny"])        # and a fresh MAGE
-    model, config = unified.load_model("out/shapes-mage")                           # or one of train.py
 
-    loss, logs = model(x)                           # x (B, 3, 32, 32) in [0, 1], or its token ids (B, L)
+    x = torch.rand(16, 3, 32, 32)                   # pixels in [0, 1]
+    loss, logs = model(x)                           # or of their token ids (16, L)
     loss.backward()
     x = model.eval().sample(16, seeds=0)            # (16, 3, 32, 32) in [0, 1]
     z = model.embed(x)                              # (16, C), what a linear probe reads
     maps = model.features(x, layers=[2, 4])         # [(16, C, 4, 4), ...], after any block
 
-`python unified.py` trains a tokenizer and MAGE on drawn shapes, on a CPU, in a minute or two: section 15.
+    model, config = unified.load_model("out/shapes-mage")                           # a run of train.py
+
+`python unified.py` trains a tokenizer and MAGE on drawn shapes, on a CPU, in a minute or two: section 12.
 
     1  Attention and blocks        every token attends to every other token
     2  The VQ tokenizer            image -> token ids -> image
@@ -38,10 +40,10 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     9  UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
     10 ADM                         predict the noise with a U-Net; its blocks are representations, too
     11 Sizes and recipes           presets, and how each method is trained
-    12 Published weights           how files of the original authors are read
-    13 Behind the methods          random numbers by seed, feature maps, checked arguments
-    14 For the scripts             mistakes, flags, checkpoints, images, processes
-    15 A training loop             the whole story in thirty lines
+    12 A training loop             the whole story in thirty lines, on drawn shapes
+    13 Published weights           how files of the original authors are read
+    14 Behind the methods          random numbers by seed, feature maps, checked arguments
+    15 For the scripts             mistakes, flags, checkpoints, images, processes
 
 Sizes    B images; n, when they are generated           L tokens of an image, on a grid of h x w
          M of them that enter an encoder                C channels of a token
@@ -347,20 +349,25 @@ class VQGAN(nn.Module):
 
 
 # Training the tokenizer. The loss is a weighted sum of these terms, where sg is stop-gradient and
-# p = softmax(-distances / 0.01):
+# p = softmax(-distances / 0.01). All are means, over pixels, channels or positions:
 #
-#     l1             3.0    |x' - x|                    all of them means over pixels or channels
-#     l2            10.0    (x' - x)^2
-#     commitment     0.25   ||z - sg(e_id)||^2          pulls z towards its code              [VQ-VAE, eq. 3]
-#     codebook       1.0    ||sg(z) - e_id||^2          pulls the code towards z              [VQ-VAE, eq. 3]
-#     coverage       0.5    ||e_k - sg(nearest z)||^2   pulls every code, used or not, to where z are  [ours]
-#     entropy        0.03   mean H(p) - H(mean p)       positions sure of their code, all codes used [MaskGIT]
-#     generator      0.8    -d(x')                      against a patch discriminator d: sharper textures,
-#                                                       from 256 pixels on                    [VQGAN, eq. 7]
+#     term        weight                               trains
+#     l1           3.0   |x' - x|                      decoder and encoder
+#     l2          10.0   (x' - x)^2                    decoder and encoder
+#     commitment   0.25  ||z - sg(e_id)||^2            encoder: z moves to its code           [VQ-VAE, eq. 3]
+#     codebook     1.0   ||sg(z) - e_id||^2            codes: each moves to its z             [VQ-VAE, eq. 3]
+#     coverage     0.5   ||e_k - sg(nearest z)||^2     codes, unused ones too: to where z are          [ours]
+#     entropy      0.03  mean H(p) - H(mean p)         codes and encoder: positions are sure of their code,
+#                                                      and all codes are used                       [MaskGIT]
+#
+# From 256 pixels on, a patch discriminator d joins, for sharper textures [VQGAN, eq. 7]:
+#
+#     generator      0.8   -d(x')                      decoder and encoder
+#     discriminator  1.0   hinge(d(x), d(sg(x')))      d alone
 #
 # Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
 # goes straight through to the encoder. VQ-VAE's terms alone leave most codes unused. MaskGIT's perceptual
-# loss needs a pretrained network, which we do without; the price is texture: expect a clearly higher
+# loss needs a pretrained network, which we do without. The price is texture: expect a clearly higher
 # reconstruction FID than the 2 to 3 of released tokenizers.
 
 
@@ -424,7 +431,7 @@ class TokenizerTraining(nn.Module):
         """Loss of one batch. Labels are not used; they are an argument so that all training loops are alike.
 
         x                   pixels (B, 3, S, S) in [0, 1]          grain  for add_grain, drawn if None
-        adversarial_weight  0.8 in [VQGAN]; 0 during warm-up, and for small images
+        adversarial_weight  of the generator term: 0.8 in [VQGAN]; 0: no discriminator, as below 256 pixels
         returns             scalar loss, dict of its terms
         """
         x = add_grain(x, torch.rand_like(x) if grain is None else grain)
@@ -468,15 +475,16 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# The class below is the whole contract: the scripts read nothing else off a model. It is here because Python
-# wants it before its subclasses; on a first reading, go on to section 4.
+# The class below is the whole contract: the scripts read nothing else off a model. Nothing in it explains a
+# method, so on a first reading look at the four signatures and go on to section 4.
 #
 # A method of your own is a subclass and, behind it, a row in the table of section 11, say
 #
 #     class Mine(Model): ...
-#     MODELS["mine"] = Method(Mine, {"tiny": {}}, UMD_RECIPE, reads="pixels")
+#     MODELS["mine"] = Method(Mine, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
-# above the last lines of this file, where all scripts find it. test_unified.py has a complete one, Denoiser.
+# before the last two lines of this file, where all scripts find it. test_unified.py has a complete one of
+# forty lines, Denoiser.
 
 
 class Model(nn.Module):
@@ -488,22 +496,26 @@ class Model(nn.Module):
                                                     and mask, with the meaning they have in sections 5 and 9
     features(x, t, layers, add, noise, finetune)    -> [map (B, C, h, w) for each of layers], as in MAGE
     embed(x, noise=None, pool=...)                  -> vectors (B, C); pool is one of pools
+
+    Their arguments are checked by name before they run: x must be (B, 3, S, S) in [0, 1], t lie in t_range,
+    noise have the shape that noise() returns, and so on. The table is FORMS in section 14, to which a class
+    can add: FORMS["Mine.forward.t"] = "float ({B}) in [0, 1]".
     """
 
     # Set by every class or its __init__:
     image_size: int                     # S
     layers: dict                        # {layer: (channels, h, w)} of all blocks, counted from 1
-    best_layer: int                     # the layer that the authors read, and best_t the timestep
+    best_layer: int                     # the layer whose features the authors probe
 
     # With defaults. If transformer blocks are called `blocks`, --init-encoder and layer decay find them.
-    best_t = 0
+    best_t = 0                          # the t at which they do
     t_range = (0, 0, "always 0")        # min and max of t in features(), and what t is; int for a timestep
     pools = ("mean",)                   # poolings that embed() knows, the authors' first
     length = 0                          # tokens of an image, if there are any
     codes = 0                           # entries of the codebook, if ids are predicted
     classes = 0                         # labels that it is conditioned on
     takes_labels = False                # the class can be built with classes > 0
-    reads_ids = False                   # features() and embed() take ids as well as pixels
+    reads_ids = False                   # given ids instead of pixels, training and probing lose nothing
     generates = True                    # it can start from nothing
     reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
     max_steps = math.inf                # more sampling steps than these are not possible
@@ -519,7 +531,7 @@ class Model(nn.Module):
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
         how many are made at once: for first in range(0, 1000, 64): x = model.sample(64, seeds=first)."""
-        for state in checked(type(self).sample_steps, (self, n), options, wait=True):
+        for state in self.sample_steps(n, **options):
             pass
         return self.render(state)
 
@@ -552,7 +564,7 @@ class Model(nn.Module):
 
 
 def guarded(method):
-    """The method; a wrong call of it is a ValueError, see checked() in section 13."""
+    """The method; a wrong call of it is a ValueError, see checked() in section 14."""
     return functools.wraps(method)(lambda *args, **options: checked(method, args, options))
 
 
@@ -607,7 +619,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #
 #     num_masked(t) = floor(n0 cos(pi t / 2T))           n0 = tokens masked at the start
 #
-#     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 0     few at first, while predictions are poor
+#     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 0     few are kept at first, while all is uncertain
 #
 #     ids            _    _    a    _    b        _ is [MASK]; tokens that are visible stay
 #     prediction     c    d    .    e    .        sampled from p, for every masked token
@@ -615,6 +627,16 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     ids            c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
 # The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0.
+
+# Which random numbers an image gets follows from its seed, see section 14.
+
+
+def image_seeds(seeds, n, device):
+    """What sample_steps takes as seeds, int (n,), or the first of n, or None for 0 -> int64 (n,)."""
+    if not isinstance(seeds, torch.Tensor):
+        seeds = torch.arange(n) + (seeds or 0)
+    return to_device(seeds, device)
+
 
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
@@ -627,25 +649,26 @@ def num_masked(initial, count, step, steps, schedule="cosine", round_up=False):
     schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
 
-    As in the official codes at least one stays masked, also at t = T: sample_steps() then keeps it.
+    As in the official codes this is never 0: where the equation says 0, at t = T, it is 1, and sample_steps()
+    keeps that last token.
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
     wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(count - 1)
     return wanted.clamp(min=1).minimum(count)
 
 
-def unmask(logits, ids, mask, count, u, noise, order=None):
+def unmask(logits, ids, mask, count, u, gumbel, order=None):
     """One step of parallel decoding. It draws no random number of its own.
 
     logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many to mask again
-    u (n, L)     in (0, 1), samples the ids            noise (n, L)    is added to the confidence
-    order        None, or a function of the confidence -> float (n, L), whose smallest are masked again. With
-                 lambda c: -rank.expand_as(c), rank float (L,), tokens are kept in the order of their rank
+    u (n, L)     in (0, 1), samples the ids           gumbel (n, L)    is added to the confidence
+    order        None, or a function: noisy confidence (n, L) -> priority (n, L); the highest are kept. Row by
+                 row, say: lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c)
     returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
     ids = torch.where(mask, sample_categorical(p, u), ids)
-    confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + noise                     # (n, L)
+    confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + gumbel                    # (n, L)
     confidence = confidence if order is None else order(confidence)
     confidence = confidence.masked_fill(~mask, math.inf)        # visible before: never masked again
     return ids, rank_in_row(confidence) < to_device(count, ids.device)[:, None]
@@ -806,7 +829,7 @@ class MAGE(Model):
             x, labels = x.flatten(0, 1), None if labels is None else labels.repeat_interleave(2)
         ids = self.to_ids(x)                                                                # (B, L)
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
-        # The ratio is drawn on the CPU: nobody waits for a GPU to learn how many tokens are masked.
+        # The ratio is drawn on the CPU, since it decides shapes: reading it off a GPU would mean waiting.
         mask_ratio = truncated_normal(torch.rand(())) if mask_ratio is None else mask_ratio
         mask, ids_keep = random_masking(mask_noise, mask_ratio)
         latent = self.encode(self.input_ids(ids, mask, labels, keep_label), ids_keep)       # (B, 1 + L/2, C)
@@ -867,8 +890,7 @@ class MAGE(Model):
 
     token_weights = property(lambda self: self.token_emb.word_embeddings.weight)            # (vocab_size, C)
 
-    # ---- generation. The loop is ADDP's, too: it overrides round_up, next_image, render, and logits,
-    # whose last two arguments are for it.
+    # ---- generation
 
     round_up = False                                            # of num_masked
 
@@ -887,42 +909,44 @@ class MAGE(Model):
         order         see unmask; by confidence if None
         yields        a Decoding after each step; nothing is masked in the last one
         """
-        steps, x = self.num_steps(steps), None
+        steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
-        ids, token_mask = self.initial_state(n, known, mask)                                # (n, L) each
-        initial = count = torch.full((n,), self.length) if known is None else token_mask.sum(1).cpu()
+        state = self.initial_state(n, known, mask)
+        # How many tokens are masked, int (n,), on the CPU: from nothing no GPU has to be asked.
+        initial = count = torch.full((n,), self.length) if known is None else state.mask.sum(1).cpu()
         for step in range(steps):
             progress = (step + 1) / steps
-            w = 1 + (guidance - 1) * progress
-            # From nothing all images begin alike, so the first pass is needed once only.
-            m = 1 if step == 0 and known is None and labels is None else n
-            logits = self.logits(ids[:m], token_mask[:m], labels, w, x, count[:m]).expand(n, -1, -1)
-            # That many will be masked after this step; unmask() chooses which.
-            count = num_masked(initial, count, step, steps, schedule, self.round_up)
-            u, gumbel = (hashed_uniform(seeds, 2 * step + k, self.length) for k in (0, 1))  # (n, L) each
-            noise = temperature * (1 - progress) * to_gumbel(gumbel)
-            ids, token_mask = unmask(logits, ids, token_mask, count, u, noise, order)
-            x = self.next_image(ids, token_mask, logits)
-            if step + 1 == steps:
-                token_mask = torch.zeros_like(token_mask)       # num_masked() leaves one: it is kept, too
-            yield Decoding(ids, token_mask, known, mask, x)
+            logits = self.step_logits(state, count, labels, 1 + (guidance - 1) * progress)      # (n, L, K)
+            count = num_masked(initial, count, step, steps, schedule, self.round_up)    # after this step
+            u, v = (hashed_uniform(seeds, 2 * step + k, self.length) for k in (0, 1))       # (n, L) each
+            gumbel = temperature * (1 - progress) * to_gumbel(v)
+            ids, token_mask = unmask(logits, state.ids, state.mask, count, u, gumbel, order)
+            state = self.advance(state, ids, token_mask, logits)
+            if step + 1 == steps:                               # num_masked() leaves one token: it is kept
+                state = state._replace(mask=torch.zeros_like(token_mask))
+            yield state
 
     def num_steps(self, steps=None, eta=None):
         """20, or one for each token, unless said otherwise."""
         return steps or min(20, self.length)
 
-    def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
+    def step_logits(self, state, count, labels, guidance):
+        """Logits (n, L, K) for a state in which count int (n,) tokens are masked; count is for ADDP."""
+        return self.logits(state.ids, state.mask, labels, guidance)
+
+    def advance(self, state, ids, mask, logits):
+        """The next state; ADDP adds an image to it."""
+        return state._replace(ids=ids, mask=mask)
+
+    def logits(self, ids, mask, labels=None, guidance=1.0):
         """Logits (n, L, K) of masked ids (n, L), with classifier-free guidance. Nothing is dropped here: the
-        encoder reads every [MASK]. x and count are for ADDP, see there."""
+        encoder reads every [MASK]."""
         def conditional(labels):
             return self.decode(self.encode(self.input_ids(ids, mask, labels)), mask)
         if labels is None or guidance == 1:
             return conditional(labels)
         unconditional = conditional(None)                                                   # the fake class
         return unconditional + guidance * (conditional(labels) - unconditional)
-
-    def next_image(self, ids, mask, logits):
-        """The image (n, 3, S, S) that the next step reads. MAGE reads ids, so it is None; see ADDP."""
 
     @torch.no_grad()
     def render(self, state):
@@ -933,18 +957,18 @@ class MAGE(Model):
         return state.with_known(torch.where(mask, 0.2, x))
 
     def initial_state(self, n, known=None, mask=None):
-        """Ids and which of them are masked, (n, L) each: all of them, unless pixels are known.
+        """The Decoding to begin with. All tokens are masked, unless pixels are known.
 
         Inpainting: pixels that are to be generated are set to 0 before the image is tokenised, since ids
         nearby would leak what was there. Tokens that contain such pixels are masked, and so are their
         neighbours, whose ids may describe the 0."""
         device = self.norm.weight.device
         if known is None:
-            return (torch.zeros(n, self.length, dtype=torch.long, device=device),
-                    torch.ones(n, self.length, dtype=torch.bool, device=device))
+            return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
+                            torch.ones(n, self.length, dtype=torch.bool, device=device))
         unknown = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)                    # (n, 1, h, w)
         masked = F.max_pool2d(unknown, 3, 1, 1).flatten(1) > 0                              # (n, L)
-        return self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked
+        return Decoding(self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked, known, mask)
 
     def reconstruct(self, x):
         """Pixels (B, 3, S, S) -> what the ids keep of them, in a tuple of one."""
@@ -992,11 +1016,11 @@ class MAGE(Model):
 #
 #     b: the other view of a's image                                                         [SimCLR, eq. 1]
 #
-# Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's outputs,
-# without the class token, goes through Linear(C, 4096), ReLU and Linear(4096, 256) to a unit vector z, which
-# must be closer to that of the other crop than to those of all other images. The weight beside the masked
-# loss is 0.1 [MAGE, 3.3]. The authors released no training code for it: the layers' sizes and tau = 0.2 are
-# ours.
+# Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's normed
+# outputs, of visible tokens and of [MASK] but not of the class token, goes through Linear(C, 4096), ReLU and
+# Linear(4096, 256) to a unit vector z. It must be closer to that of the other crop than to those of all other
+# images. The weight beside the masked loss is 0.1 [MAGE, 3.3]. MAGE.forward above calls it. The authors
+# released no training code for it: the layers' sizes and tau = 0.2 are ours.
 
 
 def info_nce(z, temperature=0.2):
@@ -1019,13 +1043,14 @@ def info_nce(z, temperature=0.2):
 # ------------------------------------------------------------------------------------------------------------
 # 7. ADDP: read pixels, predict ids
 #
-#     x_t  = D(z),  z_i = e_(id_i) where visible,  sum over k of r_i(k) e_k where masked
-#     loss = - mean over masked i of  sum over k of q_i(k) log p_i(k | x_t, visible ids)      [ADDP, figure 4]
-#
-#     r: MAGE's prediction from fewer ids     q: MAGE's prediction from the visible ids     p: this network's
-#
 # Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
-# ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces:
+# ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces. A step
+#
+#     1. encodes the image so far, x_t,
+#     2. predicts from it p, a distribution over codes at every masked token,
+#     3. samples ids from p and keeps the most confident, as MAGE does (section 4),
+#     4. decodes the next x_t with the frozen tokenizer, from the codes of visible ids and, where tokens are
+#        masked, from the mean code under p. So what is undecided is blurred:
 #
 #     ids --> z: codes where visible,     -- D --> image x_t --> encoder --> decoder --> p --> unmask --> ids
 #             mean codes under p if masked                                      ^
@@ -1039,7 +1064,11 @@ def info_nce(z, temperature=0.2):
 #     decode       m     m  z2   m   m   b    b is an embedded id, at the end
 #
 # In training a frozen MAGE stands at both ends. From the ids of an earlier step, where more is masked, it
-# predicts r, so x_t looks as it would in generation. From the visible ids it predicts q, which is the target:
+# predicts r, in place of the p of that step, so x_t looks as it would in generation. From the visible ids of
+# this step it predicts q, which is the target:
+#
+#     x_t  = D(z),  z_i = e_(id_i) where visible,  sum over k of r_i(k) e_k where masked
+#     loss = - mean over masked i of  sum over k of q_i(k) log p_i(k | x_t, visible ids)      [ADDP, figure 4]
 #
 #     ids, mask of an earlier step -- MAGE --> r -----+
 #     ids, mask of this step -------------------------+-- D --> x_t --> encoder --> decoder --> p
@@ -1189,16 +1218,17 @@ class ADDP(MAGE):
 
     # ---- generation
 
-    round_up = True             # the first step may keep nothing. Published: 256 steps, schedule "linear"
+    # MAGE's loop, with three changes. Published: 256 steps, schedule="linear".
 
-    def logits(self, ids, mask, labels=None, guidance=1.0, x=None, count=None):
-        """Logits (n, L, K) from the image so far x, None before the first step, and the visible ids.
+    round_up = True                     # so of many steps the first ones may keep nothing
 
-        count int (n,), on the CPU: how many tokens of each image are masked. If that is all of them, the
-        decoder reads mask tokens only, and the encoder is skipped. Inpainting begins with the predictor's
-        image.
+    def step_logits(self, state, count, labels=None, guidance=1.0):
+        """Logits (n, L, K) from the image so far, state.x, and the visible ids.
+
+        If all tokens are masked the decoder reads mask tokens only, and the encoder is skipped. Inpainting
+        begins without an image: its first one is made from the predictor's logits.
         """
-        count = mask.sum(1).cpu() if count is None else count
+        ids, mask, x = state.ids, state.mask, state.x
         if count.min() == self.length:
             latent = self.norm.weight.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel())
         else:
@@ -1210,6 +1240,9 @@ class ADDP(MAGE):
             i = to_device(images, ids.device)
             logits[i] = self.decode(latent[i], ids[i], mask[i], self.length - masked)
         return logits
+
+    def advance(self, state, ids, mask, logits):
+        return state._replace(ids=ids, mask=mask, x=self.next_image(ids, mask, logits))
 
     def render(self, state):
         """Decoding -> pixels (n, 3, S, S) in [0, 1]: the image so far. In the last one a single id is still a
@@ -1253,13 +1286,16 @@ class ADDP(MAGE):
 #
 #     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, 1)                  [DDPM, eq. 4]
 #
-# and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps.
+# and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps. They are counted in
+# two ways: from 0 to T - 1, with a little noise at 0 (here and in ADM), or from 1 to T, with 0 for a clean
+# image (UMD).
 #
 # Predicting eps is predicting x0: solve the equation for either. In a loss only the weight differs,
 #
 #     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2          1 on eps: "L_simple" [DDPM, eq. 14]
 #
-# The way back goes to ever larger alpha_bar. A step predicts x0, and with it eps, and mixes them anew:
+# The way back goes to ever larger alpha_bar. "next" is the next timestep on this way, t - 1 or a smaller one.
+# A step predicts x0, and with it eps, and mixes them anew:
 #
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
 #     sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)     [DDIM, 16]
@@ -1314,8 +1350,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """One step from xt at alpha_bar to alpha_bar_next, given a prediction of x0: the equation above.
 
     noise  standard normal, like xt
-    std    like xt: scales the noise instead of sigma, where a network has learned it; the
-           mean keeps sigma
+    std    like xt: scales the noise instead of sigma, where a network has learned it. The mean keeps sigma
 
     With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of
     removing it.
@@ -1325,7 +1360,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     if std is None:
         std = per_image(variance.sqrt(), xt)
     else:
-        std = std * per_image(torch.as_tensor(alpha_bar_next < 1), xt)
+        std = std * per_image(torch.as_tensor(alpha_bar_next < 1), xt)                      # no noise in x0
     direction = per_image((1 - alpha_bar_next - variance).sqrt(), xt) * eps
     return per_image(alpha_bar_next.sqrt(), xt) * x0 + direction + std * noise
 
@@ -1335,30 +1370,32 @@ class Denoising(typing.NamedTuple):
     x: torch.Tensor
 
 
-def denoise(predict_x0, noise, alpha_bar, eta=1.0, known=None, mask=None):
+def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
     """From noise to images: yields a Denoising after each step; the last one is clean.
 
     predict_x0   function (x, step) -> x0 in [-1, 1], and std of ddim_step or None
-    noise        function k -> standard normal (n, 3, S, S). k = 0 is the start; step s adds number 2 s + 1
+    draw_noise   function k -> standard normal (n, 3, S, S). k = 0 is the start; step s adds number 2 s + 1
     alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
     known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the
                  known pixels are put back, with as much noise (number 2 s + 2) as x has then [RePaint,
                  without its jumps back]
     """
-    x = noise(0)
-    for step, (now, after) in enumerate(zip(alpha_bar, [*alpha_bar[1:], torch.ones_like(alpha_bar[0])])):
+    x = draw_noise(0)
+    alpha_bar_next = F.pad(alpha_bar[1:], (0, 1), value=1.0)
+    for step in range(len(alpha_bar)):
         x0, std = predict_x0(x, step)
-        x = ddim_step(x, x0, now, after, eta, noise(2 * step + 1), std)
+        x = ddim_step(x, x0, alpha_bar[step], alpha_bar_next[step], eta, draw_noise(2 * step + 1), std)
         if known is not None:
-            x = torch.where(mask[:, None], x, q_sample(2 * known - 1, after, noise(2 * step + 2)))
+            noised = q_sample(2 * known - 1, alpha_bar_next[step], draw_noise(2 * step + 2))
+            x = torch.where(mask[:, None], x, noised)
         yield Denoising(x)
 
 
-def timestep_embedding(t, dim, last, layout):
-    """t (B,) -> (B, dim), float32: sines and cosines of t 10000^(-j / last), j = 0 ... dim / 2 - 1.
+def timestep_embedding(t, dim, denominator, layout):
+    """t (B,) -> (B, dim), float32: sines and cosines of t 10000^(-j / denominator), j = 0 ... dim / 2 - 1.
 
-    UMD and ADM differ in last, dim / 2 - 1 against dim / 2, and in layout, "sin cos" against "cos sin"."""
-    w = (-math.log(10000) / last * torch.arange(dim // 2, device=t.device)).exp()           # (dim / 2,)
+    The denominator is dim / 2 - 1 in UMD and dim / 2 in ADM, the layout "sin cos" and "cos sin"."""
+    w = (-math.log(10000) / denominator * torch.arange(dim // 2, device=t.device)).exp()    # (dim / 2,)
     phase = t.float()[:, None] * w                                                          # (B, dim / 2)
     return torch.cat([phase.sin(), phase.cos()] if layout == "sin cos" else [phase.cos(), phase.sin()], 1)
 
@@ -1452,6 +1489,7 @@ class UMD(Model):
         self.decoder_pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
         # Four equal class tokens. They have no position, so they stay equal: one that counts four times.
         self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))
+        # Where nothing is ever masked it gets no gradient, for which several processes would wait in vain.
         masks = bool(clean_ratio and mask_ratio_clean) or mask_ratio_noised > 0
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masks)
         self.blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(depth))
@@ -1637,8 +1675,8 @@ class UMD(Model):
         def predict_x0(x, step):
             _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, guidance)
             return x0_from_eps(x, self.alpha_bar[t[step]], eps).clamp(-1, 1), None
-        noise = functools.partial(self.noise, seeds)
-        yield from denoise(predict_x0, noise, self.alpha_bar[t], eta, known, mask)
+        draw_noise = functools.partial(self.noise, image_seeds(seeds, n, self.norm.weight.device))
+        yield from denoise(predict_x0, draw_noise, self.alpha_bar[t], eta, known, mask)
 
     def inpaint(self, known, mask):
         """As MAE does: patches that contain pixels to be generated are masked,
@@ -1688,6 +1726,8 @@ class UMD(Model):
 # 10. ADM: predict the noise with a U-Net
 #
 #     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
+#
+# L_vb trains the variance of the steps back, nothing else; it is explained behind the U-Net.
 #
 # A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
 # maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
@@ -1793,9 +1833,9 @@ class ADMBlock(nn.Sequential):
 def log_variances(alpha_bar):
     """log beta~ and log beta of all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0, so its
     logarithm is replaced by that of t = 1."""
-    before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
-    small = posterior_variance(alpha_bar, before)
-    return torch.cat([small[1:2], small[1:]]).log(), (1 - alpha_bar / before).log()
+    alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
+    small = posterior_variance(alpha_bar, alpha_bar_next)
+    return torch.cat([small[1:2], small[1:]]).log(), (1 - alpha_bar / alpha_bar_next).log()
 
 
 def learned_log_variance(v, t, alpha_bar):
@@ -1822,16 +1862,17 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     t    int (B,), on the CPU: timesteps of the process alpha_bar (T,); that may be a shortened one
     """
     eps_hat, v = out.chunk(2, 1)
-    now, before = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]
+    now, following = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]               # of t and of t - 1
     # At eta = 1 and without noise a DDIM step is the mean of DDPM's posterior, see section 8.
-    posterior_mean = ddim_step(xt, x0, now, before, eta=1.0)
-    model_mean = ddim_step(xt, x0_from_eps(xt, now, eps_hat.detach()), now, before, eta=1.0)
+    posterior_mean = ddim_step(xt, x0, now, following, eta=1.0)
+    model_mean = ddim_step(xt, x0_from_eps(xt, now, eps_hat.detach()), now, following, eta=1.0)
     log_var = learned_log_variance(v, t, alpha_bar)
     log_posterior = per_image(log_variances(alpha_bar)[0][t], v)
     kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp()
                 + (posterior_mean - model_mean) ** 2 * (-log_var).exp())
     nll = discretised_nll(x0, model_mean, 0.5 * log_var)
-    nats = torch.where(per_image(t == 0, x0) > 0, nll, kl).mean((1, 2, 3))                  # (B,)
+    to_x0 = to_device(t == 0, x0.device).view(-1, 1, 1, 1)                              # the last step
+    nats = torch.where(to_x0, nll, kl).mean((1, 2, 3))                                      # (B,)
     return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
 
 
@@ -1865,8 +1906,8 @@ class ADM(Model):
     image_size           S; a multiple of 2 ** (levels - 1), else ValueError
     ch, ch_mult, blocks  level i has ch * ch_mult[i] channels; residual blocks per level,
                          one more on the way up
-    attention            by how much smaller than the image the maps are that get attention;
-                         the middle always does
+    attention            strides of the maps that get attention: (8, 16) for maps of S / 8 and S / 16. The
+                         middle has it always
     head, heads, order   see ADMAttention        groups  of every group norm; divides every width
     schedule, steps      of the noise, see noise_schedule
 
@@ -1892,8 +1933,8 @@ class ADM(Model):
 
         def attend(width, level):
             return [ADMAttention(width, head, groups, heads, order)] if 2 ** level in attention else []
-        width = widths[0]
-        # Skips: (channels, level) of each output.
+        width, bottom = widths[0], len(widths) - 1
+        # (channels, level) of the outputs that wait to be read on the way up.
         downs, skips = [ADMBlock(nn.Conv2d(3, width, 3, padding=1))], [(width, 0)]
         for level, out in enumerate(widths):
             if level:
@@ -1906,13 +1947,13 @@ class ADM(Model):
         self.input_blocks = nn.ModuleList(downs)
         self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order),
                                      residual(width, width))
-        outputs, ups = [*skips, (width, level)], []
+        outputs, ups = [*skips, (width, bottom)], []                            # outputs of all blocks
         for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
-                last = bool(level) and j == blocks
-                resize = [residual(out, out, nn.Upsample(scale_factor=2.0))] if last else []
+                double = level > 0 and j == blocks
+                resize = [residual(out, out, nn.Upsample(scale_factor=2.0))] if double else []
                 ups.append(ADMBlock(residual(width + skips.pop()[0], out), *attend(out, level), *resize))
-                outputs.append((out, level - last))
+                outputs.append((out, level - 1 if double else level))
                 width = out
         self.output_blocks = nn.ModuleList(ups)
         self.layers = {b: (c, image_size >> level, image_size >> level)
@@ -1971,7 +2012,7 @@ class ADM(Model):
     # ---- generation
 
     def num_steps(self, steps=None, eta=None):
-        """250 as published, 25 for DDIM, at most T."""
+        """250 as published; 25, evenly strided, at eta = 0; at most T."""
         return len(self.timesteps(steps, 1.0 if eta is None else eta))
 
     def timesteps(self, steps, eta):
@@ -1984,20 +2025,20 @@ class ADM(Model):
         """From noise to images on a shortened process: yields a Denoising after each step.
 
         n, steps      images; see num_steps
-        eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM,
-                      which ignores it
+        eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, which
+                      ignores it
         known, mask, seeds        as for MAGE.sample_steps
         """
         kept = self.timesteps(steps, eta)
-        alpha_bar, last = self.alpha_bar[kept], len(kept) - 1
+        alpha_bar = self.alpha_bar[kept]
 
         def predict_x0(x, step):
-            i = last - step                                     # of the shortened process
+            i = len(kept) - 1 - step                            # the timestep of the shortened process
             eps, v = self.predict(x, torch.full((n,), kept[i], device=x.device)).chunk(2, 1)
-            std = (0.5 * learned_log_variance(v, i, alpha_bar)).exp() if eta == 1 and i else None
+            std = (0.5 * learned_log_variance(v, i, alpha_bar)).exp() if eta == 1 else None
             return x0_from_eps(x, alpha_bar[i], eps).clamp(-1, 1), std
-        noise = functools.partial(self.noise, seeds)
-        yield from denoise(predict_x0, noise, alpha_bar.flip(0), eta, known, mask)
+        draw_noise = functools.partial(self.noise, image_seeds(seeds, n, self.out[0].weight.device))
+        yield from denoise(predict_x0, draw_noise, alpha_bar.flip(0), eta, known, mask)
 
     # ---- representation
 
@@ -2073,11 +2114,13 @@ def umd_no_decay(name, p):
 #     betas, weight_decay    of AdamW
 #     no_decay               function (name, parameter) -> True for those without weight decay
 #     grad_clip              max norm of the gradient
-#     warmup, min_lr         the learning rate rises for this ratio of the steps, falls to this of itself
+#     warmup                 fraction of the steps in which the learning rate rises to its peak
+#     min_lr                 final learning rate / peak, at the end of half a cosine
 #     min_crop               a random crop keeps at least this ratio of the image's area
 #     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
-#     paper                  epochs, batch size, and learning rate for 256 images, of the papers on ImageNet
-#     tiny                   what suits tiny models better than train.py's defaults for small data sets
+#     paper                  the papers' epochs and batch size on ImageNet, and lr, the peak for 256 images:
+#                            a batch of B images has B / 256 of it
+#     tiny                   flags of train.py that suit tiny models; ids: patches that an image is cut into
 
 MAGE_RECIPE = dict(
     betas=(0.9, 0.95), weight_decay=0.05, no_decay=mae_no_decay, grad_clip=3.0, warmup=0.025, min_lr=0.0,
@@ -2086,7 +2129,7 @@ ADDP_RECIPE = dict(MAGE_RECIPE, paper=dict(epochs=1600, batch_size=4096, lr=1e-4
 UMD_RECIPE = dict(
     betas=(0.9, 0.95), weight_decay=0.05, no_decay=umd_no_decay, grad_clip=1.0, warmup=0.05, min_lr=0.0,
     min_crop=0.8, ema=0.9999, probe_ema=False, paper=dict(epochs=800, batch_size=1024, lr=1.5e-4),
-    tiny=dict(ids=64, batch_size=32, steps=3000, lr=0.018))     # for 256 images; with 32 it is 0.00225
+    tiny=dict(ids=64, batch_size=32, steps=3000, lr=0.018))
 MAE_RECIPE = dict(UMD_RECIPE, ema=0.0, paper=dict(epochs=800, batch_size=4096, lr=1.5e-4))
 TUNE_RECIPE = dict(UMD_RECIPE, betas=(0.9, 0.999), weight_decay=0.0, min_crop=0.95,
                    paper=dict(epochs=50, batch_size=256, lr=1.5e-4))
@@ -2102,18 +2145,18 @@ class Method(typing.NamedTuple):
     sizes: dict                         # {"tiny": constructor arguments, ...}, at least one
     recipe: dict                        # with all the keys above
     options: dict = {}                  # constructor arguments that make it this method
-    # What its constructor takes besides: "ids": vqgan (or predictor) first, and image_size;
-    # "patches": image_size and grid; "pixels": image_size.
-    reads: str = "ids"
-    predictor: str = ""                 # "ids": the row of the trained model that takes vqgan's place
+    # What its tokens are, and so what its constructor takes besides: "ids": vqgan (or predictor) first, and
+    # image_size; "patches" of pixels: image_size and grid; "none": image_size.
+    tokens: str = "ids"
+    predictor: str = ""                 # the row of the trained model that takes vqgan's place
     views: int = 1                      # crops of an image that one step reads
     tune: dict = {}              # options that change when a trained model learns to be conditioned on labels
     tune_recipe: dict = {}              # recipe then, if another
 
     @property
     def tokenizer(self):
-        """Whether it reads token ids."""
-        return self.reads == "ids"
+        """Whether it needs a tokenizer."""
+        return self.tokens == "ids"
 
 
 def umd_method(clean_ratio, mask_ratio_clean, mask_ratio_noised):
@@ -2122,7 +2165,7 @@ def umd_method(clean_ratio, mask_ratio_clean, mask_ratio_noised):
     options = dict(clean_ratio=clean_ratio, mask_ratio_clean=mask_ratio_clean,
                    mask_ratio_noised=mask_ratio_noised)
     tune = dict(clean_ratio=0.05 if clean_ratio else 0.0, mask_ratio_noised=0.0)
-    return Method(UMD, UMD_SIZES, UMD_RECIPE if clean_ratio < 1 else MAE_RECIPE, options, reads="patches",
+    return Method(UMD, UMD_SIZES, UMD_RECIPE if clean_ratio < 1 else MAE_RECIPE, options, tokens="patches",
                   tune=tune, tune_recipe=TUNE_RECIPE)
 
 
@@ -2134,7 +2177,7 @@ MODELS = {
     "mae":     umd_method(1.0, 0.75, 0.0),
     "maskdit": umd_method(0.0, 0.0, 0.5),
     "dit":     umd_method(0.0, 0.0, 0.0),
-    "adm":     Method(ADM, ADM_SIZES, ADM_RECIPE, reads="pixels"),
+    "adm":     Method(ADM, ADM_SIZES, ADM_RECIPE, tokens="none"),
 }
 
 
@@ -2156,7 +2199,7 @@ def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, t
     """
     method = MODELS[name]
     if not method.predictor:
-        source = {"ids": {"tokenizer": tokenizer}, "patches": {"grid": grid}, "pixels": {}}[method.reads]
+        source = {"ids": {"tokenizer": tokenizer}, "patches": {"grid": grid}, "none": {}}[method.tokens]
     elif "model" in tokenizer:
         source = {"predictor": tokenizer}
     else:
@@ -2166,6 +2209,7 @@ def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, t
             **method.sizes[size], **method.options, **(method.tune if tune else {})}
 
 
+# Arguments as older checkpoints call them.
 OLD_NAMES = {"clean": "clean_ratio", "hidden_clean": "mask_ratio_clean", "hidden_noised": "mask_ratio_noised"}
 
 
@@ -2182,7 +2226,96 @@ def build(config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. Published weights
+# 12. A training loop
+#
+# The whole story, on drawn shapes and a CPU, in a minute or two: `python unified.py`. train.py has the same
+# loop, and what a long run needs: ids that are computed once, averaged weights, evaluation, checkpoints,
+# many GPUs.
+#
+# The set that needs no download: eight shapes in four colours on a plain ground; place, size and turn vary a
+# little. Colour says nothing about the class, so shape is what there is to learn. Each is a signed distance:
+# negative inside, in units of its radius.
+
+
+def box_distance(x, y, w, h):
+    """Distance to a rectangle of half sides w and h."""
+    return (x.abs() - w).maximum(y.abs() - h)
+
+
+def star_distance(x, y, r):
+    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36
+    degrees."""
+    fifth = 2 * math.pi / 5
+    angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
+    return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
+
+
+SHAPES = {
+    "circle":   lambda x, y, r: r - 0.85,
+    "ring":     lambda x, y, r: (r - 0.75).abs() - 0.2,
+    "square":   lambda x, y, r: box_distance(x, y, 0.7, 0.7),
+    "bar":      lambda x, y, r: box_distance(x, y, 0.95, 0.28),
+    "cross":    lambda x, y, r: box_distance(x, y, 0.95, 0.3).minimum(box_distance(x, y, 0.3, 0.95)),
+    "triangle": lambda x, y, r: torch.stack([x, -x / 2 + y * 0.866, -x / 2 - y * 0.866]).amax(0) - 0.5,
+    "star":     lambda x, y, r: star_distance(x, y, r),
+    "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
+}
+GROUND = torch.tensor([128.0, 128.0, 128.0])
+# Red, teal, blue, amber.
+PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])
+
+
+def draw_shapes(seeds, size):
+    """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
+    turned by quarters give or take 9 degrees, always wholly visible."""
+    kind, color, radius, cx, cy, turn, wobble = hashed_uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
+    radius = size / 32 * (10.5 + 2.5 * radius)
+    cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
+    turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
+    row = torch.arange(size) + 0.5
+    x, y = (row - cx) / radius, (row[:, None] - cy) / radius                            # (B, 1, S), (B, S, 1)
+    x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
+    labels = (kind.flatten() * len(SHAPES)).long()
+    r = (x * x + y * y).sqrt()
+    distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(seeds))]
+    alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
+    paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
+    return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
+
+
+def fit(net, steps, batch_size, peak_lr):
+    """Train net on batches of drawn shapes."""
+    weights = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
+    for step in range(steps):
+        seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
+        images, _ = draw_shapes(seeds, 32)                                              # uint8 (B, 3, 32, 32)
+        loss, logs = net(images.float() / 255)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 3.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99 or step + 1 == steps:
+            print(f"{type(net).__name__:17s} step {step + 1:5d}   loss {loss.item():.3f}")
+
+
+def main(tokenizer_steps=600, steps=900, out="shapes.png"):
+    """Train a tokenizer, then MAGE on its ids, and write a sheet of 64 samples."""
+    torch.manual_seed(0)
+    vqgan = build(tokenizer_config("toy", stride=8, codes=128))
+    fit(TokenizerTraining(vqgan), tokenizer_steps, batch_size=16, peak_lr=4e-3)
+    model = MAGE(vqgan, image_size=32, **MAGE_SIZES["tiny"])
+    fit(model, steps, batch_size=64, peak_lr=1.5e-3)
+    image_grid(model.eval().sample(64)).save(out)
+    print(f"wrote {out}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 13. Published weights
+#
+# The tutorial ends here. No method is explained in what follows.
 #
 # Files of the original authors store no config, so sizes are read off the shapes of their tensors. What
 # shapes cannot tell stands in the next lines: heads of encoder and decoder by width; and what the published
@@ -2288,9 +2421,7 @@ def published_weights(state, ema=True):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 13. Behind the methods
-#
-# No method is explained from here on.
+# 14. Behind the methods
 #
 # Random numbers by seed. In generation a number depends on (the image's seed, which draw, which position) and
 # on nothing else, so an image is the same alone or among a thousand, on any device
@@ -2392,7 +2523,8 @@ def groups_of_equal_length(counts):
 # Checked arguments. One guard stands before the public methods of all models. It knows an argument by its
 # name, and its form from the table below: "float (B, 3, 32, 32) in [0, 1]" is a tensor, "int in [1, 9)" a
 # number; what stands in braces follows from the model and the other arguments. Kind, shape and device can be
-# looked at without waiting for a GPU. Values are looked at if they lie on the CPU, and in sample() anywhere.
+# looked at without waiting for a GPU. Values are looked at if they lie on the CPU, and in sample_steps()
+# wherever they lie.
 
 PIXELS, IDS = "float (B, 3, {S}, {S})", "int (B, {m.length}) in [0, {m.codes})"
 FORMS = {                               # by [class.][method.]argument; decoders overshoot [0, 1] a little
@@ -2506,10 +2638,9 @@ def require(key, v, form, weight, **more):
                          + "; divide bytes by 255" * found.startswith("torch.uint8"))
 
 
-def checked(method, args, options, wait=False):
+def checked(method, args, options):
     """Call a method if its arguments are of the forms that its class states, else ValueError. Integers become
-    int or int64; labels and seeds go to the model's device, seeds are counted from one number. wait: for
-    values that are not on the CPU."""
+    int or int64; labels and seeds go to the model's device."""
     signature, model = inspect.signature(method), args[0]
     if unknown := [name for name in options if name not in signature.parameters]:
         raise ValueError(f"{type(model).__name__}.{method.__name__} takes no {unknown[0]}; it takes "
@@ -2526,7 +2657,7 @@ def checked(method, args, options, wait=False):
         if not form or v is None and signature.parameters[key].default is None:
             continue
         near = key in ("labels", "seeds", "t")
-        require(key, v, form, weight, near=near, wait=wait or key == "t")
+        require(key, v, form, weight, near=near, wait=key == "t" or method.__name__ == "sample_steps")
         if key == "layers":
             a[key] = [*map(int, v)]
         elif key == "add":
@@ -2542,8 +2673,6 @@ def checked(method, args, options, wait=False):
             a[key] = int(v)
     if a.get("guidance", 1) != 1 and a["labels"] is None:
         raise ValueError(f"guidance must be 1 without labels, not {a['guidance']}")
-    if "n" in a and not isinstance(a.get("seeds", weight), torch.Tensor):
-        a["seeds"] = torch.arange(a["n"], device=weight.device) + (a["seeds"] or 0)
     return method(*given.args, **given.kwargs)
 
 
@@ -2553,7 +2682,7 @@ for _class, _name in ((VQGAN, "encode"), (VQGAN, "decode"), (VQGAN, "reconstruct
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 14. For the scripts
+# 15. For the scripts
 #
 # A user's mistake ends in one sentence.
 
@@ -2829,58 +2958,7 @@ def image_grid(x, columns=8, least=1024):
     return PIL.Image.fromarray(sheet)
 
 
-# The set that needs no download: eight shapes in four colours on a plain ground; place, size and turn vary a
-# little. Colour says nothing about the class, so shape is what there is to learn. Each is a signed distance:
-# negative inside, in units of its radius.
-
-
-def box_distance(x, y, w, h):
-    """Distance to a rectangle of half sides w and h."""
-    return (x.abs() - w).maximum(y.abs() - h)
-
-
-def star_distance(x, y, r):
-    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36
-    degrees."""
-    fifth = 2 * math.pi / 5
-    angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
-    return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
-
-
-SHAPES = {
-    "circle":   lambda x, y, r: r - 0.85,
-    "ring":     lambda x, y, r: (r - 0.75).abs() - 0.2,
-    "square":   lambda x, y, r: box_distance(x, y, 0.7, 0.7),
-    "bar":      lambda x, y, r: box_distance(x, y, 0.95, 0.28),
-    "cross":    lambda x, y, r: box_distance(x, y, 0.95, 0.3).minimum(box_distance(x, y, 0.3, 0.95)),
-    "triangle": lambda x, y, r: torch.stack([x, -x / 2 + y * 0.866, -x / 2 - y * 0.866]).amax(0) - 0.5,
-    "star":     lambda x, y, r: star_distance(x, y, r),
-    "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
-}
-GROUND = torch.tensor([128.0, 128.0, 128.0])
-# Red, teal, blue, amber.
-PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])
-
-
-def draw_shapes(seeds, size):
-    """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
-    turned by quarters give or take 9 degrees, always wholly visible."""
-    kind, color, radius, cx, cy, turn, wobble = hashed_uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
-    radius = size / 32 * (10.5 + 2.5 * radius)
-    cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
-    turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
-    row = torch.arange(size) + 0.5
-    x, y = (row - cx) / radius, (row[:, None] - cy) / radius                            # (B, 1, S), (B, S, 1)
-    x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
-    labels = (kind.flatten() * len(SHAPES)).long()
-    r = (x * x + y * y).sqrt()
-    distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(seeds))]
-    alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
-    paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
-    return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
-
-
-# Processes, and the signals that ask them to end.
+# Processes.
 
 
 def join_processes(name):
@@ -2900,8 +2978,8 @@ def join_processes(name):
 
 
 def leave_processes():
-    """Part from them, if there are any: all together, else the last may hang (gloo in torch 2.6). Only who
-    fails waits for nobody.
+    """Part from the other processes, all at once, else the last may hang (gloo in torch 2.6). A process that
+    fails does not wait for them.
 
     DistributedDataParallel must be gone before: freed after the group it can hang for good, and a failure's
     traceback keeps it alive.
@@ -2939,43 +3017,6 @@ def rank_zero_first(work):
     if error:
         raise error if rank == 0 else SystemExit(2)
     return result
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 15. A training loop
-#
-# The whole story, on drawn shapes and a CPU, in a minute or two: `python unified.py`. train.py has the same
-# loop, and what a long run needs: ids that are computed once, averaged weights, evaluation, checkpoints,
-# many GPUs.
-
-
-def fit(net, steps, batch_size, peak_lr):
-    """Train net on batches of drawn shapes."""
-    weights = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
-    for step in range(steps):
-        seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
-        images, _ = draw_shapes(seeds, 32)                                              # uint8 (B, 3, 32, 32)
-        loss, logs = net(images.float() / 255)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 3.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99 or step + 1 == steps:
-            print(f"{type(net).__name__:17s} step {step + 1:5d}   loss {loss.item():.3f}")
-
-
-def main(tokenizer_steps=600, steps=900, out="shapes.png"):
-    """Train a tokenizer, then MAGE on its ids, and write a sheet of 64 samples."""
-    torch.manual_seed(0)
-    vqgan = build(tokenizer_config("toy", stride=8, codes=128))
-    fit(TokenizerTraining(vqgan), tokenizer_steps, batch_size=16, peak_lr=4e-3)
-    model = MAGE(vqgan, image_size=32, **MAGE_SIZES["tiny"])
-    fit(model, steps, batch_size=64, peak_lr=1.5e-3)
-    image_grid(model.eval().sample(64)).save(out)
-    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
