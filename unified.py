@@ -42,16 +42,19 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     11 Sizes and recipes           presets, and how each method is trained
     12 A training loop             the whole story in thirty lines, on drawn shapes
     13 Published weights           how files of the original authors are read
-    14 Behind the methods          random numbers by seed, feature maps, checked arguments
+    14 Behind the methods          random numbers by seed, checked arguments
     15 For the scripts             mistakes, flags, checkpoints, images, processes
 
-Sizes    B images; n, when they are generated           L tokens of an image, on a grid of h x w
-         M of them that enter an encoder                C channels of a token
-         K entries of the codebook                      S pixels on a side of an image
+Sizes    B images; n, when they are generated           N of B images that are noised
+         L tokens of an image, on a grid of h x w       M of them that enter an encoder
+         C channels of a token                          S pixels on a side of an image
+         K entries of the codebook                      V of the vocabulary: codes, labels and [MASK]
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding
-         x0, eps, xt clean pixels, noise, and their mixture at timestep t of T (in decoding: step t of T)
-         alpha_bar how much of x0 is left in xt
+         x0, eps, xt clean pixels, noise, and their mixture at timestep t
+         alpha_bar the part of xt's variance that is x0's
+         t of T: a timestep, where more is noise; in decoding a step, where less is masked. features(t=) takes
+           the degree of corruption: MAGE's mask ratio, or a timestep
 
 Pixels are floats in [0, 1] wherever they enter or leave; [-1, 1] is used where noise is added. Masks are
 bool, True = masked. What is drawn at random can be passed in instead.
@@ -507,7 +510,7 @@ class Model(nn.Module):
     layers: dict                        # {layer: (channels, h, w)} of all blocks, counted from 1
     best_layer: int                     # the layer whose features the authors probe
 
-    # With defaults. If transformer blocks are called `blocks`, --init-encoder and layer decay find them.
+    # With defaults:
     best_t = 0                          # the t at which they do
     t_range = (0, 0, "always 0")        # min and max of t in features(), and what t is; int for a timestep
     pools = ("mean",)                   # poolings that embed() knows, the authors' first
@@ -519,6 +522,9 @@ class Model(nn.Module):
     generates = True                    # it can start from nothing
     reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
     max_steps = math.inf                # more sampling steps than these are not possible
+
+    # For train.py and probe.py alone, nothing to begin with. Transformer blocks that are called `blocks` are
+    # found by --init-encoder and by layer decay.
     stem = ()                           # names of what comes before the first of blocks
     dynamic_blocks = ()                 # blocks whose number of tokens differs from call to call
 
@@ -549,7 +555,8 @@ class Model(nn.Module):
         return to_normal(hashed_uniform(seeds, draw, 3 * S * S)).view(-1, 3, S, S)
 
     def micro_batch_args(self, first, count):
-        """More arguments of forward() when it sees only images first .. first + count - 1 of a batch."""
+        """More arguments of forward() for images first .. first + count - 1 of a batch that does not fit into
+        memory at once (gradient accumulation): what must differ between its parts."""
         return {}
 
     def mirror(self, layer):
@@ -566,6 +573,44 @@ class Model(nn.Module):
 def guarded(method):
     """The method; a wrong call of it is a ValueError, see checked() in section 14."""
     return functools.wraps(method)(lambda *args, **options: checked(method, args, options))
+
+
+# Representations of transformers: the output of any block, its tokens laid out as a map.
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, h)}.
+
+    x          tokens (B, ., C), of which the slice patches are the h x h patches of the image, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, h)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * h, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, h)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, class tokens first
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -605,7 +650,8 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 
     mask_noise  (B, L); the smallest of each row are masked, the very smallest also dropped
     mask_ratio  in [drop_ratio, 1], one number for the batch (as in models_mage.py)
-    returns     mask bool (B, L), True = masked; ids_keep int (B, L - dropped), ascending
+    returns     mask bool (B, L), True = masked; ids_keep int (B, L - dropped): positions, ascending (MAE's
+                name; they are no token ids)
     """
     L = mask_noise.size(1)
     ids_shuffle = mask_noise.argsort(stable=True, dim=1)                        # (B, L), smallest noise first
@@ -628,16 +674,6 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #
 # The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0.
 
-# Which random numbers an image gets follows from its seed, see section 14.
-
-
-def image_seeds(seeds, n, device):
-    """What sample_steps takes as seeds, int (n,), or the first of n, or None for 0 -> int64 (n,)."""
-    if not isinstance(seeds, torch.Tensor):
-        seeds = torch.arange(n) + (seeds or 0)
-    return to_device(seeds, device)
-
-
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
 
@@ -649,12 +685,35 @@ def num_masked(initial, count, step, steps, schedule="cosine", round_up=False):
     schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
 
-    As in the official codes this is never 0: where the equation says 0, at t = T, it is 1, and sample_steps()
-    keeps that last token.
+    As in the official codes this is never 0: where the equation says 0, at t = T, it is 1. That token's id is
+    predicted, too, and sample_steps() keeps it.
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
     wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(count - 1)
     return wanted.clamp(min=1).minimum(count)
+
+
+# All random numbers of an image follow from its seed: hashed_uniform(seeds, draw, L), in section 14, has L of
+# them in (0, 1) for each seed.
+
+
+def image_seeds(seeds, n, device):
+    """What sample_steps takes as seeds, int (n,), or the first of n, or None for 0 -> int64 (n,)."""
+    if not isinstance(seeds, torch.Tensor):
+        seeds = torch.arange(n) + (seeds or 0)
+    return to_device(seeds, device)
+
+
+def to_gumbel(u):
+    """Uniform numbers in (0, 1) -> standard Gumbel noise, -log(-log u)."""
+    return -(-u.log()).log()
+
+
+def sample_categorical(p, u):
+    """One category a row by inverting the distribution function: p (..., K) sums to 1, u (...) in (0, 1) ->
+    int64 (...)."""
+    cdf = p.cumsum(-1)
+    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1).clamp(max=p.size(-1) - 1)
 
 
 def unmask(logits, ids, mask, count, u, gumbel, order=None):
@@ -699,6 +758,9 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
 # beyond what the label c asks for, by classifier-free guidance with weight w [CFG]:
 #
 #     logits = logits(fake class) + w (logits(c) - logits(fake class))               w = 1: as trained
+#
+# In MAGE w grows linearly from 1 to the given value during the steps. UMD guides its prediction of eps in the
+# same way, with a constant w. ADDP and ADM know no labels here.
 
 
 class TokenEmbedding(nn.Module):
@@ -715,8 +777,10 @@ class TokenEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Decoder output x (B, L, C') -> logits (B, L, V), in float32. The output matrix, weight (V, C), is the
-    embedding of the first V ids; no gradient reaches it from here, as in the official code."""
+    """Decoder output x (B, L, C') -> logits (B, L, V), in float32.
+
+    weight (V, C), the embeddings of the ids that can be predicted, is the output matrix (weight tying). It is
+    detached, as in the official code: embeddings learn as inputs only."""
 
     def __init__(self, inp, dim, vocab_size):
         super().__init__()
@@ -867,13 +931,15 @@ class MAGE(Model):
             x = block(x)
         return self.norm(x)
 
-    def decode(self, latent, *masking, vocab_size=None):
-        """Latent (B, 1 + M, C) -> logits (B, L, K), or over the first vocab_size ids. masking: what
-        decoder_input takes besides, here mask and ids_keep, in ADDP ids, mask and visible."""
-        x = self.decoder_input(latent, *masking)
+    def decode(self, latent, mask, ids_keep=None):
+        """Latent (B, 1 + M, C) -> logits (B, L, K). mask, ids_keep: see random_masking."""
+        return self.predict_ids(self.run_decoder(self.decoder_input(latent, mask, ids_keep)))
+
+    def run_decoder(self, x):
+        """Decoder input (B, 1 + L ..., C') -> its output at the L tokens (B, L, C')."""
         for block in self.decoder_blocks:
             x = block(x)
-        return self.predict_ids(x[:, 1:1 + self.length], vocab_size)
+        return x[:, 1:1 + self.length]
 
     def decoder_input(self, latent, mask, ids_keep=None):
         """Encoder outputs back at their places, the output at position 0 wherever a token is masked:
@@ -885,7 +951,8 @@ class MAGE(Model):
         return x + self.decoder_pos_embed_learned
 
     def predict_ids(self, x, vocab_size=None):
-        """Decoder output (B, L, C') -> logits (B, L, K): a code is all that can be missing."""
+        """Decoder output (B, L, C') -> logits (B, L, K) of the codes, which come first in the vocabulary:
+        labels, fake class and [MASK] are never masked. Or of the first vocab_size ids."""
         return self.mlm_layer(self.decoder_norm(x), self.token_weights[:vocab_size or self.codes])
 
     token_weights = property(lambda self: self.token_emb.word_embeddings.weight)            # (vocab_size, C)
@@ -1074,7 +1141,9 @@ def info_nce(z, temperature=0.2):
 #     ids, mask of this step -------------------------+-- D --> x_t --> encoder --> decoder --> p
 #     ids, mask of this step -- MAGE --> q -------------------------------------------------> loss
 #
-# No timestep enters the network: it can see how much of the image is decided.
+# The mask ratio of this step is one of the cosine's values in [0.5, 1), 74.5 % on average. The earlier mask
+# contains this one, and lies 1 to 5 hundredths of the schedule before it. No timestep enters the network: it
+# can see how much of the image is decided.
 
 
 def nested_mask_ratios():
@@ -1140,8 +1209,8 @@ class ADDP(MAGE):
         """Loss of one batch.
 
         x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). Labels are not used
-        index, gap  the entry of nested_mask_ratios() that is masked, one for the batch (as in the official
-                    code); x_t comes from entry index + gap, earlier in generation, gap 1 ... 5
+        index, gap  mask ratios, one pair for the batch (as in the official code): number index of
+                    nested_mask_ratios(), 0 ... 65, is masked; r comes from number index + gap, gap 1 ... 5
         mask_noise  (B, L): the smallest are masked. All three are drawn if None
         returns     scalar loss, dict of its terms
         """
@@ -1201,10 +1270,15 @@ class ADDP(MAGE):
             x = block(x)
         return self.norm(x)
 
+    def decode(self, latent, ids, mask, visible, vocab_size=None):
+        """Latent (B, 1 + L, C) -> logits (B, L, K), or over the first vocab_size ids. visible: how many ids
+        are, the same number in each image."""
+        return self.predict_ids(self.run_decoder(self.decoder_input(latent, ids, mask, visible)), vocab_size)
+
     def decoder_input(self, latent, ids, mask, visible):
         """Latent (B, 1 + L, C) -> (B, 1 + L + visible, C). The mask token stands where an id is masked and,
-        unlike in MAGE, at position 0; the visible ids, the same number in each image, are appended. Each kind
-        has its own position embedding."""
+        unlike in MAGE, at position 0; the visible ids are appended. Each kind has its own position embedding.
+        """
         mask_token = self.mask_token.expand(len(ids), -1, -1)
         x = torch.cat([mask_token, self.decoder_embed(latent[:, 1:])], 1)                   # (B, 1 + L, C)
         x = x + self.decoder_pos_embed_learned
@@ -1218,7 +1292,7 @@ class ADDP(MAGE):
 
     # ---- generation
 
-    # MAGE's loop, with three changes. Published: 256 steps, schedule="linear".
+    # MAGE's loop, with three changes. ViT-L was also run with 256 steps and schedule="linear".
 
     round_up = True                     # so of many steps the first ones may keep nothing
 
@@ -1326,6 +1400,11 @@ def noise_schedule(name, steps=1000):
     return (1 - beta).cumprod(0)
 
 
+def to_normal(u):
+    """Uniform numbers in (0, 1) -> standard normal ones, by inverting the distribution function."""
+    return math.sqrt(2) * torch.erfinv(2 * u - 1)
+
+
 def per_image(a, x):
     """Float64 numbers (B,) or (), as factors of pixels x (B, 3, S, S): of its type, on its device."""
     return to_device(a.to(x.dtype), x.device).view(-1, 1, 1, 1) if a.dim() else a.to(x.dtype)
@@ -1413,8 +1492,10 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 #     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                [UMD, section 3]
 #
-# Masking patches teaches the large structure of images, removing noise every scale of detail. With t = 0 for
-# clean images, and alpha_bar_0 = 1, q_sample covers both parts, and three numbers make four methods of it:
+# Masking patches teaches the large structure of images, removing noise every scale of detail. The noise on a
+# masked patch cannot be known, only what is behind it: so x0 is predicted there, and eps where xt is visible.
+# With t = 0 for clean images, and alpha_bar_0 = 1, q_sample covers both parts, and three numbers make four
+# methods of it:
 #
 #                 clean_ratio (B - N) / B    mask_ratio_clean r_0    mask_ratio_noised r_t
 #     UMD                  0.5                      0.75                  0.375
@@ -1827,7 +1908,7 @@ class ADMBlock(nn.Sequential):
 #     L_vb = - log p(x0 | xt)                                  in the last, to x0               [DDPM, eq. 5]
 #
 # There eps' is detached: L_vb trains the variance alone. The paper's weight 0.001 stands before the sum over
-# T = 1000 timesteps; one t is drawn here, so the weight is 1.
+# T = 1000 timesteps. One t is drawn here in place of all of them, so the weight is 1.
 
 
 def log_variances(alpha_bar):
@@ -1859,7 +1940,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     """Both terms of the loss for each image: squared error of eps, and L_vb in bits. (B,) each.
 
     out  (B, 6, S, S): predictions of eps, and v        x0, xt, eps  (B, 3, S, S), x0 in [-1, 1]
-    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,); that may be a shortened one
+    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,)
     """
     eps_hat, v = out.chunk(2, 1)
     now, following = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]               # of t and of t - 1
@@ -2452,65 +2533,10 @@ def hashed_uniform(seeds, draw, n):
     return ((bits >> 9).float() + 0.5) / 2**23                                   # 23 bits: 1 is never reached
 
 
-def to_gumbel(u):
-    """Uniform numbers in (0, 1) -> standard Gumbel noise, -log(-log u)."""
-    return -(-u.log()).log()
-
-
-def to_normal(u):
-    """Uniform numbers in (0, 1) -> standard normal ones, by inverting the distribution function."""
-    return math.sqrt(2) * torch.erfinv(2 * u - 1)
-
-
-def sample_categorical(p, u):
-    """One category a row by inverting the distribution function: p (..., K) sums to 1, u (...) in (0, 1) ->
-    int64 (...)."""
-    cdf = p.cumsum(-1)
-    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1).clamp(max=p.size(-1) - 1)
-
-
 def to_device(x, device):
-    """x on the device. Nobody waits for the copy, but on Apple's, which would read x when it may be freed
-    already."""
+    """x on the device, without waiting for the copy. Apple's GPUs have to wait: there x might be freed before
+    it is read."""
     return x.to(device, non_blocking=torch.device(device).type != "mps")
-
-
-# Feature maps of transformers, and batches of tokens.
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, h)}.
-
-    x          tokens (B, ., C), of which the slice patches are the h x h patches of the image, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, h)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * h, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, h)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, class tokens first
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
 
 
 def groups_of_equal_length(counts):
@@ -2648,8 +2674,8 @@ def checked(method, args, options):
     given = signature.bind(*args, **options)
     given.apply_defaults()
     a, weight = given.arguments, next(model.parameters())
-    known = a.get("known") is not None
-    if known != (a.get("mask") is not None) or "n" in a and not (known or model.generates):
+    known, generating = a.get("known") is not None, method.__name__ == "sample_steps"
+    if generating and (known != (a.get("mask") is not None) or not (known or model.generates)):
         raise ValueError("known and mask go together, and a model that cannot start from nothing needs both")
     size = letters_of(model, a)
     for key, v in a.items():
@@ -2657,7 +2683,7 @@ def checked(method, args, options):
         if not form or v is None and signature.parameters[key].default is None:
             continue
         near = key in ("labels", "seeds", "t")
-        require(key, v, form, weight, near=near, wait=key == "t" or method.__name__ == "sample_steps")
+        require(key, v, form, weight, near=near, wait=key == "t" or generating)
         if key == "layers":
             a[key] = [*map(int, v)]
         elif key == "add":
