@@ -2305,9 +2305,9 @@ def test_a_heat_map_is_darker_where_accuracy_is_higher():
     scores = {probe.Place(b, t, "mean"): (b + 10 * t) / 40 for b in (1, 2, 3) for t in (0, 1, 2)}
     best = max(scores, key=scores.get)
     image = probe.heat_map(scores, best, "title", w=40, h=30).convert("RGB")
-    dark = [255 - image.getpixel((90 + 40 * i + 5, 60 + 30 * j + 5))[0] for j in (0, 1, 2) for i in (0, 1, 2)]
+    dark = [255 - image.getpixel((60 + 40 * i + 5, 60 + 30 * j + 5))[0] for i in (0, 1, 2) for j in (0, 1, 2)]
     assert dark == sorted(dark) and dark[0] == 0 and dark[-1] == 255 - 0x1f
-    framed = [image.getpixel((90 + 40 * i + 1, 60 + 30 * j + 10)) == (0xd6, 0x27, 0x28) for j in (0, 1, 2) for i in (0, 1, 2)]
+    framed = [image.getpixel((60 + 40 * i + 1, 60 + 30 * j + 10)) == (0xd6, 0x27, 0x28) for i in (0, 1, 2) for j in (0, 1, 2)]
     assert framed == [False] * 8 + [True]
 
 
@@ -2357,7 +2357,7 @@ def test_every_head_reads_every_network(which, head, more, layer, rows, finished
     for row in found:
         assert row["layer"] == (best if layer == "best" else layer) or layer is None and row["layer"] in (2, 3)
         assert 0 <= row["top1"] <= 1 and 0 <= row["untrained"] <= 1 and (row["pixels"] is None) == without_pixels
-        assert (row["images"] == 48 or head == "fewshot") and row["t"] == (steps if head == "difformer" else steps[0])
+        assert (row["n_train"] == 48 or head == "fewshot") and row["t"] == (steps if head == "difformer" else steps[0])
     if "--matryoshka" in more:
         assert [row["head"] for row in found][:3] == ["linear-8", "linear-16", "linear-32"]
     assert ("same network untrained" in printed or head == "finetune") and ("raw pixels" in printed) != without_pixels
@@ -3173,7 +3173,8 @@ def test_unreadable_test_images_count_in_no_accuracy(tree, monkeypatch):
     (tree / "val/ant/1.png").write_bytes(b"")
     data, cfg = folder(tree / "val"), settings(head="linear")
     logits = lambda x: F.one_hot((x.mean((1, 2, 3)) > 0.49).long(), 2).float()              # right for all
-    assert probe.accuracy(logits, data, cfg) == 1.0
+    assert probe.count_right(lambda x: [logits(x)], 1, lambda x, names: x, data, cfg).tolist() == [5, 5]
+    assert len(data) - probe.count_unreadable(data) == 5                # so many does probe.jsonl name
     found, y = probe.extract_features(lambda x, names: {"x": x.mean((2, 3))}, data, torch.arange(6), cfg, None)
     assert y.tolist() == [0, 0, 1, 1, 1] and len(found["x"]) == 5
 
@@ -4227,7 +4228,7 @@ def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffus
 def test_a_probe_stands_beside_its_baselines(finished):
     printed = script("probe.py", finished[0], "--layers", "2,4", "--workers", 0)
     row = json.loads((finished[0] / "probe.jsonl").read_text().splitlines()[-1])
-    assert {"head", "layer", "t", "pool", "top1", "untrained", "pixels", "images", "seconds"} <= set(row) and row["layer"] in (2, 4)
+    assert {"head", "layer", "t", "pool", "top1", "untrained", "pixels", "seconds", "dataset"} <= set(row) and row["layer"] in (2, 4)
     assert "same network untrained" in printed and "raw pixels" in printed
 
 
@@ -4490,13 +4491,36 @@ def test_a_mask_says_what_a_box_says_and_is_cropped_like_the_image(photos, finis
     assert "3 masks or boxes for 2" in inpaint("e", "--mask", *masks, expect=2)
 
 
-def test_progress_counts_passes_through_the_network(photos, finished, diffused, tmp_path):
+class Terminal(io.StringIO):
+    """What a script prints into, as if someone watched."""
+
+    def isatty(self):
+        return True
+
+
+def test_progress_counts_passes_through_the_network(photos, finished, diffused, tmp_path, monkeypatch):
+    import sample
+    bars, new_bar = [], probe.progress_bar
+    monkeypatch.setattr(sample, "progress_bar", lambda *args: bars.append(new_bar(*args)) or bars[-1])
+    monkeypatch.setattr(io, "StringIO", Terminal)
     file = next((photos / "val" / "cat").iterdir())
     asked = ("--n", 5, "--batch", 2, "--steps", 4, "--out", tmp_path / "a.png", "--overwrite")
     inpainting = ("--image", file, "--box", "4,4,12,12")
     for run, more, passes in ((finished[0], (), 12), (finished[0], inpainting, 12), (diffused[0], (), 15)):
         printed = script("sample.py", run, *asked, *more)
-        assert f"{passes}/{passes}" in printed and ("pass/s" in printed or "s/pass" in printed), printed
+        assert bars[-1].n == bars[-1].total == passes
+        assert f"0/{passes}" in printed and ("pass/s" in printed or "s/pass" in printed), printed
+
+
+def test_bars_vanish_and_without_a_terminal_there_are_none(finished, tmp_path, monkeypatch):
+    def printed():
+        return (script("sample.py", finished[0], "--n", 2, "--steps", 2, "--out", tmp_path / "a.png", "--overwrite")
+                + script("probe.py", finished[0], "--workers", 0))
+    assert "\r" not in printed()
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    seen = printed()
+    assert seen.count("pass") > 0 < seen.count("training set:")
+    assert not any("%|" in line.split("\r")[-1] for line in seen.split("\n"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4615,7 +4639,7 @@ def test_two_processes_probe_as_one_does(diffused, tmp_path):
     for printed in (finish(start(tmp_path / "printed", run_script, "probe.py", args))[1], both(tmp_path, run_script, "probe.py", args)):
         assert printed.count("raw pixels") == 1, printed
         rows.append(json.loads((diffused[0] / "probe.jsonl").read_text().splitlines()[-1]))
-    one, two = ({k: v for k, v in row.items() if k != "seconds"} for row in rows)
+    one, two = ({k: v for k, v in row.items() if k not in ("seconds", "date")} for row in rows)
     assert one == two
 
 
@@ -5411,7 +5435,7 @@ def test_a_compiled_probe_finds_what_the_plain_one_does(graphs, monkeypatch):
     data = probe.ImageTensor(*unified.draw_shapes(torch.arange(40), 32), list(unified.SHAPES), (1.0, 1.0))
     monkeypatch.setattr(unified, "load_model", lambda *_, **__: (unified.build(config["arch"]).eval(), config))
     monkeypatch.setattr(probe, "open_sets", lambda *_: ("", data, data))
-    monkeypatch.setattr(probe, "report", lambda wanted, dataset, labels, results, *rest: found.append(results))
+    monkeypatch.setattr(probe, "report", lambda wanted, labels, results, *rest: found.append(results))
     for compile in (False, True):
         torch.manual_seed(0)
         probe.run(settings(head="knn", compile=compile), True)
