@@ -5,7 +5,7 @@
     python probe.py out/RUN --layers 2,4,6 --pool mean,2   the same among a few places
     python probe.py out/RUN --head knn                     or fewshot, linear, mlp, attention, finetune
     python probe.py out/A out/B --pool mean                several runs in one table
-    python probe.py out/RUN --save features.npz            no probe, but the features of every image to keep
+    python probe.py out/RUN --dataset photos --save z.npz  no probe: the features of every image, to keep
     python probe.py out/RUN --head difformer --layers 19,24,30 --t 90,150,300
                                                            these places together; diffeed: and fed back
     python probe.py mage-vitb-1600.pth --dataset imagenet --head linear --augment
@@ -145,7 +145,7 @@ def knn(x, y, x_test, y_test, k=20, temperature=0.07):
 
 def fewshot(x, y, x_test, y_test, classes, cfg):
     """5, 10 and 25 images a class by fewshot_ridge, or --shots of them by fewshot_umd; x and x_test are
-    {name: vectors}. Returns [(head, images, {name: three accuracies}), ...]."""
+    {name: vectors}. Returns what compare() does, three accuracies each."""
     fit = functools.partial(fewshot_umd, classes=classes) if cfg.shots else fewshot_ridge
     smallest, results = y.bincount(minlength=classes).min().item(), []
     for shots in [cfg.shots] if cfg.shots else (5, 10, 25):
@@ -155,7 +155,7 @@ def fewshot(x, y, x_test, y_test, classes, cfg):
         draws = [draw_shots(y, shots, unified.hash_ints(cfg.seed, shots, i)) for i in range(3)]
         accuracies = {name: [fit(v[index], y[index], x_test[name], y_test) for index in draws]
                       for name, v in x.items()}
-        results.append((f"fewshot-{shots}", len(draws[0]), accuracies))
+        results.append((f"fewshot-{shots}", len(draws[0]), len(y_test), accuracies))
     return results
 
 
@@ -545,7 +545,7 @@ def train_heads(heads, batches, steps, dims, cfg):
 
 
 def finetune(net, data, index, test, decay, title, cfg):
-    """Train net, which is changed, on the images index (N,) of data; accuracy in [0, 1] on the data set test.
+    """Train net, which is changed, on the images index (N,) of data; score_heads() on the data set test.
 
     As published: AdamW, warm-up and cosine, layer decay, random resized crops, flips, mixup 0.8, label
     smoothing 0.1, dropout. Left out, since they pay in long trainings only: RandAugment, cutmix and
@@ -557,7 +557,7 @@ def finetune(net, data, index, test, decay, title, cfg):
     batches = fresh_batches(lambda x, names: {"x": x}, data, index, cfg)
     train([(lambda features, y: mixup_loss(head, features["x"], y), optimizer)],
           batches, len(index) // cfg.batch_size, title, cfg)
-    return score_heads({"model": head}, lambda x, names: {("model", ""): x}, test, [None], cfg)["model"][0]
+    return score_heads({"model": head}, lambda x, names: {("model", ""): x}, test, [None], cfg)
 
 
 def mixup_loss(logits, x, y, alpha=0.8, smoothing=0.1):
@@ -656,12 +656,12 @@ def fresh_batches(read, data, index, cfg):
 
 
 def score_heads(heads, read, data, dims, cfg):
-    """{name: [accuracy in [0, 1] for each d of dims]} of heads on a data set."""
+    """How many images of a data set can be read; {name: [accuracy in [0, 1] on these for each d of dims]}."""
     def logits(features):
         return [v for name, head in heads.items()
                 for v in head.eval().nested(*features_of(features, name), dims=dims)]
     counts = count_right(logits, len(heads) * len(dims), read, data, cfg)
-    return dict(zip(heads, (counts[1:] / counts[0]).view(len(heads), -1).tolist()))
+    return int(counts[0]), dict(zip(heads, (counts[1:] / counts[0]).view(len(heads), -1).tolist()))
 
 
 @torch.no_grad()
@@ -933,12 +933,12 @@ def main():
     check_flags(typed)
     cfgs = [settle(dataclasses.replace(typed, run=run)) for run in distinct(typed.run)]
     device = str(unified.join_processes(typed.device))
-    cfgs, first = [dataclasses.replace(cfg, device=device) for cfg in cfgs], unified.rank_and_world()[0] == 0
+    first = unified.rank_and_world()[0] == 0
     try:
         with contextlib.redirect_stdout(sys.stdout if first else None):             # all compute, one prints
             for cfg in cfgs[1:]:
                 load(cfg)                                               # refuses, if at all, before any work
-            runs = [run(cfg, first) for cfg in cfgs]
+            runs = [run(dataclasses.replace(cfg, device=device), first) for cfg in cfgs]
             if first and len(runs) > 1:
                 print_table(runs)
     finally:
@@ -957,7 +957,8 @@ def load(cfg):
 
 def run(cfg, first):
     """Read, compare and report. first: this process writes the results. Returns the rows of probe.jsonl."""
-    started, (model, config, places) = time.time(), load(cfg)
+    started = time.time()
+    model, config, places = load(cfg)
     if cfg.compile:
         compile_blocks(model)
     if cfg.save:
@@ -975,19 +976,18 @@ def run(cfg, first):
     if cfg.compile:
         compile_blocks(nets["untrained"])
     results = compare(nets, places, train_set, index, test_set, cfg)
-    bad_train, bad_test = (count_unreadable(data) for data in (train_set, test_set))
     about = {"run": cfg.run, "model": config["arch"]["model"], "dataset": dataset,
-             "n_test": len(test_set) - bad_test, "seconds": round(time.time() - started, 1)}
+             "seconds": round(time.time() - started, 1)}
     rows = report(places, titles(model, cfg), results, about, cfg) if first else []
-    for count, fate in ((bad_train, "left out or replaced"), (bad_test, "left out")):
-        if count:
-            print(f"{count} unreadable images, named above, were {fate}")
+    for data, fate in ((train_set, "left out or replaced"), (test_set, "left out")):
+        if data.unreadable:
+            print(f"{len(data.unreadable)} unreadable images, named above, were {fate}")
     return rows
 
 
 def compare(nets, places, train_set, index, test_set, cfg):
     """Accuracies of the networks {'model': ..., 'untrained': ...}, and of 'pixels', read by --head.
-    Returns [(head, training images, {name: [accuracy, ...]}), ...]."""
+    Returns [(head, training images, readable test images, {name: [accuracy, ...]}), ...]."""
     if cfg.head == "finetune":
         return compare_finetuned(nets, train_set, index, test_set, cfg)
     read = reader(nets, places, cfg)
@@ -1001,7 +1001,7 @@ def compare(nets, places, train_set, index, test_set, cfg):
     if cfg.head == "knn" and cfg.k > len(y):
         print(f"--k {cfg.k}: there are {len(y)} training images only, and all of them vote")
     head = {"ridge": ridge_probe, "knn": functools.partial(knn, k=cfg.k)}[cfg.head]
-    return [(cfg.head, len(y), {name: [head(x[name], y, x_test[name], y_test)] for name in x})]
+    return [(cfg.head, len(y), len(y_test), {name: [head(x[name], y, x_test[name], y_test)] for name in x})]
 
 
 def compare_trained(read, nets, places, train_set, index, test_set, cfg):
@@ -1019,18 +1019,18 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
     width = heads["model"].linear.in_features
     dims = [2 ** k for k in range(3, 32) if 2 ** k < width] + [width] if cfg.matryoshka else [None]
     train_heads(heads, batches, images // cfg.batch_size, dims, cfg)
-    scores = score_heads(heads, read, test_set, dims, cfg)
+    n, scores = score_heads(heads, read, test_set, dims, cfg)
     titles = [f"{cfg.head}-{d}" if d else cfg.head for d in dims]
-    return [(title, images, {name: [values[i]] for name, values in scores.items()})
+    return [(title, images, n, {name: [values[i]] for name, values in scores.items()})
             for i, title in enumerate(titles)]
 
 
 def compare_finetuned(nets, train_set, index, test_set, cfg):
     """compare() for fine-tuning, with the layer decay published for large and base, none from scratch."""
     decay = 0.75 if nets["model"].best_layer >= 24 else 0.65
-    tuned = finetune(nets["model"], train_set, index, test_set, decay, "fine-tuning", cfg)
-    fresh = finetune(nets["untrained"], train_set, index, test_set, 1.0, "from scratch", cfg)
-    return [("finetune", len(index), {"model": [tuned], "untrained": [fresh]})]
+    n, tuned = finetune(nets["model"], train_set, index, test_set, decay, "fine-tuning", cfg)
+    n, fresh = finetune(nets["untrained"], train_set, index, test_set, 1.0, "from scratch", cfg)
+    return [("finetune", len(index), n, {"model": tuned["model"], "untrained": fresh["model"]})]
 
 
 def titles(model, cfg):
@@ -1053,9 +1053,9 @@ def standard_error(p, n):
 
 def report(places, titles, results, about, cfg):
     """Print the results of compare() and append them to probe.jsonl, with what is known about the run."""
-    path, rows, n = results_folder(cfg.run) / "probe.jsonl", [], about["n_test"]
+    path, rows = results_folder(cfg.run) / "probe.jsonl", []
     layers, ts = distinct(place.layer for place in places), distinct(place.t for place in places)
-    for head, images, accuracies in results:
+    for head, images, n, accuracies in results:
         print(f"{head} on {about['dataset']}: layer {', '.join(map(str, layers))}, "
               f"t {', '.join(f'{t:g}' for t in ts)}, {places[0].pool}" + f", k {cfg.k}" * (head == "knn")
               + f", {images} training images, {n} test images; +- one standard error")
@@ -1069,8 +1069,8 @@ def report(places, titles, results, about, cfg):
         row["standard_error"] = round(standard_error(row["top1"], n), 4)
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
-        rows.append({**row, **about, "n_train": images, "seed": cfg.seed, "lr": cfg.lr, "epochs": cfg.epochs,
-                     "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        rows.append({**row, **about, "n_train": images, "n_test": n, "seed": cfg.seed, "lr": cfg.lr,
+                     "epochs": cfg.epochs, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"appended to {path}")
@@ -1109,6 +1109,8 @@ def save_features(model, config, places, first, cfg):
     labels, data.labels = data.labels, torch.arange(len(data))          # to see which of them were read
     index = shuffled(len(data), cfg.seed)[:cfg.limit].sort().values
     x, kept = extract_features(reader({"model": model}, places, cfg), data, index, cfg, "features")
+    if not len(kept):
+        raise UserError(f"none of {len(index)} images can be read, {shown(data.paths[0])} for one")
     x, labels, files = x["model", places[0]].cpu().numpy(), labels[kept.cpu()].numpy(), kept.tolist()
     if isinstance(data, ImageFolder):
         files = [shown(data.paths[i].relative_to(data.root).as_posix()) for i in files]
@@ -1116,8 +1118,8 @@ def save_features(model, config, places, first, cfg):
         numpy.savez(f"{cfg.save}.new.npz", features=x, labels=labels, files=numpy.array(files, str))
         os.replace(f"{cfg.save}.new.npz", cfg.save)                     # whole or not there
     place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool}"
-    print(f"features {x.shape} of {place}, in {cfg.save}; {(labels < 0).sum()} images without a label, "
-          f"{len(index) - len(kept)} unreadable ones left out\n"
+    print(f"features {x.shape} of {place}: {cfg.save}; images without a label: {(labels < 0).sum()}, "
+          f"left out as unreadable: {len(index) - len(kept)}\n"
           f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')
 
 
@@ -1144,10 +1146,9 @@ def check_flags(cfg):
     belongs = {"shots": ["fewshot"], "k": BY_NEIGHBOURS, "sgd": SGD, "augment": SGD, "matryoshka": SGD,
                "feedback": ["diffeed"], "sweep": ONE_PLACE,
                "batch_size": RECIPES, "epochs": RECIPES, "lr": RECIPES}
-    for name, heads in belongs.items():
-        if getattr(cfg, name) and cfg.head not in heads:
-            name = name.replace("_", "-")
-            raise UserError(f"--{name} belongs to --head {', '.join(heads)}, not to {cfg.head}")
+    for key, heads in belongs.items():
+        if getattr(cfg, key) and cfg.head not in heads:
+            raise UserError(f"--{key.replace('_', '-')} belongs to --head {', '.join(heads)}, not {cfg.head}")
     if cfg.save and (cfg.head != "ridge" or cfg.sweep or len(cfg.run) > 1
                      or "," in cfg.layers + cfg.t + cfg.pool):
         raise UserError("--save reads one place of one run and probes nothing; leave --head and --sweep out")
@@ -1356,14 +1357,6 @@ def local_shard(items):
     """What this process takes of a list or tensor: of W processes each every W-th item."""
     rank, world = unified.rank_and_world()
     return items[rank::world]
-
-
-def count_unreadable(data):
-    """How many images of a data set some process found unreadable."""
-    found = [list(data.unreadable)] * unified.rank_and_world()[1]
-    if len(found) > 1:
-        torch.distributed.all_gather_object(found, found[0])
-    return len(set().union(*found))
 
 
 def gather(mine, n):
