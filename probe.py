@@ -1088,7 +1088,7 @@ def print_table(runs):
             if rows[0][kind] is not None:
                 lines.setdefault((title or name, *table_cells(rows, heads, kind)), []).append(name)
     print_columns([["", *heads, "layer", "t", "pool", "train", "test"]] + [
-        [title if title in names or len(of) == len(runs) else f"{title}, {', '.join(of)}", *cells]
+        [title if title in names or len(of) == len(runs) else f"{title} ({', '.join(of)})", *cells]
         for (title, *cells), of in lines.items()])
     for key, remedy in (("pool", "--pool mean"), ("dataset", "--dataset")):
         if len(found := distinct(rows[0][key] for rows in runs)) > 1:
