@@ -4352,7 +4352,11 @@ def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(finishe
     assert [line[1].split("%")[0] for line in lines[4:7]] == \
         [f"{100 * v:.1f}" for v in (rows[0]["untrained"], rows[1]["untrained"], rows[0]["pixels"])]
     assert lines[7:] == [["mind that the pool differs: mean, class; --pool mean makes it the same"]]
-    same = script("probe.py", *runs, "--workers", 0, "--pool", "mean", "--head", "fewshot", "--shots", 4)
+
+
+def test_a_table_of_runs_that_are_read_alike_warns_of_nothing(finished, diffused):
+    same = script("probe.py", finished[0], diffused[0], "--workers", 0, "--pool", "mean",
+                  "--head", "fewshot", "--shots", 4)
     assert "mind that" not in same and same.splitlines()[-6].split()[0] == "fewshot-4"
 
 
