@@ -4,6 +4,8 @@
     python probe.py out/RUN --sweep                        first find the best place to read; draws sweep.png
     python probe.py out/RUN --layers 2,4,6 --pool mean,2   the same among a few places
     python probe.py out/RUN --head knn                     or fewshot, linear, mlp, attention, finetune
+    python probe.py out/A out/B --pool mean                several runs in one table
+    python probe.py out/RUN --dataset photos --save z.npz  no probe: the features of every image, to keep
     python probe.py out/RUN --head difformer --layers 19,24,30 --t 90,150,300
                                                            these places together; diffeed: and fed back
     python probe.py mage-vitb-1600.pth --dataset imagenet --head linear --augment
@@ -38,6 +40,7 @@ import os
 import pathlib
 import pickle
 import signal
+import statistics
 import sys
 import tarfile
 import tempfile
@@ -62,8 +65,8 @@ from unified import UserError, flag
 @dataclasses.dataclass(frozen=True)
 class Config:
     # What is read, and how
-    run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors",
-                    positional=True)
+    run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors; "
+                                         "several are compared in one table", positional=True, nargs="+")
     head: str = flag("ridge", "what reads the features", choices=[
         "ridge", "linear", "knn", "fewshot", "mlp", "attention", "difformer", "diffeed", "finetune"])
     layers: str = flag("", "blocks to read, counted from 1, such as 2,4,6; else the one that the paper reads")
@@ -73,6 +76,7 @@ class Config:
                          "several with commas: the best one")
     sweep: bool = flag(False, "try every layer, and t from hardly to half corrupted, "
                               "unless --layers and --t say otherwise")
+    save: str = flag("", "no probe: keep features, labels and file names of all images in this new .npz")
     seed: int = flag(0, "of everything random", least=0, most=2**32 - 1)
 
     # Data
@@ -82,6 +86,7 @@ class Config:
     strict_images: bool = flag(False, "stop at an unreadable image instead of leaving it out")
 
     # Options of single heads
+    k: int = flag(None, "knn: neighbours that vote, for fewshot on the place to read; else 20")
     shots: int = flag(None, "fewshot: so many images a class, scored as UMD's authors do, who take 100; "
                             "else 5, 10 and 25 by a ridge that fits so few")
     hidden: str = flag("512", "mlp: widths of its hidden layers, such as 512,256")
@@ -140,7 +145,7 @@ def knn(x, y, x_test, y_test, k=20, temperature=0.07):
 
 def fewshot(x, y, x_test, y_test, classes, cfg):
     """5, 10 and 25 images a class by fewshot_ridge, or --shots of them by fewshot_umd; x and x_test are
-    {name: vectors}. Returns [(head, images, {name: three accuracies}), ...]."""
+    {name: vectors}. Returns what compare() does, three accuracies each."""
     fit = functools.partial(fewshot_umd, classes=classes) if cfg.shots else fewshot_ridge
     smallest, results = y.bincount(minlength=classes).min().item(), []
     for shots in [cfg.shots] if cfg.shots else (5, 10, 25):
@@ -150,7 +155,7 @@ def fewshot(x, y, x_test, y_test, classes, cfg):
         draws = [draw_shots(y, shots, unified.hash_ints(cfg.seed, shots, i)) for i in range(3)]
         accuracies = {name: [fit(v[index], y[index], x_test[name], y_test) for index in draws]
                       for name, v in x.items()}
-        results.append((f"fewshot-{shots}", len(draws[0]), accuracies))
+        results.append((f"fewshot-{shots}", len(draws[0]), len(y_test), accuracies))
     return results
 
 
@@ -540,7 +545,7 @@ def train_heads(heads, batches, steps, dims, cfg):
 
 
 def finetune(net, data, index, test, decay, title, cfg):
-    """Train net, which is changed, on the images index (N,) of data; accuracy in [0, 1] on the data set test.
+    """Train net, which is changed, on the images index (N,) of data; score_heads() on the data set test.
 
     As published: AdamW, warm-up and cosine, layer decay, random resized crops, flips, mixup 0.8, label
     smoothing 0.1, dropout. Left out, since they pay in long trainings only: RandAugment, cutmix and
@@ -552,7 +557,7 @@ def finetune(net, data, index, test, decay, title, cfg):
     batches = fresh_batches(lambda x, names: {"x": x}, data, index, cfg)
     train([(lambda features, y: mixup_loss(head, features["x"], y), optimizer)],
           batches, len(index) // cfg.batch_size, title, cfg)
-    return accuracy(head.eval(), test, cfg)
+    return score_heads({"model": head}, lambda x, names: {("model", ""): x}, test, [None], cfg)
 
 
 def mixup_loss(logits, x, y, alpha=0.8, smoothing=0.1):
@@ -651,18 +656,12 @@ def fresh_batches(read, data, index, cfg):
 
 
 def score_heads(heads, read, data, dims, cfg):
-    """{name: [accuracy in [0, 1] for each d of dims]} of heads on a data set."""
+    """How many images of a data set can be read; {name: [accuracy in [0, 1] on these for each d of dims]}."""
     def logits(features):
         return [v for name, head in heads.items()
                 for v in head.eval().nested(*features_of(features, name), dims=dims)]
     counts = count_right(logits, len(heads) * len(dims), read, data, cfg)
-    return dict(zip(heads, (counts[1:] / counts[0]).view(len(heads), -1).tolist()))
-
-
-def accuracy(logits, data, cfg):
-    """Fraction of a data set's readable images where the largest of logits(x) (B, classes) is the label's."""
-    readable, right = count_right(lambda x: [logits(x)], 1, lambda x, names: x, data, cfg).tolist()
-    return right / readable
+    return int(counts[0]), dict(zip(heads, (counts[1:] / counts[0]).view(len(heads), -1).tolist()))
 
 
 @torch.no_grad()
@@ -708,7 +707,7 @@ def reader(nets, places, cfg, comparable=False):
             for name, model in nets.items():
                 for what, v in read_network(model, places, inputs, seeds, cfg, comparable).items():
                     features[name, what] = v.float() if v.is_floating_point() else v
-        if cfg.head not in ON_MAPS:
+        if cfg.head not in ON_MAPS and not cfg.save:
             features["pixels", None] = pixel_vectors(x)
         return features
     return read
@@ -725,10 +724,7 @@ def read_network(model, places, x, seeds, cfg, comparable):
 
 def by_t(places):
     """{t: its places}, in their order."""
-    groups = {}
-    for place in places:
-        groups.setdefault(place.t, []).append(place)
-    return groups
+    return {t: [place for place in places if place.t == t] for t in distinct(place.t for place in places)}
 
 
 def features_of(features, name):
@@ -800,8 +796,9 @@ def autocast(cfg):
 # ----------------------------------------------------------------------------------------------------------
 # 5. The search for a place
 #
-# For every candidate, ridge regression on nine tenths of the training images is scored on the other tenth.
+# For every candidate, ridge or k-NN on nine tenths of the training images is scored on the other tenth.
 
+BY_NEIGHBOURS = ("knn", "fewshot")                              # k-NN chooses the place of these, not ridge
 ONE_PLACE = ("ridge", "linear", "knn", "fewshot", "mlp", "attention")   # these heads read the best place
 CHOICE = 10_000             # training images for the search at most: all places of one t must fit into memory
 SWEEP = (0, 0.01, 0.03, 0.05, 0.09, 0.15, 0.3, 0.5)             # of the largest t: DiffSSL's timesteps
@@ -853,20 +850,23 @@ def choose(model, places, train_set, index, cfg):
     for t, at_t in by_t(places).items():
         read = reader({"model": model}, at_t, dataclasses.replace(cfg, head="ridge"), comparable=True)
         features, y = extract_features(read, train_set, index, cfg, f"t {t:g}, {len(at_t)} places")
-        scores |= score_places({place: features["model", place] for place in at_t}, y, held)
-    best = max(places, key=scores.get)
-    print(f"ridge on {len(y) - held} training images, accuracy in % on {held} others of them; [taken]")
+        scores |= score_places({place: features["model", place] for place in at_t}, y, held, cfg)
+    best, judge = max(places, key=scores.get), "k-NN" if cfg.head in BY_NEIGHBOURS else "ridge"
+    print(f"{judge} on {len(y) - held} training images, accuracy in % on {held} others of them; [taken]")
     print_scores(scores, best)
+    if held < 100:
+        print(f"warning: {held} held-out images are too few to tell {len(places)} places apart for certain")
     if cfg.sweep and unified.rank_and_world()[0] == 0:
-        path = results_folder(cfg.run) / "sweep.png"
-        title = "ridge accuracy (percent); layers to the right, t down; "
+        path, title = results_folder(cfg.run) / "sweep.png", f"{judge} accuracy (percent), {best.pool}; "
         heat_map(scores, best, title + f"best: layer {best.layer}, t {best.t:g}").save(path)
         print(f"drawn in {path}")
     return best
 
 
-def score_places(vectors, y, held):
-    """{place: vectors (N, C)} -> {place: accuracy of ridge on the first `held` images, fitted on others}."""
+def score_places(vectors, y, held, cfg):
+    """{place: vectors (N, C)} -> {place: accuracy on the first `held` images, by what the others teach}."""
+    if cfg.head in BY_NEIGHBOURS:
+        return {place: knn(x[held:], y[held:], x[:held], y[:held], cfg.k) for place, x in vectors.items()}
     scores = {}
     for width in {v.size(1) for v in vectors.values()}:                 # equally wide ones in one product
         places = [place for place, v in vectors.items() if v.size(1) == width]
@@ -875,34 +875,47 @@ def score_places(vectors, y, held):
     return scores
 
 
+def columns_of(scores):
+    """{(t, pool): its title} of all places; a pooling that they share is not repeated."""
+    columns = distinct(place[1:] for place in scores)
+    several = len({pool for _, pool in columns}) > 1
+    return {(t, pool): f"t {t:g}" + f", {pool}" * several for t, pool in columns}
+
+
 def print_scores(scores, best):
     """A table of {place: accuracy}: a row a layer, a column a t and pooling, the best one in brackets."""
-    columns = distinct(place[1:] for place in scores)
-    print("layer" + "".join(f"{f't {t:g}, {pool}':>14}" for t, pool in columns))
-    for layer in sorted({place.layer for place in scores}):
-        cells = []
-        for place in (Place(layer, *column) for column in columns):
-            text = f"{100 * scores[place]:.1f}" if place in scores else ""
-            cells.append(f"[{text}]" if place == best else f"{text} ")
-        print(f"{layer:5d}" + "".join(f"{cell:>14}" for cell in cells))
+    columns = columns_of(scores)
+    texts = {p: f"[{100 * v:.1f}]" if p == best else f"{100 * v:.1f} " for p, v in scores.items()}
+    print_columns([["layer", *columns.values()]] + [
+        [str(layer), *(texts.get((layer, *column), "") for column in columns)]
+        for layer in sorted({place.layer for place in scores})])
+
+
+def print_columns(rows):
+    """Rows of as many words each, one below the other: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *others in rows:
+        print("  ".join([first.ljust(widths[0])] + [v.rjust(w) for v, w in zip(others, widths[1:])]).rstrip())
 
 
 def heat_map(scores, best, title, w=36, h=26):
-    """{place: accuracy} -> PIL image: a column a layer, a row a t and pooling, dark is good, a frame best."""
-    columns, rows = sorted({place.layer for place in scores}), distinct(place[1:] for place in scores)
-    left, top, low, high = 90, 60, min(scores.values()), max(scores.values())
-    image = PIL.Image.new("RGB", (max(left + w * len(columns), 480) + 20, top + h * len(rows) + 20), "white")
+    """{place: accuracy} -> PIL image, laid out as the table: dark is good, a frame best."""
+    rows, columns = sorted({place.layer for place in scores}), columns_of(scores)
+    left, top, low, high = 60, 60, min(scores.values()), max(scores.values())
+    w = max(w, 7 * max(map(len, columns.values())))
+    image = PIL.Image.new("RGB", (max(left + w * len(columns), 400) + 20, top + h * len(rows) + 20), "white")
     draw = PIL.ImageDraw.Draw(image)
 
     def write_centred(x, y, text, fill="black"):
         draw.text((x - draw.textlength(text) / 2, y - 6), text, fill=fill)
-    draw.text((left, 12), title, fill="black")
-    for i, layer in enumerate(columns):
-        write_centred(left + (i + 0.5) * w, top - 10, str(layer))
-    for j, (t, pool) in enumerate(rows):
-        write_centred(left / 2, top + (j + 0.5) * h, f"t {t:g}, {pool}")
+    draw.text((20, 12), title, fill="black")
+    write_centred(left / 2, top - 10, "layer")
+    for i, text in enumerate(columns.values()):
+        write_centred(left + (i + 0.5) * w, top - 10, text)
+    for j, layer in enumerate(rows):
+        write_centred(left / 2, top + (j + 0.5) * h, str(layer))
     for place, score in scores.items():
-        x, y = left + columns.index(place.layer) * w, top + rows.index(place[1:]) * h
+        x, y = left + [*columns].index(place[1:]) * w, top + rows.index(place.layer) * h
         depth = (score - low) / max(high - low, 1e-9)
         color = tuple(round(255 + depth * (dark - 255)) for dark in (0x1f, 0x77, 0xb4))
         frame = "#d62728" if place == best else None
@@ -916,29 +929,43 @@ def heat_map(scores, best, title, w=36, h=26):
 
 
 def main():
-    cfg = settle(unified.parse_flags(Config, __doc__.split("\n")[0]))
-    cfg = dataclasses.replace(cfg, device=str(unified.join_processes(cfg.device)))
+    typed = unified.parse_flags(Config, __doc__.split("\n")[0])
+    check_flags(typed)
+    cfgs = [settle(dataclasses.replace(typed, run=run)) for run in distinct(typed.run)]
+    device = str(unified.join_processes(typed.device))
     first = unified.rank_and_world()[0] == 0
     try:
         with contextlib.redirect_stdout(sys.stdout if first else None):             # all compute, one prints
-            run(cfg, first)
+            for cfg in cfgs[1:]:
+                load(cfg)                                               # refuses, if at all, before any work
+            runs = [run(dataclasses.replace(cfg, device=device), first) for cfg in cfgs]
+            if first and len(runs) > 1:
+                print_table(runs)
     finally:
         unified.leave_processes()
 
 
-def run(cfg, first):
-    """Read, compare and report. first: this process writes the results."""
-    started = time.time()
+def load(cfg):
+    """Model, its config, and the places to read. UserError for flags that do not fit it."""
     model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights),
                                        heads=cfg.adm_heads, order=cfg.adm_order)
     places = places_to_read(model, cfg)
     if cfg.head == "diffeed":
-        feedback_of(model, cfg)                                         # refuses, if at all, before any work
+        feedback_of(model, cfg)
+    return model, config, places
+
+
+def run(cfg, first):
+    """Read, compare and report. first: this process writes the results. Returns the rows of probe.jsonl."""
+    started = time.time()
+    model, config, places = load(cfg)
+    if cfg.compile:
+        compile_blocks(model)
+    if cfg.save:
+        return save_features(model.to(cfg.device), config, places, first, cfg)
     dataset, train_set, test_set = open_sets(model.to(cfg.device), config, cfg)
     print(train_set.summary or f"{dataset}: {len(train_set)} images to train on, {len(test_set)} to test on")
     index = shuffled(len(train_set), cfg.seed)[:cfg.limit]
-    if cfg.compile:
-        compile_blocks(model)
     if cfg.head in RECIPES:
         cfg = fit_recipe(cfg, len(index))
     if cfg.head in ONE_PLACE:
@@ -949,16 +976,18 @@ def run(cfg, first):
     if cfg.compile:
         compile_blocks(nets["untrained"])
     results = compare(nets, places, train_set, index, test_set, cfg)
-    if first:
-        report(places, dataset, titles(model, cfg), results, time.time() - started, cfg)
+    about = {"run": cfg.run, "model": config["arch"]["model"], "dataset": dataset,
+             "seconds": round(time.time() - started, 1)}
+    rows = report(places, titles(model, cfg), results, about, cfg) if first else []
     for data, fate in ((train_set, "left out or replaced"), (test_set, "left out")):
         if data.unreadable:
             print(f"{len(data.unreadable)} unreadable images, named above, were {fate}")
+    return rows
 
 
 def compare(nets, places, train_set, index, test_set, cfg):
     """Accuracies of the networks {'model': ..., 'untrained': ...}, and of 'pixels', read by --head.
-    Returns [(head, training images, {name: [accuracy, ...]}), ...]."""
+    Returns [(head, training images, readable test images, {name: [accuracy, ...]}), ...]."""
     if cfg.head == "finetune":
         return compare_finetuned(nets, train_set, index, test_set, cfg)
     read = reader(nets, places, cfg)
@@ -969,8 +998,10 @@ def compare(nets, places, train_set, index, test_set, cfg):
     x, x_test = ({name: v for (name, _), v in features.items()} for features in (x, x_test))
     if cfg.head == "fewshot":
         return fewshot(x, y, x_test, y_test, len(train_set.classes), cfg)
-    head = {"ridge": ridge_probe, "knn": knn}[cfg.head]
-    return [(cfg.head, len(y), {name: [head(x[name], y, x_test[name], y_test)] for name in x})]
+    if cfg.head == "knn" and cfg.k > len(y):
+        print(f"--k {cfg.k}: there are {len(y)} training images only, and all of them vote")
+    head = {"ridge": ridge_probe, "knn": functools.partial(knn, k=cfg.k)}[cfg.head]
+    return [(cfg.head, len(y), len(y_test), {name: [head(x[name], y, x_test[name], y_test)] for name in x})]
 
 
 def compare_trained(read, nets, places, train_set, index, test_set, cfg):
@@ -985,68 +1016,119 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
               "--augment takes fresh crops in every epoch, as published")
         x, y = extract_features(read, train_set, index, cfg, "training set")
         batches, images = cached_batches(x, y, cfg), len(y)
-    dims = nested_dims(heads["model"].linear.in_features) if cfg.matryoshka else [None]
+    width = heads["model"].linear.in_features
+    dims = [2 ** k for k in range(3, 32) if 2 ** k < width] + [width] if cfg.matryoshka else [None]
     train_heads(heads, batches, images // cfg.batch_size, dims, cfg)
-    scores = score_heads(heads, read, test_set, dims, cfg)
+    n, scores = score_heads(heads, read, test_set, dims, cfg)
     titles = [f"{cfg.head}-{d}" if d else cfg.head for d in dims]
-    return [(title, images, {name: [values[i]] for name, values in scores.items()})
+    return [(title, images, n, {name: [values[i]] for name, values in scores.items()})
             for i, title in enumerate(titles)]
-
-
-def nested_dims(width):
-    """8, 16, 32, ... below a width, and the width."""
-    return [2 ** k for k in range(3, width.bit_length()) if 2 ** k < width] + [width]
 
 
 def compare_finetuned(nets, train_set, index, test_set, cfg):
     """compare() for fine-tuning, with the layer decay published for large and base, none from scratch."""
     decay = 0.75 if nets["model"].best_layer >= 24 else 0.65
-    tuned = finetune(nets["model"], train_set, index, test_set, decay, "fine-tuning", cfg)
-    fresh = finetune(nets["untrained"], train_set, index, test_set, 1.0, "from scratch", cfg)
-    return [("finetune", len(index), {"model": [tuned], "untrained": [fresh]})]
+    n, tuned = finetune(nets["model"], train_set, index, test_set, decay, "fine-tuning", cfg)
+    n, fresh = finetune(nets["untrained"], train_set, index, test_set, 1.0, "from scratch", cfg)
+    return [("finetune", len(index), n, {"model": tuned["model"], "untrained": fresh["model"]})]
 
 
 def titles(model, cfg):
     """{name: how the report calls it} of all that is compared."""
-    fresh = "the same network untrained"
+    fresh = "untrained" + " (transformer untrained, tokenizer trained)" * bool(model.tokenizer)
     if cfg.head == "finetune":
-        fresh = "the same network from scratch, by the same recipe but without layer decay"
-    elif model.tokenizer:
-        fresh += " (transformer untrained, tokenizer trained)"
-    return {"model": "this model", "pixels": "raw pixels", "untrained": fresh}
+        fresh = "from scratch, by the same recipe but without layer decay"
+    return {"model": name_of(cfg.run), "pixels": "raw pixels", "untrained": f"the same network {fresh}"}
 
 
-def report(places, dataset, titles, results, seconds, cfg):
-    """Print the accuracies and append them to probe.jsonl. results as compare() returns them."""
-    path = results_folder(cfg.run) / "probe.jsonl"
+def name_of(run):
+    """The name of a run's folder, or of a file of weights."""
+    return pathlib.Path(run.removesuffix("model.pt")).resolve().name
+
+
+def standard_error(p, n):
+    """Of an accuracy p on n test images, as others would have varied it (binomial)."""
+    return math.sqrt(p * (1 - p) / n)
+
+
+def report(places, titles, results, about, cfg):
+    """Print the results of compare() and append them to probe.jsonl, with what is known about the run."""
+    path, rows = results_folder(cfg.run) / "probe.jsonl", []
     layers, ts = distinct(place.layer for place in places), distinct(place.t for place in places)
-    for head, images, accuracies in results:
-        print(f"{head} on {dataset}: layer {', '.join(map(str, layers))}, "
-              f"t {', '.join(f'{t:g}' for t in ts)}, {places[0].pool}, {images} training images")
-        accuracies = {name: torch.tensor(values, dtype=torch.float64) for name, values in accuracies.items()}
-        for name, values in accuracies.items():
-            spread = f" +- {values.std():.1%}" if len(values) > 1 else ""
-            print(f"    {values.mean():6.1%}{spread}  {titles[name]}")
+    for head, images, n, accuracies in results:
+        print(f"{head} on {about['dataset']}: layer {', '.join(map(str, layers))}, "
+              f"t {', '.join(f'{t:g}' for t in ts)}, {places[0].pool}" + f", k {cfg.k}" * (head == "knn")
+              + f", {images} training images, {n} test images; +- one standard error")
         row = {"head": head, "layer": layers if layers[1:] else layers[0], "t": ts if ts[1:] else ts[0],
-               "pool": places[0].pool}
-        for name in titles:
-            key = "top1" if name == "model" else name
-            row[key] = round(accuracies[name].mean().item(), 4) if name in accuracies else None
+               "pool": places[0].pool, "k": cfg.k, "top1": None, "untrained": None, "pixels": None}
+        for name, values in accuracies.items():
+            p = sum(values) / len(values)
+            draws = f", {statistics.stdev(values):.1%} from draw to draw" if len(values) > 1 else ""
+            print(f"    {p:6.1%} +- {standard_error(p, n):.1%}  {titles[name]}{draws}")
+            row["top1" if name == "model" else name] = round(p, 4)
+        row["standard_error"] = round(standard_error(row["top1"], n), 4)
         if len(accuracies["model"]) > 1:
-            row["deviation"] = round(accuracies["model"].std().item(), 4)
-        row |= {"images": images, "seconds": round(seconds, 1), "dataset": dataset}
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
+        rows.append({**row, **about, "n_train": images, "n_test": n, "seed": cfg.seed, "lr": cfg.lr,
+                     "epochs": cfg.epochs, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"appended to {path}")
+    return rows
+
+
+def print_table(runs):
+    """Rows of several runs, a list for each, as one table: a line a network, a column a head. A baseline
+    that is the same for several runs stands there once."""
+    names = [name_of(rows[0]["run"]) for rows in runs]
+    names = names if len(set(names)) == len(names) else [rows[0]["run"] for rows in runs]
+    heads, lines = distinct(row["head"] for rows in runs for row in rows), {}
+    for kind, title in (("top1", ""), ("untrained", "untrained"), ("pixels", "raw pixels")):
+        for name, rows in zip(names, runs):
+            if rows[0][kind] is not None:
+                lines.setdefault((title or name, *table_cells(rows, heads, kind)), []).append(name)
+    print_columns([["", *heads, "layer", "t", "pool", "train", "test"]] + [
+        [title if title in names or len(of) == len(runs) else f"{title} ({', '.join(of)})", *cells]
+        for (title, *cells), of in lines.items()])
+    for key, remedy in (("pool", "--pool mean"), ("dataset", "--dataset")):
+        if len(found := distinct(rows[0][key] for rows in runs)) > 1:
+            print(f"mind that the {key} differs: {', '.join(found)}; {remedy} makes it the same")
+
+
+def table_cells(rows, heads, kind):
+    """A line of the table behind its title, from the rows of one run."""
+    n, images = rows[0]["n_test"], ", ".join(distinct(str(row["n_train"]) for row in rows))
+    cells = {row["head"]: f"{row[kind]:.1%} +- {standard_error(row[kind], n):.1%}" for row in rows}
+    place = [str(rows[0][key]) * (kind != "pixels") for key in ("layer", "t", "pool")]
+    return *(cells.get(head, "") for head in heads), *place, images, str(n)
+
+
+def save_features(model, config, places, first, cfg):
+    """--save: features (N, C) of every image that can be read, labels (N,), -1 for none, file names (N,)."""
+    data = open_data(*data_of(config, cfg), model.image_size, None, cfg.device, cfg.strict_images)
+    labels, data.labels = data.labels, torch.arange(len(data))          # to see which of them were read
+    index = shuffled(len(data), cfg.seed)[:cfg.limit].sort().values
+    x, kept = extract_features(reader({"model": model}, places, cfg), data, index, cfg, "features")
+    if not len(kept):
+        raise UserError(f"none of {len(index)} images can be read, {shown(data.paths[0])} for one")
+    x, labels, files = x["model", places[0]].cpu().numpy(), labels[kept.cpu()].numpy(), kept.tolist()
+    if isinstance(data, ImageFolder):
+        files = [shown(data.paths[i].relative_to(data.root).as_posix()) for i in files]
+    if first:
+        numpy.savez(f"{cfg.save}.new.npz", features=x, labels=labels, files=numpy.array(files, str))
+        os.replace(f"{cfg.save}.new.npz", cfg.save)                     # whole or not there
+    place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool}"
+    print(f"features {x.shape} of {place}: {cfg.save}; images without a label: {(labels < 0).sum()}, "
+          f"left out as unreadable: {len(index) - len(kept)}\n"
+          f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')
 
 
 # Settings.
 
 
 def settle(cfg):
-    """The settings with the defaults that depend on others. UserError for what cannot be."""
-    check_flags(cfg)
-    recipe = (SGD if cfg.sgd else RECIPES).get(cfg.head, {})
+    """The settings for one run, with the defaults that depend on others. UserError for what cannot be."""
+    recipe = {"k": 20} if cfg.head in BY_NEIGHBOURS else (SGD if cfg.sgd else RECIPES).get(cfg.head, {})
     pool = "16" if cfg.head in ON_MAPS else "1" if cfg.sgd or cfg.head == "mlp" else ""
     cfg = dataclasses.replace(
         cfg, pool=cfg.pool or pool, dtype=cfg.dtype or unified.default_dtype(cfg.device),
@@ -1061,15 +1143,19 @@ def settle(cfg):
 
 def check_flags(cfg):
     """UserError for flags that do not belong to --head."""
-    belongs = {"shots": ["fewshot"], "sgd": SGD, "augment": SGD, "matryoshka": SGD,
-               "feedback": ["diffeed"], "sweep": ONE_PLACE}
-    for name, heads in belongs.items():
-        if getattr(cfg, name) and cfg.head not in heads:
-            raise UserError(f"--{name} belongs to --head {', '.join(heads)}, not to {cfg.head}")
-    for name in ("batch_size", "epochs", "lr"):
-        if getattr(cfg, name) is not None and cfg.head not in RECIPES:
-            raise UserError(f"--{name.replace('_', '-')} belongs to --head {', '.join(RECIPES)}; "
-                            f"{cfg.head} is computed in one go")
+    belongs = {"shots": ["fewshot"], "k": BY_NEIGHBOURS, "sgd": SGD, "augment": SGD, "matryoshka": SGD,
+               "feedback": ["diffeed"], "sweep": ONE_PLACE,
+               "batch_size": RECIPES, "epochs": RECIPES, "lr": RECIPES}
+    for key, heads in belongs.items():
+        if getattr(cfg, key) and cfg.head not in heads:
+            raise UserError(f"--{key.replace('_', '-')} belongs to --head {', '.join(heads)}, not {cfg.head}")
+    if cfg.save and (cfg.head != "ridge" or cfg.sweep or len(cfg.run) > 1
+                     or "," in cfg.layers + cfg.t + cfg.pool):
+        raise UserError("--save reads one place of one run and probes nothing; leave --head and --sweep out")
+    if cfg.save and (not cfg.save.endswith(".npz") or os.path.exists(cfg.save)
+                     or not os.access(os.path.dirname(cfg.save) or ".", os.W_OK)):
+        raise UserError(f"--save {cfg.save} cannot be written; give a new name that ends in .npz, "
+                        "in a folder that is there")
     parse_numbers(cfg.hidden, int, "--hidden", low=1, high=2**16)
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; "
@@ -1115,14 +1201,19 @@ def untrained(model, config):
     return fresh.to(next(model.parameters()).device).eval()
 
 
-def open_sets(model, config, cfg):
-    """Name of the data set, its training and its test part: the run's own unless --dataset says otherwise."""
+def data_of(config, cfg):
+    """Name of the data set and where it lies, "" for its usual place."""
     own = config.get("dataset")
     name = cfg.dataset or own
     if not name:
         raise UserError(f"{cfg.run} does not say what it was trained on; "
                         "add --dataset shapes, cifar10, imagenet or a folder")
-    folder = cfg.data_dir or (config.get("data_dir", "") if name == own else "")
+    return name, cfg.data_dir or (config.get("data_dir", "") if name == own else "")
+
+
+def open_sets(model, config, cfg):
+    """Name of the data set, its training and its test part: the run's own unless --dataset says otherwise."""
+    name, folder = data_of(config, cfg)
     crop = 0.64 if cfg.augment and cfg.sgd else 0.2             # DiffSSL keeps at least 0.8 of the sides
     train_set, test_set = (
         open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images, crop)
@@ -1131,8 +1222,7 @@ def open_sets(model, config, cfg):
         raise UserError(f"{name} cannot be probed, which takes two classes, 20 images to train on and others "
                         f"to test on: {train_set.summary}")
     if not cfg.dataset:
-        remedy = f"put them back, or say --dataset {name} to probe it on these"
-        check_same_data(config, train_set, cfg.run, remedy)
+        check_same_data(config, train_set, cfg.run, f"put them back, or say --dataset {name} to probe these")
     return name, train_set, test_set
 
 
@@ -1148,21 +1238,16 @@ def check_same_data(config, data, run, remedy):
         then = config.get(name, now)                                    # older checkpoints do not say
         if then == now:
             continue
-        if name == "classes":
-            then, now = classes_only_in(then, now), classes_only_in(now, then)
+        if name == "classes":                                           # up to five that only one of them has
+            then, now = (", ".join([c for c in these if c not in those][:5] or these[:5])
+                         for these, those in ((then, now), (now, then)))
         raise UserError(f"{run} was trained on other data, {name} {then} then and {now} now; {remedy}")
-
-
-def classes_only_in(these, those):
-    """Up to five classes that only these have or, if there are none, the first of these."""
-    return ", ".join([name for name in these if name not in those][:5] or these[:5])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 7. Behind the scenes
 #
-# Features of many images. A plan, see section 8, is a list of (index (B,), crops (B, 1)
-# or None).
+# Features of many images. A plan, see section 8, is a list of (index (B,), crops (B, 1) or None).
 
 
 def extract_features(read, data, index, cfg, title):
@@ -1263,9 +1348,9 @@ def asked_to_stop():
 
 
 def progress_bar(total, title, unit):
-    """A bar, in the first process only; none without a title."""
-    silent = title is None or unified.rank_and_world()[0] > 0
-    return tqdm.tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, disable=silent)
+    """A bar that vanishes, in the first process only; none without a title, or without a terminal."""
+    silent = title is None or unified.rank_and_world()[0] > 0 or None           # None: where no terminal is
+    return tqdm.tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, leave=False, disable=silent)
 
 
 def local_shard(items):
@@ -1363,8 +1448,7 @@ class ImageTensor:
         return len(self.images)
 
     def batches(self, plan, workers=0, replace=True):
-        """The images of the plan, (x, labels) at a time; workers are not needed here,
-        and all can be read."""
+        """The images of the plan, (x, labels) at a time; no workers are needed, and all can be read."""
         for index, crops in plan:
             x = self.images[unified.to_device(index, self.images.device)].float() / 255
             if crops is not None:
@@ -1385,8 +1469,7 @@ class ImageTensor:
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """Image files, decoded by worker processes when they are asked for;
-    as floats they exist on the device only.
+    """Image files, decoded by worker processes when they are asked for; as floats on the device only.
 
     paths, labels  of the images, int (N,)       classes  names, none for images without labels
     layout         how it lies on the disk       summary  what was found, in lines, or ""
@@ -1503,8 +1586,7 @@ def shielded():
 
 
 def handed_over(loader, patience=300):
-    """What a DataLoader's workers hand over; UserError if one of them dies,
-    or if nothing comes for so many seconds."""
+    """What a DataLoader's workers hand over; UserError if one dies, or nothing comes for so many seconds."""
     with shielded():
         parts, since = iter(loader), time.monotonic()
     while True:
@@ -1576,8 +1658,9 @@ def image_files(folder, others):
 
 
 def shapes(train, size):
-    """20,000 images to train on or 2,000 others to test on."""
-    seeds = torch.arange(20_000) if train else torch.arange(1_000_000, 1_002_000)
+    """20,000 images to train on or 2,000 others to test on, or, None, all of these."""
+    seeds = torch.cat([torch.arange(20_000)] * (train is not False)
+                      + [torch.arange(1_000_000, 1_002_000)] * (not train))
     images, labels = zip(*(unified.draw_shapes(part, size) for part in seeds.split(1000)))
     return torch.cat(images), torch.cat(labels), list(unified.SHAPES)
 
@@ -1604,7 +1687,8 @@ def cifar10(folder, train):
         if hashlib.md5(data).hexdigest() != CIFAR10_MD5[name]:
             raise UserError(f"{path} is missing or damaged; delete its folder and leave --data-dir out")
         return pickle.loads(data, encoding="latin1")
-    batches = [read(f"data_batch_{i}") for i in range(1, 6)] if train else [read("test_batch")]
+    names = [f"data_batch_{i}" for i in range(1, 6)] * (train is not False) + ["test_batch"] * (not train)
+    batches = [read(name) for name in names]
     images = torch.from_numpy(numpy.concatenate([b["data"] for b in batches])).unflatten(1, (3, 32, 32))
     return images, torch.tensor(sum((b["labels"] for b in batches), [])), read("batches.meta")["label_names"]
 
@@ -1621,13 +1705,12 @@ def download_cifar10(folder, timeout=60):
             if inside.exists():
                 return
             if unified.rank_and_world()[1] > 1 and time.monotonic() - started > 1:
-                # Else all would fail one by one.
-                raise TimeoutError("another process has tried")
+                raise TimeoutError("another process has tried")         # else all would fail one by one
             with tempfile.TemporaryDirectory(prefix=".", dir=folder) as own, \
                     tempfile.TemporaryFile(dir=folder) as archive, \
                     urllib.request.urlopen(CIFAR10_URL, timeout=timeout) as source:
                 chunks = iter(lambda: source.read(1 << 20), b"")
-                for chunk in tqdm.tqdm(chunks, "CIFAR-10", 163, unit=" MiB"):
+                for chunk in tqdm.tqdm(chunks, "CIFAR-10", False, 163, unit=" MiB", disable=None):
                     digest.update(chunk)
                     archive.write(chunk)
                 if digest.hexdigest() != CIFAR10_MD5["cifar-10-python.tar.gz"]:
@@ -1738,21 +1821,27 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     """A data set by name: 'shapes', 'cifar10', 'imagenet', or the path of a folder: class folders in train
     and val (or valid, validation, test), class folders alone, or images without classes.
 
-    data_dir  where it lies, '' for ./data/<name>        size  S        train  True: training part
-              strict  see ImageFolder
-    crop      min fraction of the area that a crop keeps; one half and more of shapes,
-              since less may show none
+    data_dir  where it lies, '' for ./data/<name>        size  S        strict  see ImageFolder
+    train     True: training part, False: test part, None: all there is, in a folder of any layout,
+              with the label -1 where there is no class
+    crop      min fraction of the area that a crop keeps; of shapes at least half, since less may show none
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":
         return ImageTensor(*shapes(train, size), (max(crop, 0.5), 1.0), device)
     if dataset == "cifar10":
         if size != 32:
-            raise UserError("CIFAR-10 has 32 x 32 pixels, which does not fit a model or --image-size of "
-                            f"{size}")
+            raise UserError(f"CIFAR-10 has 32 x 32 pixels and fits no model or --image-size of {size}")
         if not data_dir:
             download_cifar10(root)
         return ImageTensor(*cifar10(root, train), (crop, 1.0), device)
+    if train is None:
+        files, labels = image_files(root, []), {}
+        with contextlib.suppress(*[UserError] * bool(files)):           # of a layout that no training takes
+            _, classes, parts, _ = find_images(root)
+            labels = {path: c for part in parts.values() for path, c in zip(*part)} if classes else {}
+        labels = [labels.get(path, -1) for path in files]
+        return ImageFolder(root, files, labels, [], size, (crop, 1.0), strict, device)
     layout, classes, parts, summary = find_images(root)
     files, labels = parts[train] if parts[train][0] else parts[True]
     data = ImageFolder(root, files, labels, classes, size, (crop, 1.0), strict, device, layout, summary)

@@ -28,10 +28,9 @@ import numpy
 import PIL.Image
 import torch
 import torch.distributed
-import tqdm
 
 import unified
-from probe import compile_blocks, image_files, results_folder
+from probe import compile_blocks, image_files, is_image, progress_bar, results_folder
 from train import writable, write_file
 from unified import UserError, flag
 
@@ -39,8 +38,8 @@ from unified import UserError, flag
 @dataclasses.dataclass(frozen=True)
 class Config:
     # What is generated
-    run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors",
-                    positional=True)
+    run: str = flag(None, "run folder, checkpoint, or weight file published by the authors",
+                    positional=True, nargs="?")
     n: int = flag(None, "images; 64, or 6 for each --image", most=10**7)
     seed: int = flag(0, "another one gives other images", least=0, most=2**32 - 1)
     label: str = flag("", "class name or number; several with commas take turns, all takes every class")
@@ -60,6 +59,8 @@ class Config:
     # How
     steps: int = flag(None, "rounds of decoding; 20, or fewer if there are fewer ids; "
                             "from noise 125, of adm 250, or 25 at --eta 0")
+    schedule: str = flag(None, "models of ids: how the number of masked ones falls; else cosine",
+                         choices=list(unified.SCHEDULES))
     temperature: float = flag(None, "models of ids: Gumbel noise on the confidence; more is more varied, "
                                     "less is cleaner; 6 for 256 ids", least=0)
     eta: float = flag(None, "models that start from noise: 1 as published, DDPM; "
@@ -85,7 +86,7 @@ class Config:
 
 
 def main():
-    cfg = unified.parse_flags(Config, __doc__.split("\n")[0])
+    cfg = find_run(unified.parse_flags(Config, __doc__.split("\n")[0]))
     check_flags(cfg)
     path = sheet_path(cfg)
     device = unified.join_processes(cfg.device)
@@ -202,16 +203,18 @@ def state_batches(model, cfg, batches, labels, **inpainting):
         for state in states:
             bar.update()
             yield state
-    with tqdm.tqdm(total=model.num_steps(cfg.steps, cfg.eta) * len(batches), unit="pass", dynamic_ncols=True,
-                   disable=unified.rank_and_world()[0] > 0) as bar:
+    with progress_bar(model.num_steps(cfg.steps, cfg.eta) * len(batches), "", "pass") as bar:
         for batch in batches:
             of_batch = {name: v[batch.to(v.device)] for name, v in inpainting.items()}
             yield batch, counted(decode(model, cfg, batch.to(cfg.device), labels, **of_batch))
 
 
+OPTIONS = ("steps", "schedule", "temperature", "eta")           # of sample_steps, where a model takes them
+
+
 def decode(model, cfg, index, labels, **inpainting):
     """The images with the numbers index (B,): yields the state after each step, see Model.sample_steps."""
-    options = {"steps": cfg.steps, "temperature": cfg.temperature, "eta": cfg.eta}
+    options = {name: getattr(cfg, name) for name in OPTIONS}
     if labels is not None:
         options["labels"] = labels.to(cfg.device)[index % len(labels)]
     if cfg.guidance != 1:
@@ -271,6 +274,7 @@ def made_by(model, config, cfg):
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
     options = ("seed", "steps", "temperature", "eta", "label", "guidance", "dtype")
+    options += ("schedule",) * bool(cfg.schedule)               # earlier notes lack it
     return {"weights": digest.hexdigest(), **{name: getattr(cfg, name) for name in options}}
 
 
@@ -367,6 +371,17 @@ def sheet_path(cfg):
     return path
 
 
+def find_run(cfg):
+    """The settings with their run: behind --image A B, say, the parser took it for one of those."""
+    for name in ("image", "mask", "box"):
+        *words, last = getattr(cfg, name) or [""]
+        if cfg.run is None and words and os.path.exists(last) and not is_image(pathlib.Path(last)):
+            cfg = dataclasses.replace(cfg, run=last, **{name: words})
+    if cfg.run is None:
+        raise UserError("name the run, first or last: python sample.py out/RUN")
+    return cfg
+
+
 def check_flags(cfg):
     """UserError for flags that make no sense together."""
     if cfg.reconstruct and not cfg.image:
@@ -394,7 +409,7 @@ def check_model(model, config, cfg):
         raise UserError(f"--reconstruct: {cfg.run} has neither a tokenizer "
                         "nor learned to predict what is masked")
     takes = inspect.signature(model.sample_steps).parameters
-    asked = {"steps": cfg.steps, "temperature": cfg.temperature, "eta": cfg.eta}
+    asked = {name: getattr(cfg, name) for name in OPTIONS}
     if cfg.image and not cfg.reconstruct:
         asked["known"] = cfg.image
     for name, value in asked.items():

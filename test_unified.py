@@ -2338,10 +2338,44 @@ def test_a_heat_map_is_darker_where_accuracy_is_higher():
     scores = {probe.Place(b, t, "mean"): (b + 10 * t) / 40 for b in (1, 2, 3) for t in (0, 1, 2)}
     best = max(scores, key=scores.get)
     image = probe.heat_map(scores, best, "title", w=40, h=30).convert("RGB")
-    dark = [255 - image.getpixel((90 + 40 * i + 5, 60 + 30 * j + 5))[0] for j in (0, 1, 2) for i in (0, 1, 2)]
+    dark = [255 - image.getpixel((60 + 40 * i + 5, 60 + 30 * j + 5))[0] for i in (0, 1, 2) for j in (0, 1, 2)]
     assert dark == sorted(dark) and dark[0] == 0 and dark[-1] == 255 - 0x1f
-    framed = [image.getpixel((90 + 40 * i + 1, 60 + 30 * j + 10)) == (0xd6, 0x27, 0x28) for j in (0, 1, 2) for i in (0, 1, 2)]
+    framed = [image.getpixel((60 + 40 * i + 1, 60 + 30 * j + 10)) == (0xd6, 0x27, 0x28) for i in (0, 1, 2) for j in (0, 1, 2)]
     assert framed == [False] * 8 + [True]
+
+
+def test_a_pooling_that_all_places_share_is_not_repeated_in_titles():
+    one = {probe.Place(b, t, "mean"): 0.0 for b in (1, 2) for t in (0.0, 0.5)}
+    assert list(probe.columns_of(one).values()) == ["t 0", "t 0.5"]
+    two = one | {probe.Place(1, 0.5, "2"): 0.0}
+    assert list(probe.columns_of(two).values()) == ["t 0, mean", "t 0.5, mean", "t 0.5, 2"]
+
+
+def test_knn_and_few_shot_choose_their_place_by_knn_and_the_others_by_ridge():
+    """An exclusive or, which neighbours tell and no plane, and a plane hidden among noise."""
+    g = torch.Generator().manual_seed(0)
+    y, noise = torch.arange(400) % 2, torch.randn(400, 60, generator=g)
+    corners = torch.randint(2, (400, 2), generator=g)
+    corners[:, 1] = (corners[:, 0] + y) % 2
+    places = {"xor": 2.0 * corners - 1 + 0.1 * noise[:, :2],
+              "plane": torch.cat([0.5 * (2 * y[:, None] - 1), noise], 1)}
+    for head, best in (("ridge", "plane"), ("linear", "plane"), ("knn", "xor"), ("fewshot", "xor")):
+        scores = probe.score_places(places, y, 100, settings(head=head))
+        assert max(scores, key=scores.get) == best, (head, scores)
+    x = places["xor"]
+    assert probe.score_places(places, y, 100, settings(head="knn", k=3))["xor"] == \
+        probe.knn(x[100:], y[100:], x[:100], y[:100], 3)
+
+
+@pytest.mark.parametrize("held, warned", [(99, True), (100, False)])
+def test_few_held_out_images_that_choose_a_place_are_warned_of_in_a_line(held, warned, monkeypatch, capsys):
+    wanted = [probe.Place(b, 0.0, "mean") for b in (1, 2)]
+    y = torch.arange(10 * held) % 2
+    found = {("model", place): torch.randn(len(y), 2) for place in wanted}
+    monkeypatch.setattr(probe, "extract_features", lambda *_: (found, y))
+    probe.choose(mage(), wanted, None, torch.arange(len(y)), settings(head="ridge"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(lines) == warned and all(f"{held} held-out images" in line for line in lines)
 
 
 def test_features_that_do_not_fit_into_memory_are_a_users_mistake(monkeypatch):
@@ -2390,7 +2424,7 @@ def test_every_head_reads_every_network(which, head, more, layer, rows, finished
     for row in found:
         assert row["layer"] == (best if layer == "best" else layer) or layer is None and row["layer"] in (2, 3)
         assert 0 <= row["top1"] <= 1 and 0 <= row["untrained"] <= 1 and (row["pixels"] is None) == without_pixels
-        assert (row["images"] == 48 or head == "fewshot") and row["t"] == (steps if head == "difformer" else steps[0])
+        assert (row["n_train"] == 48 or head == "fewshot") and row["t"] == (steps if head == "difformer" else steps[0])
     if "--matryoshka" in more:
         assert [row["head"] for row in found][:3] == ["linear-8", "linear-16", "linear-32"]
     assert ("same network untrained" in printed or head == "finetune") and ("raw pixels" in printed) != without_pixels
@@ -2406,6 +2440,33 @@ def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, 
     accuracy = {place: float(text.strip("[]")) for place, text in cells.items()}
     assert taken == (row["layer"], row["t"]) and accuracy[taken] == max(accuracy.values())
     assert min(PIL.Image.open(finished_adm / "sweep.png").size) > 100
+    head, = [line for line in printed.splitlines() if line.startswith("layer ")]
+    assert head.split() == ["layer", "t", "0", "t", "30"]               # as in sweep.png
+
+
+def test_a_row_of_a_probe_says_what_it_is_of(finished_adm, monkeypatch, capsys):
+    _, (row,) = probed(monkeypatch, capsys, finished_adm, "--head", "knn", "--seed", 3)
+    of = {"run": str(finished_adm), "model": "adm", "head": "knn", "layer": 8, "t": 9, "pool": "mean",
+          "k": 20, "n_train": 48, "n_test": 16, "seed": 3, "lr": None, "epochs": None}
+    assert {key: row[key] for key in of} == of
+    assert row["standard_error"] == pytest.approx(math.sqrt(row["top1"] * (1 - row["top1"]) / 16), abs=1e-4)
+    age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(row["date"])
+    assert datetime.timedelta(minutes=-1) < age < datetime.timedelta(minutes=9)
+    _, (row,) = probed(monkeypatch, capsys, finished_adm, "--head", "linear", "--epochs", 2, "--lr", 0.5)
+    assert (row["epochs"], row["lr"], row["k"], row["n_test"]) == (2, 0.5, None, 16)
+
+
+def test_neighbours_are_counted_as_asked_and_said(finished_adm, monkeypatch, capsys):
+    for more, k in (((), 20), (("--k", 3), 3), (("--k", 100), 100)):
+        printed, (row,) = probed(monkeypatch, capsys, finished_adm, "--head", "knn", *more)
+        assert row["k"] == k and f", k {k}, 48 training images, 16 test images" in printed
+        assert ("48 training images only, and all of them vote" in printed) == (k == 100)
+
+
+def test_shots_that_are_not_there_are_said(finished_adm, monkeypatch, capsys):
+    printed, (row,) = probed(monkeypatch, capsys, finished_adm, "--head", "fewshot", "--shots", 100)
+    assert "only 24 training images; with 100 a class" in printed and row["n_train"] == 48
+    assert ", 48 training images," in printed and "from draw to draw" in printed
 
 
 def test_a_unet_generates_and_inpaints_as_a_user_asks(photos, finished_adm, tmp_path, monkeypatch):
@@ -2424,6 +2485,9 @@ def test_a_unet_generates_and_inpaints_as_a_user_asks(photos, finished_adm, tmp_
     (["--head", "difformer", "--sweep"], "--sweep belongs to"), (["--matryoshka"], "--matryoshka belongs to"), (["--sgd", "--head", "knn"], "--sgd belongs to"),
     (["--feedback", "5"], "--feedback belongs to"), (["--head", "attention", "--pool", "mean"], "cells"), (["--pool", "0"], "pooling '0'"),
     (["--pool", "class"], "no class position"), (["--layers", "40"], "no layer 40"), (["--t", "100"], "--t 100"), (["--t", "1.5"], "--t 1.5"),
+    (["--k", "5"], "--k belongs to"), (["--save", "a.txt"], "ends in .npz"),
+    (["--save", "no/where/a.npz"], "a folder that is there"), (["--save", "a.npz", "--sweep"], "one place"),
+    (["--save", "a.npz", "--head", "knn"], "probes nothing"), (["--save", "a.npz", "--t", "9,30"], "place"),
     (["--head", "fewshot", "--epochs", "3"], "--epochs belongs to"), (["--head", "diffeed", "--feedback", "2"], "--feedback 2")])
 def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished_adm, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["probe.py", str(finished_adm), "--device", "cpu", "--workers", "0", *args])
@@ -3206,7 +3270,10 @@ def test_unreadable_test_images_count_in_no_accuracy(tree, monkeypatch):
     (tree / "val/ant/1.png").write_bytes(b"")
     data, cfg = folder(tree / "val"), settings(head="linear")
     logits = lambda x: F.one_hot((x.mean((1, 2, 3)) > 0.49).long(), 2).float()              # right for all
-    assert probe.accuracy(logits, data, cfg) == 1.0
+    head = types.SimpleNamespace(nested=lambda x, dims: [logits(x)])
+    head.eval = lambda: head
+    found = probe.score_heads({"a": head}, lambda x, names: {("a", ""): x}, data, [None], cfg)
+    assert found == (5, {"a": [1.0]})                                   # of five that can be read, all
     found, y = probe.extract_features(lambda x, names: {"x": x.mean((2, 3))}, data, torch.arange(6), cfg, None)
     assert y.tolist() == [0, 0, 1, 1, 1] and len(found["x"]) == 5
 
@@ -4177,6 +4244,36 @@ def test_samples_in_every_form(finished, tmp_path):
     assert "--overwrite" in script("sample.py", run, "--out", tmp_path / "a.png", expect=2)
 
 
+def test_the_run_may_stand_before_or_after_images_masks_and_boxes(photos, finished, tmp_path):
+    run, files = finished[0], sorted((photos / "val" / "cat").iterdir())[:2]
+    out, mask = tmp_path / "a.png", tmp_path / "mask.png"
+    PIL.Image.fromarray(numpy.kron([[255, 0], [0, 0]], numpy.ones((16, 16))).astype(numpy.uint8)).save(mask)
+    found = []
+    images, box = ["--image", *files], ["--box", "0,0,16,16"]
+    for words in ([run, *images, *box], [*images, run, *box], [*box, *images, run / "model.pt"],
+                  [*images, *box, run], [*images, "--mask", mask, run]):
+        script("sample.py", *words, "--steps", 2, "--n", 1, "--out", out, "--overwrite")
+        found.append(out.read_bytes())
+    assert len(set(found)) == 1
+    for words in ([], ["--image", run], [*images, *box]):
+        assert "sample.py out/RUN" in script("sample.py", *words, expect=2)
+
+
+def test_a_schedule_is_any_of_unifieds_and_refused_where_there_is_none(finished, diffused, tmp_path):
+    def images(name, *more):
+        script("sample.py", finished[0], "--n", 3, "--steps", 4, "--out", tmp_path / f"{name}.png",
+               "--npz", tmp_path / f"{name}.npz", *more)
+        return torch.from_numpy(numpy.load(tmp_path / f"{name}.npz")["arr_0"])
+    plain = images("plain")
+    cosine, linear = (images(name, "--schedule", name) for name in ("cosine", "linear"))
+    assert plain.equal(cosine) and not plain.equal(linear)
+    ours = unified.load_model(finished[0], ema=True)[0].sample(3, steps=4, schedule="linear")
+    assert numpy.abs(unified.to_uint8(ours).astype(int) - linear.numpy()).max() <= 1
+    printed = script("sample.py", diffused[0], "--schedule", "linear", expect=2)
+    assert "--schedule is nothing that umd knows; leave it out" in printed
+    assert "choose from" in script("sample.py", finished[0], "--schedule", "square", expect=2)
+
+
 def test_two_images_with_inpainting_masks_in_different_places_in_one_call(photos, finished, tmp_path):
     files = sorted((photos / "val" / "cat").iterdir())[:2]
     script("sample.py", finished[0], "--image", *files, "--box", "4,4,12,12", "10,16,32,32", "--n", 1,
@@ -4260,8 +4357,128 @@ def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffus
 def test_a_probe_stands_beside_its_baselines(finished):
     printed = script("probe.py", finished[0], "--layers", "2,4", "--workers", 0)
     row = json.loads((finished[0] / "probe.jsonl").read_text().splitlines()[-1])
-    assert {"head", "layer", "t", "pool", "top1", "untrained", "pixels", "images", "seconds"} <= set(row) and row["layer"] in (2, 4)
+    assert {"head", "layer", "t", "pool", "top1", "untrained", "pixels", "seconds", "dataset"} <= set(row) and row["layer"] in (2, 4)
     assert "same network untrained" in printed and "raw pixels" in printed
+
+
+def test_one_run_is_called_by_its_name(finished):
+    printed = script("probe.py", finished[0], "--workers", 0)
+    name, of = printed.splitlines()[2].split("  ")[-1], printed.splitlines()[1]
+    assert name == finished[0].name and "48 training images, 16 test images" in of
+    again = script("probe.py", finished[0] / "model.pt", "--workers", 0)
+    assert again.splitlines()[2] == printed.splitlines()[2]
+
+
+def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(finished, diffused, tmp_path):
+    """A twin of a run has the same baselines; UMD is read at another position."""
+    twin, runs = tmp_path / "twin", [finished[0], diffused[0]]
+    twin.mkdir()
+    shutil.copy(finished[0] / "model.pt", twin)
+    lines = [re.split(r"  +", line.strip()) for line in
+             script("probe.py", *runs, twin, "--workers", 0).split("ridge  ")[-1].splitlines()]
+    rows = [json.loads((run / "probe.jsonl").read_text().splitlines()[-1]) for run in (*runs, twin)]
+    assert lines[0] == ["layer", "t", "pool", "train", "test"]
+    for line, name, row in zip(lines[1:], ("run", "umd", "twin"), rows):
+        accuracy = f"{row['top1']:.1%} +- {row['standard_error']:.1%}"
+        assert line == [name, accuracy, str(row["layer"]), str(row["t"]), row["pool"], "48", "16"]
+    assert [line[0] for line in lines[4:7]] == ["untrained (run, twin)", "untrained (umd)", "raw pixels"]
+    assert [line[1].split("%")[0] for line in lines[4:7]] == \
+        [f"{100 * v:.1f}" for v in (rows[0]["untrained"], rows[1]["untrained"], rows[0]["pixels"])]
+    assert lines[7:] == [["mind that the pool differs: mean, class; --pool mean makes it the same"]]
+
+
+def test_a_table_of_runs_that_are_read_alike_warns_of_nothing(finished, diffused):
+    same = script("probe.py", finished[0], diffused[0], "--workers", 0, "--pool", "mean",
+                  "--head", "fewshot", "--shots", 4)
+    assert "mind that" not in same and same.splitlines()[-6].split()[0] == "fewshot-4"
+
+
+def test_a_table_names_data_that_differ_and_runs_of_one_name_by_their_path(capsys):
+    row = {"head": "knn", "layer": [2, 3], "t": 0, "pool": "mean", "top1": 0.5, "untrained": None,
+           "pixels": None, "n_train": 9, "n_test": 4}
+    probe.print_table([[row | {"run": f"{name}/run", "dataset": name}] for name in ("a", "b")])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in printed[1:3]] == ["a/run", "b/run"]
+    assert "50.0% +- 25.0%" in printed[1]
+    assert len(printed) == 4 and "dataset differs: a, b; --dataset" in printed[3]
+
+
+def test_a_mistake_in_the_last_of_several_runs_is_told_before_the_first_is_read(finished, diffused, tmp_path):
+    before = (finished[0] / "probe.jsonl").read_bytes() if (finished[0] / "probe.jsonl").exists() else b""
+    for second, more, words in ((tmp_path / "typo", (), "typo"), (diffused[0], ("--t", 0.5), "--t 0.5")):
+        printed = script("probe.py", finished[0], second, *more, "--workers", 0, expect=2)
+        assert words in printed and "training images" not in printed
+    assert "one run" in script("probe.py", finished[0], diffused[0], "--save", tmp_path / "a.npz", expect=2)
+    assert before == ((finished[0] / "probe.jsonl").read_bytes() if before else b"")
+
+
+def save(run, folder, file, *more):
+    """What probe.py --save says and keeps."""
+    printed = script("probe.py", run, "--dataset", folder, "--save", file, "--workers", 0, *more)
+    with numpy.load(file) as kept:
+        return printed, dict(kept)
+
+
+def test_features_of_ten_photos_in_a_flat_folder_are_kept(finished, tmp_path):
+    x, _ = unified.draw_shapes(torch.arange(10), 40)
+    for i, tile in enumerate(x.movedim(1, -1).numpy()):
+        PIL.Image.fromarray(tile).save(tmp_path / f"{i}.png")
+    (tmp_path / "5.png").write_bytes(b"not an image")
+    printed, kept = save(finished[0], tmp_path, tmp_path / "z.npz")
+    files = [f"{i}.png" for i in range(10) if i != 5]
+    assert sorted(kept) == ["features", "files", "labels"] and kept["files"].tolist() == files
+    assert kept["labels"].tolist() == [-1] * 9 and kept["features"].dtype == numpy.float32
+    model, config = unified.load_model(finished[0])
+    x = torch.stack([unified.read_image(tmp_path / name, config["image_size"]) for name in files])
+    z = model.embed(x)
+    assert_close(torch.from_numpy(kept["features"]), z.detach(), 1e-5)
+    told = [line for line in printed.splitlines() if "5.png" in line]
+    line, *hint = printed.splitlines()[-3:]
+    assert len(told) == 1 and all(v in line for v in (str(kept["features"].shape), "z.npz", "unreadable: 1"))
+    exec("import numpy\n" + "\n".join(line.strip() for line in hint), {})         # the hint is Python
+    assert "z.npz" in script("probe.py", finished[0], "--save", tmp_path / "z.npz", expect=2)   # not replaced
+    (tmp_path / "one").mkdir()
+    (tmp_path / "0.png").rename(tmp_path / "one/0.png")
+    assert save(finished[0], tmp_path / "one", tmp_path / "o.npz")[1]["features"].shape == (1, 128)
+    (tmp_path / "none").mkdir()
+    none = ("--dataset", tmp_path / "none", "--save", tmp_path / "n.npz")
+    assert "no image in" in script("probe.py", finished[0], *none, expect=2)
+    (tmp_path / "none/a.png").write_bytes(b"not an image")
+    assert "none of 1 images can be read" in script("probe.py", finished[0], *none, expect=2)
+    assert not (tmp_path / "n.npz").exists()
+
+
+def test_features_of_a_folder_of_any_layout_are_kept_with_the_labels_that_it_has(photos, finished, tmp_path):
+    names = [[f"{part}/{c}/{i:03d}.png" for i in range(k, n, 2)]
+             for part, n in (("train", 48), ("val", 16)) for k, c in enumerate(("cat", "dog"))]
+    kept = save(finished[0], photos, tmp_path / "a.npz")[1]
+    assert kept["files"].tolist() == sum(names, [])
+    assert kept["labels"].tolist() == [0] * 24 + [1] * 24 + [0] * 8 + [1] * 8
+    place = ("--layers", 2, "--t", 0.5, "--workers", 0)
+    own = script("probe.py", finished[0], "--save", tmp_path / "own.npz", *place)
+    assert "(64, 128) of layer 2, t 0.5, mean" in own                   # the run's own data
+    some = save(finished[0], photos, tmp_path / "some.npz", "--limit", 20)[1]
+    rows = [sum(names, []).index(name) for name in some["files"]]
+    assert len(rows) == 20 and rows == sorted(rows)
+    assert_close(torch.from_numpy(some["features"]), torch.from_numpy(kept["features"])[rows], 1e-5)
+    classes = shutil.copytree(photos / "train", tmp_path / "classes")
+    kept = save(finished[0], classes, tmp_path / "b.npz")[1]
+    assert kept["labels"].tolist() == [0] * 24 + [1] * 24 and kept["files"][-1] == "dog/047.png"
+    shutil.copy(classes / "cat/000.png", classes / "beside.png")        # what trains leaves it out
+    kept = save(finished[0], classes, tmp_path / "c.npz")[1]
+    assert kept["files"][0] == "beside.png" and kept["labels"].tolist() == [-1] + [0] * 24 + [1] * 24
+    odd = shutil.copytree(photos, tmp_path / "odd")
+    shutil.rmtree(odd / "val/dog")                                      # no training takes this
+    assert set(save(finished[0], odd, tmp_path / "d.npz")[1]["labels"].tolist()) == {-1}
+
+
+def test_a_set_in_memory_can_be_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(unified, "draw_shapes", lambda seeds, size: (seeds[:, None, None, None], seeds))
+    parts = [probe.shapes(part, 32)[1] for part in (True, False, None)]
+    assert torch.cat(parts[:2]).equal(parts[2]) and len(parts[2]) == 22_000
+    small_cifar(tmp_path, monkeypatch)
+    parts = [probe.cifar10(tmp_path, part)[0] for part in (True, False, None)]
+    assert torch.cat(parts[:2]).equal(parts[2]) and len(parts[2]) == 60
 
 
 def broken_tree(root, what):
@@ -4485,7 +4702,9 @@ def test_pngs_are_continued_only_by_what_made_them(finished, diffused, tmp_path,
     (folder / "000001.png").unlink()
     ask()                                                               # the same again completes it
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
-    for more in (["--seed", 1], ["--temperature", 1], ["--steps", 1], ["--label", "cat"]):
+    assert "schedule" not in json.loads(whole["made-by.json"])          # as in sets begun before it could be
+    others = ("--seed", 1), ("--temperature", 1), ("--steps", 1), ("--label", "cat"), ("--schedule", "linear")
+    for more in others:
         assert "--overwrite" in ask(*more, expect=2)
     assert "--overwrite" in ask(run=diffused[0], expect=2)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
@@ -4523,13 +4742,36 @@ def test_a_mask_says_what_a_box_says_and_is_cropped_like_the_image(photos, finis
     assert "3 masks or boxes for 2" in inpaint("e", "--mask", *masks, expect=2)
 
 
-def test_progress_counts_passes_through_the_network(photos, finished, diffused, tmp_path):
+class Terminal(io.StringIO):
+    """What a script prints into, as if someone watched."""
+
+    def isatty(self):
+        return True
+
+
+def test_progress_counts_passes_through_the_network(photos, finished, diffused, tmp_path, monkeypatch):
+    import sample
+    bars, new_bar = [], probe.progress_bar
+    monkeypatch.setattr(sample, "progress_bar", lambda *args: bars.append(new_bar(*args)) or bars[-1])
+    monkeypatch.setattr(io, "StringIO", Terminal)
     file = next((photos / "val" / "cat").iterdir())
     asked = ("--n", 5, "--batch", 2, "--steps", 4, "--out", tmp_path / "a.png", "--overwrite")
     inpainting = ("--image", file, "--box", "4,4,12,12")
     for run, more, passes in ((finished[0], (), 12), (finished[0], inpainting, 12), (diffused[0], (), 15)):
         printed = script("sample.py", run, *asked, *more)
-        assert f"{passes}/{passes}" in printed and ("pass/s" in printed or "s/pass" in printed), printed
+        assert bars[-1].n == bars[-1].total == passes
+        assert f"0/{passes}" in printed and ("pass/s" in printed or "s/pass" in printed), printed
+
+
+def test_bars_vanish_and_without_a_terminal_there_are_none(finished, tmp_path, monkeypatch):
+    def printed():
+        return (script("sample.py", finished[0], "--n", 2, "--steps", 2, "--out", tmp_path / "a.png", "--overwrite")
+                + script("probe.py", finished[0], "--workers", 0))
+    assert "\r" not in printed()
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    seen = printed()
+    assert seen.count("pass") > 0 < seen.count("training set:")
+    assert not any("%|" in line.split("\r")[-1] for line in seen.split("\n"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4648,7 +4890,7 @@ def test_two_processes_probe_as_one_does(diffused, tmp_path):
     for printed in (finish(start(tmp_path / "printed", run_script, "probe.py", args))[1], both(tmp_path, run_script, "probe.py", args)):
         assert printed.count("raw pixels") == 1, printed
         rows.append(json.loads((diffused[0] / "probe.jsonl").read_text().splitlines()[-1]))
-    one, two = ({k: v for k, v in row.items() if k != "seconds"} for row in rows)
+    one, two = ({k: v for k, v in row.items() if k not in ("seconds", "date")} for row in rows)
     assert one == two
 
 
@@ -5446,7 +5688,7 @@ def test_a_compiled_probe_finds_what_the_plain_one_does(graphs, monkeypatch):
     data = probe.ImageTensor(*unified.draw_shapes(torch.arange(40), 32), list(unified.SHAPES), (1.0, 1.0))
     monkeypatch.setattr(unified, "load_model", lambda *_, **__: (unified.build(config["arch"]).eval(), config))
     monkeypatch.setattr(probe, "open_sets", lambda *_: ("", data, data))
-    monkeypatch.setattr(probe, "report", lambda wanted, dataset, labels, results, *rest: found.append(results))
+    monkeypatch.setattr(probe, "report", lambda wanted, labels, results, *rest: found.append(results))
     for compile in (False, True):
         torch.manual_seed(0)
         probe.run(settings(head="knn", compile=compile), True)
