@@ -4607,6 +4607,38 @@ def test_a_run_that_is_there_is_not_overwritten(photos, finished):
     assert (finished[0] / "model.pt").read_bytes() == before
 
 
+def test_resume_needs_the_run_alone_and_names_all_flags_that_contradict_it(photos, finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "copy")
+    wrong = script("train.py", "--resume", run, "--codes", 64, "--batch-size", 16, "--seed", 3, expect=2)
+    for words in ("--codes 32, not 64", "--batch-size 8, not 16", "--seed 0, not 3"):
+        assert words in wrong
+    assert "no checkpoint is there" in script("train.py", "--resume", tmp_path / "none", expect=2)
+    printed = script("train.py", "--resume", run, "--steps", 8, "--no-report", "--device", "cpu")
+    assert "model: step 8 of 8" in printed and "linear probe" not in printed
+    config = unified.load_checkpoint(run / "model.pt")["config"]
+    assert config["steps"] == 8 and config["labels"] and config["codes"] == 32
+    assert config["out_dir"] == str(run)
+
+
+@pytest.mark.parametrize("device, dataset, size, expected", [
+    ("cpu", "photos", None, ("tiny", 64)), ("cuda", "photos", None, ("small", 64)),
+    ("cpu", "photos", "base", ("base", 256)), ("cpu", "imagenet", None, ("base", 256)),
+    ("cpu", "imagenet", "tiny", ("tiny", 64)), ("cpu", "shapes", None, ("tiny", 32))])
+def test_folders_get_what_a_device_can_bear_and_imagenet_the_papers_recipe(device, dataset, size, expected):
+    cfg = train.Config(dataset=dataset, size=size, device=device)
+    values = train.defaults(cfg)
+    assert (cfg.size or values["size"], values["image_size"]) == expected
+    assert ("epochs" in values) == (expected[1] == 256) and values["tokenizer_steps"] <= 10**6
+
+
+def test_before_the_first_step_a_line_says_what_is_trained_on_what_and_how_long(finished):
+    _, printed = finished
+    assert "48 images to train on, 16 to test on, 2 classes, 32 pixels" in printed
+    assert "tokenizer: 3 steps; mage tiny: 6 steps of 8 images" in printed and "48 images are few" in printed
+    lines = [line for line in printed.splitlines() if "minutes left" in line]
+    assert [line.split(",")[0].strip() for line in lines][-3:] == [f"model: step {k} of 6" for k in (2, 4, 6)]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command line: refused in a sentence, before any work
 

@@ -57,8 +57,8 @@ class Config:
                                   "train and val with class folders")
     model: str = flag("mage", "what to train; mae, maskdit and dit are the ends of UMD, not the official "
                               "networks", choices=list(unified.MODELS))
-    size: str = flag(None, "size of model and tokenizer; tiny, or base on imagenet",
-                     choices=["tiny", "small", "base", "large"])
+    size: str = flag(None, "size of model and tokenizer; base on imagenet, on other folders small on a GPU, "
+                           "else tiny", choices=["tiny", "small", "base", "large"])
     labels: bool = flag(False, "condition on class labels, so that sample.py --label works")
     steps: int = flag(None, "optimizer steps of the model; or say --epochs")
     epochs: float = flag(None, "the same in passes over the training set", least=1e-9)
@@ -67,11 +67,12 @@ class Config:
     lr: float = flag(None, "learning rate for 256 images a step; scaled with --batch-size", least=1e-9)
     seed: int = flag(0, "of everything random", least=0, most=2**32 - 1)
     out_dir: str = flag("", "the run's folder, if not out/<dataset>-<model>, or -<model>-labels")
-    resume: bool = flag(False, "go on where the run in this folder stopped; same flags, more --steps if you "
-                               "like")
+    resume: str = flag(None, "go on where the run in this folder stopped, with its flags; --steps may be "
+                             "more. Without a folder: where a run of these flags stopped",
+                       nargs="?", const="", metavar="RUN")
     # Images and ids
     data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
-    image_size: int = flag(None, "side in pixels; 32, or on folders 256, 64 for tiny and small",
+    image_size: int = flag(None, "side in pixels; 32, on folders 64, of base and large 256",
                            least=8, most=4096)
     ids: int = flag(None, "ids, or patches of pixels, an image; 16 on shapes (64 of pixels), else 64 below "
                           "128 pixels and 256 from there on; from 256 pixels on one for 16 x 16 pixels",
@@ -100,6 +101,7 @@ class Config:
     log_every: int = flag(None, "steps between rows of log.jsonl")
     eval_every: int = flag(None, "steps between held-out losses and sample grids; 0 for never", least=0)
     save_every: int = flag(None, "steps between checkpoints")
+    report: bool = flag(True, "draw samples and probe the features at the end")
     # Where and how it is computed
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     dtype: str = flag(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
@@ -111,7 +113,8 @@ class Config:
 
 
 # Defaults by data set. FOLDER is the papers' recipe: the method's own for the model, see
-# unified.MODELS, and MaskGIT's for the tokenizer. SMALL_FOLDER is for --size tiny and small.
+# unified.MODELS, and MaskGIT's for the tokenizer. It is for imagenet, and for who asks for --size base or
+# large. SMALL_FOLDER is for other folders, and for --size tiny and small.
 
 SHAPES = dict(size="tiny", image_size=32, ids=16, codes=128, views=1, steps=3000, batch_size=64, lr=6e-3,
               tokenizer_size="toy", tokenizer_steps=2000, tokenizer_batch_size=16, tokenizer_lr=4e-3,
@@ -123,7 +126,7 @@ SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)
 
 TOKENIZER_RECIPE = dict(unified.MAGE_RECIPE, betas=(0.9, 0.99), weight_decay=0.0)
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every",
-                     "resume"}
+                     "resume", "report", "out_dir"}
 SEEDS = {"tokenizer": 9, "model": 5}  # keep their random numbers apart; these are the lengths of the names
 
 
@@ -137,7 +140,8 @@ def defaults(cfg):
     """What Config leaves open, {field: value}, and the tokenizer's size and learning rate, which have
     no flag."""
     method, recipe, cuda = unified.MODELS[cfg.model], recipe_of(cfg), cfg.device.startswith("cuda")
-    folder = SMALL_FOLDER if cfg.size in ("tiny", "small") else {**FOLDER, **recipe["paper"]}
+    large = cfg.size in ("base", "large") or cfg.dataset == "imagenet" and not cfg.size
+    folder = {**FOLDER, **recipe["paper"]} if large else dict(SMALL_FOLDER, size="small" if cuda else "tiny")
     values = dict({"shapes": SHAPES, "cifar10": CIFAR10}.get(cfg.dataset, folder))
     if (cfg.size or values["size"]) == "tiny":
         values.update(recipe["tiny"])
@@ -153,9 +157,33 @@ def defaults(cfg):
     return values
 
 
+def resumed(cfg):
+    """cfg with the flags of the run that --resume names, but for those that may change and were given.
+    UserError if others contradict the run."""
+    if not cfg.resume:
+        return cfg
+    folder = pathlib.Path(cfg.resume)
+    path = next((p for p in (folder / "model.pt", folder / "tokenizer.pt") if os.path.exists(p)), None)
+    if path is None:
+        raise UserError(f"--resume {folder}: no checkpoint is there; start the run without --resume")
+    config = dict(unified.load_checkpoint(path)["config"], out_dir=str(folder))
+    if config.get("predictor"):                         # which brings its tokenizer along
+        config["tokenizer"] = ""
+    typed = {f.name for f in dataclasses.fields(cfg) if vars(cfg)[f.name] != f.default}
+    fixed = typed & config.keys() - (RESUME_MAY_CHANGE - {"out_dir"})
+    wrong = [f"--{name.replace('_', '-')} {config[name]}, not {vars(cfg)[name]}" for name in sorted(fixed)
+             if config[name] != vars(cfg)[name]]
+    if wrong:
+        raise UserError(f"{folder} was made with {'; '.join(wrong)}: leave that out, or start another run")
+    length = {"steps", "epochs"} if typed & {"steps", "epochs"} else set()
+    kept = config.keys() & vars(cfg).keys() - typed - length - {"device", "workers", "resume", "report"}
+    return dataclasses.replace(cfg, **{name: config[name] for name in kept})
+
+
 def settings(cfg):
     """A copy of cfg with nothing left open; UserError for what cannot be."""
-    if cfg.steps and cfg.epochs:
+    cfg = resumed(cfg)
+    if cfg.steps and cfg.epochs and not cfg.resume:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
     answered = {"steps", "epochs"} if cfg.steps or cfg.epochs else set()
     values = {name: value for name, value in defaults(cfg).items()
@@ -241,13 +269,14 @@ def main():
         model, arch = build_model(cfg, tokenizer, arch, train_set)
         ema = train_model(cfg, model, arch, train_set, test_set)
         unified.leave_processes()                       # nobody need wait for the report
-        if rank == 0:
+        if rank == 0 and cfg.report:
             report(cfg, model, ema, train_set, test_set)
     except torch.OutOfMemoryError:
         micro = (cfg.micro_batch or cfg.batch_size // world) // 2
         raise UserError(f"out of memory; try --micro-batch {max(1, micro)}")
     except Stopped as where:                            # all processes are here
-        print_once(f"stopped {where}; everything is saved, --resume goes on")
+        print_once(f"stopped {where}; everything is saved, --resume goes on: "
+                   f"python train.py --resume {shlex.quote(cfg.out_dir)}")
         code = 128 + next(iter(probe.SIGNALS), signal.SIGTERM)
     finally:
         unified.leave_processes()
@@ -265,9 +294,22 @@ def open_data(cfg):
                           recipe_of(cfg)["min_crop"]) for part in (True, False))
     if train_set.summary:
         print_once(train_set.summary)
+    print_once(in_words(cfg, train_set, test_set))
+    if len(train_set) < 1000:
+        print_once(f"{len(train_set)} images are few: the model will know them by heart; take thousands")
     if cfg.labels and not train_set.classes:
         raise UserError(f"--labels: {probe.shown(train_set.root)} has no class folders")
     return train_set, test_set
+
+
+def in_words(cfg, train_set, test_set):
+    """What will be trained, on what, how long."""
+    length = f"{cfg.steps} steps" if cfg.steps else f"{cfg.epochs:g} epochs"
+    tokenizer = f"tokenizer: {cfg.tokenizer or f'{cfg.tokenizer_steps} steps'}; "
+    return (f"{cfg.dataset}: {len(train_set)} images to train on, {len(test_set)} to test on, "
+            f"{len(train_set.classes)} classes, {cfg.image_size} pixels; "
+            + tokenizer * unified.MODELS[cfg.model].tokenizer
+            + f"{cfg.model} {cfg.size}: {length} of {cfg.batch_size} images")
 
 
 def ids_or_images(cfg, vqgan, train_set):
@@ -620,8 +662,10 @@ class Log:
         """culprits: step -> names of the images whose gradient alone is not finite."""
         self.cfg, self.name, self.recipe, self.first, self.culprits = cfg, name, recipe, step, culprits
         self.sums, self.skipped, self.in_a_row = {}, 0, 0  # the last two: steps without a finite gradient
+        # A file or a pipe gets a line with each row instead, see write().
         self.bar = tqdm.tqdm(total=recipe["steps"], initial=step, desc=name, unit=" steps",
-                             disable=unified.rank_and_world()[0] > 0 or cfg.benchmark, dynamic_ncols=True)
+                             disable=unified.rank_and_world()[0] > 0 or cfg.benchmark, dynamic_ncols=True,
+                             mininterval=0.1 if sys.stderr.isatty() else math.inf)
         self.restart_clock(step)
 
     def restart_clock(self, step):
@@ -693,6 +737,10 @@ class Log:
         write_row(self.cfg, stage=self.name, step=step, **means, **stats, images_per_second=rate,
                   memory_gib=memory)
         self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
+        if not self.bar.disable and not sys.stderr.isatty():
+            left = (self.recipe["steps"] - step) * self.recipe["batch_size"] / rate / 60
+            tqdm.tqdm.write(f"{self.name}: step {step} of {self.recipe['steps']}, loss {means['loss']:.4f}, "
+                            f"{rate:.0f} images/s, {left:.1f} minutes left", file=sys.stderr)
         self.restart_clock(step)
 
 
@@ -759,8 +807,9 @@ def open_folder(cfg, train_set, lock):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # it dies with the process
     except OSError:
         raise UserError(f"{folder} is in use by another train.py; take another --out-dir")
-    if not cfg.resume and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UserError(f"{folder} is not empty; --resume goes on with it, --out-dir takes another place")
+    if cfg.resume is None and any(p.name != ".lock" for p in folder.iterdir()):
+        raise UserError(f"{folder} is not empty; --resume {folder} goes on with it, --out-dir takes another "
+                        "place")
     for path in (folder / "model.pt", folder / "tokenizer.pt"):
         if path.exists():
             return check_same_run(cfg, unified.load_checkpoint(path)["config"], train_set)
@@ -768,11 +817,11 @@ def open_folder(cfg, train_set, lock):
 
 def check_same_run(cfg, config, train_set):
     """UserError if a checkpoint's config says other flags, or other data."""
-    for name, now in vars(cfg).items():
-        was = config.get(name, now)
-        if name not in RESUME_MAY_CHANGE and was != now:
-            raise UserError(f"this run has --{name.replace('_', '-')} {was}, not {now}; repeat its flags, or "
-                            "take another --out-dir")
+    wrong = [f"--{name.replace('_', '-')} {config[name]}, not {now}" for name, now in vars(cfg).items()
+             if name not in RESUME_MAY_CHANGE and config.get(name, now) != now]
+    if wrong:
+        raise UserError(f"this run has {'; '.join(wrong)}: --resume {cfg.out_dir} alone repeats its flags, "
+                        "and --out-dir takes another place")
     probe.check_same_data(config, train_set, cfg.out_dir, "put them back, or take another --out-dir")
 
 
@@ -900,6 +949,7 @@ def make_shards(shards, vqgan, data, views, workers):
     crops = [(part, None if views == 1 else unified.hash_ints(part[:, None], torch.arange(views)))
              for _, parts in todo for part in parts]
     bar = tqdm.tqdm(total=len(crops), desc="ids of every image", unit=" batches", dynamic_ncols=True,
+                    mininterval=0.1 if sys.stderr.isatty() else 10,
                     disable=unified.rank_and_world()[0] > 0 or not crops)
     batches = data.batches(crops, workers)
     for path, parts in todo:
