@@ -3739,6 +3739,31 @@ def test_shapes_are_decided_by_their_seeds():
     assert (colors.sum(1) == 1).all() and colors[labels == 0].any(0).all()
 
 
+def test_drawings_are_found_among_images_and_nothing_else_is(tmp_path, capsys):
+    x, labels = unified.draw_shapes(torch.arange(30), 16)
+    drawings, found = probe.nearest_drawings(x)
+    assert found.equal(labels) and ((drawings.int() - x).abs().amax(1) > 32).float().mean((1, 2)).max() < 0.05
+    assert probe.nearest_drawings(x[7:8])[0][0].equal(drawings[7])              # alone as in company
+    noisy = (x + 20 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
+    noise = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    blended = (x.int() + x.flip(0)) // 2
+    for images, words in ((x, "100.0%"), (noisy, "100.0%"), (noise, "0.0%"), (blended.byte(), "0.0%")):
+        probe.print_drawn("images", images)
+        assert capsys.readouterr().out.startswith(f"{words:>6}")
+    model = small("umd").eval()
+    for name, array in (("no.npz", None), ("flat.npz", numpy.zeros((3, 32, 32), numpy.uint8)),
+                        ("float.npz", numpy.zeros((3, 32, 32, 3)))):
+        if array is not None:
+            numpy.savez(tmp_path / name, array)
+        cfg = probe.Config(run=["out/x"], samples=str(tmp_path / name))
+        with pytest.raises(unified.UserError, match="--npz"):
+            probe.judge_samples(model, {"dataset": "shapes"}, cfg)
+    numpy.savez(tmp_path / "good.npz", numpy.zeros((3, 32, 32, 3), numpy.uint8))
+    with pytest.raises(unified.UserError, match="of a run on shapes"):
+        good = dataclasses.replace(cfg, samples=str(tmp_path / "good.npz"))
+        probe.judge_samples(model, {"dataset": "cifar10"}, good)
+
+
 def test_training_and_test_shapes_are_different_images(monkeypatch):
     monkeypatch.setattr(unified, "draw_shapes", lambda seeds, size: (seeds[:, None, None, None], seeds))
     (train_seeds, *_), (test_seeds, _, names) = probe.shapes(True, 32), probe.shapes(False, 32)
