@@ -12,6 +12,7 @@
                                                            published weights and recipe of MAGE
     python probe.py 256x256_diffusion_uncond.pt --dataset imagenet --head linear --sgd --pool 2 --augment
                                                            the same of DiffSSL
+    python probe.py out/shapes-mage --samples samples.npz  how many images of sample.py --npz are drawings
 
 Every accuracy stands beside two others, got in the same way: from the raw pixels, unless the head needs
 feature maps, and from the same network untrained. What they reach needs no training. Results are appended
@@ -48,6 +49,7 @@ import threading
 import time
 import typing
 import urllib.request
+import zipfile
 
 import numpy
 import PIL.Image
@@ -76,6 +78,7 @@ class Config:
                          "several with commas: the best one")
     sweep: bool = flag(False, "try every layer, and t from hardly to half corrupted, "
                               "unless --layers and --t say otherwise")
+    samples: str = flag("", "no probe: how many images of this .npz of sample.py are drawings, as in shapes")
     save: str = flag("", "no probe: keep features, labels and file names of all images in this new .npz")
     seed: int = flag(0, "of everything random", least=0, most=2**32 - 1)
 
@@ -961,6 +964,8 @@ def run(cfg, first):
     model, config, places = load(cfg)
     if cfg.compile:
         compile_blocks(model)
+    if cfg.samples:
+        return judge_samples(model, config, cfg)
     if cfg.save:
         return save_features(model.to(cfg.device), config, places, first, cfg)
     dataset, train_set, test_set = open_sets(model.to(cfg.device), config, cfg)
@@ -1123,6 +1128,60 @@ def save_features(model, config, places, first, cfg):
           f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')
 
 
+# Samples of shapes: the set's possible drawings are known, so one can see which images are among them.
+
+
+@functools.cache
+def many_drawings(size):
+    """What decides drawings (N, 7), and their pixels float (N, 3 * size * size)."""
+    numbers = unified.hashed_uniform(torch.arange(10_000), 1, 7)
+    drawings = [unified.draw_shapes(None, size, part)[0] for part in numbers.split(100)]
+    return numbers, torch.cat(drawings).flatten(1).float()
+
+
+def nearest_drawings(x):
+    """Images uint8 (B, 3, S, S) -> the drawing nearest to each, like x, and its class (B,). The best of many
+    drawings is improved: not in class, colour and quarter turn, but in radius, place and further turn."""
+    size, generator = x.size(-1), torch.Generator().manual_seed(0)
+    numbers, drawings = many_drawings(size)
+    best = numbers[torch.cdist(x.flatten(1).float(), drawings).argmin(1)]                           # (B, 7)
+    for scale in (0.2, 0.1, 0.05, 0.02, 0.01):
+        moves = scale * torch.randn(8, 7, generator=generator) * torch.tensor([0, 0, 1, 1, 1, 0, 1])
+        tries = (best[:, None] + F.pad(moves, (0, 0, 1, 0))).clamp(1e-6, 1 - 1e-6)              # (B, 9, 7)
+        drawings, _ = unified.draw_shapes(None, size, tries.flatten(0, 1))
+        distance = (drawings.unflatten(0, tries.shape[:2]).float() - x[:, None]).square().sum((2, 3, 4))
+        best = tries[torch.arange(len(x)), distance.argmin(1)]
+    return unified.draw_shapes(None, size, best)
+
+
+def print_drawn(title, x):
+    """Print how many of the images uint8 (N, 3, S, S) are drawings, and of which class: at most one pixel in
+    twenty is further than 32 levels from the nearest drawing."""
+    drawings, labels = map(torch.cat, zip(*map(nearest_drawings, x.split(50))))
+    far = (drawings.int() - x).abs().amax(1) > 32                                               # (N, S, S)
+    found = far.double().mean((1, 2)) <= 0.05
+    ratio, counts = found.double().mean().item(), torch.bincount(labels[found], minlength=len(unified.SHAPES))
+    kinds = ", ".join(f"{kind} {count}" for kind, count in zip(unified.SHAPES, counts))
+    print(f"{ratio:6.1%} +- {standard_error(ratio, len(x)):.1%} of {len(x)} {title} are drawings: {kinds}")
+
+
+def judge_samples(model, config, cfg):
+    """--samples: how many are drawings, beside test images and what the tokenizer keeps of them."""
+    try:
+        x = torch.from_numpy(numpy.load(cfg.samples)["arr_0"]).movedim(-1, 1)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile):
+        x = torch.zeros(0)
+    test = shapes(False, model.image_size)[0][:500]
+    fits = (x.dtype, x.shape[1:]) == (test.dtype, test.shape[1:]) and len(x)
+    if config.get("dataset") != "shapes" or not fits:
+        raise UserError(f"--samples takes what sample.py --npz made of a run on shapes, not {cfg.samples}")
+    print_drawn("samples", x)
+    print_drawn("test images", test)
+    if model.tokenizer:
+        y = unified.to_uint8(model.reconstruct(test / 255)[0])
+        print_drawn("test images through the tokenizer", torch.from_numpy(y).movedim(-1, 1))
+
+
 # Settings.
 
 
@@ -1152,6 +1211,8 @@ def check_flags(cfg):
     if cfg.save and (cfg.head != "ridge" or cfg.sweep or len(cfg.run) > 1
                      or "," in cfg.layers + cfg.t + cfg.pool):
         raise UserError("--save reads one place of one run and probes nothing; leave --head and --sweep out")
+    if cfg.samples and (cfg.save or cfg.head != "ridge" or cfg.sweep or len(cfg.run) > 1):
+        raise UserError("--samples is about images, of one run; leave --head, --sweep and --save out")
     if cfg.save and (not cfg.save.endswith(".npz") or os.path.exists(cfg.save)
                      or not os.access(os.path.dirname(cfg.save) or ".", os.W_OK)):
         raise UserError(f"--save {cfg.save} cannot be written; give a new name that ends in .npz, "

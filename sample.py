@@ -3,6 +3,7 @@
     python sample.py out/RUN                                        64 images in one PNG
     python sample.py out/RUN --gif                                  and how they come about
     python sample.py out/RUN --label star --guidance 2              after training with --labels
+    python sample.py out/RUN --guide out/WEAKER --guidance 2        clearer; 2 passes a step
     python sample.py out/RUN --image a.png --mask m.png             inpaint where the mask is white
     python sample.py out/RUN --image a.png b.png --box 8,8,24,24 0,0,16,32
                                                                     a box in each image; --outside: all
@@ -15,6 +16,7 @@ Image i depends on the weights, --seed and i, not on --n or --batch.
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -45,6 +47,10 @@ class Config:
     label: str = flag("", "class name or number; several with commas take turns, all takes every class")
     guidance: float = flag(1.0, "how much to exaggerate what the label changes; 1 is not at all",
                            least=0, most=1000)
+    guidance_interval: str = flag(None, "LO,HI: guide only between these points of the way; 0 is all "
+                                        "noise or masked, 1 the image")
+    guide: str = flag(None, "a weaker run of the same kind, or an earlier checkpoint: --guidance moves away "
+                            "from what it predicts, with or without --label")
     gif: bool = flag(False, "also write the steps as a film")
 
     # Images of your own
@@ -107,6 +113,8 @@ def run(cfg, device):
     if cfg.compile:
         compile_blocks(model)
     check_model(model, config, cfg)
+    if cfg.guide and not unified.can_guide(guide_of(cfg), model):
+        raise UserError(f"--guide {cfg.guide} cannot guide {cfg.run}; take a run {unified.GUIDE}")
     labels = class_numbers(cfg, config.get("classes") if config.get("labels") else None)
     first = unified.rank_and_world()[0] == 0
     if cfg.steps and model.max_steps < cfg.steps and first:
@@ -218,9 +226,21 @@ def decode(model, cfg, index, labels, **inpainting):
     if labels is not None:
         options["labels"] = labels.to(cfg.device)[index % len(labels)]
     if cfg.guidance != 1:
-        options["guidance"] = cfg.guidance
+        options |= {"guidance": cfg.guidance, "guide": guide_of(cfg)}
+    if cfg.guidance_interval:
+        options["guidance_interval"] = parse_interval(cfg.guidance_interval)
     options = {name: value for name, value in options.items() if value is not None}
     return model.sample_steps(len(index), seeds=(cfg.seed << 32) + index, **options, **inpainting)
+
+
+@functools.cache
+def guide_of(cfg):
+    """The model of --guide; None without one."""
+    if not cfg.guide:
+        return None
+    guide, _ = unified.load_model(cfg.guide, ema=cfg.weights == "ema",
+                                  heads=cfg.adm_heads, order=cfg.adm_order)
+    return guide.to(cfg.device)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -271,10 +291,12 @@ NOTE = "made-by.json"                                           # in --png-dir; 
 def made_by(model, config, cfg):
     """What images depend on: a digest of network and weights, and the options that change them."""
     digest = hashlib.sha256(json.dumps(config["arch"], sort_keys=True).encode())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
+    for net in filter(None, (model, guide_of(cfg))):
+        for tensor in net.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
     options = ("seed", "steps", "temperature", "eta", "label", "guidance", "dtype")
-    options += ("schedule",) * bool(cfg.schedule)               # earlier notes lack it
+    options += tuple(name for name in ("schedule", "guidance_interval")
+                     if getattr(cfg, name))                     # earlier notes lack them
     return {"weights": digest.hexdigest(), **{name: getattr(cfg, name) for name in options}}
 
 
@@ -303,8 +325,8 @@ def missing_pngs(folder, note, cfg):
 def class_numbers(cfg, names):
     """--label -> class numbers (k,), of which image i gets number i modulo k; None without a label."""
     if not cfg.label:
-        if cfg.guidance != 1:
-            raise UserError(f"--guidance {cfg.guidance:g} exaggerates a label; add --label")
+        if cfg.guidance != 1 and not cfg.guide:
+            raise UserError(f"--guidance {cfg.guidance:g} exaggerates a label; add --label, or a --guide")
         return None
     if not names:
         raise UserError(f"--label {cfg.label}: {cfg.run} was trained without labels; "
@@ -395,9 +417,24 @@ def check_flags(cfg):
         raise UserError("--npz and --png-dir are for images from nothing; leave --image out")
     if cfg.reconstruct and cfg.gif:
         raise UserError("--gif films steps, --reconstruct makes them at once; leave one out")
+    for name in ("guide", "guidance_interval"):
+        if getattr(cfg, name) and cfg.guidance == 1:
+            raise UserError(f"--{name.replace('_', '-')} does nothing at --guidance 1; add --guidance 2, say")
+    parse_interval(cfg.guidance_interval or "0,1")
     count = len(cfg.box or cfg.mask)
     if count not in (0, 1, len(cfg.image)):
         raise UserError(f"{count} masks or boxes for {len(cfg.image)} images; give one, or one for each")
+
+
+def parse_interval(text):
+    """'LO,HI' -> (LO, HI). UserError unless 0 <= LO < HI <= 1."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--guidance-interval {text} is not LO,HI with 0 <= LO < HI <= 1; 0.2,0.8 is one")
+    return low, high
 
 
 def check_model(model, config, cfg):
@@ -409,12 +446,12 @@ def check_model(model, config, cfg):
         raise UserError(f"--reconstruct: {cfg.run} has neither a tokenizer "
                         "nor learned to predict what is masked")
     takes = inspect.signature(model.sample_steps).parameters
-    asked = {name: getattr(cfg, name) for name in OPTIONS}
+    asked = {name: getattr(cfg, name) for name in (*OPTIONS, "guide", "guidance_interval")}
     if cfg.image and not cfg.reconstruct:
         asked["known"] = cfg.image
     for name, value in asked.items():
         if value is not None and name not in takes:
-            flag_name = "image" if name == "known" else name
+            flag_name = "image" if name == "known" else name.replace("_", "-")
             other = {"temperature": "eta", "eta": "temperature"}.get(name)
             remedy = f"take --{other}" if other in takes else "leave it out"
             raise UserError(f"--{flag_name} is nothing that {config['arch']['model']} knows; {remedy}")

@@ -981,6 +981,98 @@ def test_guidance_grows_linearly_over_the_steps():
     assert used == [1.5, 2.0, 2.5, 3.0]
 
 
+# Guidance of all models: a part of the way, and by a weaker model
+
+GUIDED = [name for name, method in METHODS.items()
+          if "guide" in inspect.signature(method.model.sample_steps).parameters and small(name).generates]
+
+
+def twin(model):
+    """The same network and tokenizer with other weights."""
+    other = copy.deepcopy(model)
+    torch.manual_seed(5)
+    for key, p in other.named_parameters():
+        if "vqgan." not in key:
+            p.data.add_(0.1 * torch.randn_like(p))
+    return other
+
+
+def passes(model, **options):
+    """How often sampling runs the last block of a model, or of its guide, in each step."""
+    last, count, found = list(model.layers)[-1], 0, []
+    def counted(*_):
+        nonlocal count
+        count += 1
+    nets = [net for net in (model, options.get("guide")) if net is not None]
+    blocks = [[*net.blocks, *getattr(net, "decoder_blocks", ())][last - 1] for net in nets]
+    hooks = [block.register_forward_hook(counted) for block in blocks]
+    for _ in model.sample_steps(2, steps=4, **options):
+        found.append(count)
+        count = 0
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_outside_its_interval_guidance_changes_nothing_and_saves_a_pass(name):
+    model, guide = small(name).eval(), twin(small(name).eval())
+    steps = model.num_steps(4)
+    whole, half = (passes(model, guide=guide, guidance=2.0, guidance_interval=interval)
+                   for interval in ((0.0, 1.0), (0.4, 0.7)))
+    assert whole == [2] * steps
+    if isinstance(model, unified.UMD):                                  # timesteps 1000, 750, 500, 250 and 1
+        assert half == [1, 1, 2, 1, 1]
+    elif isinstance(model, unified.ADM):                                # 999, 666, 333 and 0 of 0 ... 999
+        assert half == [1, 1, 2, 1]
+    else:                                                               # 0, 1/4, 2/4 and 3/4 of the way
+        assert half == [1, 1, 2, 1]
+    plain, late = (model.sample(2, steps=4, guide=guide, guidance=w, guidance_interval=(0.9995, 1.0))
+                   for w in (1.0, 2.0))
+    assert plain.equal(late) and plain.equal(model.sample(2, steps=4))
+
+
+@pytest.mark.parametrize("name", TAKES_LABELS)
+def test_of_labels_too_only_steps_in_the_interval_are_guided(name):
+    model, labels = small(name, 3, tune=True).eval(), torch.tensor([0, 2])
+    if model.generates:
+        options = dict(labels=labels, guidance=3.0)
+        whole, half = (passes(model, **options, guidance_interval=part) for part in ((0.0, 1.0), (0.0, 0.3)))
+        assert whole == [2] * len(whole) and half == [2, 2] + [1] * (len(whole) - 2)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_guide_is_moved_away_from_and_at_weight_0_alone_decides(name):
+    model, guide = small(name).eval(), twin(small(name).eval())
+    once = {"steps": 1} if model.tokenizer else {"steps": 3, "eta": 0.0}        # there w grows from 1
+    plain, other = (net.sample(3, **once) for net in (model, guide))
+    towards, away = (model.sample(3, **once, guide=guide, guidance=w) for w in (0.0, 2.0))
+    assert_close(towards, other, 1e-5)
+    assert not plain.allclose(other, atol=1e-3) and not plain.allclose(away, atol=1e-3)
+    assert_close(model.sample(3, **once, guide=model, guidance=2.0), plain, 1e-4)
+    alone = model.sample(1, **once, seeds=torch.tensor([2]), guide=guide, guidance=2.0)
+    assert_close(alone, away[2:], 1e-4)                                 # as it is in company
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_guide_of_another_kind_size_or_tokenizer_is_refused(name):
+    model = small(name).eval()
+    strangers = [small("adm" if name != "adm" else "umd").eval(), nn.Linear(1, 1)]
+    if METHODS[name].model.takes_labels:
+        strangers.append(small(name, 3).eval())
+    if model.tokenizer:
+        strangers.append(twin(model))
+        strangers[-1].vqgan.encoder.conv_in.weight.data.add_(0.01)
+    if name == "adm":
+        strangers.append(copy.copy(model))
+        strangers[-1].alpha_bar = unified.noise_schedule("linear")
+    for guide in strangers:
+        with pytest.raises(ValueError, match="^guide must be"):
+            model.sample(2, steps=2, guide=guide, guidance=2.0)
+    with pytest.raises(ValueError, match="^guidance must be 1"):
+        model.sample(2, steps=2, guidance=2.0)
+
+
 # MAGE: generation
 
 
@@ -3647,6 +3739,31 @@ def test_shapes_are_decided_by_their_seeds():
     assert (colors.sum(1) == 1).all() and colors[labels == 0].any(0).all()
 
 
+def test_drawings_are_found_among_images_and_nothing_else_is(tmp_path, capsys):
+    x, labels = unified.draw_shapes(torch.arange(30), 16)
+    drawings, found = probe.nearest_drawings(x)
+    assert found.equal(labels) and ((drawings.int() - x).abs().amax(1) > 32).float().mean((1, 2)).max() < 0.05
+    assert probe.nearest_drawings(x[7:8])[0][0].equal(drawings[7])              # alone as in company
+    noisy = (x + 20 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
+    noise = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    blended = (x.int() + x.flip(0)) // 2
+    for images, words in ((x, "100.0%"), (noisy, "100.0%"), (noise, "0.0%"), (blended.byte(), "0.0%")):
+        probe.print_drawn("images", images)
+        assert capsys.readouterr().out.startswith(f"{words:>6}")
+    model = small("umd").eval()
+    for name, array in (("no.npz", None), ("flat.npz", numpy.zeros((3, 32, 32), numpy.uint8)),
+                        ("float.npz", numpy.zeros((3, 32, 32, 3)))):
+        if array is not None:
+            numpy.savez(tmp_path / name, array)
+        cfg = probe.Config(run=["out/x"], samples=str(tmp_path / name))
+        with pytest.raises(unified.UserError, match="--npz"):
+            probe.judge_samples(model, {"dataset": "shapes"}, cfg)
+    numpy.savez(tmp_path / "good.npz", numpy.zeros((3, 32, 32, 3), numpy.uint8))
+    with pytest.raises(unified.UserError, match="of a run on shapes"):
+        good = dataclasses.replace(cfg, samples=str(tmp_path / "good.npz"))
+        probe.judge_samples(model, {"dataset": "cifar10"}, good)
+
+
 def test_training_and_test_shapes_are_different_images(monkeypatch):
     monkeypatch.setattr(unified, "draw_shapes", lambda seeds, size: (seeds[:, None, None, None], seeds))
     (train_seeds, *_), (test_seeds, _, names) = probe.shapes(True, 32), probe.shapes(False, 32)
@@ -4342,6 +4459,30 @@ def test_a_schedule_is_any_of_unifieds_and_refused_where_there_is_none(finished,
     printed = script("sample.py", diffused[0], "--schedule", "linear", expect=2)
     assert "--schedule is nothing that umd knows; leave it out" in printed
     assert "choose from" in script("sample.py", finished[0], "--schedule", "square", expect=2)
+
+
+def test_a_guide_and_an_interval_change_samples_and_are_refused_where_they_do_nothing(finished, diffused,
+                                                                                      tmp_path):
+    def pixels(name, *more):
+        script("sample.py", finished[0], "--n", 3, "--steps", 4, "--out", tmp_path / f"{name}.png",
+               "--png-dir", tmp_path / name, *more)
+        return [path.read_bytes() for path in sorted((tmp_path / name).glob("*.png"))]
+    guide = twin(unified.load_model(finished[0], ema=True)[0])
+    other = tmp_path / "other.pt"
+    state = unified.load_checkpoint(finished[0] / "model.pt")
+    torch.save({**state, "model": guide.state_dict(), "ema": None}, other)
+    guided = ("--guidance", 3, "--guide", other)
+    plain, whole, part = (pixels(name, *more) for name, more in (
+        ("plain", ()), ("whole", guided), ("part", (*guided, "--guidance-interval", "0.5,1"))))
+    assert plain != whole != part != plain
+    command = ("sample.py", finished[0], "--n", 4, "--steps", 4, *guided, "--png-dir", tmp_path / "part")
+    assert "other weights, options" in script(*command, "--out", tmp_path / "a.png", expect=2)
+    for words, more in (("cannot guide", ("--guide", diffused[0], "--guidance", 2)),
+                        ("--guide does nothing at --guidance 1", ("--guide", other)),
+                        ("--guidance-interval does nothing", ("--guidance-interval", "0,0.5")),
+                        ("not LO,HI", ("--guidance-interval", "0.5,0.2", *guided)),
+                        ("add --label, or a --guide", ("--guidance", 2))):
+        assert words in script("sample.py", finished[0], *more, expect=2)
 
 
 def test_two_images_with_inpainting_masks_in_different_places_in_one_call(photos, finished, tmp_path):
@@ -5422,7 +5563,8 @@ def right_arguments(model, method, views=1):
     FORMS."""
     rows, x = torch.arange(4), some_images(8, 32).unflatten(0, (4, 2))
     known = dict(x=x[:, :views].squeeze(1), ids=torch.arange(64).view(4, 4, 4) % 32, n=4, steps=2,
-                 temperature=0.5, eta=0.5, guidance=1.5, known=x[:, 0], mask=x[:, 0, 0] > 0.5, seeds=rows,
+                 temperature=0.5, eta=0.5, guidance=1.5, guidance_interval=(0.2, 0.8), guide=model,
+                 known=x[:, 0], mask=x[:, 0, 0] > 0.5, seeds=rows,
                  schedule="linear", draw=3,
                  mask_ratio=0.7, index=20, gap=2, n_clean=2, layers=[1, 2])
     if isinstance(model, unified.Model):
@@ -5433,8 +5575,6 @@ def right_arguments(model, method, views=1):
                      add={1: torch.zeros(4, *model.layers[1])},
                      t=torch.arange(1, 1 + number) if method == "forward" else corrupting(model))
     call = getattr(model, method, None)
-    if known.get("labels") is None:
-        known.pop("guidance")
     return {key: known[key] for key in inspect.signature(call).parameters if key in known} if call else {}
 
 

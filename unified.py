@@ -60,7 +60,8 @@ Pixels are floats in [0, 1] wherever they enter or leave; [-1, 1] is used where 
 bool, True = masked. What is drawn at random can be passed in instead.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
-         [Attention] Vaswani et al. 2017, 1706.03762        [CFG] Ho and Salimans 2022, 2207.12598
+         [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
+         [CFG] Ho and Salimans 2022, 2207.12598             [Interval] Kynkäänniemi et al. 2024, 2404.07724
          [DDIM] Song et al. 2020, 2010.02502                [DDPM] Ho et al. 2020, 2006.11239
          [DiffSSL] Mukhopadhyay et al. 2023, 2307.08702     [DifFeed] Mukhopadhyay et al. 2023, 2311.17921
          [DiT] Peebles and Xie 2022, 2212.09748             [iDDPM] Nichol and Dhariwal 2021, 2102.09672
@@ -495,8 +496,9 @@ class Model(nn.Module):
 
     forward(x, labels=None, ...)                    -> scalar loss, dict of its terms; x (B, 3, S, S), or ids
     sample_steps(n, seeds=None, ...)                yields a state after each step, without gradient. It may
-                                                    also take steps, temperature, eta, guidance, labels, known
-                                                    and mask, with the meaning they have in sections 5 and 9
+                                                    also take steps, temperature, eta, guidance,
+                                                    guidance_interval, guide, labels, known and mask, with the
+                                                    meaning they have in sections 5 and 9
     features(x, t, layers, add, noise, finetune)    -> [map (B, C, h, w) for each of layers], as in MAGE
     embed(x, noise=None, pool=...)                  -> vectors (B, C); pool is one of pools
 
@@ -761,6 +763,16 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
 #
 # In MAGE w grows linearly from 1 to the given value during the steps. UMD guides its prediction of eps in the
 # same way, with a constant w. ADDP and ADM know no labels here.
+#
+# Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval [Interval].
+# And instead of the fake class a guide, a weaker model such as an earlier checkpoint, can say what to move
+# away from: it errs where the model errs, only more so, with or without labels [Autoguidance].
+
+
+def guidance_at(way, guidance, interval):
+    """w at a point of the way from 0, all noise or masked, to 1: guidance if low <= way < high, else 1."""
+    low, high = interval
+    return guidance if low <= way < high else 1.0
 
 
 class TokenEmbedding(nn.Module):
@@ -963,7 +975,7 @@ class MAGE(Model):
 
     @torch.no_grad()
     def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None,
-                     seeds=None, schedule="cosine", order=None):
+                     seeds=None, schedule="cosine", order=None, guidance_interval=(0.0, 1.0), guide=None):
         """Parallel decoding, section 4 [MaskGIT, 3.2].
 
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
@@ -974,6 +986,8 @@ class MAGE(Model):
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked
         order         see unmask; by confidence if None
+        guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high
+        guide         None, or a model that can_guide() this one; it sees the same labels
         yields        a Decoding after each step; nothing is masked in the last one
         """
         steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
@@ -983,7 +997,11 @@ class MAGE(Model):
         initial = count = torch.full((n,), self.length) if known is None else state.mask.sum(1).cpu()
         for step in range(steps):
             progress = (step + 1) / steps
-            logits = self.step_logits(state, count, labels, 1 + (guidance - 1) * progress)      # (n, L, K)
+            w = guidance_at(step / steps, 1 + (guidance - 1) * progress, guidance_interval)
+            logits = self.step_logits(state, count, labels, w if guide is None else 1.0)        # (n, L, K)
+            if guide is not None and w != 1:
+                reference = guide.step_logits(state, count, labels, 1.0)
+                logits = reference + w * (logits - reference)
             count = num_masked(initial, count, step, steps, schedule, self.round_up)    # after this step
             u, v = (hashed_uniform(seeds, 2 * step + k, self.length) for k in (0, 1))       # (n, L) each
             gumbel = temperature * (1 - progress) * to_gumbel(v)
@@ -1722,11 +1740,12 @@ class UMD(Model):
 
     # ---- generation
 
-    def guided(self, x, t, labels=None, guidance=1.0):
-        """predict() with classifier-free guidance, as in MAGE; here "no label" is an embedding of its own."""
-        if labels is None or guidance == 1:
+    def guided(self, x, t, labels=None, guidance=1.0, guide=None):
+        """predict() with guidance, as in MAGE; here "no label" is an embedding of its own."""
+        if guidance == 1 or labels is None and guide is None:
             return self.predict(x, t, labels)
-        return tuple(u + guidance * (c - u) for c, u in zip(self.predict(x, t, labels), self.predict(x, t)))
+        reference = self.predict(x, t) if guide is None else guide.predict(x, t, labels)
+        return tuple(u + guidance * (c - u) for c, u in zip(self.predict(x, t, labels), reference))
 
     def num_steps(self, steps=None, eta=None):
         """One for each of timesteps(), 126 as published. MAE: 1."""
@@ -1738,13 +1757,13 @@ class UMD(Model):
 
     @torch.no_grad()
     def sample_steps(self, n, steps=None, eta=1.0, guidance=1.0, labels=None, known=None, mask=None,
-                     seeds=None):
+                     seeds=None, guidance_interval=(0.0, 1.0), guide=None):
         """From noise to images: yields a Denoising after each step. The prediction of eps is what is used.
 
         n, steps      images; see num_steps
         eta           1 as published: DDPM; 0: DDIM, which adds no noise on the way
-        labels, guidance, known, mask, seeds        as for MAGE.sample_steps;
-                                                    guidance is the same in every step
+        labels, guidance, known, mask, seeds, guide        as for MAGE.sample_steps; guidance does not grow
+        guidance_interval    (low, high): a step at timestep t is guided if low <= 1 - t / T < high
 
         A model that saw clean images only (MAE) cannot start from nothing. It inpaints, in one step.
         """
@@ -1754,7 +1773,8 @@ class UMD(Model):
         t = self.timesteps(steps)
 
         def predict_x0(x, step):
-            _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, guidance)
+            w = guidance_at(1 - t[step] / self.max_steps, guidance, guidance_interval)
+            _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, w, guide)
             return x0_from_eps(x, self.alpha_bar[t[step]], eps).clamp(-1, 1), None
         draw_noise = functools.partial(self.noise, image_seeds(seeds, n, self.norm.weight.device))
         yield from denoise(predict_x0, draw_noise, self.alpha_bar[t], eta, known, mask)
@@ -2102,20 +2122,27 @@ class ADM(Model):
         return spaced_timesteps(self.max_steps, [steps]) if eta else strided_timesteps(self.max_steps, steps)
 
     @torch.no_grad()
-    def sample_steps(self, n, steps=None, eta=1.0, known=None, mask=None, seeds=None):
+    def sample_steps(self, n, steps=None, eta=1.0, known=None, mask=None, seeds=None, guidance=1.0,
+                     guidance_interval=(0.0, 1.0), guide=None):
         """From noise to images on a shortened process: yields a Denoising after each step.
 
         n, steps      images; see num_steps
         eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, which
                       ignores it
         known, mask, seeds        as for MAGE.sample_steps
+        guidance, guidance_interval, guide        as for UMD.sample_steps; the variance is not guided
         """
         kept = self.timesteps(steps, eta)
         alpha_bar = self.alpha_bar[kept]
 
         def predict_x0(x, step):
             i = len(kept) - 1 - step                            # the timestep of the shortened process
-            eps, v = self.predict(x, torch.full((n,), kept[i], device=x.device)).chunk(2, 1)
+            t = torch.full((n,), kept[i], device=x.device)
+            eps, v = self.predict(x, t).chunk(2, 1)
+            w = guidance_at(1 - (kept[i] + 1) / self.max_steps, guidance, guidance_interval)
+            if w != 1:
+                reference, _ = guide.predict(x, t).chunk(2, 1)
+                eps = reference + w * (eps - reference)
             std = (0.5 * learned_log_variance(v, i, alpha_bar)).exp() if eta == 1 else None
             return x0_from_eps(x, alpha_bar[i], eps).clamp(-1, 1), std
         draw_noise = functools.partial(self.noise, image_seeds(seeds, n, self.out[0].weight.device))
@@ -2353,10 +2380,12 @@ GROUND = torch.tensor([128.0, 128.0, 128.0])
 PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])
 
 
-def draw_shapes(seeds, size):
+def draw_shapes(seeds, size, numbers=None):
     """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
-    turned by quarters give or take 9 degrees, always wholly visible."""
-    kind, color, radius, cx, cy, turn, wobble = hashed_uniform(seeds, 0, 7)[:, :, None, None].unbind(1)
+    turned by quarters give or take 9 degrees, always wholly visible. All that is random about them is
+    numbers (B, 7) in (0, 1): kind, colour, radius, x, y, quarter turn, further turn; drawn if None."""
+    numbers = hashed_uniform(seeds, 0, 7) if numbers is None else numbers
+    kind, color, radius, cx, cy, turn, wobble = numbers[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
     cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
     turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
@@ -2365,7 +2394,7 @@ def draw_shapes(seeds, size):
     x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
     labels = (kind.flatten() * len(SHAPES)).long()
     r = (x * x + y * y).sqrt()
-    distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(seeds))]
+    distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(labels))]
     alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
     paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
     return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
@@ -2575,7 +2604,7 @@ FORMS = {                               # by [class.][method.]argument; decoders
     "ADM.features.t": "int in [0, {m.t_range[1]}] or int ({B}) in [0, {m.t_range[1]}]",
     "noise": "float ({N}, 3, {S}, {S})", "MAGE.noise": "float ({N}, {m.length})",
     "n": "int in [1, inf]", "steps": "int in [1, inf]", "temperature": "float in [0, inf]",
-    "eta": "float in [0, 1]", "guidance": "float in [-1e9, 1e9]",
+    "eta": "float in [0, 1]", "guidance": "float in [-1e9, 1e9]", "guidance_interval": "pair in [0, 1]",
     "schedule": "function or among {schedules}", "order": "function",
     "known": "float ({B}, 3, {S}, {S}) in [-0.5, 1.5]", "mask": "bool ({B}, {S}, {S})",
     "seeds": "int ({B})", "sample_steps.seeds": "int in [-9e18, 9e18] or int ({B})",
@@ -2614,7 +2643,7 @@ def is_tensor(v, kind, shape, low, high, weight, near, wait):
 
 def fits(v, form, weight, near=False, wait=False):
     """Whether v has one of the forms that "or" connects; "among a, b" are names, "layers" and "maps"
-    collections of numbers."""
+    collections of numbers, "pair" two ascending ones."""
     if " or " in form:
         return any(fits(v, part, weight, near, wait) for part in form.split(" or "))
     if form == "function":
@@ -2623,6 +2652,9 @@ def fits(v, form, weight, near=False, wait=False):
         return isinstance(v, str) and v in re.findall(r"[\w-]+", form)[1:]
     kind, shape, low, high, end = FORM.fullmatch(form).groups()
     low, high = float(low or -math.inf), float(high or math.inf) - (end == ")")
+    if kind == "pair":
+        two = isinstance(v, (tuple, list)) and len(v) == 2
+        return two and all(is_number(b, "float", low, high) for b in v) and v[0] < v[1]
     if kind in ("layers", "maps"):
         several = typing.Mapping if kind == "maps" else typing.Collection
         return isinstance(v, several) and all(is_number(b, "int", low, high) for b in v)
@@ -2671,6 +2703,19 @@ def require(key, v, form, weight, **more):
                          + "; divide bytes by 255" * found.startswith("torch.uint8"))
 
 
+GUIDE = "of the same kind, image size, classes, and tokenizer or noise schedule"
+
+
+def can_guide(guide, model):
+    """Whether what a guide predicts can stand beside what the model does."""
+    if type(guide) is not type(model):
+        return False
+    theirs, ours = ([*m.tokenizer.parameters()] if m.tokenizer else [m.alpha_bar] for m in (guide, model))
+    like = [(m.image_size, m.classes, m.generates, [p.shape for p in shared])
+            for m, shared in ((guide, theirs), (model, ours))]
+    return like[0] == like[1] and all(p.to(q).equal(q) for p, q in zip(theirs, ours))
+
+
 def checked(method, args, options):
     """Call a method if its arguments are of the forms that its class states, else ValueError. Integers become
     int or int64; labels and seeds go to the model's device."""
@@ -2704,8 +2749,10 @@ def checked(method, args, options):
             a[key] = to_device(v, weight.device) if key in ("labels", "seeds") else v
         elif form.startswith("int"):
             a[key] = int(v)
-    if a.get("guidance", 1) != 1 and a["labels"] is None:
-        raise ValueError(f"guidance must be 1 without labels, not {a['guidance']}")
+    if a.get("guide") is not None and not can_guide(a["guide"], model):
+        raise ValueError(f"guide must be None or a model {GUIDE}")
+    if a.get("guidance", 1) != 1 and a.get("labels") is None and a.get("guide") is None:
+        raise ValueError(f"guidance must be 1 without labels or a guide, not {a['guidance']}")
     return method(*given.args, **given.kwargs)
 
 
