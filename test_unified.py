@@ -63,7 +63,8 @@ import train
 import unified
 
 torch.set_num_threads(1)            # several wait for each other in a loop, and on a busy machine for minutes
-probe.PIXEL_SIDE = 8                # the probe of raw pixels took half of the time of every run here
+probe.PIXEL_SIDE = 8                # the probe of raw pixels took half of the time of every run here,
+train.SAMPLES = 16                  # and samples much of the rest
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = pathlib.Path(os.environ.get("UNIFIED_GOLDEN", HERE / "assets/golden"))
@@ -6297,6 +6298,7 @@ def run_script(name, args, before=None):
 
 
 def test_the_tutorial_runs_and_writes_its_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(unified, "linear_probe", functools.partial(unified.linear_probe, n=50))
     unified.main(tokenizer_steps=8, steps=8, out=tmp_path / "shapes.png")
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["TokenizerTraining", "MAGE", "linear", "wrote"]

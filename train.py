@@ -1025,8 +1025,12 @@ def draw_images(cfg, model, test_set, steps=None):
         draw_reconstructions(cfg, model.reconstruct, test_set)
 
 
-def sample_images(cfg, model, steps, n=64):
-    """n images of fixed seeds, (n, 3, S, S); with labels, a column a class."""
+SAMPLES = 64                                            # images on samples.png
+
+
+def sample_images(cfg, model, steps):
+    """SAMPLES images of fixed seeds, (n, 3, S, S); with labels, a column a class."""
+    n = SAMPLES
     options = {"labels": torch.arange(n, device=cfg.device) % 8 % model.classes} if cfg.labels else {}
     options.update({"steps": steps} if steps else {})
     with probe.autocast(cfg):

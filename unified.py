@@ -27,7 +27,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
 
     model, config = unified.load_model("out/shapes-mage")                           # a run of train.py
 
-`python unified.py` trains a tokenizer and MAGE on drawn shapes, on a CPU, in a minute or two: section 12.
+`python unified.py` trains a tokenizer and MAGE on drawn shapes, on a CPU, in two minutes: section 12.
 
     1  Attention and blocks        every token attends to every other token
     2  The VQ tokenizer            image -> token ids -> image
