@@ -12,6 +12,7 @@
                                                            published weights and recipe of MAGE
     python probe.py 256x256_diffusion_uncond.pt --dataset imagenet --head linear --sgd --pool 2 --augment
                                                            the same of DiffSSL
+    python probe.py out/RUN --head segment --layers 2,4    a class for each pixel; draws segments.png
     python probe.py out/shapes-mage --samples samples.npz  how many images of sample.py --npz are drawings
 
 Every accuracy stands beside two others, got in the same way: from the raw pixels, unless the head needs
@@ -24,8 +25,10 @@ to probe.jsonl in the run's folder. The test set is read once; training images c
     4  Where features are read     layer, t and pooling: feature maps and vectors
     5  The search for a place      --layers, --t, --pool, --sweep, and the heat map
     6  A probe from end to end     settings, the data set, what is compared, the report
-    7  Behind the scenes           features of many images, processes, torch.compile, learning rate
-    8  Data sets                   folders of images, CIFAR-10, drawn shapes; train.py reads them from here
+    7  Segmentation                segment: a linear head on feature maps, windows, mIoU, segments.png
+    8  Behind the scenes           features of many images, processes, torch.compile, learning rate
+    9  Data sets                   folders of images, CIFAR-10, drawn shapes; train.py reads them from here;
+                                   images with masks: ADE20K, Pascal VOC, trees of one's own, drawn shapes
 
 Shapes   B images, N training images, M test images    S image side
          C width of a vector (B, C), or channels of a map (B, C, h, w)
@@ -54,6 +57,7 @@ import zipfile
 import numpy
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageOps
 import torch
 import torch.distributed
 import torch.nn as nn
@@ -70,7 +74,8 @@ class Config:
     run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors; "
                                          "several are compared in one table", positional=True, nargs="+")
     head: str = flag("ridge", "what reads the features", choices=[
-        "ridge", "linear", "knn", "fewshot", "mlp", "attention", "difformer", "diffeed", "finetune"])
+        "ridge", "linear", "knn", "fewshot", "mlp", "attention", "difformer", "diffeed", "finetune",
+        "segment"])
     layers: str = flag("", "blocks to read, counted from 1, such as 2,4,6; else the one that the paper reads")
     t: str = flag("", "how corrupted the images are, such as 0,0.3 for MAGE's mask ratio or 90,150 "
                       "for timesteps; else as in the paper")
@@ -94,6 +99,7 @@ class Config:
                             "else 5, 10 and 25 by a ridge that fits so few")
     hidden: str = flag("512", "mlp: widths of its hidden layers, such as 512,256")
     feedback: str = flag("", "diffeed: the layers fed back to their mirrors; else the last of each map size")
+    ignore: str = flag("", "segment: values in masks that count as no class, such as 0; 255 is always one")
 
     # Training of a head
     augment: bool = flag(False, "fresh crops and noise in every epoch, as published; "
@@ -101,10 +107,10 @@ class Config:
     sgd: bool = flag(False, "DiffSSL's plain SGD, for linear on features as they are; "
                             "else LARS for linear, AdamW for the others")
     matryoshka: bool = flag(False, "learn at the same time from the first 8, 16, 32, ... dimensions alone")
-    batch_size: int = flag(None, "images a step; 4096 for linear, 256 for finetune, 16 for diffeed, "
-                                 "128 for the others and with --sgd", most=10**6)
-    epochs: int = flag(None, "passes over the training set; 90 for linear, 20 for finetune, 28 with --sgd, "
-                             "10 for the others")
+    batch_size: int = flag(None, "images a step; 4096 for linear, 256 for finetune, 16 for diffeed and "
+                                 "segment, 128 for the others and with --sgd", most=10**6)
+    epochs: int = flag(None, "passes over the training set; 90 for linear, 20 for finetune and segment, "
+                             "28 with --sgd, 10 for the others")
     lr: float = flag(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, "
                            "or ten times that below 500,000 images", least=1e-9)
 
@@ -472,6 +478,7 @@ RECIPES = {
     "difformer": dict(batch_size=128, epochs=10, lr=2e-3),
     "diffeed": dict(batch_size=16, epochs=10, lr=1.6e-2),
     "finetune": dict(batch_size=256, epochs=20, lr=None),       # MAGE's has 1024 and 100
+    "segment": dict(batch_size=16, epochs=20, lr=1.6e-2),       # DINOv3 has 32 on ADE20K
 }
 SGD = {                                                         # of DiffSSL: 0.01 or 0.05 at these batches
     "linear": dict(batch_size=128, epochs=28, lr=0.02),
@@ -710,7 +717,9 @@ def reader(nets, places, cfg, comparable=False):
             for name, model in nets.items():
                 for what, v in read_network(model, places, inputs, seeds, cfg, comparable).items():
                     features[name, what] = v.float() if v.is_floating_point() else v
-        if cfg.head not in ON_MAPS and not cfg.save:
+        if cfg.head == "segment":
+            features["pixels", None] = F.pixel_unshuffle(x, x.size(-1) // cells_on_a_side(model, places))
+        elif cfg.head not in ON_MAPS and not cfg.save:
             features["pixels", None] = pixel_vectors(x)
         return features
     return read
@@ -720,6 +729,9 @@ def read_network(model, places, x, seeds, cfg, comparable):
     """Vectors or maps of one network at the places or, for DifFeed, what it computes maps from."""
     if cfg.head == "diffeed":
         return {"x": x, **{t: noise_of(model, t, seeds) for t in by_t(places)}}
+    if cfg.head == "segment":
+        maps = [m for _, m in feature_maps(model, places, x, seeds)]
+        return {None: enlarged(maps, [cells_on_a_side(model, places)] * 2)}
     if cfg.head in ON_MAPS:
         return {place: pool_cells(m, int(cfg.pool)) for place, m in feature_maps(model, places, x, seeds)}
     return feature_vectors(model, places, x, seeds, comparable)
@@ -942,7 +954,7 @@ def main():
             for cfg in cfgs[1:]:
                 load(cfg)                                               # refuses, if at all, before any work
             runs = [run(dataclasses.replace(cfg, device=device), first) for cfg in cfgs]
-            if first and len(runs) > 1:
+            if first and len(runs) > 1 and typed.head != "segment":
                 print_table(runs)
     finally:
         unified.leave_processes()
@@ -993,6 +1005,8 @@ def run(cfg, first):
 def compare(nets, places, train_set, index, test_set, cfg):
     """Accuracies of the networks {'model': ..., 'untrained': ...}, and of 'pixels', read by --head.
     Returns [(head, training images, readable test images, {name: [accuracy, ...]}), ...]."""
+    if cfg.head == "segment":
+        return compare_segments(nets, places, train_set, index, test_set, cfg)
     if cfg.head == "finetune":
         return compare_finetuned(nets, train_set, index, test_set, cfg)
     read = reader(nets, places, cfg)
@@ -1058,7 +1072,9 @@ def standard_error(p, n):
 
 def report(places, titles, results, about, cfg):
     """Print the results of compare() and append them to probe.jsonl, with what is known about the run."""
-    path, rows = results_folder(cfg.run) / "probe.jsonl", []
+    if cfg.head == "segment":
+        return append([{**results[0], **about}], cfg)
+    rows = []
     layers, ts = distinct(place.layer for place in places), distinct(place.t for place in places)
     for head, images, n, accuracies in results:
         print(f"{head} on {about['dataset']}: layer {', '.join(map(str, layers))}, "
@@ -1074,8 +1090,14 @@ def report(places, titles, results, about, cfg):
         row["standard_error"] = round(standard_error(row["top1"], n), 4)
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
-        rows.append({**row, **about, "n_train": images, "n_test": n, "seed": cfg.seed, "lr": cfg.lr,
-                     "epochs": cfg.epochs, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        rows.append({**row, **about, "n_train": images, "n_test": n})
+    return append(rows, cfg)
+
+
+def append(rows, cfg):
+    """Rows of probe.jsonl, written there and returned, with the recipe and the date."""
+    path, date = results_folder(cfg.run) / "probe.jsonl", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    rows = [{**row, "seed": cfg.seed, "lr": cfg.lr, "epochs": cfg.epochs, "date": date} for row in rows]
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"appended to {path}")
@@ -1202,8 +1224,8 @@ def settle(cfg):
 
 def check_flags(cfg):
     """UserError for flags that do not belong to --head."""
-    belongs = {"shots": ["fewshot"], "k": BY_NEIGHBOURS, "sgd": SGD, "augment": SGD, "matryoshka": SGD,
-               "feedback": ["diffeed"], "sweep": ONE_PLACE,
+    belongs = {"shots": ["fewshot"], "k": BY_NEIGHBOURS, "sgd": SGD, "augment": [*SGD, "segment"],
+               "matryoshka": SGD, "feedback": ["diffeed"], "sweep": ONE_PLACE, "ignore": ["segment"],
                "batch_size": RECIPES, "epochs": RECIPES, "lr": RECIPES}
     for key, heads in belongs.items():
         if getattr(cfg, key) and cfg.head not in heads:
@@ -1218,6 +1240,9 @@ def check_flags(cfg):
         raise UserError(f"--save {cfg.save} cannot be written; give a new name that ends in .npz, "
                         "in a folder that is there")
     parse_numbers(cfg.hidden, int, "--hidden", low=1, high=2**16)
+    parse_numbers(cfg.ignore, int, "--ignore", high=255)
+    if cfg.head == "segment" and cfg.pool:
+        raise UserError("--head segment reads maps as they are; leave --pool out")
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; "
                         "leave --layers, --t and --pool out")
@@ -1275,6 +1300,8 @@ def data_of(config, cfg):
 def open_sets(model, config, cfg):
     """Name of the data set, its training and its test part: the run's own unless --dataset says otherwise."""
     name, folder = data_of(config, cfg)
+    if cfg.head == "segment":
+        return name, *open_masks(name, folder, model.image_size, cfg)
     crop = 0.64 if cfg.augment and cfg.sgd else 0.2             # DiffSSL keeps at least 0.8 of the sides
     train_set, test_set = (
         open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images, crop)
@@ -1306,24 +1333,204 @@ def check_same_data(config, data, run, remedy):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7. Behind the scenes
+# 7. Segmentation: a class for each pixel
 #
-# Features of many images. A plan, see section 8, is a list of (index (B,), crops (B, 1) or None).
+#     maps of all places, enlarged to the finest grid, concatenated               (B, C, g, g)
+#     dropout, BatchNorm, 1x1 convolution                                         (B, K, g, g)
+#     enlarged to the label                                                       (B, K, H, W)
+#
+# The recipe is that of DINOv3's eval/segmentation, without its photometric distortion and its limit on a
+# crop's largest class. The network sees images of its own size alone: no position embedding is stretched.
+
+IGNORE = 255                                                    # the label of pixels that do not count
+
+
+def compare_segments(nets, places, train_set, index, test_set, cfg):
+    """compare() for segmentation: prints a table, returns [what probe.jsonl says about it]. A confusion, int
+    (K, K), counts the pixels of class i, in the whole set, that were taken for class j."""
+    read, classes, S = reader(nets, places, cfg), train_set.classes, train_set.size
+    sample = read_one(read, train_set, index, cfg)
+    torch.manual_seed(cfg.seed)
+    heads = {name: segment_head(m.size(1), len(classes)).to(cfg.device) for (name, _), m in sample.items()}
+    learners = [(functools.partial(segment_loss, name, head),
+                 torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=1e-3))
+                for name, head in heads.items()]
+    batches = fresh_batches(read, train_set, index, cfg)
+    if not cfg.augment:
+        check_memory(sample, len(index), cfg)
+        kept = list(batches(0))
+        batches = lambda epoch: [kept[i] for i in shuffled(len(kept), cfg.seed, epoch)]
+    train(learners, batches, len(index) // cfg.batch_size, "segment", cfg)
+    confusions, examples = score_segments(heads, read, test_set, cfg)
+    if unified.rank_and_world()[0] == 0:
+        segment_sheet(examples, classes).save(results_folder(cfg.run) / "segments.png")
+    cells = sample["model", None].size(-1)
+    cuts = "scaled by 0.5 to 2, cut, flipped" if cfg.augment else "central squares, computed once"
+    protocol = (f"{cells} x {cells} cells; dropout 0.1, BatchNorm, 1x1 convolution; AdamW, weight decay "
+                f"1e-3, learning rate {cfg.lr * cfg.batch_size / 256:.3g}; {cfg.epochs} epochs of "
+                f"{len(index)} images, {cuts}, {cfg.batch_size} a step; tested on {len(test_set)} at their "
+                f"labels' size, by windows of {S} every {S * 2 // 3}")
+    return [segment_row(confusions, classes, places, protocol, cfg)]
+
+
+def score_segments(heads, read, data, cfg):
+    """{name: confusion} of a data set; for the first images what segment_sheet shows."""
+    confusions, examples, mine = collections.Counter(), [], local_shard(torch.arange(len(data)))
+    with progress_bar(len(mine), "test set", " images") as bar:
+        for image, y, found in segments(heads, read, data, mine, cfg):
+            for name, prediction in found.items():
+                confusions[name] += confusion_of(y, prediction, len(data.classes))
+            examples += [(image, y, found["model"])] * (len(examples) < 8)
+            bar.update()
+    if unified.rank_and_world()[1] > 1:
+        for confusion in confusions.values():
+            torch.distributed.all_reduce(confusion)
+    return confusions, examples
+
+
+def segment_row(confusions, classes, places, protocol, cfg):
+    """Print confusions as a table; the same as a row of probe.jsonl, with the protocol, without which such
+    figures cannot be compared."""
+    layers, ts = distinct(place.layer for place in places), distinct(place.t for place in places)
+    iou = {name: intersection_over_union(v) for name, v in confusions.items()}
+    miou = {name: v.nanmean().item() for name, v in iou.items()}
+    right = {name: (v.diag().sum() / v.sum()).item() for name, v in confusions.items()}
+    print(f"segment: layer {', '.join(map(str, layers))}, t {', '.join(f'{t:g}' for t in ts)}, {protocol}")
+    lines = [(c, [v[i].item() for v in iou.values()]) for i, c in enumerate(classes)]
+    lines += [("mIoU", miou.values()), ("pixels that are right", right.values())]
+    print_columns([["in %", name_of(cfg.run), "untrained", "raw patches", "ceiling of the cells"]] + [
+        [title, *("-" if v != v else f"{100 * v:.1f}" for v in values)] for title, values in lines])
+    return {"head": "segment", "layer": layers, "t": ts, "protocol": protocol, "miou": miou["model"],
+            **{name: miou[name] for name in ("untrained", "pixels", "ceiling")},
+            "pixel_accuracy": right["model"],
+            "iou": {c: None if v != v else v for c, v in zip(classes, iou["model"].tolist())}}
+
+
+def cells_on_a_side(model, places):
+    """Of the largest map."""
+    return max(model.layers[place.layer][1] for place in places)
+
+
+def enlarged(maps, size):
+    """Maps (B, C, h, w), C, h and w of each its own -> (B, sum of C, *size)."""
+    return torch.cat([F.interpolate(m, tuple(size), mode="bilinear") for m in maps], 1)
+
+
+def segment_head(C, classes):
+    """(B, C, g, g) -> logits (B, classes, g, g)."""
+    linear = nn.Conv2d(C, classes, 1)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.Dropout2d(0.1), nn.BatchNorm2d(C), linear)
+
+
+def segment_loss(name, head, features, y):
+    """Mean cross-entropy over the pixels of the labels y, uint8 (B, H, W), that count."""
+    logits = enlarged([head(*features_of(features, name))], y.shape[1:])
+    loss = F.cross_entropy(logits, y.long(), ignore_index=IGNORE, reduction="sum")
+    return loss / (y != IGNORE).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def segments(heads, read, data, index, cfg):
+    """Yields (image (3, h, w), label (H, W), {name: prediction (H, W)}) of whole images index (n,). What is
+    called ceiling is predicted by the label itself, averaged to the cells."""
+    S, pairs = data.size, data.pairs_of([(i, "whole") for i in index.tolist()], cfg.workers)
+    for part in index.split(images_at_once(data, cfg.device)):
+        images, labels = zip(*(next(pairs) for _ in part))
+        x = [cut_windows(image, S) for image in images]
+        names = torch.cat([unified.hash_ints(i, torch.arange(len(v))) for i, v in zip(part.tolist(), x)])
+        features = read(torch.cat(x), names)
+        logits = {name: head.eval()(*features_of(features, name)).split([len(v) for v in x])
+                  for name, head in heads.items()}
+        for i, (image, y) in enumerate(zip(images, labels)):
+            p = {name: enlarged([v[i]], (S, S)).softmax(1) for name, v in logits.items()}
+            one_hot = (y == torch.arange(len(data.classes), device=y.device)[:, None, None]).float()
+            one_hot = cut_windows(F.interpolate(one_hot[None], image.shape[1:], mode="nearest-exact")[0], S)
+            p["ceiling"] = enlarged([F.adaptive_avg_pool2d(one_hot, logits["model"][i].shape[2:])], (S, S))
+            p = {name: enlarged([merge_windows(v, *image.shape[1:])[None]], y.shape) for name, v in p.items()}
+            yield image, y, {name: v[0].argmax(0) for name, v in p.items()}
+
+
+def window_corners(height, width, size):
+    """(top, left) of windows that cover an image, one every two thirds of a side; the last ends with it."""
+    step = size * 2 // 3
+    rows, columns = ([min(start, side - size) for start in range(0, side - size + step, step)]
+                     for side in (height, width))
+    return [(top, left) for top in rows for left in columns]
+
+
+def cut_windows(x, size):
+    """(C, h, w) -> (V, C, size, size)."""
+    corners = window_corners(*x.shape[1:], size)
+    return torch.stack([x[:, top:top + size, left:left + size] for top, left in corners])
+
+
+def merge_windows(p, height, width):
+    """The way back, (V, K, S, S) -> (K, height, width): a pixel's mean over the windows that hold it."""
+    S, total, count = p.size(-1), p.new_zeros(p.size(1), height, width), p.new_zeros(height, width)
+    for part, (top, left) in zip(p, window_corners(height, width, S)):
+        total[:, top:top + S, left:left + S] += part
+        count[top:top + S, left:left + S] += 1
+    return total / count
+
+
+def confusion_of(y, prediction, classes):
+    """Labels and predictions (H, W) -> counts int (classes, classes), without pixels of label IGNORE."""
+    pairs = y[y != IGNORE].long() * classes + prediction[y != IGNORE]
+    return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
+
+
+def intersection_over_union(confusion):
+    """Counts (K, K) -> (K,), NaN for a class that occurs neither in labels nor in predictions."""
+    hits = confusion.diag().double()
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+
+
+def segment_sheet(examples, classes, side=128):
+    """[(image, label, prediction), ...] -> PIL image: a row of squares each, and a legend. A class has its
+    colour in Pascal VOC's palette: its bits, dealt to red, green and blue in turn."""
+    palette = [[sum((c >> 3 * i + channel & 1) << 7 - i for i in range(3)) for channel in range(3)]
+               for c in range(IGNORE)] + [[224, 224, 192]]
+    colors = torch.tensor(palette) / 255
+    tiles = [v.cpu() if i == 0 else colors[v.long().cpu()].movedim(2, 0)
+             for example in examples for i, v in enumerate(example)]
+    tiles = torch.cat([F.interpolate(v[None], (side, side)) for v in tiles])
+    rows = unified.image_grid(tiles, columns=3, least=1)
+    sheet = PIL.Image.new("RGB", (rows.width + 160, rows.height), "white")
+    sheet.paste(rows)
+    draw = PIL.ImageDraw.Draw(sheet)
+    draw.text((rows.width + 8, 8), "image, label, prediction", fill="black")
+    for i, c in enumerate(torch.cat([v.flatten() for _, *pair in examples for v in pair]).unique().tolist()):
+        draw.rectangle((rows.width + 8, 20 * i + 28, rows.width + 24, 20 * i + 44), fill=tuple(palette[c]))
+        draw.text((rows.width + 32, 20 * i + 30), "ignored" if c == IGNORE else classes[c], fill="black")
+    return sheet
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8. Behind the scenes
+#
+# Features of many images. A plan, see section 9, is a list of (index (B,), crops (B, 1) or None).
 
 
 def extract_features(read, data, index, cfg, title):
     """Features of the whole images index (N,), read by all processes together: {key: (N, ...)}, labels
     (N,), without unreadable images. UserError if they do not fit into memory."""
     sample = read_one(read, data, index, cfg)
-    need = len(index) * sum(v.nbytes for v in sample.values())
-    memory = torch.cuda.mem_get_info()[0] if cfg.device.startswith("cuda") else machine_memory()
-    if need > 0.8 * memory:
-        raise UserError(f"features of {len(index)} images need {need / 2**30:.0f} GiB; "
-                        f"--limit {int(0.5 * memory / need * len(index))} fits, a smaller --pool may, "
-                        "and trained heads have --augment, which keeps none")
+    check_memory(sample, len(index), cfg)
     features, y = read_images(read, data, local_shard(index), cfg.workers, cfg.device, title)
     y = gather(y, len(index))
     return {key: gather(v, len(index))[y >= 0] for key, v in features.items()}, y[y >= 0]
+
+
+def check_memory(sample, n, cfg):
+    """UserError if n images' features, of which a sample is one's, do not fit into memory."""
+    need = n * sum(v.nbytes for v in sample.values())
+    memory = torch.cuda.mem_get_info()[0] if cfg.device.startswith("cuda") else machine_memory()
+    if need > 0.8 * memory:
+        raise UserError(f"features of {n} images need {need / 2**30:.0f} GiB; "
+                        f"--limit {int(0.5 * memory / need * n)} fits, a smaller --pool may, "
+                        "and trained heads have --augment, which keeps none")
 
 
 def read_images(read, data, index, workers=0, device="cpu", name=None):
@@ -1469,7 +1676,7 @@ def distinct(values):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8. Data sets
+# 9. Data sets
 #
 # Each has: images of one size, labels, class names, and batches(plan): for every
 # (index (B,), crops (B, V) or None) of the plan one (x, labels), x float in [0, 1] of shape (B, V, 3, S, S),
@@ -1718,11 +1925,11 @@ def image_files(folder, others):
     return images + [file for p in folders if p.resolve() not in above for file in image_files(p, others)]
 
 
-def shapes(train, size):
+def shapes(train, size, **options):
     """20,000 images to train on or 2,000 others to test on, or, None, all of these."""
     seeds = torch.cat([torch.arange(20_000)] * (train is not False)
                       + [torch.arange(1_000_000, 1_002_000)] * (not train))
-    images, labels = zip(*(unified.draw_shapes(part, size) for part in seeds.split(1000)))
+    images, labels = zip(*(unified.draw_shapes(part, size, **options) for part in seeds.split(1000)))
     return torch.cat(images), torch.cat(labels), list(unified.SHAPES)
 
 
@@ -1910,6 +2117,164 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     if train and not strict:
         check_sample(data)
     return data
+
+
+# Images with masks, in which the value of a pixel is its class. All masks are checked before any work.
+
+EXPECTED_MASKS = """there are no images with masks in {root}; expected one of
+    {root}/images/training/*.jpg, annotations/training/*.png, and the same in validation (ADE20K)
+    {root}/JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{{train,val}}.txt (Pascal VOC)
+    {root}/images/train/*, masks/train/*.png, and the same in val; classes.txt, if any, names the classes"""
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+               "motorbike person pottedplant sheep sofa train tvmonitor").split()
+
+
+class MaskSet(torch.utils.data.Dataset):
+    """pairs of an image and its mask, which may be of any size. Other attributes as of ImageFolder.
+
+    load  pair -> PIL images, the mask of mode L with class numbers and IGNORE
+    """
+
+    def __init__(self, pairs, load, classes, size, device, layout, summary):
+        self.pairs, self.load, self.classes, self.size, self.device = pairs, load, classes, size, device
+        self.layout, self.summary, self.unreadable = layout, summary, {}
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, item):
+        """(index, crop) -> uint8 (3, S, S) and (S, S): a crop, None for the central one. "whole": (3, h, w),
+        the shorter side S, and the mask (H, W) as it is. A worker cannot raise a UserError and returns it."""
+        index, crop = item
+        try:
+            image, mask = self.load(self.pairs[index])
+        except UserError as error:
+            return error
+        if crop == "whole":
+            image = image.resize(with_short_side(image.size, self.size), PIL.Image.Resampling.BILINEAR)
+        else:
+            image, mask = cut_both(image, mask, crop, self.size)
+        return torch.from_numpy(numpy.array(image)).movedim(2, 0), torch.from_numpy(numpy.array(mask))
+
+    def pairs_of(self, items, workers):
+        """Images in [0, 1] and labels for all items, one by one, on the device."""
+        workers = 0 if self.layout == "in memory" else workers
+        for pair in handed_over(torch.utils.data.DataLoader(
+                self, sampler=items, batch_size=None, num_workers=workers, timeout=5 if workers else 0)):
+            if isinstance(pair, UserError):
+                raise pair
+            image, label = (unified.to_device(v, self.device) for v in pair)
+            yield image.float() / 255, label
+
+    def batches(self, plan, workers=0, replace=True):
+        """As of the other sets, with labels (B, S, S)."""
+        items = [(i, None if crops is None else crops[k, 0].item())
+                 for index, crops in plan for k, i in enumerate(index.tolist())]
+        pairs = self.pairs_of(items, workers)
+        for index, crops in plan:
+            x, y = map(torch.stack, zip(*(next(pairs) for _ in index)))
+            yield x if crops is None else x[:, None], y
+
+
+def with_short_side(sides, length):
+    """Sides of an image, scaled so that the shorter one has this length."""
+    return [max(1, round(side * length / min(sides))) for side in sides]
+
+
+def cut_both(image, mask, crop, size):
+    """The same square of an image and its mask: of the shorter side in the middle or, decided by the integer
+    crop, scaled by 0.5 to 2, from anywhere, flipped every other time. Beyond is grey, its label IGNORE."""
+    random = unified.hashed_uniform(torch.tensor([crop or 0]), 0, 4)[0].tolist()
+    zoom, x, y, flip = (1 / 3, 0.5, 0.5, 1) if crop is None else random
+    sides, cuts = with_short_side(image.size, size * (0.5 + 1.5 * zoom)), []
+    corner = tuple(round(u * (size - side)) for u, side in zip((x, y), sides))
+    for part, beyond, how in ((image, (128, 128, 128), "BILINEAR"), (mask, IGNORE, "NEAREST")):
+        cuts.append(PIL.Image.new(part.mode, (size, size), beyond))
+        cuts[-1].paste(part.resize(sides, PIL.Image.Resampling[how]), corner)
+    return map(PIL.ImageOps.mirror, cuts) if flip < 0.5 else cuts
+
+
+def open_masks(dataset, data_dir, size, cfg):
+    """MaskSets to train and to test on: 'shapes', or a folder that lies as EXPECTED_MASKS says."""
+    void = parse_numbers(cfg.ignore, int, "--ignore")
+    if dataset == "shapes":
+        table, sets = class_table(0, 1 + len(unified.SHAPES), void), []
+        for train in (True, False):
+            images, masks, names = shapes(train, size, masks=True)
+            images, masks = images[:4000].movedim(1, -1).numpy(), table[masks[:4000].numpy()].astype("uint8")
+            sets.append(MaskSet(list(zip(images, masks)), lambda pair: map(PIL.Image.fromarray, pair),
+                                ["ground", *names], size, cfg.device, "in memory", ""))
+        return sets
+    root = pathlib.Path(data_dir or dataset)
+    layout, first, classes, parts = find_masks(root)
+    table, highest = class_table(first, len(classes) or IGNORE, void), 1
+    for image, mask in tqdm.tqdm(sum(parts, []), "masks", leave=False, disable=None):
+        with unified.reading(image, "an image"), PIL.Image.open(image) as opened:
+            values = numpy.array(read_mask(mask, opened.size, table))
+        highest = max(highest, values[values != IGNORE].max(initial=0))
+    classes = classes or [str(c) for c in range(highest + 1)]
+    summary = f"{shown(root)}: {layout}, {' and '.join(str(len(part)) for part in parts)} images with masks"
+    load = functools.partial(read_pair, table=table)
+    return [MaskSet(part, load, classes, size, cfg.device, layout, summary) for part in parts]
+
+
+def find_masks(root):
+    """(layout, value of the first class in a mask, class names or [], pairs of files to train and to test on)
+    of a folder."""
+    def lines(name):
+        return (root / name).read_text().splitlines() if (root / name).exists() else []
+
+    def beside(images, masks):
+        return [(p, (root / masks / p.relative_to(root / images)).with_suffix(".png"))
+                for p in image_files(root / images, [])]
+    if (root / "annotations").is_dir():
+        parts = [beside(f"images/{part}", f"annotations/{part}") for part in ("training", "validation")]
+        names = [line.split("\t")[-1] for line in lines("objectInfo150.txt")[1:]] or map(str, range(1, 151))
+        found = "ADE20K", 1, list(names), parts
+    elif (root / "SegmentationClass").is_dir():
+        parts = [[(root / f"JPEGImages/{name}.jpg", root / f"SegmentationClass/{name}.png")
+                  for name in lines(f"ImageSets/Segmentation/{part}.txt")] for part in ("train", "val")]
+        found = "Pascal VOC", 0, VOC_CLASSES, parts
+    else:
+        parts = [beside(f"images/{part}", f"masks/{part}") for part in ("train", "val")]
+        found = "a tree", 0, lines("classes.txt"), parts
+    if not all(parts):
+        raise UserError(EXPECTED_MASKS.format(root=shown(root)))
+    return found
+
+
+def class_table(first, classes, void):
+    """Value in a mask -> class, IGNORE where it does not count, -1 where no such value may be: int (256,)."""
+    table = numpy.full(256, -1)
+    table[first:first + classes] = numpy.arange(classes)
+    table[[IGNORE, *range(first), *void]] = IGNORE
+    return table
+
+
+def read_pair(pair, table):
+    """Files -> PIL images, for MaskSet. EXIF turns no image here: its mask would stay as it is."""
+    with unified.reading(pair[0], "an image"), PIL.Image.open(pair[0]) as image:
+        image = image.convert("RGB")
+    return image, read_mask(pair[1], image.size, table)
+
+
+def read_mask(path, size, table):
+    """A mask file -> PIL image of class numbers and IGNORE. UserError for what cannot be the mask of an image
+    of this size."""
+    with unified.reading(path, "a mask"), PIL.Image.open(path) as mask:
+        mode, values = mask.mode, numpy.array(mask).astype(numpy.int64)
+    if values.ndim > 2:
+        raise UserError(f"{shown(path)} holds colours ({mode}), but the value of a mask's pixel is its class; "
+                        "save it with one channel, or with a palette")
+    if values.shape[::-1] != size:
+        raise UserError(f"{shown(path)} has {mask.width} x {mask.height} pixels and its image "
+                        f"{size[0]} x {size[1]}; save both at one size")
+    wrong = values[(values < 0) | (values > 255) | (table[values.clip(0, 255)] < 0)]
+    if len(wrong):
+        highest = numpy.flatnonzero((table >= 0) & (table < IGNORE)).max()
+        raise UserError(f"{shown(path)} holds the class {wrong.max()}, and {highest} is the highest here; "
+                        "mend it, or if it is no class, make it 255")
+    return PIL.Image.fromarray(table[values].astype(numpy.uint8))
 
 
 if __name__ == "__main__":

@@ -2631,6 +2631,192 @@ def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Segmentation
+
+
+def test_the_mean_iou_is_that_of_a_count_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    labels, predictions = (torch.randint(0, 4, (3, 5, 7), generator=generator) for _ in range(2))
+    labels[labels == 3] = probe.IGNORE                      # class 3 is predicted only, 4 occurs nowhere
+    confusion = sum(probe.confusion_of(y, p, 5) for y, p in zip(labels, predictions))
+    pairs = [(y, p) for y, p in zip(labels.flatten().tolist(), predictions.flatten().tolist()) if y != 255]
+    by_hand = [sum(y == p == c for y, p in pairs) / sum(c in (y, p) for y, p in pairs) for c in range(4)]
+    iou = probe.intersection_over_union(confusion)
+    assert iou[:4].tolist() == by_hand and iou[3] == 0 and iou[4].isnan() and confusion.sum() == len(pairs)
+    assert iou.nanmean().item() == pytest.approx(sum(by_hand) / 4)
+
+
+@pytest.mark.parametrize("height, width", [(12, 12), (12, 13), (12, 41), (30, 12)])
+def test_windows_cover_every_pixel_and_weigh_evenly(height, width):
+    x = torch.randn(3, height, width)
+    windows = probe.cut_windows(x, 12)
+    assert_close(probe.merge_windows(windows, height, width), x)
+    tops, lefts = (sorted(set(v)) for v in zip(*probe.window_corners(height, width, 12)))
+    assert len(windows) == len(tops) * len(lefts) and tops[-1] == height - 12 and lefts[-1] == width - 12
+    assert all(b - a <= 8 for v in (tops, lefts) for a, b in zip(v, v[1:]))                 # two thirds
+    weights = torch.arange(1.0, len(windows) + 1)[:, None, None, None].expand(-1, 1, 12, 12)
+    covering = [[i for i, (top, left) in enumerate(probe.window_corners(height, width, 12), 1)
+                 if top <= y < top + 12 and left <= x < left + 12] for y, x in [(0, 0), (11, 11)]]
+    merged = probe.merge_windows(weights, height, width)[0]
+    assert [merged[0, 0], merged[11, 11]] == [sum(v) / len(v) for v in covering]
+
+
+def test_an_image_that_is_its_label_stays_so_through_scale_crop_and_flip():
+    label = numpy.kron(numpy.arange(6).reshape(2, 3), numpy.ones((20, 20), int)).astype(numpy.uint8)
+    pair = PIL.Image.fromarray(label).convert("RGB"), PIL.Image.fromarray(label)
+    flips, beyond = set(), 0
+    for crop in [None, *range(40)]:
+        image, mask = map(numpy.array, probe.cut_both(*pair, crop, 16))
+        assert image.shape == (16, 16, 3) and mask.shape == (16, 16)
+        assert set(numpy.unique(mask)) <= {*range(6), probe.IGNORE}                       # never between two
+        same = numpy.pad(mask, 1, mode="edge")
+        views = [same[y:y + 16, x:x + 16] for y in range(3) for x in range(3)]
+        inside = numpy.all([v == mask for v in views], 0) & (mask != probe.IGNORE)
+        assert inside.any() and (image[inside] == mask[inside][:, None]).all()
+        assert (image[mask == probe.IGNORE] == 128).all()
+        row = mask[8][mask[8] != probe.IGNORE].astype(int)
+        flips |= set(numpy.sign(numpy.diff(row)).tolist())
+        beyond += (mask == probe.IGNORE).any()
+    assert flips == {-1, 0, 1} and 0 < beyond < 40
+
+
+def test_masks_of_shapes_are_exact_and_change_no_image():
+    images, labels = unified.draw_shapes(torch.arange(100), 32)
+    with_masks, masks = unified.draw_shapes(torch.arange(100), 32, masks=True)
+    assert with_masks.equal(images) and masks.dtype == torch.uint8 and masks.shape == (100, 32, 32)
+    assert masks.flatten(1).amax(1).equal((labels + 1).byte())
+    ground = (images == unified.GROUND[:, None, None]).all(1)
+    assert (masks[ground] == 0).all()
+    for image, mask in zip(images, masks):                          # the edge is at half of the colour
+        color = image[:, mask > 0].float().sub(128).abs().amax(1)
+        depth = (image.float() - 128).abs().amax(0) / color.max()
+        assert ((depth > 0.5) == (mask > 0)).float().mean() > 0.99
+
+
+def test_the_head_reaches_the_ceiling_on_features_that_hold_the_label():
+    _, y = unified.draw_shapes(torch.arange(96), 16, masks=True)
+    maps = F.adaptive_avg_pool2d(F.one_hot(y.long(), 9).movedim(-1, 1).float(), 8)
+    torch.manual_seed(0)
+    head, cfg = probe.segment_head(9, 9), settings(head="segment", lr=0.8, epochs=20)
+    loss = functools.partial(probe.segment_loss, "model", head)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=1e-3)
+    probe.train([(loss, optimizer)], probe.cached_batches({("model", None): maps}, y, cfg), 6, None, cfg)
+    scores = [probe.intersection_over_union(probe.confusion_of(y, found.argmax(1), 9)).mean().item()
+              for found in (probe.enlarged([head.eval()(maps)], (16, 16)), probe.enlarged([maps], (16, 16)))]
+    assert scores[0] > scores[1] - 0.02 > 0.5
+
+
+def masks_tree(folder, layout):
+    """Three images of 20 x 24 pixels to train on and one to test on, in the layout; a row of each mask is
+    0, 1, 2, 255, the other rows are 2."""
+    names = {"ade": ("images/training", "annotations/training",
+                     "images/validation", "annotations/validation"),
+             "voc": ("JPEGImages", "SegmentationClass") * 2,
+             "tree": ("images/train", "masks/train", "images/val", "masks/val")}[layout]
+    for i in range(4):
+        images, masks = (folder / name for name in (names[:2] if i < 3 else names[2:]))
+        images.mkdir(parents=True, exist_ok=True)
+        masks.mkdir(parents=True, exist_ok=True)
+        values = numpy.full((24, 20), 2, numpy.uint8)
+        values[0] = numpy.repeat([0, 1, 2, 255], 5)
+        mask = PIL.Image.fromarray(values)
+        if layout == "voc":
+            mask.putpalette(list(range(256)) * 3)
+        mask.save(masks / f"{i}.png")
+        PIL.Image.fromarray(numpy.full((24, 20, 3), 60 * i, numpy.uint8)).save(images / f"{i}.jpg")
+    if layout == "voc":
+        (folder / "ImageSets/Segmentation").mkdir(parents=True)
+        (folder / "ImageSets/Segmentation/train.txt").write_text("0\n1\n2\n")
+        (folder / "ImageSets/Segmentation/val.txt").write_text("3\n")
+    return folder
+
+
+@pytest.mark.parametrize("layout, ignore, row, rest, classes", [
+    ("ade", "", [255, 0, 1, 255], 1, 150), ("voc", "", [0, 1, 2, 255], 2, 21),
+    ("tree", "", [0, 1, 2, 255], 2, 3), ("tree", "0", [255, 1, 2, 255], 2, 3)])
+def test_masks_are_read_as_their_layout_says_and_shifted_once(layout, ignore, row, rest, classes, tmp_path):
+    root = masks_tree(tmp_path, layout)
+    cfg = settings(head="segment", ignore=ignore)
+    train_set, test_set = probe.open_masks(str(root), "", 16, cfg)
+    assert (len(train_set), len(test_set), len(train_set.classes)) == (3, 1, classes)
+    [(image, label)] = test_set.pairs_of([(0, "whole")], 0)
+    assert image.shape == (3, 19, 16) and label.shape == (24, 20)
+    assert label[0, ::5].tolist() == row and (label[1:] == rest).all()
+    x, y = next(train_set.batches([(torch.arange(3), torch.arange(3)[:, None])]))
+    assert x.shape == (3, 1, 3, 16, 16) and y.shape == (3, 16, 16)
+    assert set(y.unique().tolist()) <= {*row, rest, 255}
+
+
+def test_names_of_classes_are_read(tmp_path):
+    root = masks_tree(tmp_path / "tree", "tree")
+    (root / "classes.txt").write_text("ground\ncat\ndog\nbird\n")
+    names = probe.open_masks(root, "", 16, settings(head="segment"))[0].classes
+    assert names == ["ground", "cat", "dog", "bird"]
+    root = masks_tree(tmp_path / "ade", "ade")
+    lines = [f"{k}\tthing {k}\n" for k in range(1, 151)]
+    (root / "objectInfo150.txt").write_text("Idx\tName\n" + "".join(lines))
+    names = probe.open_masks(root, "", 16, settings(head="segment"))[1].classes
+    assert (names[0], names[149], len(names)) == ("thing 1", "thing 150", 150)
+
+
+@pytest.mark.parametrize("layout, spoil, sentence", [
+    ("tree", lambda mask: mask.convert("RGB"), "holds colours .RGB.* with one channel"),
+    ("voc", lambda mask: mask.convert("RGB"), "holds colours .RGB"),
+    ("tree", lambda mask: None, "cannot be read as a mask"),
+    ("tree", lambda mask: mask.resize((20, 25)), "has 20 x 25 pixels and its image 20 x 24"),
+    ("tree", lambda mask: PIL.Image.fromarray(numpy.uint16([[300] * 20] * 24)), "holds the class 300"),
+    ("ade", lambda mask: mask.point(lambda v: 151), "holds the class 151, and 150 is the highest"),
+    ("voc", lambda mask: mask.point(lambda v: 21), "holds the class 21, and 20 is the highest")])
+def test_a_mask_that_cannot_be_one_is_refused_in_a_sentence_that_names_it(layout, spoil, sentence, tmp_path):
+    root = masks_tree(tmp_path, layout)
+    [path] = root.rglob("3.png")
+    spoiled = spoil(PIL.Image.open(path))
+    path.unlink()
+    if spoiled:
+        spoiled.save(path)
+    with pytest.raises(unified.UserError, match=rf"3\.png {sentence}") as caught:
+        probe.open_masks(root, "", 16, settings(head="segment"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_masks_is_told_the_layouts(photos):
+    with pytest.raises(unified.UserError, match="no images with masks(.|\n)*annotations(.|\n)*masks/train"):
+        probe.open_masks(photos, "", 16, settings(head="segment"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_with_a_mask_is_named_by_whatever_process_reads_it(workers, tmp_path):
+    root = masks_tree(tmp_path, "tree")
+    train_set, _ = probe.open_masks(root, "", 16, settings(head="segment"))
+    (root / "images/train/1.jpg").write_bytes(b"nothing")
+    with pytest.raises(unified.UserError, match=r"1\.jpg cannot be read as an image") as caught:
+        list(train_set.batches([(torch.arange(3), None)], workers))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("which, more", [
+    ("mage", ()), ("mage", ("--layers", "2,3", "--augment")), ("adm", ("--layers", "1,3", "--t", "9,30"))])
+def test_a_linear_head_segments_by_any_network(which, more, finished, finished_adm, tmp_path,
+                                               monkeypatch, capsys):
+    run, root = finished[0] if which == "mage" else finished_adm, masks_tree(tmp_path, "tree")
+    printed, [row] = probed(monkeypatch, capsys, run, "--head", "segment", "--dataset", root,
+                            "--batch-size", 2, "--epochs", 2, *more)
+    assert "ceiling" in printed and f"{row['protocol']}" in printed and "mIoU" in printed
+    assert all(0 <= row[key] <= 1 for key in ("miou", "untrained", "pixels", "ceiling"))
+    assert row["dataset"] == str(root) and list(row["iou"]) == ["0", "1", "2"]
+    with PIL.Image.open(run / "segments.png") as sheet:
+        assert sheet.width > sheet.height
+
+
+@pytest.mark.parametrize("args, sentence", [
+    (("--pool", "2"), "leave --pool out"), (("--ignore", "x"), "--ignore takes"),
+    (("--sweep",), "--sweep belongs")])
+def test_flags_that_segmentation_has_not_are_refused(args, sentence, finished, monkeypatch, capsys):
+    with pytest.raises(unified.UserError, match=sentence):
+        probed(monkeypatch, capsys, finished[0], "--head", "segment", *args)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # 11. Sizes
 
 

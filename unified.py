@@ -2399,10 +2399,11 @@ GROUND = torch.tensor([128.0, 128.0, 128.0])
 PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])
 
 
-def draw_shapes(seeds, size, numbers=None):
+def draw_shapes(seeds, size, numbers=None, masks=False):
     """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
     turned by quarters give or take 9 degrees, always wholly visible. All that is random about them is
-    numbers (B, 7) in (0, 1): kind, colour, radius, x, y, quarter turn, further turn; drawn if None."""
+    numbers (B, 7) in (0, 1): kind, colour, radius, x, y, quarter turn, further turn; drawn if None.
+    masks: with a label for each pixel instead, uint8 (B, size, size), 0 for the ground, then the shapes."""
     numbers = hashed_uniform(seeds, 0, 7) if numbers is None else numbers
     kind, color, radius, cx, cy, turn, wobble = numbers[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
@@ -2416,6 +2417,8 @@ def draw_shapes(seeds, size, numbers=None):
     distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(labels))]
     alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
     paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
+    if masks:
+        labels = ((distance < 0) * (1 + labels[:, None, None])).byte()
     return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
 
 
