@@ -643,6 +643,11 @@ def cached_batches(features, y, cfg):
     return batches
 
 
+def repeated(kept, cfg):
+    """The same of batches that are at hand, in another order in each epoch."""
+    return lambda epoch: [kept[i] for i in shuffled(len(kept), cfg.seed, epoch)]
+
+
 def fresh_batches(read, data, index, cfg):
     """The same of features that are computed anew, from random crops with --augment and in fine-tuning."""
     def batches(epoch):
@@ -1358,8 +1363,7 @@ def compare_segments(nets, places, train_set, index, test_set, cfg):
     batches = fresh_batches(read, train_set, index, cfg)
     if not cfg.augment:
         check_memory(sample, len(index), cfg)
-        kept = list(batches(0))
-        batches = lambda epoch: [kept[i] for i in shuffled(len(kept), cfg.seed, epoch)]
+        batches = repeated(list(batches(0)), cfg)
     train(learners, batches, len(index) // cfg.batch_size, "segment", cfg)
     confusions, examples = score_segments(heads, read, test_set, cfg)
     if unified.rank_and_world()[0] == 0:
@@ -1393,8 +1397,8 @@ def segment_row(confusions, classes, places, protocol, cfg):
     figures cannot be compared."""
     layers, ts = distinct(place.layer for place in places), distinct(place.t for place in places)
     iou = {name: intersection_over_union(v) for name, v in confusions.items()}
-    miou = {name: v.nanmean().item() for name, v in iou.items()}
-    right = {name: (v.diag().sum() / v.sum()).item() for name, v in confusions.items()}
+    miou = {name: round(v.nanmean().item(), 4) for name, v in iou.items()}
+    right = {name: round((v.diag().sum() / v.sum()).item(), 4) for name, v in confusions.items()}
     print(f"segment: layer {', '.join(map(str, layers))}, t {', '.join(f'{t:g}' for t in ts)}, {protocol}")
     lines = [(c, [v[i].item() for v in iou.values()]) for i, c in enumerate(classes)]
     lines += [("mIoU", miou.values()), ("pixels that are right", right.values())]
@@ -1403,7 +1407,7 @@ def segment_row(confusions, classes, places, protocol, cfg):
     return {"head": "segment", "layer": layers, "t": ts, "protocol": protocol, "miou": miou["model"],
             **{name: miou[name] for name in ("untrained", "pixels", "ceiling")},
             "pixel_accuracy": right["model"],
-            "iou": {c: None if v != v else v for c, v in zip(classes, iou["model"].tolist())}}
+            "iou": {c: None if v != v else round(v, 4) for c, v in zip(classes, iou["model"].tolist())}}
 
 
 def cells_on_a_side(model, places):
@@ -1497,11 +1501,12 @@ def segment_sheet(examples, classes, side=128):
              for example in examples for i, v in enumerate(example)]
     tiles = torch.cat([F.interpolate(v[None], (side, side)) for v in tiles])
     rows = unified.image_grid(tiles, columns=3, least=1)
-    sheet = PIL.Image.new("RGB", (rows.width + 160, rows.height), "white")
+    seen = torch.cat([v.flatten() for _, *pair in examples for v in pair]).unique().tolist()
+    sheet = PIL.Image.new("RGB", (rows.width + 160, max(rows.height, 20 * len(seen) + 36)), "white")
     sheet.paste(rows)
     draw = PIL.ImageDraw.Draw(sheet)
     draw.text((rows.width + 8, 8), "image, label, prediction", fill="black")
-    for i, c in enumerate(torch.cat([v.flatten() for _, *pair in examples for v in pair]).unique().tolist()):
+    for i, c in enumerate(seen):
         draw.rectangle((rows.width + 8, 20 * i + 28, rows.width + 24, 20 * i + 44), fill=tuple(palette[c]))
         draw.text((rows.width + 32, 20 * i + 30), "ignored" if c == IGNORE else classes[c], fill="black")
     return sheet
@@ -2208,10 +2213,12 @@ def open_masks(dataset, data_dir, size, cfg):
     root = pathlib.Path(data_dir or dataset)
     layout, first, classes, parts = find_masks(root)
     table, highest = class_table(first, len(classes) or IGNORE, void), 1
-    for image, mask in tqdm.tqdm(sum(parts, []), "masks", leave=False, disable=None):
-        with unified.reading(image, "an image"), PIL.Image.open(image) as opened:
-            values = numpy.array(read_mask(mask, opened.size, table))
-        highest = max(highest, values[values != IGNORE].max(initial=0))
+    with progress_bar(sum(map(len, parts)), "masks", " masks") as bar:
+        for image, mask in sum(parts, []):
+            with unified.reading(image, "an image"), PIL.Image.open(image) as opened:
+                values = numpy.array(read_mask(mask, opened.size, table))
+            highest = max(highest, values[values != IGNORE].max(initial=0))
+            bar.update()
     classes = classes or [str(c) for c in range(highest + 1)]
     summary = f"{shown(root)}: {layout}, {' and '.join(str(len(part)) for part in parts)} images with masks"
     load = functools.partial(read_pair, table=table)
@@ -2264,8 +2271,8 @@ def read_mask(path, size, table):
     with unified.reading(path, "a mask"), PIL.Image.open(path) as mask:
         mode, values = mask.mode, numpy.array(mask).astype(numpy.int64)
     if values.ndim > 2:
-        raise UserError(f"{shown(path)} holds colours ({mode}), but the value of a mask's pixel is its class; "
-                        "save it with one channel, or with a palette")
+        raise UserError(f"{shown(path)} holds colours ({mode}), but a mask's pixels hold the number of their "
+                        "class; save it with one channel, or with a palette")
     if values.shape[::-1] != size:
         raise UserError(f"{shown(path)} has {mask.width} x {mask.height} pixels and its image "
                         f"{size[0]} x {size[1]}; save both at one size")
