@@ -4462,6 +4462,17 @@ def test_a_schedule_is_any_of_unifieds_and_refused_where_there_is_none(finished,
     assert "choose from" in script("sample.py", finished[0], "--schedule", "square", expect=2)
 
 
+def test_an_image_is_inpainted_with_guidance_by_a_label_and_by_a_guide(finished, tmp_path):
+    sheets, guide = [], ("--guide", finished[0], "--guidance", 3)
+    PIL.Image.new("RGB", (32, 32), "gray").save(tmp_path / "grey.png")
+    for number, more in enumerate([(), ("--label", "cat", "--guidance", 3), guide]):
+        out = tmp_path / f"{number}.png"
+        script("sample.py", finished[0], "--image", tmp_path / "grey.png", "--box", "0,0,16,16", "--n", 2,
+               "--steps", 2, "--out", out, *more)
+        sheets.append(out.read_bytes())
+    assert sheets[0] == sheets[2] != sheets[1]      # who guides himself is not moved; a label moves
+
+
 def test_a_guide_and_an_interval_change_samples_and_are_refused_where_they_do_nothing(finished, diffused,
                                                                                       tmp_path):
     def pixels(name, *more):
