@@ -4586,6 +4586,21 @@ def test_a_probe_stands_beside_its_baselines(finished):
     assert "same network untrained" in printed and "raw pixels" in printed
 
 
+def test_the_untrained_twin_of_the_closing_report_does_not_depend_on_what_ran_before(finished, photos,
+                                                                                     monkeypatch):
+    model, _ = unified.load_model(finished[0])
+    cfg = types.SimpleNamespace(out_dir=finished[0], model="mage", init="", labels=True, workers=0,
+                                device="cpu")
+    data = probe.open_data(str(photos), "", 32, train=False)
+    monkeypatch.setattr(probe, "ridge_probe", lambda features, *_: features.clone())
+    reports = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        reports.append(train.probe_features(cfg, model, {}, data, data))
+    assert len(reports[0]) == 3
+    assert all(found.equal(reports[1][name]) for name, found in reports[0].items())
+
+
 def test_one_run_is_called_by_its_name(finished):
     printed = script("probe.py", finished[0], "--workers", 0)
     name, of = printed.splitlines()[2].split("  ")[-1], printed.splitlines()[1]

@@ -1139,11 +1139,8 @@ def report(cfg, model, ema, train_set, test_set):
 def probe_features(cfg, model, ema, train_set, test_set):
     """{what is read: accuracy on the test set} by ridge regression, of the model, of the same network
     untrained, and of pixels."""
-    fresh = unified.build(unified.load_checkpoint(pathlib.Path(cfg.out_dir, "model.pt"))["config"]["arch"])
-    fresh.to(cfg.device).eval()
-    if model.tokenizer:
-        fresh.vqgan.load_state_dict(model.vqgan.state_dict())
-    torch.manual_seed(0)
+    config = unified.load_checkpoint(pathlib.Path(cfg.out_dir, "model.pt"))["config"]
+    fresh = probe.untrained(model, config)
     readers = {"features": model.embed, "the same network untrained": fresh.embed,
                "raw pixels": probe.pixel_vectors}
     top1 = {}
