@@ -56,8 +56,8 @@ import zipfile
 
 import numpy
 import PIL.Image
+import PIL.ImageColor
 import PIL.ImageDraw
-import PIL.ImageOps
 import torch
 import torch.distributed
 import torch.nn as nn
@@ -91,6 +91,9 @@ class Config:
     dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own")
     data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
     limit: int = flag(None, "training images used at most; a tenth of them is held out", least=20)
+    labels: float = flag(None, "fraction of the training images, such as 0.01: equally many of each class, the "
+                               "same for every model", least=1e-9, most=1)
+    subset: str = flag("", "file of the images to train on, NAME or CLASS/NAME a line, as SimCLR's 1percent.txt")
     strict_images: bool = flag(False, "stop at an unreadable image instead of leaving it out")
 
     # Options of single heads
@@ -448,6 +451,8 @@ class FineTuned(Head):
 def new_head(name, nets, places, sample, classes, cfg):
     """A fresh head for what is read in one of nets, or in pixels; sample is what was read of one image."""
     torch.manual_seed(cfg.seed)
+    if cfg.head == "segment":
+        return SegmentHead(sum(m.size(1) for m in features_of(sample, name)), classes)
     if cfg.head in ON_MAPS:
         return map_head(nets[name], places, classes, cfg)
     width = features_of(sample, name)[0].size(1)
@@ -489,7 +494,7 @@ SGD = {                                                         # of DiffSSL: 0.
 }
 
 
-def fit_recipe(cfg, images):
+def fit_recipe(cfg, images, finetuning=None):
     """The settings with a recipe for so many training images. Batches are not larger than these, since
     incomplete ones are left out, and each process has an equal part of them.
 
@@ -506,22 +511,23 @@ def fit_recipe(cfg, images):
         batch = images
     batch -= batch % unified.rank_and_world()[1]
     if lr is None:
-        lr = {"linear": 0.1, "finetune": 2.5e-4}[cfg.head] * (1 if images >= 500_000 else 10)
+        lr = finetuning[0] if cfg.head == "finetune" else 0.1
+        lr *= 1 if images >= 500_000 else 10
     print(f"{cfg.head}: {cfg.epochs} epochs, {batch} images a step, learning rate {lr * batch / 256:.3g}")
     return dataclasses.replace(cfg, batch_size=batch, lr=lr)
 
 
-def lr_at(epoch, cfg):
+def lr_at(epoch, cfg, warmup=0.05):
     """Learning rate at an epoch, fractions included: warm-up and a cosine or, for SGD, a tenth a quarter."""
     peak = cfg.lr * cfg.batch_size / 256
     if cfg.sgd:
         return peak * 0.1 ** int(4 * epoch / cfg.epochs)
-    warmup = 10 / 90 if cfg.head == "linear" else 0.05
+    warmup = 10 / 90 if cfg.head == "linear" else warmup
     least = 1e-6 if cfg.head == "finetune" else 0.0
     return learning_rate(epoch, warmup * cfg.epochs, cfg.epochs, peak, least)
 
 
-def train(learners, batches, steps, title, cfg):
+def train(learners, batches, steps, title, cfg, warmup=0.05):
     """The loop.
 
     learners  [(loss, optimizer), ...], which see the same batches: loss(features, y) -> scalar
@@ -535,7 +541,7 @@ def train(learners, batches, steps, title, cfg):
                     loss(features, y).backward()
                     for group in optimizer.param_groups:
                         average_gradients(group["params"])
-                        group["lr"] = lr_at(epoch + step / steps, cfg) * group.get("scale", 1.0)
+                        group["lr"] = lr_at(epoch + step / steps, cfg, warmup) * group.get("scale", 1.0)
                     optimizer.step()
                 bar.update()
 
@@ -543,13 +549,16 @@ def train(learners, batches, steps, title, cfg):
 def train_heads(heads, batches, steps, dims, cfg):
     """Train heads, {name: head}, each from the first d dimensions for every d of dims at once."""
     optimizer_class = torch.optim.SGD if cfg.sgd else LARS if cfg.head == "linear" else torch.optim.AdamW
+    more = {"weight_decay": 1e-3} if cfg.head == "segment" else {}
 
     def loss(name, features, y):
+        if cfg.head == "segment":
+            return segment_loss(heads[name](*features_of(features, name)), features["mask", None])
         logits = heads[name].nested(*features_of(features, name), dims=dims)
         return sum(F.cross_entropy(v, y) for v in logits) / len(dims)
     learners = []
     for name, head in heads.items():
-        optimizer = optimizer_class(head.to(cfg.device).train().parameters(), lr=0.0)
+        optimizer = optimizer_class(head.to(cfg.device).train().parameters(), lr=0.0, **more)
         learners.append((functools.partial(loss, name), optimizer))
     train(learners, batches, steps, cfg.head, cfg)
 
@@ -557,16 +566,16 @@ def train_heads(heads, batches, steps, dims, cfg):
 def finetune(net, data, index, test, decay, title, cfg):
     """Train net, which is changed, on the images index (N,) of data; score_heads() on the data set test.
 
-    As published: AdamW, warm-up and cosine, layer decay, random resized crops, flips, mixup 0.8, label
-    smoothing 0.1, dropout. Left out, since they pay in long trainings only: RandAugment, cutmix and
-    stochastic depth.
+    As published for MAGE and ADDP: AdamW, warm-up and cosine, layer decay, random resized crops, flips, mixup
+    0.8, label smoothing 0.1, dropout. Left out, since they pay in long trainings only: RandAugment, cutmix,
+    stochastic depth and ADDP's erasing.
     """
     torch.manual_seed(cfg.seed)
     head = FineTuned(net, len(data.classes), cfg).to(cfg.device).train()
     optimizer = torch.optim.AdamW(layer_groups(head, decay), lr=0.0, betas=(0.9, 0.999))
     batches = fresh_batches(lambda x, names: {"x": x}, data, index, cfg)
     train([(lambda features, y: mixup_loss(head, features["x"], y), optimizer)],
-          batches, len(index) // cfg.batch_size, title, cfg)
+          batches, len(index) // cfg.batch_size, title, cfg, net.finetuning[net.best_layer >= 24][2])
     return score_heads({"model": head}, lambda x, names: {("model", ""): x}, test, [None], cfg)
 
 
@@ -643,11 +652,6 @@ def cached_batches(features, y, cfg):
     return batches
 
 
-def repeated(kept, cfg):
-    """The same of batches that are at hand, in another order in each epoch."""
-    return lambda epoch: [kept[i] for i in shuffled(len(kept), cfg.seed, epoch)]
-
-
 def fresh_batches(read, data, index, cfg):
     """The same of features that are computed anew, from random crops with --augment and in fine-tuning."""
     def batches(epoch):
@@ -700,7 +704,7 @@ def count_right(logits, n, read, data, cfg):
 # image's name is its number, a crop's name is the crop's: what is random follows from the name, so that a
 # fresh crop has fresh noise, and the same image always looks the same.
 
-ON_MAPS = ("attention", "difformer", "diffeed")                 # these heads read maps, the others vectors
+ON_MAPS = ("attention", "difformer", "diffeed", "segment")      # these heads read maps, the others vectors
 
 
 class Place(typing.NamedTuple):
@@ -716,14 +720,16 @@ def reader(nets, places, cfg, comparable=False):
     @torch.no_grad()
     def read(x, names):
         seeds = unified.to_device(unified.hash_ints(cfg.seed, names), x.device)
-        features = {}
+        x, mask, features = x[:, :3], x[:, 3:], {}
         with autocast(cfg):
             inputs = tokenize(next(iter(nets.values())), x)     # once: all networks have the same tokenizer
             for name, model in nets.items():
                 for what, v in read_network(model, places, inputs, seeds, cfg, comparable).items():
                     features[name, what] = v.float() if v.is_floating_point() else v
         if cfg.head == "segment":
-            features["pixels", None] = F.pixel_unshuffle(x, x.size(-1) // cells_on_a_side(model, places))
+            cells = max(m.size(-1) for m in features.values())
+            features["pixels", None] = F.pixel_unshuffle(x, x.size(-1) // cells)
+            features["mask", None] = (255 * mask[:, 0]).round().byte()
         elif cfg.head not in ON_MAPS and not cfg.save:
             features["pixels", None] = pixel_vectors(x)
         return features
@@ -734,9 +740,6 @@ def read_network(model, places, x, seeds, cfg, comparable):
     """Vectors or maps of one network at the places or, for DifFeed, what it computes maps from."""
     if cfg.head == "diffeed":
         return {"x": x, **{t: noise_of(model, t, seeds) for t in by_t(places)}}
-    if cfg.head == "segment":
-        maps = [m for _, m in feature_maps(model, places, x, seeds)]
-        return {None: enlarged(maps, [cells_on_a_side(model, places)] * 2)}
     if cfg.head in ON_MAPS:
         return {place: pool_cells(m, int(cfg.pool)) for place, m in feature_maps(model, places, x, seeds)}
     return feature_vectors(model, places, x, seeds, comparable)
@@ -959,7 +962,7 @@ def main():
             for cfg in cfgs[1:]:
                 load(cfg)                                               # refuses, if at all, before any work
             runs = [run(dataclasses.replace(cfg, device=device), first) for cfg in cfgs]
-            if first and len(runs) > 1 and typed.head != "segment":
+            if first and len(runs) > 1:
                 print_table(runs)
     finally:
         unified.leave_processes()
@@ -987,9 +990,9 @@ def run(cfg, first):
         return save_features(model.to(cfg.device), config, places, first, cfg)
     dataset, train_set, test_set = open_sets(model.to(cfg.device), config, cfg)
     print(train_set.summary or f"{dataset}: {len(train_set)} images to train on, {len(test_set)} to test on")
-    index = shuffled(len(train_set), cfg.seed)[:cfg.limit]
+    index = images_to_train_on(train_set, cfg)
     if cfg.head in RECIPES:
-        cfg = fit_recipe(cfg, len(index))
+        cfg = fit_recipe(cfg, len(index), model.finetuning[model.best_layer >= 24])
     if cfg.head in ONE_PLACE:
         places = [choose(model, places, train_set, index, cfg)]
     if cfg.head in ON_MAPS:
@@ -999,6 +1002,7 @@ def run(cfg, first):
         compile_blocks(nets["untrained"])
     results = compare(nets, places, train_set, index, test_set, cfg)
     about = {"run": cfg.run, "model": config["arch"]["model"], "dataset": dataset,
+             "trained_on": config.get("dataset"), "labels": cfg.labels, "subset": cfg.subset or None,
              "seconds": round(time.time() - started, 1)}
     rows = report(places, titles(model, cfg), results, about, cfg) if first else []
     for data, fate in ((train_set, "left out or replaced"), (test_set, "left out")):
@@ -1010,8 +1014,6 @@ def run(cfg, first):
 def compare(nets, places, train_set, index, test_set, cfg):
     """Accuracies of the networks {'model': ..., 'untrained': ...}, and of 'pixels', read by --head.
     Returns [(head, training images, readable test images, {name: [accuracy, ...]}), ...]."""
-    if cfg.head == "segment":
-        return compare_segments(nets, places, train_set, index, test_set, cfg)
     if cfg.head == "finetune":
         return compare_finetuned(nets, train_set, index, test_set, cfg)
     read = reader(nets, places, cfg)
@@ -1031,7 +1033,7 @@ def compare(nets, places, train_set, index, test_set, cfg):
 def compare_trained(read, nets, places, train_set, index, test_set, cfg):
     """compare() for heads that are trained on frozen features."""
     classes, sample = len(train_set.classes), read_one(read, train_set, index, cfg)
-    names = distinct(name for name, _ in sample)
+    names = distinct(name for name, _ in sample if name != "mask")
     heads = {name: new_head(name, nets, places, sample, classes, cfg) for name in names}
     if cfg.augment or cfg.head == "diffeed":
         batches, images = fresh_batches(read, train_set, index, cfg), len(index)
@@ -1040,9 +1042,11 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
               "--augment takes fresh crops in every epoch, as published")
         x, y = extract_features(read, train_set, index, cfg, "training set")
         batches, images = cached_batches(x, y, cfg), len(y)
-    width = heads["model"].linear.in_features
+    width = heads["model"].linear.weight.size(1)
     dims = [2 ** k for k in range(3, 32) if 2 ** k < width] + [width] if cfg.matryoshka else [None]
     train_heads(heads, batches, images // cfg.batch_size, dims, cfg)
+    if cfg.head == "segment":
+        return segment_results(heads, read, test_set, images, cfg)
     n, scores = score_heads(heads, read, test_set, dims, cfg)
     titles = [f"{cfg.head}-{d}" if d else cfg.head for d in dims]
     return [(title, images, n, {name: [values[i]] for name, values in scores.items()})
@@ -1050,8 +1054,8 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
 
 
 def compare_finetuned(nets, train_set, index, test_set, cfg):
-    """compare() for fine-tuning, with the layer decay published for large and base, none from scratch."""
-    decay = 0.75 if nets["model"].best_layer >= 24 else 0.65
+    """compare() for fine-tuning, with the layer decay published for the model's size, none from scratch."""
+    decay = nets["model"].finetuning[nets["model"].best_layer >= 24][1]
     n, tuned = finetune(nets["model"], train_set, index, test_set, decay, "fine-tuning", cfg)
     n, fresh = finetune(nets["untrained"], train_set, index, test_set, 1.0, "from scratch", cfg)
     return [("finetune", len(index), n, {"model": tuned["model"], "untrained": fresh["model"]})]
@@ -1062,7 +1066,9 @@ def titles(model, cfg):
     fresh = "untrained" + " (transformer untrained, tokenizer trained)" * bool(model.tokenizer)
     if cfg.head == "finetune":
         fresh = "from scratch, by the same recipe but without layer decay"
-    return {"model": name_of(cfg.run), "pixels": "raw pixels", "untrained": f"the same network {fresh}"}
+    pixels = "raw pixels" + ", a patch a cell" * (cfg.head == "segment")
+    return {"model": name_of(cfg.run), "pixels": pixels, "untrained": f"the same network {fresh}",
+            "ceiling": "the masks themselves, averaged to the cells"}
 
 
 def name_of(run):
@@ -1075,34 +1081,34 @@ def standard_error(p, n):
     return math.sqrt(p * (1 - p) / n)
 
 
+def with_error(p, n, head):
+    """A figure and its standard error, if it is an accuracy, in words."""
+    return f"{p:6.1%}" + f" +- {standard_error(p, n):.1%}" * (head != "segment")
+
+
 def report(places, titles, results, about, cfg):
     """Print the results of compare() and append them to probe.jsonl, with what is known about the run."""
-    if cfg.head == "segment":
-        return append([{**results[0], **about}], cfg)
-    rows = []
+    path, rows = results_folder(cfg.run) / "probe.jsonl", []
     layers, ts = distinct(place.layer for place in places), distinct(place.t for place in places)
-    for head, images, n, accuracies in results:
-        print(f"{head} on {about['dataset']}: layer {', '.join(map(str, layers))}, "
+    metric = "miou" if cfg.head == "segment" else "top1"
+    for head, images, n, accuracies, *more in results:
+        others = about["trained_on"] not in (None, about["dataset"])
+        print(f"{head} on {about['dataset']}" + f", of a model of {about['trained_on']}" * others + f": layer {', '.join(map(str, layers))}, "
               f"t {', '.join(f'{t:g}' for t in ts)}, {places[0].pool}" + f", k {cfg.k}" * (head == "knn")
-              + f", {images} training images, {n} test images; +- one standard error")
+              + f", {images} training images, {n} test images; "
+              + ("mIoU" if head == "segment" else "+- one standard error"))
         row = {"head": head, "layer": layers if layers[1:] else layers[0], "t": ts if ts[1:] else ts[0],
-               "pool": places[0].pool, "k": cfg.k, "top1": None, "untrained": None, "pixels": None}
+               "pool": places[0].pool, "k": cfg.k, metric: None, "untrained": None, "pixels": None}
         for name, values in accuracies.items():
             p = sum(values) / len(values)
             draws = f", {statistics.stdev(values):.1%} from draw to draw" if len(values) > 1 else ""
-            print(f"    {p:6.1%} +- {standard_error(p, n):.1%}  {titles[name]}{draws}")
-            row["top1" if name == "model" else name] = round(p, 4)
-        row["standard_error"] = round(standard_error(row["top1"], n), 4)
+            print(f"    {with_error(p, n, head)}  {titles[name]}{draws}")
+            row[metric if name == "model" else name] = round(p, 4)
+        row |= dict(*more) or {"standard_error": round(standard_error(row["top1"], n), 4)}
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
-        rows.append({**row, **about, "n_train": images, "n_test": n})
-    return append(rows, cfg)
-
-
-def append(rows, cfg):
-    """Rows of probe.jsonl, written there and returned, with the recipe and the date."""
-    path, date = results_folder(cfg.run) / "probe.jsonl", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    rows = [{**row, "seed": cfg.seed, "lr": cfg.lr, "epochs": cfg.epochs, "date": date} for row in rows]
+        rows.append({**row, **about, "n_train": images, "n_test": n, "seed": cfg.seed, "lr": cfg.lr,
+                     "epochs": cfg.epochs, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"appended to {path}")
@@ -1115,9 +1121,10 @@ def print_table(runs):
     names = [name_of(rows[0]["run"]) for rows in runs]
     names = names if len(set(names)) == len(names) else [rows[0]["run"] for rows in runs]
     heads, lines = distinct(row["head"] for rows in runs for row in rows), {}
-    for kind, title in (("top1", ""), ("untrained", "untrained"), ("pixels", "raw pixels")):
+    for kind, title in (("top1", ""), ("miou", ""), ("untrained", "untrained"), ("pixels", "raw pixels"),
+                        ("ceiling", "ceiling")):
         for name, rows in zip(names, runs):
-            if rows[0][kind] is not None:
+            if rows[0].get(kind) is not None:
                 lines.setdefault((title or name, *table_cells(rows, heads, kind)), []).append(name)
     print_columns([["", *heads, "layer", "t", "pool", "train", "test"]] + [
         [title if title in names or len(of) == len(runs) else f"{title} ({', '.join(of)})", *cells]
@@ -1130,7 +1137,7 @@ def print_table(runs):
 def table_cells(rows, heads, kind):
     """A line of the table behind its title, from the rows of one run."""
     n, images = rows[0]["n_test"], ", ".join(distinct(str(row["n_train"]) for row in rows))
-    cells = {row["head"]: f"{row[kind]:.1%} +- {standard_error(row[kind], n):.1%}" for row in rows}
+    cells = {row["head"]: with_error(row[kind], n, row["head"]).strip() for row in rows}
     place = [str(rows[0][key]) * (kind != "pixels") for key in ("layer", "t", "pool")]
     return *(cells.get(head, "") for head in heads), *place, images, str(n)
 
@@ -1215,14 +1222,15 @@ def judge_samples(model, config, cfg):
 def settle(cfg):
     """The settings for one run, with the defaults that depend on others. UserError for what cannot be."""
     recipe = {"k": 20} if cfg.head in BY_NEIGHBOURS else (SGD if cfg.sgd else RECIPES).get(cfg.head, {})
-    pool = "16" if cfg.head in ON_MAPS else "1" if cfg.sgd or cfg.head == "mlp" else ""
+    pool = "256" if cfg.head == "segment" else "16" if cfg.head in ON_MAPS else \
+        "1" if cfg.sgd or cfg.head == "mlp" else ""
     cfg = dataclasses.replace(
         cfg, pool=cfg.pool or pool, dtype=cfg.dtype or unified.default_dtype(cfg.device),
         compile=cfg.device.startswith("cuda") if cfg.compile is None else cfg.compile,
         **{name: value for name, value in recipe.items() if getattr(cfg, name) is None})
     if cfg.head in ON_MAPS and not is_side(cfg.pool):
         raise UserError(f"--head {cfg.head} reads maps; --pool takes the number of cells on a side, "
-                        "16 if not given")
+                        "16 if not given, for segment all up to 256")
     results_folder(cfg.run)
     return cfg
 
@@ -1246,8 +1254,6 @@ def check_flags(cfg):
                         "in a folder that is there")
     parse_numbers(cfg.hidden, int, "--hidden", low=1, high=2**16)
     parse_numbers(cfg.ignore, int, "--ignore", high=255)
-    if cfg.head == "segment" and cfg.pool:
-        raise UserError("--head segment reads maps as they are; leave --pool out")
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; "
                         "leave --layers, --t and --pool out")
@@ -1262,6 +1268,29 @@ def parse_numbers(text, kind, flag, low=0, high=10**6):
     if not all(low <= number <= high for number in numbers):
         raise UserError(f"{flag} takes numbers from {low} to {high} with commas between them, not {text}")
     return numbers
+
+
+def images_to_train_on(data, cfg):
+    """Numbers of the training images that --subset, --labels and --limit leave, in random order."""
+    index = shuffled(len(data), cfg.seed)
+    if cfg.subset:
+        with unified.reading(cfg.subset, "a list of images"):
+            names = dict.fromkeys(pathlib.Path(cfg.subset).read_text().split("\n"))
+        names.pop("", None)
+        keys = [{path.name, f"{path.parent.name}/{path.name}"} for path in data.paths]
+        known = set().union(*keys)
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise UserError(f"{cfg.subset} names {len(missing)} images that are not in the training set, "
+                            f"{shown(missing[0])} first; take them out")
+        index = index[torch.tensor([not keys[i].isdisjoint(names) for i in index])]
+    if cfg.labels:
+        y = data.labels[index]
+        shots = max(1, round(cfg.labels * len(index) / len(y.unique())))
+        index = index[draw_shots(y, shots, cfg.seed).sort().values]
+    if (cfg.labels or cfg.subset) and len(index) < 20:
+        raise UserError(f"--labels and --subset leave {len(index)} training images; take 20 or more")
+    return index[:cfg.limit]
 
 
 def is_side(pool):
@@ -1340,148 +1369,90 @@ def check_same_data(config, data, run, remedy):
 # ----------------------------------------------------------------------------------------------------------
 # 7. Segmentation: a class for each pixel
 #
-#     maps of all places, enlarged to the finest grid, concatenated               (B, C, g, g)
-#     dropout, BatchNorm, 1x1 convolution                                         (B, K, g, g)
-#     enlarged to the label                                                       (B, K, H, W)
+#     maps (B, C, h, w) -> enlarged to the largest of them, concatenated -> linear head -> enlarged to labels
 #
-# The recipe is that of DINOv3's eval/segmentation, without its photometric distortion and its limit on a
-# crop's largest class. The network sees images of its own size alone: no position embedding is stretched.
-
-IGNORE = 255                                                    # the label of pixels that do not count
+# An image comes with its mask as a fourth channel: 1 + the class of a pixel, 0 where it does not count.
 
 
-def compare_segments(nets, places, train_set, index, test_set, cfg):
-    """compare() for segmentation: prints a table, returns [what probe.jsonl says about it]. A confusion, int
-    (K, K), counts the pixels of class i, in the whole set, that were taken for class j."""
-    read, classes, S = reader(nets, places, cfg), train_set.classes, train_set.size
-    sample = read_one(read, train_set, index, cfg)
-    torch.manual_seed(cfg.seed)
-    heads = {name: segment_head(m.size(1), len(classes)).to(cfg.device) for (name, _), m in sample.items()}
-    learners = [(functools.partial(segment_loss, name, head),
-                 torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=1e-3))
-                for name, head in heads.items()]
-    batches = fresh_batches(read, train_set, index, cfg)
-    if not cfg.augment:
-        check_memory(sample, len(index), cfg)
-        batches = repeated(list(batches(0)), cfg)
-    train(learners, batches, len(index) // cfg.batch_size, "segment", cfg)
-    confusions, examples = score_segments(heads, read, test_set, cfg)
-    if unified.rank_and_world()[0] == 0:
-        segment_sheet(examples, classes).save(results_folder(cfg.run) / "segments.png")
-    cells = sample["model", None].size(-1)
-    cuts = "scaled by 0.5 to 2, cut, flipped" if cfg.augment else "central squares, computed once"
-    protocol = (f"{cells} x {cells} cells; dropout 0.1, BatchNorm, 1x1 convolution; AdamW, weight decay "
-                f"1e-3, learning rate {cfg.lr * cfg.batch_size / 256:.3g}; {cfg.epochs} epochs of "
-                f"{len(index)} images, {cuts}, {cfg.batch_size} a step; tested on {len(test_set)} at their "
-                f"labels' size, by windows of {S} every {S * 2 // 3}")
-    return [segment_row(confusions, classes, places, protocol, cfg)]
+class SegmentHead(Head):
+    """Maps (B, C, h, w), of C channels in all -> logits (B, classes, *sides of the largest map)
+    (official file: DINOv3's eval/segmentation)."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.norm = nn.Sequential(nn.Dropout2d(0.1), nn.BatchNorm2d(channels))
+        self.linear = nn.Conv2d(channels, classes, 1)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def read(self, *maps):
+        size = max(m.shape[2:] for m in maps)
+        return self.norm(torch.cat([enlarged(m, size) for m in maps], 1))
 
 
-def score_segments(heads, read, data, cfg):
-    """{name: confusion} of a data set; for the first images what segment_sheet shows."""
-    confusions, examples, mine = collections.Counter(), [], local_shard(torch.arange(len(data)))
-    with progress_bar(len(mine), "test set", " images") as bar:
-        for image, y, found in segments(heads, read, data, mine, cfg):
-            for name, prediction in found.items():
-                confusions[name] += confusion_of(y, prediction, len(data.classes))
-            examples += [(image, y, found["model"])] * (len(examples) < 8)
-            bar.update()
-    if unified.rank_and_world()[1] > 1:
-        for confusion in confusions.values():
-            torch.distributed.all_reduce(confusion)
-    return confusions, examples
+def enlarged(m, size):
+    """A map (B, C, h, w), bilinearly -> (B, C, *size)."""
+    return F.interpolate(m, tuple(size), mode="bilinear")
 
 
-def segment_row(confusions, classes, places, protocol, cfg):
-    """Print confusions as a table; the same as a row of probe.jsonl, with the protocol, without which such
-    figures cannot be compared."""
-    layers, ts = distinct(place.layer for place in places), distinct(place.t for place in places)
-    iou = {name: intersection_over_union(v) for name, v in confusions.items()}
-    miou = {name: round(v.nanmean().item(), 4) for name, v in iou.items()}
-    right = {name: round((v.diag().sum() / v.sum()).item(), 4) for name, v in confusions.items()}
-    print(f"segment: layer {', '.join(map(str, layers))}, t {', '.join(f'{t:g}' for t in ts)}, {protocol}")
-    lines = [(c, [v[i].item() for v in iou.values()]) for i, c in enumerate(classes)]
-    lines += [("mIoU", miou.values()), ("pixels that are right", right.values())]
-    print_columns([["in %", name_of(cfg.run), "untrained", "raw patches", "ceiling of the cells"]] + [
-        [title, *("-" if v != v else f"{100 * v:.1f}" for v in values)] for title, values in lines])
-    return {"head": "segment", "layer": layers, "t": ts, "protocol": protocol, "miou": miou["model"],
-            **{name: miou[name] for name in ("untrained", "pixels", "ceiling")},
-            "pixel_accuracy": right["model"],
-            "iou": {c: None if v != v else round(v, 4) for c, v in zip(classes, iou["model"].tolist())}}
+def segment_loss(logits, mask):
+    """Mean cross-entropy over the pixels that count: logits (B, classes, h, w), mask uint8 (B, S, S)."""
+    loss = F.cross_entropy(enlarged(logits, mask.shape[1:]), mask.long() - 1, ignore_index=-1, reduction="sum")
+    return loss / (mask > 0).sum().clamp(min=1)
 
 
-def cells_on_a_side(model, places):
-    """Of the largest map."""
-    return max(model.layers[place.layer][1] for place in places)
+def over_windows(predict, x, S):
+    """Probabilities (..., K, h, w) of images x (B, C, h, w): the mean of predict(window (B, C, S, S), its
+    number) -> (..., K, S, S) over the windows that hold a pixel. There is one every two thirds of S."""
+    sides, step = x.shape[2:], S * 2 // 3
+    rows, columns = ([min(start, side - S) for start in range(0, side - S + step, step)] for side in sides)
+    total = 0
+    for i, (top, left) in enumerate((top, left) for top in rows for left in columns):
+        p = predict(x[:, :, top:top + S, left:left + S], i)
+        total = total + F.pad(p, (left, sides[1] - left - S, top, sides[0] - top - S))
+    return total / total.sum(-3, keepdim=True)
 
 
-def enlarged(maps, size):
-    """Maps (B, C, h, w), C, h and w of each its own -> (B, sum of C, *size)."""
-    return torch.cat([F.interpolate(m, tuple(size), mode="bilinear") for m in maps], 1)
+def segment(heads, read, x, names, S, classes):
+    """Images with masks (B, 4, H, W) of any size, their names (B,) -> {name: class of each pixel (B, H, W)},
+    by windows of the network's own size S: no position embedding is stretched. What is called ceiling is
+    predicted by the mask itself, averaged to the cells of the head's map."""
+    sides = [max(S, round(S * side / min(x.shape[2:]))) for side in x.shape[2:]]
+    small = torch.cat([F.interpolate(x[:, :3], sides, mode="bilinear", antialias=True),
+                       F.interpolate(x[:, 3:], sides, mode="nearest-exact")], 1)
 
-
-def segment_head(C, classes):
-    """(B, C, g, g) -> logits (B, classes, g, g)."""
-    linear = nn.Conv2d(C, classes, 1)
-    nn.init.normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.Dropout2d(0.1), nn.BatchNorm2d(C), linear)
-
-
-def segment_loss(name, head, features, y):
-    """Mean cross-entropy over the pixels of the labels y, uint8 (B, H, W), that count."""
-    logits = enlarged([head(*features_of(features, name))], y.shape[1:])
-    loss = F.cross_entropy(logits, y.long(), ignore_index=IGNORE, reduction="sum")
-    return loss / (y != IGNORE).sum().clamp(min=1)
+    def predict(window, i):
+        features = read(window, unified.hash_ints(names, i))
+        logits = [head.eval()(*features_of(features, name)) for name, head in heads.items()]
+        one_hot = F.one_hot(features["mask", None].long(), classes + 1)[..., 1:].movedim(-1, 1).float()
+        logits.append(F.adaptive_avg_pool2d(one_hot, logits[0].shape[2:]))
+        return torch.stack([enlarged(v, (S, S)).softmax(1) for v in logits])                # (n, B, K, S, S)
+    p = over_windows(predict, small, S)
+    return {name: enlarged(v, x.shape[2:]).argmax(1) for name, v in zip([*heads, "ceiling"], p)}
 
 
 @torch.no_grad()
-def segments(heads, read, data, index, cfg):
-    """Yields (image (3, h, w), label (H, W), {name: prediction (H, W)}) of whole images index (n,). What is
-    called ceiling is predicted by the label itself, averaged to the cells."""
-    S, pairs = data.size, data.pairs_of([(i, "whole") for i in index.tolist()], cfg.workers)
-    for part in index.split(images_at_once(data, cfg.device)):
-        images, labels = zip(*(next(pairs) for _ in part))
-        x = [cut_windows(image, S) for image in images]
-        names = torch.cat([unified.hash_ints(i, torch.arange(len(v))) for i, v in zip(part.tolist(), x)])
-        features = read(torch.cat(x), names)
-        logits = {name: head.eval()(*features_of(features, name)).split([len(v) for v in x])
-                  for name, head in heads.items()}
-        for i, (image, y) in enumerate(zip(images, labels)):
-            p = {name: enlarged([v[i]], (S, S)).softmax(1) for name, v in logits.items()}
-            one_hot = (y == torch.arange(len(data.classes), device=y.device)[:, None, None]).float()
-            one_hot = cut_windows(F.interpolate(one_hot[None], image.shape[1:], mode="nearest-exact")[0], S)
-            p["ceiling"] = enlarged([F.adaptive_avg_pool2d(one_hot, logits["model"][i].shape[2:])], (S, S))
-            p = {name: enlarged([merge_windows(v, *image.shape[1:])[None]], y.shape) for name, v in p.items()}
-            yield image, y, {name: v[0].argmax(0) for name, v in p.items()}
-
-
-def window_corners(height, width, size):
-    """(top, left) of windows that cover an image, one every two thirds of a side; the last ends with it."""
-    step = size * 2 // 3
-    rows, columns = ([min(start, side - size) for start in range(0, side - size + step, step)]
-                     for side in (height, width))
-    return [(top, left) for top in rows for left in columns]
-
-
-def cut_windows(x, size):
-    """(C, h, w) -> (V, C, size, size)."""
-    corners = window_corners(*x.shape[1:], size)
-    return torch.stack([x[:, top:top + size, left:left + size] for top, left in corners])
-
-
-def merge_windows(p, height, width):
-    """The way back, (V, K, S, S) -> (K, height, width): a pixel's mean over the windows that hold it."""
-    S, total, count = p.size(-1), p.new_zeros(p.size(1), height, width), p.new_zeros(height, width)
-    for part, (top, left) in zip(p, window_corners(height, width, S)):
-        total[:, top:top + S, left:left + S] += part
-        count[top:top + S, left:left + S] += 1
-    return total / count
+def score_segments(heads, read, data, cfg):
+    """{name: confusion int (K, K)}, pixels of class i, in the whole data set, that were taken for class j;
+    [(image (3, H, W), label and prediction (H, W)), ...] of the first images."""
+    confusions, examples, together = collections.Counter(), [], data.layout == "in memory"
+    index = local_shard(torch.arange(len(data))).split(images_at_once(data, cfg.device) if together else 1)
+    with progress_bar(len(index), "test set", " batches") as bar:
+        for part, (x, _) in zip(index, data.batches([(part, None) for part in index], 0, False)):
+            found = segment(heads, read, x, unified.to_device(part, x.device), data.size, len(data.classes))
+            y = (255 * x[:, 3]).round().long() - 1                                          # (B, H, W)
+            for name, prediction in found.items():
+                confusions[name] += confusion_of(y, prediction, len(data.classes))
+            examples += [*zip(x[:, :3], y, found["model"])][:8 - len(examples)]
+            bar.update()
+    for confusion in confusions.values() if unified.rank_and_world()[1] > 1 else ():
+        torch.distributed.all_reduce(confusion)
+    return confusions, examples
 
 
 def confusion_of(y, prediction, classes):
-    """Labels and predictions (H, W) -> counts int (classes, classes), without pixels of label IGNORE."""
-    pairs = y[y != IGNORE].long() * classes + prediction[y != IGNORE]
+    """Labels and predictions of one shape -> counts int (classes, classes), without pixels of label -1."""
+    pairs = y[y >= 0] * classes + prediction[y >= 0]
     return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
 
 
@@ -1491,24 +1462,42 @@ def intersection_over_union(confusion):
     return hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
 
+def segment_results(heads, read, data, images, cfg):
+    """What compare() returns, with {"iou", "pixel_accuracy", "protocol"} behind it; prints and draws them."""
+    confusions, examples = score_segments(heads, read, data, cfg)
+    iou = {name: intersection_over_union(v) for name, v in confusions.items()}
+    print_columns([["IoU in %", name_of(cfg.run), "untrained", "raw patches", "ceiling"]] + [
+        [c, *("-" if v[i].isnan() else f"{100 * v[i]:.1f}" for v in iou.values())]
+        for i, c in enumerate(data.classes)])
+    if unified.rank_and_world()[0] == 0:
+        segment_sheet(examples, data.classes).save(results_folder(cfg.run) / "segments.png")
+    protocol = (f"dropout 0.1, BatchNorm, 1x1 convolution; AdamW, weight decay 1e-3, learning rate "
+                f"{cfg.lr * cfg.batch_size / 256:.3g}, {cfg.epochs} epochs, {cfg.batch_size} a step; "
+                + ("crops of sides x 1/2 to 1, flipped" if cfg.augment else "central squares")
+                + f"; tested at the labels' size, by windows of {data.size} every {data.size * 2 // 3}")
+    right = (confusions["model"].trace() / confusions["model"].sum()).item()
+    print(f"{protocol}; {right:.1%} of the pixels are right, mIoU:")
+    about = {"iou": {c: None if v != v else round(v, 4) for c, v in zip(data.classes, iou["model"].tolist())},
+             "pixel_accuracy": round(right, 4), "protocol": protocol}
+    return [("segment", images, len(data), {name: [v.nanmean().item()] for name, v in iou.items()}, about)]
+
+
 def segment_sheet(examples, classes, side=128):
-    """[(image, label, prediction), ...] -> PIL image: a row of squares each, and a legend. A class has its
-    colour in Pascal VOC's palette: its bits, dealt to red, green and blue in turn."""
-    palette = [[sum((c >> 3 * i + channel & 1) << 7 - i for i in range(3)) for channel in range(3)]
-               for c in range(IGNORE)] + [[224, 224, 192]]
+    """[(image, label, prediction), ...] -> PIL image: a row of squares each, and a legend."""
+    palette = [PIL.ImageColor.getrgb(f"hsl({137 * c % 360}, 70%, {(30, 50, 70)[c % 3]}%)")
+               for c in range(len(classes))] + [(255, 255, 255)]                            # ignored: -1
     colors = torch.tensor(palette) / 255
-    tiles = [v.cpu() if i == 0 else colors[v.long().cpu()].movedim(2, 0)
-             for example in examples for i, v in enumerate(example)]
-    tiles = torch.cat([F.interpolate(v[None], (side, side)) for v in tiles])
-    rows = unified.image_grid(tiles, columns=3, least=1)
+    tiles = [v.cpu() if v.dim() == 3 else colors[v.cpu()].movedim(2, 0) for row in examples for v in row]
+    rows = unified.image_grid(torch.cat([F.interpolate(v[None], (side, side)) for v in tiles]), 3, 1)
     seen = torch.cat([v.flatten() for _, *pair in examples for v in pair]).unique().tolist()
-    sheet = PIL.Image.new("RGB", (rows.width + 160, max(rows.height, 20 * len(seen) + 36)), "white")
+    sheet = PIL.Image.new("RGB", (rows.width + 160, max(rows.height, 20 * len(seen) + 30)), "lightgrey")
     sheet.paste(rows)
     draw = PIL.ImageDraw.Draw(sheet)
     draw.text((rows.width + 8, 8), "image, label, prediction", fill="black")
     for i, c in enumerate(seen):
-        draw.rectangle((rows.width + 8, 20 * i + 28, rows.width + 24, 20 * i + 44), fill=tuple(palette[c]))
-        draw.text((rows.width + 32, 20 * i + 30), "ignored" if c == IGNORE else classes[c], fill="black")
+        y = 20 * i + 28
+        draw.rectangle((rows.width + 8, y, rows.width + 24, y + 16), fill=palette[c], outline="black")
+        draw.text((rows.width + 32, y + 2), "ignored" if c < 0 else classes[c], fill="black")
     return sheet
 
 
@@ -1522,20 +1511,15 @@ def extract_features(read, data, index, cfg, title):
     """Features of the whole images index (N,), read by all processes together: {key: (N, ...)}, labels
     (N,), without unreadable images. UserError if they do not fit into memory."""
     sample = read_one(read, data, index, cfg)
-    check_memory(sample, len(index), cfg)
+    need = len(index) * sum(v.nbytes for v in sample.values())
+    memory = torch.cuda.mem_get_info()[0] if cfg.device.startswith("cuda") else machine_memory()
+    if need > 0.8 * memory:
+        raise UserError(f"features of {len(index)} images need {need / 2**30:.0f} GiB; "
+                        f"--limit {int(0.5 * memory / need * len(index))} fits, a smaller --pool may, "
+                        "and trained heads have --augment, which keeps none")
     features, y = read_images(read, data, local_shard(index), cfg.workers, cfg.device, title)
     y = gather(y, len(index))
     return {key: gather(v, len(index))[y >= 0] for key, v in features.items()}, y[y >= 0]
-
-
-def check_memory(sample, n, cfg):
-    """UserError if n images' features, of which a sample is one's, do not fit into memory."""
-    need = n * sum(v.nbytes for v in sample.values())
-    memory = torch.cuda.mem_get_info()[0] if cfg.device.startswith("cuda") else machine_memory()
-    if need > 0.8 * memory:
-        raise UserError(f"features of {n} images need {need / 2**30:.0f} GiB; "
-                        f"--limit {int(0.5 * memory / need * n)} fits, a smaller --pool may, "
-                        "and trained heads have --augment, which keeps none")
 
 
 def read_images(read, data, index, workers=0, device="cpu", name=None):
@@ -1706,7 +1690,8 @@ def shuffled(n, *seeds):
 
 
 class ImageTensor:
-    """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time.
+    """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time. A
+    fourth channel is a mask, see section 7, and not interpolated.
     Attributes as of ImageFolder.
 
     scale  fraction of the area that a crop keeps, (0.2, 1) in the papers
@@ -1714,7 +1699,7 @@ class ImageTensor:
 
     def __init__(self, images, labels, classes, scale, device="cpu"):
         self.images, self.labels, self.classes, self.scale = images.to(device), labels, classes, scale
-        self.size, self.layout, self.summary = images.size(-1), "in memory", ""
+        self.size, self.layout, self.summary, self.paths = images.size(-1), "in memory", "", []
         self.unreadable, self.unseen = {}, True
 
     def __len__(self):
@@ -1738,7 +1723,8 @@ class ImageTensor:
         rows = [w * sign, zero, 2 * left + w - 1], [zero, h, 2 * top + h - 1]
         matrix = torch.stack([torch.stack(row, 1) for row in rows], 1)                      # (B, 2, 3)
         grid = F.affine_grid(matrix, x.shape, align_corners=False)
-        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        cut = functools.partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
+        return torch.cat([cut(x[:, :3]), cut(x[:, 3:], mode="nearest")], 1) if x.size(1) > 3 else cut(x)
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -1749,6 +1735,7 @@ class ImageFolder(torch.utils.data.Dataset):
     root           what messages are about       strict   stop at an unreadable image
     unseen         False for test images that stand in for too few: they are those to train on
     """
+    channels = 3
 
     def __init__(self, root, paths, labels, classes, size, scale, strict=False, device="cpu", layout="",
                  summary=""):
@@ -1778,19 +1765,20 @@ class ImageFolder(torch.utils.data.Dataset):
                     bad[i] = self.unreadable[i] = str(error.__cause__)
             if not replace or self.strict or len(self.unreadable) == len(self):
                 views = () if crops is None else (len(crops),)
-                black = torch.zeros(*views, 3, self.size, self.size, dtype=torch.uint8)
+                black = torch.zeros(*views, self.channels, self.size, self.size, dtype=torch.uint8)
                 return black, torch.tensor(-1), bad
             draw += 1
             i = unified.hash_ints(index if crops is None else crops[0], draw) % len(self)
 
-    def crop(self, image, crops):
-        """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole image (3, S, S)."""
+    def crop(self, image, crops, nearest=False):
+        """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole image (3, S, S). nearest:
+        without new values between the pixels'."""
         if crops is None:
-            return unified.from_image(image, self.size)
+            return unified.from_image(image, self.size, nearest)
         jpeg, views = image.format == "JPEG", []
         image = image if jpeg else unified.upright(image)
-        sideways = jpeg and unified.turn_of(image) in list(unified.TURNS.values())[3:]
-        width, height = image.size[::-1] if sideways else image.size
+        how = PIL.Image.Resampling["NEAREST" if nearest else "BILINEAR"]
+        width, height = shown_size(image)
         left, top, w, h, flips = crop_boxes(torch.as_tensor(crops), width, height, self.scale)
         least = self.size / min(w.min(), h.min()).item()
         if jpeg:                                               # is decoded at 1/2, 1/4 or 1/8 if that will do
@@ -1798,7 +1786,7 @@ class ImageFolder(torch.utils.data.Dataset):
             image = unified.upright(image)
         boxes = torch.stack([left, top, left + w, top + h], 1) / round(width / image.width)
         for box, flip in zip(boxes.tolist(), flips):
-            view = numpy.array(image.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR, box))
+            view = numpy.array(image.resize((self.size, self.size), how, box))
             views.append(torch.from_numpy(view[:, ::-1].copy() if flip else view).movedim(2, 0))
         return torch.stack(views)
 
@@ -1885,6 +1873,11 @@ def together(items):
     a batch is quicker handed on than one an image, and takes one file handle."""
     x, labels, bad = zip(*items)
     return torch.stack(x), torch.stack(labels), dict(item for part in bad for item in part.items())
+
+
+def shown_size(image):
+    """Sides of a PIL image, just opened, as a viewer shows it."""
+    return image.size[::-1] if unified.turn_of(image) in list(unified.TURNS.values())[3:] else image.size
 
 
 def shown(path):
@@ -2126,162 +2119,98 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
 
 # Images with masks, in which the value of a pixel is its class. All masks are checked before any work.
 
-EXPECTED_MASKS = """there are no images with masks in {root}; expected one of
-    {root}/images/training/*.jpg, annotations/training/*.png, and the same in validation (ADE20K)
-    {root}/JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{{train,val}}.txt (Pascal VOC)
-    {root}/images/train/*, masks/train/*.png, and the same in val; classes.txt, if any, names the classes"""
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-               "motorbike person pottedplant sheep sofa train tvmonitor").split()
+MASKS = {                       # layout: images and masks of a part, the parts, first class, their names
+    "ADE20K": ("images/{}", "annotations/{}", ("training", "validation"), 1,
+               [str(value) for value in range(1, 151)]),
+    "Pascal VOC": ("JPEGImages", "SegmentationClass", ("train", "val"), 0, (
+        "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+        "person pottedplant sheep sofa train tvmonitor").split()),
+    "tree": ("images/{}", "masks/{}", ("train", "val"), 0, []),
+}
 
 
-class MaskSet(torch.utils.data.Dataset):
-    """pairs of an image and its mask, which may be of any size. Other attributes as of ImageFolder.
+class MaskFolder(ImageFolder):
+    """An ImageFolder whose images have their masks as a fourth channel, see read_mask().
 
-    load  pair -> PIL images, the mask of mode L with class numbers and IGNORE
+    masks  {path of an image: arguments of read_mask, but for the size}
+    whole  whether whole images keep their own size; else they are central squares, resized
     """
+    channels = 4
 
-    def __init__(self, pairs, load, classes, size, device, layout, summary):
-        self.pairs, self.load, self.classes, self.size, self.device = pairs, load, classes, size, device
-        self.layout, self.summary, self.unreadable = layout, summary, {}
+    def __init__(self, masks, whole, *args):
+        super().__init__(*args)
+        self.masks, self.whole = masks, whole
 
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, item):
-        """(index, crop) -> uint8 (3, S, S) and (S, S): a crop, None for the central one. "whole": (3, h, w),
-        the shorter side S, and the mask (H, W) as it is. A worker cannot raise a UserError and returns it."""
-        index, crop = item
-        try:
-            image, mask = self.load(self.pairs[index])
-        except UserError as error:
-            return error
-        if crop == "whole":
-            image = image.resize(with_short_side(image.size, self.size), PIL.Image.Resampling.BILINEAR)
-        else:
-            image, mask = cut_both(image, mask, crop, self.size)
-        return torch.from_numpy(numpy.array(image)).movedim(2, 0), torch.from_numpy(numpy.array(mask))
-
-    def pairs_of(self, items, workers):
-        """Images in [0, 1] and labels for all items, one by one, on the device."""
-        workers = 0 if self.layout == "in memory" else workers
-        for pair in handed_over(torch.utils.data.DataLoader(
-                self, sampler=items, batch_size=None, num_workers=workers, timeout=5 if workers else 0)):
-            if isinstance(pair, UserError):
-                raise pair
-            image, label = (unified.to_device(v, self.device) for v in pair)
-            yield image.float() / 255, label
-
-    def batches(self, plan, workers=0, replace=True):
-        """As of the other sets, with labels (B, S, S)."""
-        items = [(i, None if crops is None else crops[k, 0].item())
-                 for index, crops in plan for k, i in enumerate(index.tolist())]
-        pairs = self.pairs_of(items, workers)
-        for index, crops in plan:
-            x, y = map(torch.stack, zip(*(next(pairs) for _ in index)))
-            yield x if crops is None else x[:, None], y
-
-
-def with_short_side(sides, length):
-    """Sides of an image, scaled so that the shorter one has this length."""
-    return [max(1, round(side * length / min(sides))) for side in sides]
-
-
-def cut_both(image, mask, crop, size):
-    """The same square of an image and its mask: of the shorter side in the middle or, decided by the integer
-    crop, scaled by 0.5 to 2, from anywhere, flipped every other time. Beyond is grey, its label IGNORE."""
-    random = unified.hashed_uniform(torch.tensor([crop or 0]), 0, 4)[0].tolist()
-    zoom, x, y, flip = (1 / 3, 0.5, 0.5, 1) if crop is None else random
-    sides, cuts = with_short_side(image.size, size * (0.5 + 1.5 * zoom)), []
-    corner = tuple(round(u * (size - side)) for u, side in zip((x, y), sides))
-    for part, beyond, how in ((image, (128, 128, 128), "BILINEAR"), (mask, IGNORE, "NEAREST")):
-        cuts.append(PIL.Image.new(part.mode, (size, size), beyond))
-        cuts[-1].paste(part.resize(sides, PIL.Image.Resampling[how]), corner)
-    return map(PIL.ImageOps.mirror, cuts) if flip < 0.5 else cuts
+    def crop(self, image, crops):
+        mask = PIL.Image.fromarray(read_mask(*self.masks[image.filename], shown_size(image)))
+        if self.whole and crops is None:
+            return torch.from_numpy(numpy.dstack([unified.upright(image), mask])).movedim(2, 0)
+        views = super().crop(image, crops), super().crop(mask, crops, nearest=True)
+        return torch.cat([views[0], views[1][..., :1, :, :]], -3)
 
 
 def open_masks(dataset, data_dir, size, cfg):
-    """MaskSets to train and to test on: 'shapes', or a folder that lies as EXPECTED_MASKS says."""
-    void = parse_numbers(cfg.ignore, int, "--ignore")
+    """Images with masks to train and to test on: 'shapes', or a folder that lies as one of MASKS."""
+    void = parse_numbers(cfg.ignore, int, "--ignore", high=255)
     if dataset == "shapes":
-        table, sets = class_table(0, 1 + len(unified.SHAPES), void), []
-        for train in (True, False):
-            images, masks, names = shapes(train, size, masks=True)
-            images, masks = images[:4000].movedim(1, -1).numpy(), table[masks[:4000].numpy()].astype("uint8")
-            sets.append(MaskSet(list(zip(images, masks)), lambda pair: map(PIL.Image.fromarray, pair),
-                                ["ground", *names], size, cfg.device, "in memory", ""))
-        return sets
-    root = pathlib.Path(data_dir or dataset)
+        sets = [shapes(train, size, masks=True) for train in (True, False)]
+        for images, _, _ in sets:
+            images[:, 3] *= ~torch.isin(images[:, 3], torch.tensor(void) + 1)
+        return [ImageTensor(images[:4000], labels[:4000], ["ground", *names], (0.5, 1.0), cfg.device)
+                for images, labels, names in sets]
+    root, sets, highest = pathlib.Path(data_dir or dataset), [], 2
     layout, first, classes, parts = find_masks(root)
-    table, highest = class_table(first, len(classes) or IGNORE, void), 1
-    with progress_bar(sum(map(len, parts)), "masks", " masks") as bar:
-        for image, mask in sum(parts, []):
-            with unified.reading(image, "an image"), PIL.Image.open(image) as opened:
-                values = numpy.array(read_mask(mask, opened.size, table))
-            highest = max(highest, values[values != IGNORE].max(initial=0))
-            bar.update()
-    classes = classes or [str(c) for c in range(highest + 1)]
+    rule = first, [255, *range(first), *void], first + len(classes) - 1 if classes else 254
+    for image, mask in tqdm.tqdm(sum(parts, []), "masks", leave=False, disable=None):
+        with unified.reading(image, "an image"), PIL.Image.open(image) as opened:
+            highest = max(highest, read_mask(mask, *rule, shown_size(opened)).max())
+    classes = classes or [str(value) for value in range(highest)]
     summary = f"{shown(root)}: {layout}, {' and '.join(str(len(part)) for part in parts)} images with masks"
-    load = functools.partial(read_pair, table=table)
-    return [MaskSet(part, load, classes, size, cfg.device, layout, summary) for part in parts]
+    for part, whole in zip(parts, (False, True)):
+        masks = {str(image): (mask, *rule) for image, mask in part}
+        sets.append(MaskFolder(masks, whole, root, [image for image, _ in part], [0] * len(part), classes,
+                               size, (0.25, 1.0), cfg.strict_images, cfg.device, layout, summary))
+    return sets
 
 
 def find_masks(root):
-    """(layout, value of the first class in a mask, class names or [], pairs of files to train and to test on)
-    of a folder."""
-    def lines(name):
-        return (root / name).read_text().splitlines() if (root / name).exists() else []
-
-    def beside(images, masks):
-        return [(p, (root / masks / p.relative_to(root / images)).with_suffix(".png"))
-                for p in image_files(root / images, [])]
-    if (root / "annotations").is_dir():
-        parts = [beside(f"images/{part}", f"annotations/{part}") for part in ("training", "validation")]
-        names = [line.split("\t")[-1] for line in lines("objectInfo150.txt")[1:]] or map(str, range(1, 151))
-        found = "ADE20K", 1, list(names), parts
-    elif (root / "SegmentationClass").is_dir():
-        parts = [[(root / f"JPEGImages/{name}.jpg", root / f"SegmentationClass/{name}.png")
-                  for name in lines(f"ImageSets/Segmentation/{part}.txt")] for part in ("train", "val")]
-        found = "Pascal VOC", 0, VOC_CLASSES, parts
-    else:
-        parts = [beside(f"images/{part}", f"masks/{part}") for part in ("train", "val")]
-        found = "a tree", 0, lines("classes.txt"), parts
+    """(layout, value of the first class, names of classes if they are known, pairs of an image and its mask to
+    train and to test on) of a folder."""
+    layout = next((name for name, row in MASKS.items() if (root / row[1].format(row[2][0])).is_dir()), "tree")
+    images, masks, names, first, classes = MASKS[layout]
+    for path in (root / "classes.txt", root / "objectInfo150.txt"):             # ADE20K's has a line of titles
+        if path.exists():
+            classes = [line.split("\t")[-1] for line in path.read_text().splitlines()[first:]]
+    parts = []
+    for name in names:
+        folder, listed = root / images.format(name), root / f"ImageSets/Segmentation/{name}.txt"
+        files = [folder / f"{stem}.jpg" for stem in listed.read_text().split()] if listed.exists() else \
+            image_files(folder, [])
+        parts.append([(path, root / masks.format(name) / path.relative_to(folder).with_suffix(".png"))
+                      for path in files])
     if not all(parts):
-        raise UserError(EXPECTED_MASKS.format(root=shown(root)))
-    return found
+        expected = " or ".join(f"{images} and {masks} ({layout})".format(*names[:1] * 2)
+                               for layout, (images, masks, names, *_) in MASKS.items())
+        raise UserError(f"there are no images with masks in {shown(root)}; expected {expected}")
+    return layout, first, classes, parts
 
 
-def class_table(first, classes, void):
-    """Value in a mask -> class, IGNORE where it does not count, -1 where no such value may be: int (256,)."""
-    table = numpy.full(256, -1)
-    table[first:first + classes] = numpy.arange(classes)
-    table[[IGNORE, *range(first), *void]] = IGNORE
-    return table
-
-
-def read_pair(pair, table):
-    """Files -> PIL images, for MaskSet. EXIF turns no image here: its mask would stay as it is."""
-    with unified.reading(pair[0], "an image"), PIL.Image.open(pair[0]) as image:
-        image = image.convert("RGB")
-    return image, read_mask(pair[1], image.size, table)
-
-
-def read_mask(path, size, table):
-    """A mask file -> PIL image of class numbers and IGNORE. UserError for what cannot be the mask of an image
-    of this size."""
+def read_mask(path, first, void, last, size):
+    """A mask file -> uint8 (H, W): 1 for the class of value first, 2 for the next, 0 for the values void.
+    UserError for what cannot be the mask of an image of this size (W, H) with classes up to last."""
     with unified.reading(path, "a mask"), PIL.Image.open(path) as mask:
-        mode, values = mask.mode, numpy.array(mask).astype(numpy.int64)
+        values = numpy.array(mask).astype(int)
+    counts = ~numpy.isin(values, void)
+    wrong = values[counts & ((values < 0) | (values > last))]
     if values.ndim > 2:
-        raise UserError(f"{shown(path)} holds colours ({mode}), but a mask's pixels hold the number of their "
-                        "class; save it with one channel, or with a palette")
-    if values.shape[::-1] != size:
-        raise UserError(f"{shown(path)} has {mask.width} x {mask.height} pixels and its image "
-                        f"{size[0]} x {size[1]}; save both at one size")
-    wrong = values[(values < 0) | (values > 255) | (table[values.clip(0, 255)] < 0)]
-    if len(wrong):
-        highest = numpy.flatnonzero((table >= 0) & (table < IGNORE)).max()
-        raise UserError(f"{shown(path)} holds the class {wrong.max()}, and {highest} is the highest here; "
-                        "mend it, or if it is no class, make it 255")
-    return PIL.Image.fromarray(table[values].astype(numpy.uint8))
+        problem = f"holds colours ({mask.mode}) instead of class numbers; save one channel, or a palette"
+    elif mask.size != size:
+        problem = f"has {mask.width} x {mask.height} pixels and its image {size[0]} x {size[1]}"
+    elif len(wrong):
+        problem = f"holds the class {wrong.max()}, and {last} is the highest; mend it, or make it 255"
+    else:
+        return numpy.where(counts, values - first + 1, 0).astype(numpy.uint8)
+    raise UserError(f"{shown(path)} {problem}")
 
 
 if __name__ == "__main__":

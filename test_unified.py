@@ -2601,9 +2601,9 @@ def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished
 def test_the_mean_iou_is_that_of_a_count_by_hand():
     generator = torch.Generator().manual_seed(0)
     labels, predictions = (torch.randint(0, 4, (3, 5, 7), generator=generator) for _ in range(2))
-    labels[labels == 3] = probe.IGNORE                      # class 3 is predicted only, 4 occurs nowhere
+    labels[labels == 3] = -1                                # class 3 is predicted only, 4 occurs nowhere
     confusion = sum(probe.confusion_of(y, p, 5) for y, p in zip(labels, predictions))
-    pairs = [(y, p) for y, p in zip(labels.flatten().tolist(), predictions.flatten().tolist()) if y != 255]
+    pairs = [(y, p) for y, p in zip(labels.flatten().tolist(), predictions.flatten().tolist()) if y >= 0]
     by_hand = [sum(y == p == c for y, p in pairs) / sum(c in (y, p) for y, p in pairs) for c in range(4)]
     iou = probe.intersection_over_union(confusion)
     assert iou[:4].tolist() == by_hand and iou[3] == 0 and iou[4].isnan() and confusion.sum() == len(pairs)
@@ -2612,62 +2612,76 @@ def test_the_mean_iou_is_that_of_a_count_by_hand():
 
 @pytest.mark.parametrize("height, width", [(12, 12), (12, 13), (12, 41), (30, 12)])
 def test_windows_cover_every_pixel_and_weigh_evenly(height, width):
-    x = torch.randn(3, height, width)
-    windows = probe.cut_windows(x, 12)
-    assert_close(probe.merge_windows(windows, height, width), x)
-    tops, lefts = (sorted(set(v)) for v in zip(*probe.window_corners(height, width, 12)))
-    assert len(windows) == len(tops) * len(lefts) and tops[-1] == height - 12 and lefts[-1] == width - 12
-    assert all(b - a <= 8 for v in (tops, lefts) for a, b in zip(v, v[1:]))                 # two thirds
-    weights = torch.arange(1.0, len(windows) + 1)[:, None, None, None].expand(-1, 1, 12, 12)
-    covering = [[i for i, (top, left) in enumerate(probe.window_corners(height, width, 12), 1)
-                 if top <= y < top + 12 and left <= x < left + 12] for y, x in [(0, 0), (11, 11)]]
-    merged = probe.merge_windows(weights, height, width)[0]
-    assert [merged[0, 0], merged[11, 11]] == [sum(v) / len(v) for v in covering]
+    places, weights = torch.arange(height * width).view(1, 1, height, width), []
+
+    def predict(window, i):
+        weights.append(torch.isin(places, window)[0, 0])
+        first = window[0, 0, 0, 0].item()
+        assert window[0, 0].equal(places[0, 0, first // width:, first % width:][:12, :12])
+        return F.one_hot(torch.full((1, 12, 12), i), 20).movedim(-1, 1).float()
+    p = probe.over_windows(predict, places, 12)[0]
+    held = torch.stack(weights).float()                                                     # (V, h, w)
+    assert held.sum(0).min() == 1 and held.flatten(1).sum(1).eq(144).all()
+    assert_close(p, F.pad(held / held.sum(0), (0, 0, 0, 0, 0, 20 - len(held))), 1e-6)
+    starts = [sorted({divmod(v.flatten().int().argmax().item(), width)[i] for v in held}) for i in (0, 1)]
+    assert all(later - start <= 8 for v in starts for start, later in zip(v, v[1:]))        # two thirds
+    assert len(held) == len(starts[0]) * len(starts[1])
 
 
-def test_an_image_that_is_its_label_stays_so_through_scale_crop_and_flip():
+@pytest.mark.parametrize("kind", ["files", "memory"])
+def test_an_image_that_is_its_label_stays_so_through_scale_crop_and_flip(kind, tmp_path):
     label = numpy.kron(numpy.arange(6).reshape(2, 3), numpy.ones((20, 20), int)).astype(numpy.uint8)
-    pair = PIL.Image.fromarray(label).convert("RGB"), PIL.Image.fromarray(label)
-    flips, beyond = set(), 0
-    for crop in [None, *range(40)]:
-        image, mask = map(numpy.array, probe.cut_both(*pair, crop, 16))
-        assert image.shape == (16, 16, 3) and mask.shape == (16, 16)
-        assert set(numpy.unique(mask)) <= {*range(6), probe.IGNORE}                       # never between two
-        same = numpy.pad(mask, 1, mode="edge")
-        views = [same[y:y + 16, x:x + 16] for y in range(3) for x in range(3)]
-        inside = numpy.all([v == mask for v in views], 0) & (mask != probe.IGNORE)
-        assert inside.any() and (image[inside] == mask[inside][:, None]).all()
-        assert (image[mask == probe.IGNORE] == 128).all()
-        row = mask[8][mask[8] != probe.IGNORE].astype(int)
-        flips |= set(numpy.sign(numpy.diff(row)).tolist())
-        beyond += (mask == probe.IGNORE).any()
-    assert flips == {-1, 0, 1} and 0 < beyond < 40
+    if kind == "files":
+        for folder, image in (("images", numpy.dstack([label] * 3)), ("masks", label)):
+            for part in ("train", "val"):
+                (tmp_path / folder / part).mkdir(parents=True)
+                PIL.Image.fromarray(image).save(tmp_path / folder / part / "0.png")
+        data = probe.open_masks(tmp_path, "", 16, settings(head="segment"))[0]
+    else:
+        x = torch.from_numpy(numpy.dstack([label] * 3 + [label + 1])).movedim(2, 0)[None, :, :40, 10:50]
+        data = probe.ImageTensor(x, torch.zeros(1), [*"012345"], (0.25, 1.0))
+    side, flips = data.size, set()
+    for crops in [None, *torch.arange(40).view(-1, 1, 1)]:
+        x, _ = next(data.batches([(torch.zeros(1, dtype=torch.long), crops)]))
+        image, mask = (255 * x.view(4, side, side)).split([3, 1])
+        assert_close(mask.round(), mask, 1e-6)                                              # never between two
+        assert {*mask.unique().round().int().tolist()} <= {*range(1, 7)}
+        inside = F.max_pool2d(mask, 5, 1, 2).eq(-F.max_pool2d(-mask, 5, 1, 2))[0]
+        assert inside.any() and (image[:, inside] - mask[:, inside] + 1).abs().max() < 0.6
+        flips |= set(mask[0, side // 4].round().diff().sign().tolist())
+    assert flips == {-1, 0, 1}
 
 
 def test_masks_of_shapes_are_exact_and_change_no_image():
     images, labels = unified.draw_shapes(torch.arange(100), 32)
-    with_masks, masks = unified.draw_shapes(torch.arange(100), 32, masks=True)
-    assert with_masks.equal(images) and masks.dtype == torch.uint8 and masks.shape == (100, 32, 32)
-    assert masks.flatten(1).amax(1).equal((labels + 1).byte())
+    with_masks, same = unified.draw_shapes(torch.arange(100), 32, masks=True)
+    assert with_masks[:, :3].equal(images) and with_masks.dtype == torch.uint8 and same.equal(labels)
+    masks = with_masks[:, 3]
+    assert masks.flatten(1).amax(1).equal((labels + 2).byte())
     ground = (images == unified.GROUND[:, None, None]).all(1)
-    assert (masks[ground] == 0).all()
+    assert (masks[ground] == 1).all()
     for image, mask in zip(images, masks):                          # the edge is at half of the colour
-        color = image[:, mask > 0].float().sub(128).abs().amax(1)
+        color = image[:, mask > 1].float().sub(128).abs().amax(1)
         depth = (image.float() - 128).abs().amax(0) / color.max()
-        assert ((depth > 0.5) == (mask > 0)).float().mean() > 0.99
+        assert ((depth > 0.5) == (mask > 1)).float().mean() > 0.99
 
 
 def test_the_head_reaches_the_ceiling_on_features_that_hold_the_label():
-    _, y = unified.draw_shapes(torch.arange(96), 16, masks=True)
-    maps = F.adaptive_avg_pool2d(F.one_hot(y.long(), 9).movedim(-1, 1).float(), 8)
+    data, _ = unified.draw_shapes(torch.arange(48), 16, masks=True)
+    data = probe.ImageTensor(data, torch.zeros(48), ["ground", *unified.SHAPES], (0.5, 1.0))
+
+    def read(x, names):
+        mask = (255 * x[:, 3]).round()
+        maps = F.adaptive_avg_pool2d(F.one_hot(mask.long() - 1, 9).movedim(-1, 1).float(), 8)
+        return {("model", None): maps, ("mask", None): mask.byte()}
     torch.manual_seed(0)
-    head, cfg = probe.segment_head(9, 9), settings(head="segment", lr=0.8, epochs=20)
-    loss = functools.partial(probe.segment_loss, "model", head)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=1e-3)
-    probe.train([(loss, optimizer)], probe.cached_batches({("model", None): maps}, y, cfg), 6, None, cfg)
-    scores = [probe.intersection_over_union(probe.confusion_of(y, found.argmax(1), 9)).mean().item()
-              for found in (probe.enlarged([head.eval()(maps)], (16, 16)), probe.enlarged([maps], (16, 16)))]
-    assert scores[0] > scores[1] - 0.02 > 0.5
+    heads, cfg = {"model": probe.SegmentHead(9, 9)}, settings(head="segment", lr=1.6, epochs=20)
+    x = read(next(data.batches([(torch.arange(48), None)]))[0], None)
+    probe.train_heads(heads, probe.cached_batches(x, torch.zeros(48), cfg), 3, [None], cfg)
+    confusions, examples = probe.score_segments(heads, read, data, cfg)
+    found, ceiling = (probe.intersection_over_union(confusions[name]).mean() for name in ("model", "ceiling"))
+    assert found > ceiling - 0.02 > 0.5 and len(examples) == 8
+    assert confusions["model"].sum() == 48 * 16 * 16
 
 
 def masks_tree(folder, layout):
@@ -2696,19 +2710,29 @@ def masks_tree(folder, layout):
 
 
 @pytest.mark.parametrize("layout, ignore, row, rest, classes", [
-    ("ade", "", [255, 0, 1, 255], 1, 150), ("voc", "", [0, 1, 2, 255], 2, 21),
-    ("tree", "", [0, 1, 2, 255], 2, 3), ("tree", "0", [255, 1, 2, 255], 2, 3)])
+    ("ade", "", [-1, 0, 1, -1], 1, 150), ("voc", "", [0, 1, 2, -1], 2, 21),
+    ("tree", "", [0, 1, 2, -1], 2, 3), ("tree", "0", [-1, 1, 2, -1], 2, 3)])
 def test_masks_are_read_as_their_layout_says_and_shifted_once(layout, ignore, row, rest, classes, tmp_path):
     root = masks_tree(tmp_path, layout)
-    cfg = settings(head="segment", ignore=ignore)
-    train_set, test_set = probe.open_masks(str(root), "", 16, cfg)
+    train_set, test_set = probe.open_masks(str(root), "", 16, settings(head="segment", ignore=ignore))
     assert (len(train_set), len(test_set), len(train_set.classes)) == (3, 1, classes)
-    [(image, label)] = test_set.pairs_of([(0, "whole")], 0)
-    assert image.shape == (3, 19, 16) and label.shape == (24, 20)
+    x, _ = next(test_set.batches([(torch.arange(1), None)]))
+    assert x.shape == (1, 4, 24, 20)                                                        # its own size
+    label = (255 * x[0, 3]).round().int() - 1
     assert label[0, ::5].tolist() == row and (label[1:] == rest).all()
-    x, y = next(train_set.batches([(torch.arange(3), torch.arange(3)[:, None])]))
-    assert x.shape == (3, 1, 3, 16, 16) and y.shape == (3, 16, 16)
-    assert set(y.unique().tolist()) <= {*row, rest, 255}
+    for crops, shape in ((None, (3, 4, 16, 16)), (torch.arange(3)[:, None], (3, 1, 4, 16, 16))):
+        x, _ = next(train_set.batches([(torch.arange(3), crops)]))
+        assert x.shape == shape
+        assert {*(255 * x[..., 3, :, :]).round().int().sub(1).unique().tolist()} <= {*row, rest}
+
+
+def test_a_void_class_of_shapes_does_not_count(monkeypatch):
+    monkeypatch.setattr(probe, "shapes", lambda train, size, masks: (
+        *unified.draw_shapes(torch.arange(100), size, masks=masks), list(unified.SHAPES)))
+    void, everything = (probe.open_masks("shapes", "", 16, settings(head="segment", ignore=value))[1].images[:, 3]
+                        for value in ("0,8", ""))
+    assert void.equal(torch.where((everything == 1) | (everything == 9), 0, everything))
+    assert everything.unique().tolist() == list(range(1, 10))
 
 
 def test_names_of_classes_are_read(tmp_path):
@@ -2724,7 +2748,7 @@ def test_names_of_classes_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("layout, spoil, sentence", [
-    ("tree", lambda mask: mask.convert("RGB"), "holds colours .RGB.* with one channel"),
+    ("tree", lambda mask: mask.convert("RGB"), "holds colours .RGB.*save one channel"),
     ("voc", lambda mask: mask.convert("RGB"), "holds colours .RGB"),
     ("tree", lambda mask: None, "cannot be read as a mask"),
     ("tree", lambda mask: mask.resize((20, 25)), "has 20 x 25 pixels and its image 20 x 24"),
@@ -2743,41 +2767,118 @@ def test_a_mask_that_cannot_be_one_is_refused_in_a_sentence_that_names_it(layout
     assert "\n" not in str(caught.value)
 
 
+def test_a_mask_lies_on_its_image_as_viewers_show_it(tmp_path):
+    root, turned = masks_tree(tmp_path, "tree"), PIL.Image.Exif()
+    turned[0x0112] = 6                                                                      # by a quarter
+    PIL.Image.new("RGB", (24, 20)).save(root / "images/train/1.jpg", exif=turned)
+    train_set, _ = probe.open_masks(root, "", 16, settings(head="segment"))
+    assert next(train_set.batches([(torch.tensor([1]), None)]))[0].shape == (1, 4, 16, 16)
+    PIL.Image.new("RGB", (20, 24)).save(root / "images/train/1.jpg", exif=turned)
+    with pytest.raises(unified.UserError, match=r"1\.png has 20 x 24 pixels and its image 24 x 20"):
+        probe.open_masks(root, "", 16, settings(head="segment"))
+
+
 def test_a_folder_without_masks_is_told_the_layouts(photos):
-    with pytest.raises(unified.UserError, match="no images with masks(.|\n)*annotations(.|\n)*masks/train"):
+    with pytest.raises(unified.UserError, match="no images with masks in .*annotations/training .*masks/train"):
         probe.open_masks(photos, "", 16, settings(head="segment"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_with_a_mask_is_named_by_whatever_process_reads_it(workers, tmp_path):
+def test_a_damaged_image_with_a_mask_is_named_and_replaced_or_left_out(workers, tmp_path, capsys):
     root = masks_tree(tmp_path, "tree")
-    train_set, _ = probe.open_masks(root, "", 16, settings(head="segment"))
-    (root / "images/train/1.jpg").write_bytes(b"nothing")
-    with pytest.raises(unified.UserError, match=r"1\.jpg cannot be read as an image") as caught:
-        list(train_set.batches([(torch.arange(3), None)], workers))
-    assert "\n" not in str(caught.value)
+    train_set, test_set = probe.open_masks(root, "", 16, settings(head="segment"))
+    for name in ("train/1", "val/3"):
+        (root / f"images/{name}.jpg").write_bytes((root / f"images/{name}.jpg").read_bytes()[:200])
+    [(x, _)] = train_set.batches([(torch.arange(3), torch.arange(3)[:, None])], workers)
+    assert x[:, 0, 3].amax((1, 2)).gt(0).all()                                              # none is black
+    [(x, y)] = test_set.batches([(torch.arange(1), None)], workers, False)
+    assert not x.any() and x.shape == (1, 4, 16, 16) and y == -1                            # nothing counts
+    assert capsys.readouterr().err.count("unreadable") == 2
 
 
-@pytest.mark.parametrize("which, more", [
-    ("mage", ()), ("mage", ("--layers", "2,3", "--augment")), ("adm", ("--layers", "1,3", "--t", "9,30"))])
-def test_a_linear_head_segments_by_any_network(which, more, finished, finished_adm, tmp_path,
+@pytest.mark.parametrize("which, more, layers", [
+    ("mage", (), 4), ("mage", ("--layers", "2,3", "--augment"), [2, 3]),
+    ("adm", ("--layers", "1,3", "--t", "9,30", "--pool", "4"), [1, 3])])
+def test_a_linear_head_segments_by_any_network(which, more, layers, finished, finished_adm, tmp_path,
                                                monkeypatch, capsys):
     run, root = finished[0] if which == "mage" else finished_adm, masks_tree(tmp_path, "tree")
     printed, [row] = probed(monkeypatch, capsys, run, "--head", "segment", "--dataset", root,
                             "--batch-size", 2, "--epochs", 2, *more)
-    assert "ceiling" in printed and f"{row['protocol']}" in printed and "mIoU" in printed
-    assert all(0 <= row[key] <= 1 for key in ("miou", "untrained", "pixels", "ceiling"))
-    assert row["dataset"] == str(root) and list(row["iou"]) == ["0", "1", "2"]
+    assert f"{row['protocol']}" in printed and "+-" not in printed
+    for words in ("mIoU", "averaged to the cells", "untrained", "a patch a cell", "of a model of"):
+        assert words in printed
+    assert all(0 <= row[key] <= 1 for key in ("miou", "untrained", "pixels", "ceiling", "pixel_accuracy"))
+    assert row["dataset"] == str(root) and list(row["iou"]) == ["0", "1", "2"] and row["layer"] == layers
     with PIL.Image.open(run / "segments.png") as sheet:
         assert sheet.width > sheet.height
 
 
 @pytest.mark.parametrize("args, sentence", [
-    (("--pool", "2"), "leave --pool out"), (("--ignore", "x"), "--ignore takes"),
-    (("--sweep",), "--sweep belongs")])
-def test_flags_that_segmentation_has_not_are_refused(args, sentence, finished, monkeypatch, capsys):
+    (("--pool", "mean"), "--pool takes the number"), (("--ignore", "x"), "--ignore takes"),
+    (("--sweep",), "--sweep belongs"), (("--labels", "2"), "--labels"), (("--labels", "0.1"), "take 20"),
+    (("--subset", "no.txt"), "no.txt cannot be read as a list of images")])
+def test_flags_that_segmentation_has_not_are_refused(args, sentence, finished, tmp_path, monkeypatch, capsys):
     with pytest.raises(unified.UserError, match=sentence):
-        probed(monkeypatch, capsys, finished[0], "--head", "segment", *args)
+        probed(monkeypatch, capsys, finished[0], "--dataset", masks_tree(tmp_path, "tree"),
+               "--head", "segment", *args)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Few labels, other data
+
+
+def test_few_labels_are_balanced_and_the_same_whatever_is_probed(photos):
+    data = probe.open_data(str(photos), "", 16, True)
+    few, same, other, all_of_them = (probe.images_to_train_on(data, settings(head=head, labels=ratio, seed=seed))
+                                     for head, ratio, seed in (("knn", 0.5, 0), ("finetune", 0.5, 0),
+                                                               ("knn", 0.5, 1), ("knn", 1.0, 0)))
+    assert few.equal(same) and not few.sort().values.equal(other.sort().values)
+    assert data.labels[few].bincount().tolist() == [12, 12] and len(few.unique()) == 24
+    assert all_of_them.equal(probe.shuffled(48, 0)) and not few.equal(few.sort().values)
+    with pytest.raises(unified.UserError, match="leave 10 training images"):
+        probe.images_to_train_on(data, settings(head="knn", labels=0.2))
+
+
+def test_a_subset_holds_the_images_that_a_file_names(photos, tmp_path):
+    data, path = probe.open_data(str(photos), "", 16, True), tmp_path / "1percent.txt"
+    cfg = settings(head="knn", subset=str(path))
+    names = [p.name for p in data.paths[:15]] + [f"{p.parent.name}/{p.name}" for p in data.paths[24:39]]
+    path.write_text("\n".join(names) + "\n")
+    assert sorted(probe.images_to_train_on(data, cfg).tolist()) == [*range(15), *range(24, 39)]
+    limited = probe.images_to_train_on(data, dataclasses.replace(cfg, labels=0.8, limit=20))
+    assert len(limited) == 20 and set(limited.tolist()) < {*range(15), *range(24, 39)}
+    path.write_text("\n".join(["none.png", *names, "neither.png"]))
+    with pytest.raises(unified.UserError, match="1percent.txt names 2 images .*none.png first"):
+        probe.images_to_train_on(data, cfg)
+    with pytest.raises(unified.UserError, match="names 32 images"):                         # it has no files
+        probe.images_to_train_on(image_set(30, 16), cfg)
+
+
+@pytest.mark.parametrize("head, more", [("ridge", ()), ("linear", QUICK), ("finetune", QUICK), ("knn", ())])
+def test_a_model_of_other_data_is_probed_with_few_labels(head, more, finished, tmp_path, monkeypatch, capsys):
+    for part, first in (("train", 0), ("val", 1000)):
+        x, y = unified.draw_shapes(torch.arange(first, first + 120), 32)
+        for i, tile in enumerate(x.movedim(1, -1).numpy()):
+            folder = tmp_path / part / str(y[i].item() // 4)
+            folder.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(tile).save(folder / f"{i}.png")
+    printed, [row] = probed(monkeypatch, capsys, finished[0], "--head", head, "--dataset", tmp_path,
+                            "--labels", 0.2, *more)
+    assert (row["n_train"], row["labels"], row["dataset"]) == (24, 0.2, str(tmp_path))
+    assert f"on {tmp_path}, of a model of {row['trained_on']}: layer" in printed and "24 training" in printed
+
+
+def test_finetuning_has_the_recipe_of_its_model():
+    rates = []
+    for net, large, recipe in ((unified.MAGE, False, (2.5e-4, 0.65, 0.05)),
+                               (unified.MAGE, True, (2.5e-4, 0.75, 0.1)),
+                               (unified.ADDP, False, (1e-3, 0.65, 0.2)),
+                               (unified.ADDP, True, (2.5e-4, 0.8, 0.1)),
+                               (unified.UMD, False, (2.5e-4, 0.65, 0.05))):
+        assert net.finetuning[large] == recipe
+        cfg = probe.fit_recipe(settings(head="finetune"), 600_000, net.finetuning[large])
+        rates.append(probe.lr_at(recipe[2] * cfg.epochs, cfg, recipe[2]))                   # the peak
+    assert rates == pytest.approx([2.5e-4, 2.5e-4, 1e-3, 2.5e-4, 2.5e-4])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -568,6 +568,8 @@ class Model(nn.Module):
     stem = ()                           # names of what comes before the first of `blocks`, which are found by
                                         # --init-encoder and by layer decay
     dynamic_blocks = ()                 # blocks whose number of tokens differs from call to call
+    # Fine-tuning of a ViT-B and of a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
+    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
 
     def micro_batch_args(self, first, count):
         """More arguments of forward() for images first .. first + count - 1 of a batch that does not fit into
@@ -1207,7 +1209,7 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
     """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
     turned by quarters give or take 9 degrees, always wholly visible. All that is random about them is
     numbers (B, 7) in (0, 1): kind, colour, radius, x, y, quarter turn, further turn; drawn if None.
-    masks: with a label for each pixel instead, uint8 (B, size, size), 0 for the ground, then the shapes."""
+    masks: with a fourth channel, what each pixel shows: 1 for ground, 2 for the first shape, and so on."""
     numbers = hashed_uniform(seeds, 0, 7) if numbers is None else numbers
     kind, color, radius, cx, cy, turn, wobble = numbers[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
@@ -1221,9 +1223,9 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
     distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(labels))]
     alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
     paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
-    if masks:
-        labels = ((distance < 0) * (1 + labels[:, None, None])).byte()
-    return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
+    images = (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte()
+    shown = 1 + (distance < 0) * (1 + labels[:, None, None])                                # (B, S, S)
+    return torch.cat([images, shown[:, None].byte()], 1) if masks else images, labels
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1333,6 +1335,7 @@ class ADDP(MAGE):
     takes_labels = reads_ids = False                            # decoded ids are not the original image
     t_range, best_t = (0, 0, "always 0, since no timestep enters the network"), 0
     stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
+    finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
 
     def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
         if image_size != predictor.image_size:
@@ -3112,15 +3115,15 @@ def upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def from_image(image, size):
+def from_image(image, size, nearest=False):
     """PIL image, just opened -> uint8 (3, size, size): shorter side resized, centre cropped, as every
-    evaluation does [MAGE, 292 / 256]."""
+    evaluation does [MAGE, 292 / 256]. nearest: without new values between the pixels'."""
     image = upright(image)
     scale = size * (1.14 if min(image.size) >= size * 1.14 else 1) / min(image.size)
     sides = [max(size, round(side * scale)) for side in image.size]
     if math.prod(sides) > 2 * PIL.Image.MAX_IMAGE_PIXELS:                               # PIL reads no more
         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too narrow")
-    image = image.resize(sides, PIL.Image.Resampling.BICUBIC)
+    image = image.resize(sides, PIL.Image.Resampling["NEAREST" if nearest else "BICUBIC"])
     left, top = ((side - size) // 2 for side in image.size)
     return torch.from_numpy(numpy.array(image.crop((left, top, left + size, top + size)))).movedim(2, 0)
 
