@@ -27,8 +27,7 @@ to probe.jsonl in the run's folder. The test set is read once; training images c
     6  A probe from end to end     settings, the data set, what is compared, the report
     7  Segmentation                segment: a linear head on feature maps, windows, mIoU, segments.png
     8  Behind the scenes           features of many images, processes, torch.compile, learning rate
-    9  Data sets                   folders of images, CIFAR-10, drawn shapes; train.py reads them from here;
-                                   images with masks: ADE20K, Pascal VOC, trees of one's own, drawn shapes
+    9  Data sets                   folders, CIFAR-10, drawn shapes; train.py reads them from here; masks
 
 Shapes   B images, N training images, M test images    S image side
          C width of a vector (B, C), or channels of a map (B, C, h, w)
@@ -91,9 +90,9 @@ class Config:
     dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own")
     data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
     limit: int = flag(None, "training images used at most; a tenth of them is held out", least=20)
-    labels: float = flag(None, "fraction of the training images, such as 0.01: equally many of each class, the "
-                               "same for every model", least=1e-9, most=1)
-    subset: str = flag("", "file of the images to train on, NAME or CLASS/NAME a line, as SimCLR's 1percent.txt")
+    labels: float = flag(None, "fraction of the training images, such as 0.01: equally many of each class, "
+                               "the same for every model", least=1e-9, most=1)
+    subset: str = flag("", "file of the training images, NAME or CLASS/NAME a line, as SimCLR's 1percent.txt")
     strict_images: bool = flag(False, "stop at an unreadable image instead of leaving it out")
 
     # Options of single heads
@@ -728,7 +727,8 @@ def reader(nets, places, cfg, comparable=False):
                     features[name, what] = v.float() if v.is_floating_point() else v
         if cfg.head == "segment":
             cells = max(m.size(-1) for m in features.values())
-            features["pixels", None] = F.pixel_unshuffle(x, x.size(-1) // cells)
+            side = -(-x.size(-1) // cells)                      # of a patch, one for each cell
+            features["pixels", None] = F.pixel_unshuffle(F.interpolate(x, cells * side), side)
             features["mask", None] = (255 * mask[:, 0]).round().byte()
         elif cfg.head not in ON_MAPS and not cfg.save:
             features["pixels", None] = pixel_vectors(x)
@@ -1046,7 +1046,8 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
     dims = [2 ** k for k in range(3, 32) if 2 ** k < width] + [width] if cfg.matryoshka else [None]
     train_heads(heads, batches, images // cfg.batch_size, dims, cfg)
     if cfg.head == "segment":
-        return segment_results(heads, read, test_set, images, cfg)
+        cells = max(m.size(-1) for m in features_of(sample, "model"))
+        return segment_results(heads, read, test_set, images, cells, cfg)
     n, scores = score_heads(heads, read, test_set, dims, cfg)
     titles = [f"{cfg.head}-{d}" if d else cfg.head for d in dims]
     return [(title, images, n, {name: [values[i]] for name, values in scores.items()})
@@ -1090,11 +1091,12 @@ def report(places, titles, results, about, cfg):
     """Print the results of compare() and append them to probe.jsonl, with what is known about the run."""
     path, rows = results_folder(cfg.run) / "probe.jsonl", []
     layers, ts = distinct(place.layer for place in places), distinct(place.t for place in places)
-    metric = "miou" if cfg.head == "segment" else "top1"
+    metric, own = "miou" if cfg.head == "segment" else "top1", about["trained_on"]
     for head, images, n, accuracies, *more in results:
-        others = about["trained_on"] not in (None, about["dataset"])
-        print(f"{head} on {about['dataset']}" + f", of a model of {about['trained_on']}" * others + f": layer {', '.join(map(str, layers))}, "
-              f"t {', '.join(f'{t:g}' for t in ts)}, {places[0].pool}" + f", k {cfg.k}" * (head == "knn")
+        print(f"{head} on {about['dataset']}"
+              + f", of a model trained on {own}" * (own not in (None, about["dataset"]))
+              + f": layer {', '.join(map(str, layers))}, t {', '.join(f'{t:g}' for t in ts)}, "
+              + places[0].pool + f", k {cfg.k}" * (head == "knn")
               + f", {images} training images, {n} test images; "
               + ("mIoU" if head == "segment" else "+- one standard error"))
         row = {"head": head, "layer": layers if layers[1:] else layers[0], "t": ts if ts[1:] else ts[0],
@@ -1243,7 +1245,7 @@ def check_flags(cfg):
     for key, heads in belongs.items():
         if getattr(cfg, key) and cfg.head not in heads:
             raise UserError(f"--{key.replace('_', '-')} belongs to --head {', '.join(heads)}, not {cfg.head}")
-    if cfg.save and (cfg.head != "ridge" or cfg.sweep or len(cfg.run) > 1
+    if cfg.save and (cfg.head != "ridge" or cfg.sweep or cfg.labels or cfg.subset or len(cfg.run) > 1
                      or "," in cfg.layers + cfg.t + cfg.pool):
         raise UserError("--save reads one place of one run and probes nothing; leave --head and --sweep out")
     if cfg.samples and (cfg.save or cfg.head != "ridge" or cfg.sweep or len(cfg.run) > 1):
@@ -1397,8 +1399,8 @@ def enlarged(m, size):
 
 def segment_loss(logits, mask):
     """Mean cross-entropy over the pixels that count: logits (B, classes, h, w), mask uint8 (B, S, S)."""
-    loss = F.cross_entropy(enlarged(logits, mask.shape[1:]), mask.long() - 1, ignore_index=-1, reduction="sum")
-    return loss / (mask > 0).sum().clamp(min=1)
+    logits, y = enlarged(logits, mask.shape[1:]), mask.long() - 1
+    return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum") / (y >= 0).sum().clamp(min=1)
 
 
 def over_windows(predict, x, S):
@@ -1445,8 +1447,9 @@ def score_segments(heads, read, data, cfg):
                 confusions[name] += confusion_of(y, prediction, len(data.classes))
             examples += [*zip(x[:, :3], y, found["model"])][:8 - len(examples)]
             bar.update()
-    for confusion in confusions.values() if unified.rank_and_world()[1] > 1 else ():
-        torch.distributed.all_reduce(confusion)
+    if unified.rank_and_world()[1] > 1:
+        for confusion in confusions.values():
+            torch.distributed.all_reduce(confusion)
     return confusions, examples
 
 
@@ -1462,7 +1465,7 @@ def intersection_over_union(confusion):
     return hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
 
-def segment_results(heads, read, data, images, cfg):
+def segment_results(heads, read, data, images, cells, cfg):
     """What compare() returns, with {"iou", "pixel_accuracy", "protocol"} behind it; prints and draws them."""
     confusions, examples = score_segments(heads, read, data, cfg)
     iou = {name: intersection_over_union(v) for name, v in confusions.items()}
@@ -1471,9 +1474,10 @@ def segment_results(heads, read, data, images, cfg):
         for i, c in enumerate(data.classes)])
     if unified.rank_and_world()[0] == 0:
         segment_sheet(examples, data.classes).save(results_folder(cfg.run) / "segments.png")
-    protocol = (f"dropout 0.1, BatchNorm, 1x1 convolution; AdamW, weight decay 1e-3, learning rate "
-                f"{cfg.lr * cfg.batch_size / 256:.3g}, {cfg.epochs} epochs, {cfg.batch_size} a step; "
-                + ("crops of sides x 1/2 to 1, flipped" if cfg.augment else "central squares")
+    protocol = (f"{cells} x {cells} cells; dropout 0.1, BatchNorm, 1x1 convolution; AdamW, weight decay "
+                f"1e-3, learning rate {cfg.lr * cfg.batch_size / 256:.3g}, {cfg.epochs} epochs of "
+                f"{cfg.batch_size} images a step; "
+                + (f"crops of {data.scale[0]:.0%} of the area or more" if cfg.augment else "central squares")
                 + f"; tested at the labels' size, by windows of {data.size} every {data.size * 2 // 3}")
     right = (confusions["model"].trace() / confusions["model"].sum()).item()
     print(f"{protocol}; {right:.1%} of the pixels are right, mIoU:")
@@ -1778,7 +1782,7 @@ class ImageFolder(torch.utils.data.Dataset):
         jpeg, views = image.format == "JPEG", []
         image = image if jpeg else unified.upright(image)
         how = PIL.Image.Resampling["NEAREST" if nearest else "BILINEAR"]
-        width, height = shown_size(image)
+        width, height = shown_size(image) if jpeg else image.size
         left, top, w, h, flips = crop_boxes(torch.as_tensor(crops), width, height, self.scale)
         least = self.size / min(w.min(), h.min()).item()
         if jpeg:                                               # is decoded at 1/2, 1/4 or 1/8 if that will do
@@ -2174,12 +2178,12 @@ def open_masks(dataset, data_dir, size, cfg):
 
 
 def find_masks(root):
-    """(layout, value of the first class, names of classes if they are known, pairs of an image and its mask to
-    train and to test on) of a folder."""
+    """(layout, value of the first class, names of classes if they are known, pairs of an image and its mask
+    to train and to test on) of a folder."""
     layout = next((name for name, row in MASKS.items() if (root / row[1].format(row[2][0])).is_dir()), "tree")
     images, masks, names, first, classes = MASKS[layout]
-    for path in (root / "classes.txt", root / "objectInfo150.txt"):             # ADE20K's has a line of titles
-        if path.exists():
+    for path in (root / "classes.txt", root / "objectInfo150.txt"):
+        if path.exists():                                               # ADE20K's begins with titles
             classes = [line.split("\t")[-1] for line in path.read_text().splitlines()[first:]]
     parts = []
     for name in names:
