@@ -1488,7 +1488,7 @@ def segment_results(heads, read, data, images, cells, cfg):
 
 def segment_sheet(examples, classes, side=128):
     """[(image, label, prediction), ...] -> PIL image: a row of squares each, and a legend."""
-    palette = [PIL.ImageColor.getrgb(f"hsl({137 * c % 360}, 70%, {(30, 50, 70)[c % 3]}%)")
+    palette = [PIL.ImageColor.getrgb(f"hsl({137 * c % 360}, {70 * (c > 0)}%, {(30, 50, 70)[c % 3]}%)")
                for c in range(len(classes))] + [(255, 255, 255)]                            # ignored: -1
     colors = torch.tensor(palette) / 255
     tiles = [v.cpu() if v.dim() == 3 else colors[v.cpu()].movedim(2, 0) for row in examples for v in row]
