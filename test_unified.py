@@ -6303,10 +6303,14 @@ def run_script(name, args, before=None):
     unified.run_main(importlib.import_module(name.removesuffix(".py")).main)
 
 
-def test_the_tutorial_runs_and_writes_its_samples(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(unified, "linear_probe", functools.partial(unified.linear_probe, n=50))
-    unified.main(tokenizer_steps=8, steps=8, out=tmp_path / "shapes.png")
+@pytest.mark.parametrize("method", ["mage", "addp", "umd", "adm"])
+def test_the_tutorial_runs_and_writes_its_samples(method, tmp_path, monkeypatch, capsys):
+    sample = unified.Model.sample
+    monkeypatch.setattr(unified.Model, "sample", lambda model, n: sample(model, n, steps=2))
+    unified.main(method, tokenizer_steps=8, steps=8, out=tmp_path / "shapes.png")
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["TokenizerTraining", "MAGE", "linear", "wrote"]
-    assert float(printed[1].split()[-1]) < 2 * math.log(128)
+    trained = {"mage": ["TokenizerTraining", "MAGE"], "addp": ["TokenizerTraining", "MAGE", "ADDP"],
+               "umd": ["UMD"], "adm": ["ADM"]}[method]
+    assert [line.split()[0] for line in printed] == [*trained, "linear", "linear", "wrote"]
+    assert method in ("umd", "adm") or float(printed[1].split()[-1]) < 2 * math.log(128)
     assert PIL.Image.open(tmp_path / "shapes.png").width > 1000
