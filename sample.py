@@ -170,7 +170,8 @@ def inpaint(model, cfg, labels):
     film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                    # (steps, images, n, 3, S, S)
     given = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()       # (images, 2, 3, S, S)
     frames = [torch.cat([given, frame], 1).flatten(0, 1) for frame in film]
-    unified.image_grid(frames[-1], cfg.n + 2).save(cfg.out)
+    names = ["input", "mask", *["sample"] * cfg.n]
+    unified.with_names(unified.image_grid(frames[-1], cfg.n + 2), columns=names).save(cfg.out)
     if cfg.gif:
         write_film(film_path(cfg), frames, columns=cfg.n + 2)
 
@@ -180,7 +181,9 @@ def reconstruct(model, cfg):
     x = own_images(model, cfg)
     torch.manual_seed(cfg.seed)
     row = [x, *(y.cpu() for y in model.reconstruct(x.to(cfg.device)))]
-    unified.image_grid(torch.stack(row, 1).flatten(0, 1), len(row)).save(cfg.out)
+    names = ["input", "masked", "output"] if len(row) == 3 else ["input", "output"]
+    grid = unified.image_grid(torch.stack(row, 1).flatten(0, 1), len(row))
+    unified.with_names(grid, columns=names).save(cfg.out)
 
 
 def own_images(model, cfg):

@@ -3211,15 +3211,44 @@ def test_a_chart_draws_its_curves_higher_where_values_are_larger():
     blue, red = (0x1f, 0x77, 0xb4), (0xd6, 0x27, 0x28)
 
     def places(curves, color):
-        image = numpy.array(train.line_chart(curves, "loss", (400, 300)))[42:258, 72:378]
+        image = numpy.array(train.line_chart(curves, "loss", (400, 300)))[42:248, 72:318]
         return (image == color).all(2).nonzero()
     curves = {"a": [(0, 0.0), (10, 1.0)], "b": [(0, 1.0), (5, math.nan), (10, 0.0)]}
     for color, way in ((blue, -1), (red, 1)):                           # rows are counted downwards
         rows, columns = places(curves, color)
         assert way * numpy.corrcoef(rows, columns)[0, 1] > 0.9 and numpy.ptp(columns) > 200
     rows, columns = places({"a": [(0, 1.0), (10, 100.0)], "b": [(5, 10.0)]}, red)
-    assert abs(rows.mean() - 108) < 8 and abs(columns.mean() - 153) < 8     # 10 is midway from 1 to 100
+    assert abs(rows.mean() - 103) < 8 and abs(columns.mean() - 123) < 8     # 10 is midway from 1 to 100
     assert not len(places({}, blue)[0])
+
+
+@pytest.mark.parametrize("low, high, logarithmic, expected", [
+    (50, 3000, False, [500, 1000, 1500, 2000, 2500, 3000]), (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+    (3.7, 4.85, False, [3.8, 4, 4.2, 4.4, 4.6, 4.8]), (0.03, 0.4, True, [0.05, 0.1, 0.2]),
+    (1e-3, 2.0, True, [0.001, 0.01, 0.1, 1])])
+def test_an_axis_has_round_ticks(low, high, logarithmic, expected):
+    assert train.ticks(low, high, logarithmic) == pytest.approx(expected)
+
+
+def test_ends_of_curves_that_meet_are_named_apart_and_inside_the_chart(monkeypatch):
+    at, text = {}, PIL.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(PIL.ImageDraw.ImageDraw, "text",
+                        lambda self, xy, name, *more, **options: (at.update({name: xy}), text(self, xy, name, *more, **options)))
+    train.line_chart({"loss": [(1, 9.0), (50, 1.0)], "held_out": [(25, 5.0), (50, 1.01)]}, "model", (400, 300))
+    assert {"step", "model", "loss", "held_out", "10", "40"} <= at.keys()
+    assert at["held_out"][1] <= at["loss"][1] - 16 and at["loss"][1] < 250 and at["loss"][0] > 320
+
+
+def test_names_stand_beside_the_rows_and_above_the_columns_of_a_sheet():
+    sheet = PIL.Image.new("RGB", (300, 200), "red")
+    page = numpy.array(unified.with_names(sheet, ["input", "output"], ["a", "b", "c"]))
+    height, width = page.shape[:2]
+    assert (page[height - 200:, width - 300:] == (255, 0, 0)).all() and (width, height) > (300, 200)
+    dark = (page < 128).all(2)
+    rows, columns = dark[height - 200:, :width - 300], dark[:height - 200, width - 300:]
+    assert rows[:100].any() and rows[100:].any() and not rows[98:102].any()
+    assert all(columns[:, k:k + 100].any() for k in (0, 100, 200))
+    assert unified.with_names(sheet).size == sheet.size
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4490,7 +4519,7 @@ def test_two_images_with_inpainting_masks_in_different_places_in_one_call(photos
     files = sorted((photos / "val" / "cat").iterdir())[:2]
     script("sample.py", finished[0], "--image", *files, "--box", "4,4,12,12", "10,16,32,32", "--n", 1,
            "--gif", "--out", tmp_path / "p.png")
-    sheet = numpy.array(PIL.Image.open(tmp_path / "p.png")).astype(int)
+    sheet = numpy.array(PIL.Image.open(tmp_path / "p.png")).astype(int)[24:]        # below the columns' names
     zoom = (sheet.shape[1] - 8) // 96                                   # three tiles of 32 with 2-pixel lines
     side = 32 * zoom
     for row, (x0, y0, x1, y1) in enumerate(((4, 4, 12, 12), (10, 16, 32, 32))):

@@ -33,6 +33,7 @@ import zipfile
 import numpy
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 import torch.distributed
 import tqdm
@@ -1040,42 +1041,66 @@ def sample_images(cfg, model, steps):
 
 
 def draw_reconstructions(cfg, reconstruct, data):
-    """reconstructions.png: at most 32 test images, each row of originals above the rows that
-    reconstruct(x) makes of them."""
+    """reconstructions.png: at most 32 test images, each row of them above the rows that reconstruct(x) makes
+    of them: what is masked, if anything is, and the output."""
     x, _ = probe.map_images(lambda x: x, data, 32, workers=cfg.workers)
     torch.manual_seed(0)
     with probe.autocast(cfg):
         columns = [x, *(y.cpu() for y in reconstruct(x.to(cfg.device)))]
     rows = [part for rows in zip(*(c.split(8) for c in columns)) if len(rows[0]) == min(8, len(x))
             for part in rows]
-    unified.image_grid(torch.cat(rows)).save(pathlib.Path(cfg.out_dir, "reconstructions.png"))
+    names = ["input", *["masked"] * (len(columns) - 2), "output"] * (len(rows) // len(columns))
+    sheet = unified.with_names(unified.image_grid(torch.cat(rows)), names)
+    sheet.save(pathlib.Path(cfg.out_dir, "reconstructions.png"))
+
+
+def ticks(low, high, logarithmic):
+    """Three to eight round numbers in low .. high, to be written at an axis."""
+    if logarithmic:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+        found = [k * 10.0 ** decade for decade in decades for k in ((1, 2, 5) if len(decades) < 3 else (1,))]
+    else:
+        unit = 10 ** math.floor(math.log10((high - low) / 3))
+        unit *= max(k for k in (1, 2, 5) if 3 * k * unit <= high - low)
+        found = [k * unit for k in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+    return [v for v in found if low <= v <= high]
 
 
 def line_chart(curves, title, size=(900, 500)):
-    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, drawn on one scale, logarithmic where y
-    grows tenfold, with its extremes written at the axes. Curves of few points have dots."""
-    image = PIL.Image.new("RGB", size, "white")
+    """Line chart of a loss by step as a PIL image. curves: {name: [(step, loss), ...]}, drawn on one scale,
+    logarithmic where the loss grows tenfold, and named where they end. Curves of few points have dots."""
+    image, font = PIL.Image.new("RGB", size, "white"), PIL.ImageFont.load_default(14)
     draw = PIL.ImageDraw.Draw(image)
     points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
-    left, top, right, bottom = 70, 40, size[0] - 20, size[1] - 40
+    left, top, right, bottom = 70, 40, size[0] - 80, size[1] - 50
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points)) if points else ((0, 1), (0, 1))
-    scale, middle = (math.log, math.sqrt(y0 * y1)) if 0 < 10 * y0 < y1 else (float, (y0 + y1) / 2)
+    x1, y1 = (high if high > low else low + 1 for low, high in ((x0, x1), (y0, y1)))
+    scale = math.log if 0 < 10 * y0 < y1 else float
+
+    def place(x, y):
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                bottom - (scale(y) - scale(y0)) / (scale(y1) - scale(y0)) * (bottom - top))
+    draw.text(((left + right) / 2, 20), title, "black", font, anchor="mm")
+    draw.text(((left + right) / 2, size[1] - 12), "step", "black", font, anchor="mm")
+    draw.text((left - 8, 22), "loss", "black", font, anchor="rm")
+    for x in ticks(x0, x1, False):
+        draw.line((place(x, y0), (place(x, y0)[0], bottom + 5)), "gray")
+        draw.text((place(x, y0)[0], bottom + 14), f"{x:g}", "black", font, anchor="mm")
+    for y in ticks(y0, y1, scale is math.log):
+        draw.line((place(x0, y), place(x1, y)), "#dddddd")
+        draw.text((left - 8, place(x0, y)[1]), f"{y:.4g}", "black", font, anchor="rm")
     draw.rectangle((left, top, right, bottom), outline="gray")
-    draw.text((left, 12), title + ", logarithmic" * (scale is math.log), fill="black")
-    for value, height in ((y0, bottom - 10), (middle, (top + bottom) / 2 - 6), (y1, top)):
-        draw.text((8, height), f"{value:.4g}", fill="black")
-    draw.text((left, bottom + 8), f"{x0:g}", fill="black")
-    draw.text((right - 50, bottom + 8), f"{x1:g}", fill="black")
-    for i, (name, curve) in enumerate(curves.items()):
-        color = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")[i % 5]
-        wide, high = max(x1 - x0, 1e-9), max(scale(y1) - scale(y0), 1e-9)
-        line = [(left + (x - x0) / wide * (right - left),
-                 bottom - (scale(y) - scale(y0)) / high * (bottom - top))
-                for x, y in curve if math.isfinite(y)]
-        draw.line(line, fill=color, width=2)
+    names = []                                          # (where it ends, name, color) of each curve
+    for (name, curve), color in zip(curves.items(), itertools.cycle(("#1f77b4", "#d62728", "#2ca02c"))):
+        line = [place(x, y) for x, y in curve if math.isfinite(y)]
+        draw.line(line, color, 2)
         for x, y in line if len(line) < 20 else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-        draw.text((left + 200 + 150 * i, 12), name, fill=color)
+        names += [(line[-1][1], name, color)] if line else []
+    free = bottom - 8
+    for height, name, color in sorted(names, reverse=True):
+        draw.text((right + 8, min(height, free)), name, color, font, anchor="lm")
+        free = min(height, free) - 16
     return image
 
 
@@ -1095,7 +1120,7 @@ def loss_charts(folder):
             curves[name] = [(r["step"], r.get("masked", r[name])) for r in rows if name in r]
         curves = {name: curve for name, curve in curves.items() if curve}
         if curves:
-            yield line_chart(curves, f"{stage}: loss by step")
+            yield line_chart(curves, stage)
 
 
 def report(cfg, model, ema, train_set, test_set):

@@ -91,6 +91,8 @@ import zipfile
 
 import numpy
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 import torch.distributed.nn
 import torch.nn as nn
@@ -3066,6 +3068,19 @@ def image_grid(x, columns=8, least=1024):
         top, left = gap + i // columns * (side + gap), gap + i % columns * (side + gap)
         sheet[top:top + side, left:left + side] = tile
     return PIL.Image.fromarray(sheet)
+
+
+def with_names(sheet, rows=(), columns=()):
+    """A sheet, with the names of its rows left of them and those of its columns above them."""
+    left, top, font = 72 * bool(rows), 24 * bool(columns), PIL.ImageFont.load_default(14)
+    page = PIL.Image.new("RGB", (left + sheet.width, top + sheet.height), "white")
+    page.paste(sheet, (left, top))
+    draw = PIL.ImageDraw.Draw(page)
+    for i, name in enumerate(rows):
+        draw.text((left - 6, top + (i + 0.5) * sheet.height / len(rows)), name, "black", font, anchor="rm")
+    for i, name in enumerate(columns):
+        draw.text((left + (i + 0.5) * sheet.width / len(columns), top / 2), name, "black", font, anchor="mm")
+    return page
 
 
 # Processes.
