@@ -66,9 +66,9 @@ from unified import UserError, flag
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # What is read, and how
     run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors; "
-                                         "several are compared in one table", positional=True, nargs="+")
+                                         "several are compared in one table", positional=True, nargs="+",
+                    group="what is read")
     head: str = flag("ridge", "what reads the features", choices=[
         "ridge", "linear", "knn", "fewshot", "mlp", "attention", "difformer", "diffeed", "finetune"])
     layers: str = flag("", "blocks to read, counted from 1, such as 2,4,6; else the one that the paper reads")
@@ -82,22 +82,21 @@ class Config:
     save: str = flag("", "no probe: keep features, labels and file names of all images in this new .npz")
     seed: int = flag(0, "of everything random", least=0, most=2**32 - 1)
 
-    # Data
-    dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own")
+    dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own",
+                        group="data")
     data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
     limit: int = flag(None, "training images used at most; a tenth of them is held out", least=20)
     strict_images: bool = flag(False, "stop at an unreadable image instead of leaving it out")
 
-    # Options of single heads
-    k: int = flag(None, "knn: neighbours that vote, for fewshot on the place to read; else 20")
+    k: int = flag(None, "knn: neighbours that vote, for fewshot on the place to read; else 20",
+                  group="single heads")
     shots: int = flag(None, "fewshot: so many images a class, scored as UMD's authors do, who take 100; "
                             "else 5, 10 and 25 by a ridge that fits so few")
     hidden: str = flag("512", "mlp: widths of its hidden layers, such as 512,256")
     feedback: str = flag("", "diffeed: the layers fed back to their mirrors; else the last of each map size")
 
-    # Training of a head
     augment: bool = flag(False, "fresh crops and noise in every epoch, as published; "
-                                "else features are computed once")
+                                "else features are computed once", group="training of a head")
     sgd: bool = flag(False, "DiffSSL's plain SGD, for linear on features as they are; "
                             "else LARS for linear, AdamW for the others")
     matryoshka: bool = flag(False, "learn at the same time from the first 8, 16, 32, ... dimensions alone")
@@ -108,15 +107,14 @@ class Config:
     lr: float = flag(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, "
                            "or ten times that below 500,000 images", least=1e-9)
 
-    # Weights
-    weights: str = flag("", "raw, or ema for the averaged ones; else as in the paper", choices=["raw", "ema"])
+    weights: str = flag("", "raw, or ema for the averaged ones; else as in the paper", choices=["raw", "ema"],
+                        group="weights")
     adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
                                 "else one for 64 channels")
     adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
                           choices=["legacy", "new"])
 
-    # This machine
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute", group="hardware")
     dtype: str = flag(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32",
                       choices=["float32", "bfloat16"])
     compile: bool = flag(None, "compile the blocks; else on cuda only")
@@ -932,7 +930,7 @@ def heat_map(scores, best, title, w=36, h=26):
 
 
 def main():
-    typed = unified.parse_flags(Config, __doc__.split("\n")[0])
+    typed = unified.parse_flags(Config, __doc__)
     check_flags(typed)
     cfgs = [settle(dataclasses.replace(typed, run=run)) for run in distinct(typed.run)]
     device = str(unified.join_processes(typed.device))

@@ -39,9 +39,8 @@ from unified import UserError, flag
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # What is generated
     run: str = flag(None, "run folder, checkpoint, or weight file published by the authors",
-                    positional=True, nargs="?")
+                    positional=True, nargs="?", group="what is generated")
     n: int = flag(None, "images; 64, or 6 for each --image", most=10**7)
     seed: int = flag(0, "another one gives other images", least=0, most=2**32 - 1)
     label: str = flag("", "class name or number; several with commas take turns, all takes every class")
@@ -53,8 +52,8 @@ class Config:
                             "from what it predicts, with or without --label")
     gif: bool = flag(False, "also write the steps as a film")
 
-    # Images of your own
-    image: str = flag((), "images to inpaint, centre-cropped to the model's size", nargs="+")
+    image: str = flag((), "images to inpaint, centre-cropped to the model's size", nargs="+",
+                      group="images of your own")
     mask: str = flag((), "images, white where to inpaint, cropped like --image; one for all or one for each",
                      nargs="+")
     box: str = flag((), "instead of masks x0,y0,x1,y1 in pixels of the model's size", nargs="+")
@@ -62,9 +61,8 @@ class Config:
     reconstruct: bool = flag(False, "only send each --image through the tokenizer and back; "
                                     "umd and mae mask most of it and predict that")
 
-    # How
     steps: int = flag(None, "rounds of decoding; 20, or fewer if there are fewer ids; "
-                            "from noise 125, of adm 250, or 25 at --eta 0")
+                            "from noise 125, of adm 250, or 25 at --eta 0", group="how")
     schedule: str = flag(None, "models of ids: how the number of masked ones falls; else cosine",
                          choices=list(unified.SCHEDULES))
     temperature: float = flag(None, "models of ids: Gumbel noise on the confidence; more is more varied, "
@@ -78,21 +76,19 @@ class Config:
     adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
                           choices=["legacy", "new"])
 
-    # Where to
-    out: str = flag("", "the PNG to write; else samples-<seed>.png in the run's folder")
+    out: str = flag("", "the PNG to write; else samples-<seed>.png in the run's folder", group="where to")
     npz: str = flag("", "also write all images to this file, as arr_0, uint8 (N, S, S, 3)")
     png_dir: str = flag("", "also write each image to this folder; what this command began is continued")
     overwrite: bool = flag(False, "replace files that are there")
 
-    # This machine
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute", group="hardware")
     dtype: str = flag(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
                       choices=["float32", "bfloat16"])
     compile: bool = flag(False, "compile the blocks: slower to start, then faster")
 
 
 def main():
-    cfg = find_run(unified.parse_flags(Config, __doc__.split("\n")[0]))
+    cfg = find_run(unified.parse_flags(Config, __doc__))
     check_flags(cfg)
     path = sheet_path(cfg)
     device = unified.join_processes(cfg.device)

@@ -3097,7 +3097,7 @@ def test_a_dataclass_is_a_command_line(capsys):
     with pytest.raises(SystemExit) as stop:
         unified.parse_flags(Options, "", ["-h"])
     said = capsys.readouterr().out
-    assert stop.value.code == 0
+    assert stop.value.code == 0 and "usage: " in said and "run [options]" in said
     assert all(words in said
                for words in ("run", "--batch-size", "--kind {a,b}", "--no-compile", "images a step [64]"))
 
@@ -3232,9 +3232,13 @@ def test_an_axis_has_round_ticks(low, high, logarithmic, expected):
 
 def test_ends_of_curves_that_meet_are_named_apart_and_inside_the_chart(monkeypatch):
     at, text = {}, PIL.ImageDraw.ImageDraw.text
-    monkeypatch.setattr(PIL.ImageDraw.ImageDraw, "text",
-                        lambda self, xy, name, *more, **options: (at.update({name: xy}), text(self, xy, name, *more, **options)))
-    train.line_chart({"loss": [(1, 9.0), (50, 1.0)], "held_out": [(25, 5.0), (50, 1.01)]}, "model", (400, 300))
+
+    def noted(self, xy, words, *more, **options):
+        at[words] = xy
+        text(self, xy, words, *more, **options)
+    monkeypatch.setattr(PIL.ImageDraw.ImageDraw, "text", noted)
+    curves = {"loss": [(1, 9.0), (50, 1.0)], "held_out": [(25, 5.0), (50, 1.01)]}
+    train.line_chart(curves, "model", (400, 300))
     assert {"step", "model", "loss", "held_out", "10", "40"} <= at.keys()
     assert at["held_out"][1] <= at["loss"][1] - 16 and at["loss"][1] < 250 and at["loss"][0] > 320
 
@@ -4800,6 +4804,41 @@ def test_folders_get_what_a_device_can_bear_and_imagenet_the_papers_recipe(devic
     values = train.defaults(cfg)
     assert (cfg.size or values["size"], values["image_size"]) == expected
     assert ("epochs" in values) == (expected[1] == 256) and values["tokenizer_steps"] <= 10**6
+
+
+def help_of(name):
+    """{flag: what -h says of it}, {group: its flags}, and all of it in one line."""
+    said = script(name, "-h")
+    body = said.split("\nexamples:")[0]
+    flags = {words.split()[0]: " ".join(words.split()) for words in re.split(r"\n  (?=--)", body)[1:]}
+    groups = dict(re.findall(r"(?m)^([a-z ]+):\n((?:  .*\n)+)", body + "\n"))
+    return flags, groups, " ".join(said.split())
+
+
+@pytest.mark.parametrize("table", ["SHAPES", "CIFAR10", "SMALL_FOLDER", "FOLDER"])
+def test_help_tells_every_default_that_depends_on_the_data_set(table):
+    said = help_of("train.py")[0]
+    tables = [getattr(train, table)] + [method.recipe["tiny"] for method in unified.MODELS.values()]
+    for values in tables:
+        for name, value in values.items():
+            flag = "--" + name.replace("_", "-")
+            if flag in said and value is not None:
+                assert re.search(rf"\b{value}\b", said[flag].split("[", 1)[1]), (flag, value, said[flag])
+    missing = [flag for flag, text in said.items() if " INT" in text and "[" not in text]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name, titles, twins", [
+    ("train.py", {"data", "model", "tokenizer", "optimisation", "run and log", "hardware"}, {"--compile"}),
+    ("sample.py", {"what is generated", "images of your own", "how", "where to", "hardware"}, set()),
+    ("probe.py", {"what is read", "data", "single heads", "training of a head", "weights", "hardware"},
+     {"--compile"})])
+def test_help_has_groups_examples_units_and_no_twin_without_a_meaning(name, titles, twins):
+    flags, groups, said = help_of(name)
+    assert titles <= groups.keys() and all(groups.values()) and f"examples: python {name}" in said
+    assert {flag.strip(",") for flag, words in flags.items() if ", --no-" in words} == twins
+    for flag, words in flags.items():
+        assert flag.strip("-").replace("-", "_").upper() not in words.split()      # a unit, no name
 
 
 def test_before_the_first_step_a_line_says_what_is_trained_on_what_and_how_long(finished):

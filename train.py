@@ -1,7 +1,7 @@
 """Train a tokenizer, then a model on its ids, then show what it has learned.
 
     python train.py                                     shapes drawn on the fly, on a CPU, in minutes
-    python train.py --dataset cifar10                   the same on CIFAR-10
+    python train.py --dataset photos --labels           a folder of class folders; cifar10 is known by name
     python train.py --dataset imagenet --tokenizer vqgan_jax_strongaug.ckpt         the paper's recipe
     python train.py --model addp --predictor out/shapes-mage            ADDP learns from a trained MAGE
     torchrun --standalone --nproc-per-node 8 train.py ...               the same flags on 8 GPUs
@@ -53,64 +53,62 @@ except ImportError:                                     # Windows: nothing keeps
 
 @dataclasses.dataclass
 class Config:
-    # What is trained, on what, how long
     dataset: str = flag("shapes", "shapes, cifar10, imagenet, or a folder of images, of class folders, or of "
-                                  "train and val with class folders")
-    model: str = flag("mage", "what to train; mae, maskdit and dit are the ends of UMD, not the official "
-                              "networks", choices=list(unified.MODELS))
-    size: str = flag(None, "size of model and tokenizer; base on imagenet, on other folders small on a GPU, "
-                           "else tiny", choices=["tiny", "small", "base", "large"])
+                                  "train and val with class folders", group="data")
+    data_dir: str = flag("", "dataset folder, if not data/<dataset>", metavar="PATH")
+    image_size: int = flag(None, "side in pixels [32; folders 64; as published 256]", least=8, most=4096)
+    views: int = flag(None, "random crops of each image kept as ids; 1 keeps the whole image, 0 tokenises "
+                            "fresh crops in every step [shapes 1, cifar10 and folders 4, as published 10]. "
+                            "Models of pixels: 0 takes the whole image, 1 a fresh crop in every step "
+                            "[shapes 0, else 1]", least=0, most=1000)
+    workers: int = flag(min(8, os.cpu_count()), "data-loading processes, for folders", least=0, most=1000)
+    strict_images: bool = flag(False, "stop at an unreadable image instead of training on another")
+    model: str = flag("mage", "what to train; mae, maskdit and dit are special cases of UMD, not the "
+                              "official networks", choices=list(unified.MODELS), group="model")
+    size: str = flag(None, "of model and tokenizer [tiny; folders small on a GPU; imagenet base]; imagenet, "
+                           "and folders in base or large, are trained as published",
+                     choices=["tiny", "small", "base", "large"])
+    ids: int = flag(None, "tokens per image: ids, or patches of pixels [shapes 16, of pixels 64; else 64 "
+                          "below 128 pixels, 256 below 256, then one for 16 x 16 pixels]", least=4, most=2**20)
     labels: bool = flag(False, "condition on class labels, so that sample.py --label works")
-    steps: int = flag(None, "optimizer steps of the model; or say --epochs")
-    epochs: float = flag(None, "the same in passes over the training set", least=1e-9)
-    batch_size: int = flag(None, "images an optimizer step, all devices and accumulated micro-batches "
-                                 "together", most=10**6)
-    lr: float = flag(None, "learning rate for 256 images a step; scaled with --batch-size", least=1e-9)
-    seed: int = flag(0, "of everything random", least=0, most=2**32 - 1)
-    out_dir: str = flag("", "the run's folder, if not out/<dataset>-<model>, or -<model>-labels")
+    init: str = flag("", "start from this run of the same model and size; with --labels, to teach it the "
+                         "classes", metavar="RUN")
+    init_encoder: str = flag("", "start from the encoder blocks of this run of the same width", metavar="RUN")
+    predictor: str = flag("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a "
+                              "checkpoint or a published file", metavar="PATH")
+    tokenizer: str = flag("", "use this one instead of training one: a run folder (its ids are shared), a "
+                              "tokenizer.pt or a published file", metavar="PATH", group="tokenizer")
+    codes: int = flag(None, "entries of the codebook [shapes 128, else 1024]", most=2**20)
+    tokenizer_steps: int = flag(None, "optimizer steps [shapes 2000, cifar10 and folders 4500, as published "
+                                      "1000000]")
+    tokenizer_batch_size: int = flag(None, "images per step [16; as published 256 on a GPU]", most=10**6)
+    adversarial: float = flag(None, "weight of the discriminator [0.8 from 256 pixels on, else 0]", least=0)
+    steps: int = flag(None, "optimizer steps of the model [shapes 3000, cifar10 and folders 4000; tiny umd, "
+                            "mae, maskdit and dit 3000, tiny adm 2000; as published --epochs]",
+                      group="optimisation")
+    epochs: float = flag(None, "instead of --steps: passes over the training set", least=1e-9)
+    batch_size: int = flag(None, "images per step, on all devices together [64; tiny umd, mae, maskdit, "
+                                 "dit and adm 32; or as published]", most=10**6)
+    lr: float = flag(None, "learning rate for 256 images, scaled with --batch-size [0.006; tiny umd, "
+                           "mae, maskdit and dit 0.018; or as published]", least=1e-9)
+    seed: int = flag(0, "random seed", least=0, most=2**32 - 1)
+    out_dir: str = flag("", "folder of the run [out/<dataset>-<model>, or out/<dataset>-<model>-labels]",
+                        metavar="PATH", group="run and log")
     resume: str = flag(None, "go on where the run in this folder stopped, with its flags; --steps may be "
                              "more. Without a folder: where a run of these flags stopped",
                        nargs="?", const="", metavar="RUN")
-    # Images and ids
-    data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
-    image_size: int = flag(None, "side in pixels; 32, on folders 64, of base and large 256",
-                           least=8, most=4096)
-    ids: int = flag(None, "ids, or patches of pixels, an image; 16 on shapes (64 of pixels), else 64 below "
-                          "128 pixels and 256 from there on; from 256 pixels on one for 16 x 16 pixels",
-                    least=4, most=2**20)
-    codes: int = flag(None, "entries of the codebook; 128 on shapes, else 1024", most=2**20)
-    views: int = flag(None, "random crops of each image kept as ids; 1 keeps the whole image, 0 tokenises "
-                            "fresh crops in every step. Models of pixels: 0 takes the whole image, 1 a fresh "
-                            "crop in every step", least=0, most=1000)
-    workers: int = flag(min(8, os.cpu_count()), "processes that decode images of a folder",
-                        least=0, most=1000)
-    strict_images: bool = flag(False, "stop at an unreadable image instead of training on another")
-    # The tokenizer, and other runs to start from
-    tokenizer: str = flag("", "use this one instead of training one: a run folder (its ids are shared), a "
-                              "tokenizer.pt or a published file")
-    tokenizer_steps: int = flag(None, "optimizer steps of the tokenizer")
-    tokenizer_batch_size: int = flag(None, "images in each of them; 16 for small sets and on a CPU, else 256",
-                                     most=10**6)
-    adversarial: float = flag(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 "
-                                    "pixels on, else 0", least=0)
-    predictor: str = flag("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a "
-                              "checkpoint or a published file")
-    init: str = flag("", "a run of the same model and size to start from; with --labels, to teach it the "
-                         "classes")
-    init_encoder: str = flag("", "a run whose encoder blocks, of the same width, to start from")
-    # Log and checkpoints
-    log_every: int = flag(None, "steps between rows of log.jsonl")
-    eval_every: int = flag(None, "steps between held-out losses and sample grids; 0 for never", least=0)
-    save_every: int = flag(None, "steps between checkpoints")
-    report: bool = flag(True, "draw samples and probe the features at the end")
-    # Where and how it is computed
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = flag(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
+    log_every: int = flag(None, "steps between rows of log.jsonl [50; as published 20]")
+    eval_every: int = flag(None, "steps between held-out losses and sample grids, 0 for never [1000; as "
+                                 "published 5000]", least=0)
+    save_every: int = flag(None, "steps between checkpoints [500; as published 1000]")
+    report: bool = flag(True, "leave out the closing report: samples, loss chart, probe of the features")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps",
+                       group="hardware")
+    dtype: str = flag(None, "of activations [bfloat16 on GPUs that compute in it, else float32]",
                       choices=["float32", "bfloat16"])
-    compile: bool = flag(torch.cuda.is_available(), "compile the blocks")
-    micro_batch: int = flag(None, "images that one device computes at once; as many as fit, if not given",
-                            most=10**6)
-    benchmark: bool = flag(False, "measure the speed of training on random data, and leave")
+    compile: bool = flag(None, "torch.compile the blocks [on cuda]")
+    micro_batch: int = flag(None, "images that one device computes at once [as many as fit]", most=10**6)
+    benchmark: bool = flag(False, "measure the speed of training on random data, and exit")
 
 
 # Defaults by data set. FOLDER is the papers' recipe: the method's own for the model, see
@@ -155,6 +153,7 @@ def defaults(cfg):
     values["adversarial"] = 0.8 if side >= 256 else 0.0
     values.setdefault("tokenizer_batch_size", 256 if cuda else 16)      # a CPU takes minutes for 256
     values["tokenizer_size"] = values["tokenizer_size"] or cfg.size or values["size"]
+    values["compile"] = cuda
     return values
 
 
@@ -254,7 +253,7 @@ def check_batch_size(cfg, world):
 
 
 def main():
-    cfg, code = settings(unified.parse_flags(Config, __doc__.split("\n")[0])), 0
+    cfg, code = settings(unified.parse_flags(Config, __doc__)), 0
     unified.join_processes(cfg.device)  # from here on "cuda" is this process's GPU
     rank, world = unified.rank_and_world()
     check_batch_size(cfg, world)

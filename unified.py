@@ -2860,27 +2860,44 @@ def default_dtype(name):
 
 
 def flag(default, help, least=1, most=2**31 - 1, **more):
-    """A field of which parse_flags() makes a flag, with numbers from least to most. more: choices, say."""
+    """A field of which parse_flags() makes a flag, with numbers from least to most. more: choices, say; group
+    is the title over this flag and those after it."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
 
 
-def parse_flags(cls, description, argv=None):
-    """Command line -> instance of the dataclass cls: an option a field, dashes outside, underscores inside;
-    bool gives --x / --no-x."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+def parse_flags(cls, doc, argv=None):
+    """Command line -> instance of the dataclass cls: an option a field, dashes outside, underscores inside. A
+    bool gives --x, or --no-x if it is True by default, or both if it is None. -h prints the first line of the
+    script's docstring, and its second paragraph as examples."""
+    about, examples = [*doc.split("\n\n"), ""][:2]
+    fields = dataclasses.fields(cls)
+    run = "".join(f"{field.name} " for field in fields if "positional" in field.metadata)
+    parser = group = argparse.ArgumentParser(
+        usage=f"%(prog)s {run}[options]", description=about, epilog=examples and f"examples:\n{examples}",
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def refuse(message):
         raise UserError(f"{message} ({parser.prog} -h lists the options)")
     parser.error = refuse
-    for field in dataclasses.fields(cls):
-        more = {k: v for k, v in field.metadata.items() if k != "range"}
-        name = field.name if more.pop("positional", False) else "--" + field.name.replace("_", "-")
-        if field.default not in (None, "", (), False, dataclasses.MISSING):
-            more["help"] += f" [{field.default}]"
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument(name, default=field.default, **kind, **more)
+    for field in fields:
+        more = {k: v for k, v in field.metadata.items() if k not in ("range", "group", "positional")}
+        if "group" in field.metadata:
+            group = parser.add_argument_group(field.metadata["group"])
+        words = field.name.replace("_", "-")
+        if "positional" in field.metadata:
+            name, kind = field.name, {}
+        elif field.type is bool:
+            name = f"--no-{words}" if field.default else f"--{words}"
+            action = {None: argparse.BooleanOptionalAction, True: "store_false", False: "store_true"}
+            kind = {"action": action[field.default], "dest": field.name}
+        else:
+            unit = {int: "INT", float: "NUMBER", str: "TEXT"}[field.type]
+            name, kind = f"--{words}", {"type": field.type, "metavar": None if "choices" in more else unit}
+            if field.default not in (None, "", ()):
+                more["help"] += f" [{field.default}]"
+        group.add_argument(name, default=field.default, **{**kind, **more})
     cfg = cls(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(cls):
+    for field in fields:
         value, (least, most) = getattr(cfg, field.name), field.metadata["range"]
         if field.type in (int, float) and value is not None and not least <= value <= most:     # nor is nan
             refuse(f"--{field.name.replace('_', '-')} takes a number from {least} to {most}, not {value}")
