@@ -4843,10 +4843,13 @@ def test_help_has_groups_examples_units_and_no_twin_without_a_meaning(name, titl
 
 def test_before_the_first_step_a_line_says_what_is_trained_on_what_and_how_long(finished):
     _, printed = finished
-    assert "48 images to train on, 16 to test on, 2 classes, 32 pixels" in printed
+    assert "48 images to train on, 16 to test on, 2 classes, 32 pixels, 16 tokens; " in printed
     assert "tokenizer: 3 steps; mage tiny: 6 steps of 8 images" in printed and "48 images are few" in printed
+    assert "16 test images are few: one is 6.2% of an accuracy" in printed
     lines = [line for line in printed.splitlines() if "minutes left" in line]
     assert [line.split(",")[0].strip() for line in lines][-3:] == [f"model: step {k} of 6" for k in (2, 4, 6)]
+    assert not [line for line in printed.splitlines() if re.search(r"(tokenizer|model):.*\r", line)]
+    assert "steps/s" not in printed                                     # no bar: this is no terminal
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5431,7 +5434,9 @@ def test_a_signal_is_answered_in_words_at_once_and_a_second_one_at_once_in_deed(
     try:
         train.stop_when_asked()
         signal.raise_signal(signal.SIGTERM)
-        assert "stopping" in capfd.readouterr().err and list(no_signals) == [signal.SIGTERM]
+        said = capfd.readouterr().err
+        assert "stopping: this step or batch is finished, then all is saved" in said and "once more" in said
+        assert list(no_signals) == [signal.SIGTERM]
         # what torchrun passes on a moment later changes nothing
         signal.raise_signal(signal.SIGTERM)
         no_signals[signal.SIGTERM] -= 3
@@ -5607,6 +5612,49 @@ def test_a_training_of_more_than_a_day_is_announced_once(monkeypatch, capsys):
     told = [line for line in capsys.readouterr().out.splitlines() if "at this pace" in line]
     assert len(told) == 2 and "694 more days" in told[0] and "--tokenizer-batch-size" in told[0]
     assert "116 more days" in told[1]
+
+
+def test_after_twenty_steps_of_the_first_stage_the_time_of_all_is_told(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    log = train.Log(train.Config(), "tokenizer", {"steps": 140, "after": lambda: 480.0}, 0, forbidden)
+    for step in range(1, 141):
+        now[0] += 500 if step == 1 else 1
+        log.step_done(step, torch.tensor(1.0))
+    told = [line for line in capsys.readouterr().out.splitlines() if "of training" in line]
+    assert told == ["about 10.0 minutes of training from here, in all"]         # 120 and 480 seconds
+
+
+@pytest.mark.parametrize("model", ["mage", "mage-c"])
+def test_the_time_of_a_model_is_known_before_there_is_one(model, tmp_path):
+    def seconds(**more):
+        cfg = train.settings(train.Config(model=model, device="cpu", views=2, out_dir=str(tmp_path / "run"),
+                                          micro_batch=4, batch_size=8, **more))
+        return train.model_seconds(cfg, train.tokenizer_arch(cfg), 80)
+    assert 0.01 < seconds(steps=100) < 1000 and seconds(epochs=1) < seconds(steps=1000)
+    cfg = train.Config(epochs=2.5, batch_size=8)
+    assert train.model_steps(cfg, 80) == 25 and train.model_steps(dataclasses.replace(cfg, steps=7), 80) == 7
+
+
+@pytest.mark.parametrize("psnr, used, warned", [(21.0, 0.5, False), (19.0, 0.5, True), (21.0, 0.09, True)])
+def test_a_tokenizer_that_learned_little_is_told_of_with_what_mean_colours_reach(
+        psnr, used, warned, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "measure_tokenizer", lambda *_: ({"psnr": psnr, "codes_used": used}, 20.0))
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    printed = script("train.py", "--resume", run, "--device", "cpu")
+    assert ("give it more --tokenizer-steps" in printed) == warned == ("reach 20.00 dB" in printed)
+
+
+def test_what_a_tokenizer_reaches_is_measured_beside_a_mosaic_of_mean_colours():
+    squares = torch.rand(3, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    bright = torch.arange(16) % 2 / 4.0                                 # stripes inside each square
+    vqgan = unified.build(dict(TINY_VQGAN, ch_mult=[1, 1, 1]))
+    assert vqgan.stride == 4
+    data = probe.ImageTensor(((squares / 2 + bright) * 255).to(torch.uint8),
+                             torch.zeros(3, dtype=torch.long), [], (1, 1))
+    figures, floor = train.measure_tokenizer(train.Config(device="cpu", dtype="float32"), vqgan, data, 3)
+    assert floor == pytest.approx(-20 * math.log10(1 / 8), abs=0.1)     # the mean is 1/8 off everywhere
+    assert figures["psnr"] < floor and 0 < figures["codes_used"] <= 1
 
 
 @pytest.mark.parametrize("args, batch", [({}, 16), (dict(dataset="imagenet"), 16),

@@ -36,6 +36,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 import torch.distributed
+import torch.nn.functional as F
 import tqdm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,7 +70,7 @@ class Config:
                            "and folders in base or large, are trained as published",
                      choices=["tiny", "small", "base", "large"])
     ids: int = flag(None, "tokens per image: ids, or patches of pixels [shapes 16, of pixels 64; else 64 "
-                          "below 128 pixels, 256 below 256, then one for 16 x 16 pixels]", least=4, most=2**20)
+                          "below 128 pixels, 256 below 256, then one for 16 x 16]", least=4, most=2**20)
     labels: bool = flag(False, "condition on class labels, so that sample.py --label works")
     init: str = flag("", "start from this run of the same model and size; with --labels, to teach it the "
                          "classes", metavar="RUN")
@@ -297,6 +298,8 @@ def open_data(cfg):
     print_once(in_words(cfg, train_set, test_set))
     if len(train_set) < 1000:
         print_once(f"{len(train_set)} images are few: the model will know them by heart; take thousands")
+    if len(test_set) < 100 and test_set.unseen:
+        print_once(f"{len(test_set)} test images are few: one is {1 / len(test_set):.1%} of an accuracy")
     if cfg.labels and not train_set.classes:
         raise UserError(f"--labels: {probe.shown(train_set.root)} has no class folders")
     return train_set, test_set
@@ -306,8 +309,9 @@ def in_words(cfg, train_set, test_set):
     """What will be trained, on what, how long."""
     length = f"{cfg.steps} steps" if cfg.steps else f"{cfg.epochs:g} epochs"
     tokenizer = f"tokenizer: {cfg.tokenizer or f'{cfg.tokenizer_steps} steps'}; "
+    tokens = unified.MODELS[cfg.model].tokens != "none" and not cfg.tokenizer
     return (f"{cfg.dataset}: {len(train_set)} images to train on, {len(test_set)} to test on, "
-            f"{len(train_set.classes)} classes, {cfg.image_size} pixels; "
+            f"{len(train_set.classes)} classes, {cfg.image_size} pixels{f', {cfg.ids} tokens' * tokens}; "
             + tokenizer * unified.MODELS[cfg.model].tokenizer
             + f"{cfg.model} {cfg.size}: {length} of {cfg.batch_size} images")
 
@@ -368,11 +372,11 @@ def train_tokenizer(cfg, train_set, test_set):
     micro = micro_batch_size(cfg, batch, 96 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"])
     views = 0 if isinstance(train_set, probe.ImageTensor) else 1  # enlarged crops of 32 pixels are all blur
     recipe = dict(TOKENIZER_RECIPE, steps=steps, batch_size=batch, micro_batch=micro, views=views,
-                  lr=defaults(cfg)["tokenizer_lr"])
+                  lr=defaults(cfg)["tokenizer_lr"], after=lambda: model_seconds(cfg, arch, len(train_set)))
 
     def evaluate():
         draw_reconstructions(cfg, lambda x: net.vqgan.reconstruct(x)[:1], test_set)
-        return measure_tokenizer(cfg, net.vqgan, test_set, 500)
+        return measure_tokenizer(cfg, net.vqgan, test_set, 500)[0]
     train(cfg, "tokenizer", net, recipe, train_set, lambda plan: train_set.batches(plan, cfg.workers),
           {"tokenizer_arch": arch}, evaluate,
           lambda step, first: {"adversarial_weight": cfg.adversarial * (step >= steps // 5)})
@@ -380,7 +384,8 @@ def train_tokenizer(cfg, train_set, test_set):
 
 
 def measure_tokenizer(cfg, vqgan, data, count):
-    """PSNR over all pixels, in dB, and the fraction of codes used, on count images."""
+    """PSNR over all pixels, in dB, and the fraction of codes used, on count images; and the PSNR that the
+    mean colour of each token's square would reach."""
     vqgan.eval()
     used = torch.zeros(vqgan.quantize.embedding.num_embeddings, dtype=torch.bool)
 
@@ -388,10 +393,13 @@ def measure_tokenizer(cfg, vqgan, data, count):
         with probe.autocast(cfg):
             y, ids = vqgan.reconstruct(x)
         used[ids.unique().cpu()] = True
-        return (y - x).square().mean((1, 2, 3))
+        mosaic = F.interpolate(F.avg_pool2d(x, vqgan.stride), scale_factor=vqgan.stride)
+        return torch.stack([(v - x).square().mean((1, 2, 3)) for v in (y, mosaic)], 1)
     title = "PSNR" if count > 1000 else None
-    error, _ = probe.map_images(squared_error, data, count, cfg.workers, cfg.device, title)
-    return {"psnr": -10 * math.log10(error.mean().item()), "codes_used": used.float().mean().item()}
+    errors, _ = probe.map_images(squared_error, data, count, cfg.workers, cfg.device, title)
+    error, floor = (max(column.contiguous().mean().item(), 1e-10) for column in errors.unbind(1))
+    figures = {"psnr": -10 * math.log10(error), "codes_used": used.float().mean().item()}
+    return figures, -10 * math.log10(floor)
 
 
 # Model
@@ -431,11 +439,32 @@ def copy_weights(cfg, model, path, only=None):
     print_once(f"{len(state)} tensors from {path}; fresh: {names or 'none'}")
 
 
+def model_steps(cfg, images):
+    """Optimizer steps of the model on so many images."""
+    return cfg.steps or math.ceil(cfg.epochs * images / cfg.batch_size)
+
+
+def model_seconds(cfg, arch, images):
+    """About how long the model will train, before there is one: three micro-batches of random ids are timed,
+    not counting the first. arch: of its tokenizer."""
+    arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, math.isqrt(cfg.ids), arch)
+    model, world = unified.build(arch).to(cfg.device), unified.rank_and_world()[1]
+    micro, times = micro_batch_size(cfg, cfg.batch_size, image_bytes(cfg, model)), [time.time()]
+    ids = torch.randint(model.codes, (micro, unified.MODELS[cfg.model].views, model.length))
+    for _ in range(3):
+        with probe.autocast(cfg):
+            loss, _ = model(ids.squeeze(1).to(cfg.device), **model.micro_batch_args(0, micro))
+        loss.backward()
+        loss.item()                                     # waits for the device
+        times.append(time.time())
+    return (times[3] - times[1]) / 2 * model_steps(cfg, images) * cfg.batch_size / (micro * world)
+
+
 def train_model(cfg, model, arch, train_set, test_set):
     """Train the model, on ids that are made once if it reads ids; returns its averaged weights, {} if
     it has none."""
     method, batch, lr = unified.MODELS[cfg.model], cfg.batch_size, cfg.lr * cfg.batch_size / 256
-    steps = cfg.steps or math.ceil(cfg.epochs * len(train_set) / batch)
+    steps = model_steps(cfg, len(train_set))
     micro = micro_batch_size(cfg, batch, image_bytes(cfg, model))
     print_once(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in trainable(model).values()):,} parameters, "
                f"{model.length or 'no'} tokens an image, {steps} steps of {batch} ({micro} at once), "
@@ -663,9 +692,12 @@ class Log:
         self.cfg, self.name, self.recipe, self.first, self.culprits = cfg, name, recipe, step, culprits
         self.sums, self.skipped, self.in_a_row = {}, 0, 0  # the last two: steps without a finite gradient
         # A file or a pipe gets a line with each row instead, see write().
+        silent = unified.rank_and_world()[0] > 0 or cfg.benchmark
+        self.in_lines = not silent and not sys.stderr.isatty()
         self.bar = tqdm.tqdm(total=recipe["steps"], initial=step, desc=name, unit=" steps",
-                             disable=unified.rank_and_world()[0] > 0 or cfg.benchmark, dynamic_ncols=True,
-                             mininterval=0.1 if sys.stderr.isatty() else math.inf)
+                             disable=silent or self.in_lines, dynamic_ncols=True)
+        if self.in_lines:
+            print(f"{name}: step {step} of {recipe['steps']}", file=sys.stderr)
         self.restart_clock(step)
 
     def restart_clock(self, step):
@@ -703,15 +735,19 @@ class Log:
         done = step - self.first
         if done == 1:                                   # the very first is no measure: it compiles
             self.started = time.time()
-        if done == 4 and not self.bar.disable:
-            self.warn_if_long(self.recipe["steps"] - step, (time.time() - self.started) / 3)
+        if done in (4, 20) and not self.cfg.benchmark:
+            self.tell_time(done, (self.recipe["steps"] - step) * (time.time() - self.started) / (done - 1))
 
-    def warn_if_long(self, steps, seconds):
-        """Say so if the steps that are left, of so many seconds each, take more than a day."""
-        days, prefix = steps * seconds / 86400, "--tokenizer-" if self.name == "tokenizer" else "--"
-        if days > 1:
+    def tell_time(self, done, seconds):
+        """Tell the time that training takes from here, given that of this stage's steps: soon if it is more
+        than a day, else when it can be measured."""
+        days, prefix = seconds / 86400, "--tokenizer-" if self.name == "tokenizer" else "--"
+        if done == 4 and days > 1:
             print_once(f"at this pace the {self.name} takes {days:.0f} more days; {prefix}steps, "
                        f"{prefix}batch-size, --size tiny or --image-size 64 shorten that")
+        if done == 20 and days <= 1:
+            minutes = (seconds + self.recipe.get("after", float)()) / 60
+            print_once(f"about {minutes:.1f} minutes of training from here, in all")
 
     def check_finite(self, step):
         """Tell of steps whose gradient was not finite, which have moved no weight; several in a row end
@@ -737,10 +773,10 @@ class Log:
         write_row(self.cfg, stage=self.name, step=step, **means, **stats, images_per_second=rate,
                   memory_gib=memory)
         self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
-        if not self.bar.disable and not sys.stderr.isatty():
+        if self.in_lines:
             left = (self.recipe["steps"] - step) * self.recipe["batch_size"] / rate / 60
-            tqdm.tqdm.write(f"{self.name}: step {step} of {self.recipe['steps']}, loss {means['loss']:.4f}, "
-                            f"{rate:.0f} images/s, {left:.1f} minutes left", file=sys.stderr)
+            print(f"{self.name}: step {step} of {self.recipe['steps']}, loss {means['loss']:.4f}, "
+                  f"{rate:.0f} images/s, {left:.1f} minutes left", file=sys.stderr)
         self.restart_clock(step)
 
 
@@ -883,7 +919,8 @@ def stop_when_asked():
         probe.SIGNALS.setdefault(number, time.monotonic())
         if unified.rank_and_world()[0] == 0:
             with contextlib.suppress(OSError):          # print() might be at work on a line right now
-                os.write(2, b"\nstopping after this step or batch; asked once more, at once\n")
+                os.write(2, b"\nstopping: this step or batch is finished, then all is saved; Ctrl-C once "
+                            b"more, two seconds from now or later, quits at once\n")
     probe.SIGNALS.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
@@ -1125,7 +1162,7 @@ def loss_charts(folder):
 def report(cfg, model, ema, train_set, test_set):
     """What has been learned, in figures and images, and what to type next."""
     vqgan, folder = model.tokenizer, pathlib.Path(cfg.out_dir)
-    figures = measure_tokenizer(cfg, vqgan, test_set, len(test_set)) if vqgan else {}
+    figures, floor = measure_tokenizer(cfg, vqgan, test_set, len(test_set)) if vqgan else ({}, 0)
     with averaged(model, ema):
         draw_images(cfg, model, test_set, steps=None if unified.MODELS[cfg.model].tokenizer else 25)
     stack_images(list(loss_charts(folder))).save(folder / "loss.png")
@@ -1138,6 +1175,9 @@ def report(cfg, model, ema, train_set, test_set):
     if vqgan:
         print_once(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test_set)} test images, "
                    f"{figures['codes_used']:.0%} of the codes used")
+        if figures["codes_used"] < 0.1 or figures["psnr"] < floor:
+            print_once("            it has learned little, give it more --tokenizer-steps: the mean colour "
+                       f"of each token's square would reach {floor:.2f} dB")
     images = [folder / f"{name}.png" for name in ("samples", "reconstructions", "loss")]
     print_once(f"images      {', '.join(str(path) for path in images if path.exists())}")
     if top1:
