@@ -232,14 +232,15 @@ def decode(model, cfg, index, labels, **inpainting):
     return model.sample_steps(len(index), seeds=(cfg.seed << 32) + index, **options, **inpainting)
 
 
-@functools.cache
 def guide_of(cfg):
     """The model of --guide; None without one."""
-    if not cfg.guide:
-        return None
-    guide, _ = unified.load_model(cfg.guide, ema=cfg.weights == "ema",
-                                  heads=cfg.adm_heads, order=cfg.adm_order)
-    return guide.to(cfg.device)
+    return load_guide(cfg.guide, cfg.device, cfg.weights == "ema", cfg.adm_heads, cfg.adm_order) \
+        if cfg.guide else None
+
+
+@functools.cache                                                # every batch asks for it
+def load_guide(path, device, ema, heads, order):
+    return unified.load_model(path, ema=ema, heads=heads, order=order)[0].to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -293,9 +294,9 @@ def made_by(model, config, cfg):
     for net in filter(None, (model, guide_of(cfg))):
         for tensor in net.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
-    options = ("seed", "steps", "temperature", "eta", "label", "guidance", "dtype")
-    options += tuple(name for name in ("schedule", "guidance_interval")
-                     if getattr(cfg, name))                     # earlier notes lack them
+    options = ["seed", "steps", "temperature", "eta", "label", "guidance", "dtype"]
+    # Notes of older sets lack these.
+    options += [name for name in ("schedule", "guidance_interval") if getattr(cfg, name)]
     return {"weights": digest.hexdigest(), **{name: getattr(cfg, name) for name in options}}
 
 

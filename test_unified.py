@@ -4495,6 +4495,17 @@ def test_a_schedule_is_any_of_unifieds_and_refused_where_there_is_none(finished,
     assert "choose from" in script("sample.py", finished[0], "--schedule", "square", expect=2)
 
 
+def test_an_image_is_inpainted_with_guidance_by_a_label_and_by_a_guide(finished, tmp_path):
+    sheets, guide = [], ("--guide", finished[0], "--guidance", 3)
+    PIL.Image.new("RGB", (32, 32), "gray").save(tmp_path / "grey.png")
+    for number, more in enumerate([(), ("--label", "cat", "--guidance", 3), guide]):
+        out = tmp_path / f"{number}.png"
+        script("sample.py", finished[0], "--image", tmp_path / "grey.png", "--box", "0,0,16,16", "--n", 2,
+               "--steps", 2, "--out", out, *more)
+        sheets.append(out.read_bytes())
+    assert sheets[0] == sheets[2] != sheets[1]      # who guides himself is not moved; a label moves
+
+
 def test_a_guide_and_an_interval_change_samples_and_are_refused_where_they_do_nothing(finished, diffused,
                                                                                       tmp_path):
     def pixels(name, *more):
@@ -4606,6 +4617,21 @@ def test_a_probe_stands_beside_its_baselines(finished):
     assert {"head", "layer", "t", "pool", "top1", "untrained", "pixels", "seconds", "dataset"} <= set(row)
     assert row["layer"] in (2, 4)
     assert "same network untrained" in printed and "raw pixels" in printed
+
+
+def test_the_untrained_twin_of_the_closing_report_does_not_depend_on_what_ran_before(finished, photos,
+                                                                                     monkeypatch):
+    model, _ = unified.load_model(finished[0])
+    cfg = types.SimpleNamespace(out_dir=finished[0], model="mage", init="", labels=True, workers=0,
+                                device="cpu")
+    data = probe.open_data(str(photos), "", 32, train=False)
+    monkeypatch.setattr(probe, "ridge_probe", lambda features, *_: features.clone())
+    reports = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        reports.append(train.probe_features(cfg, model, {}, data, data))
+    assert len(reports[0]) == 3
+    assert all(found.equal(reports[1][name]) for name, found in reports[0].items())
 
 
 def test_one_run_is_called_by_its_name(finished):

@@ -546,22 +546,9 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
                 (loss / accumulate).backward()
             log.add({"loss": loss, **terms})
 
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["grad_clip"])
-        lr = probe.learning_rate(step + 1, recipe["warmup"] * steps, steps + 1, recipe["lr"],
-                                 recipe["min_lr"] * recipe["lr"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if optimizer.defaults.get("fused"):     # as torch's GradScaler says that no weight is to move
-            optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:                                         # at first faster, or it would show the start
-            decay = min(recipe["ema"], (2 + step) / (11 + step))
-            torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - decay)
-
+        stats = update(optimizer, weights, ema, recipe, step)
         step += 1
-        stats = {"lr": lr, "grad_norm": norm}           # a number, or a tensor that is read with the row
-        log.step_done(step, norm)
+        log.step_done(step, stats["grad_norm"])
         if step % cfg.log_every == 0 or step == steps:
             log.write(step, stats)
         if cfg.eval_every and (step % cfg.eval_every == 0 or step == steps):
@@ -576,6 +563,24 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
             raise Stopped(f"at step {step} of the {name}")
     model.eval()
     return ema
+
+
+def update(optimizer, weights, ema, recipe, step):
+    """Step number `step`, from 0, of the weights and of their averages ema, {name: tensor} each. Returns
+    statistics of it, {name: a number, or a tensor that is read with the row}."""
+    norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["grad_clip"])
+    lr = probe.learning_rate(step + 1, recipe["warmup"] * recipe["steps"], recipe["steps"] + 1, recipe["lr"],
+                             recipe["min_lr"] * recipe["lr"])
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if optimizer.defaults.get("fused"):         # as torch's GradScaler says that no weight is to move
+        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if ema:                                             # at first faster, or it would show the start
+        decay = min(recipe["ema"], (2 + step) / (11 + step))
+        torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - decay)
+    return {"lr": lr, "grad_norm": norm}
 
 
 # Batches, weights, optimizer
@@ -1198,11 +1203,8 @@ def report(cfg, model, ema, train_set, test_set):
 def probe_features(cfg, model, ema, train_set, test_set):
     """{what is read: accuracy on the test set} by ridge regression, of the model, of the same network
     untrained, and of pixels."""
-    fresh = unified.build(unified.load_checkpoint(pathlib.Path(cfg.out_dir, "model.pt"))["config"]["arch"])
-    fresh.to(cfg.device).eval()
-    if model.tokenizer:
-        fresh.vqgan.load_state_dict(model.vqgan.state_dict())
-    torch.manual_seed(0)
+    config = unified.load_checkpoint(pathlib.Path(cfg.out_dir, "model.pt"))["config"]
+    fresh = probe.untrained(model, config)
     readers = {"features": model.embed, "the same network untrained": fresh.embed,
                "raw pixels": probe.pixel_vectors}
     top1 = {}

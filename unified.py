@@ -1350,6 +1350,7 @@ class ADDP(MAGE):
         return logits
 
     def advance(self, state, ids, mask, logits):
+        """The next state, with the image that the next step reads."""
         return state._replace(ids=ids, mask=mask, x=self.next_image(ids, mask, logits))
 
     def render(self, state):
