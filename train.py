@@ -36,7 +36,6 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 import torch.distributed
-import torch.nn.functional as F
 import tqdm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,12 +56,12 @@ class Config:
     dataset: str = flag("shapes", "shapes, cifar10, imagenet, or a folder of images, of class folders, or of "
                                   "train and val with class folders", group="data")
     data_dir: str = flag("", "dataset folder, if not data/<dataset>", metavar="PATH")
-    image_size: int = flag(None, "side in pixels [32; folders 64; as published 256]", least=8, most=4096)
+    image_size: int = flag(None, "side in pixels [32; folders 64; as published 256]", min=8, max=4096)
     views: int = flag(None, "random crops of each image kept as ids; 1 keeps the whole image, 0 tokenises "
                             "fresh crops in every step [shapes 1, cifar10 and folders 4, as published 10]. "
                             "Models of pixels: 0 takes the whole image, 1 a fresh crop in every step "
-                            "[shapes 0, else 1]", least=0, most=1000)
-    workers: int = flag(min(8, os.cpu_count()), "data-loading processes, for folders", least=0, most=1000)
+                            "[shapes 0, else 1]", min=0, max=1000)
+    workers: int = flag(min(8, os.cpu_count()), "data-loading processes, for folders", min=0, max=1000)
     strict_images: bool = flag(False, "stop at an unreadable image instead of training on another")
     model: str = flag("mage", "what to train; mae, maskdit and dit are special cases of UMD, not the "
                               "official networks", choices=list(unified.MODELS), group="model")
@@ -70,7 +69,7 @@ class Config:
                            "and folders in base or large, are trained as published",
                      choices=["tiny", "small", "base", "large"])
     ids: int = flag(None, "tokens per image: ids, or patches of pixels [shapes 16, of pixels 64; else 64 "
-                          "below 128 pixels, 256 below 256, then one for 16 x 16]", least=4, most=2**20)
+                          "below 128 pixels, 256 below 256, then one for 16 x 16]", min=4, max=2**20)
     labels: bool = flag(False, "condition on class labels, so that sample.py --label works")
     init: str = flag("", "start from this run of the same model and size; with --labels, to teach it the "
                          "classes", metavar="RUN")
@@ -79,20 +78,20 @@ class Config:
                               "checkpoint or a published file", metavar="PATH")
     tokenizer: str = flag("", "use this one instead of training one: a run folder (its ids are shared), a "
                               "tokenizer.pt or a published file", metavar="PATH", group="tokenizer")
-    codes: int = flag(None, "entries of the codebook [shapes 128, else 1024]", most=2**20)
+    codes: int = flag(None, "entries of the codebook [shapes 128, else 1024]", max=2**20)
     tokenizer_steps: int = flag(None, "optimizer steps [shapes 2000, cifar10 and folders 4500, as published "
                                       "1000000]")
-    tokenizer_batch_size: int = flag(None, "images per step [16; as published 256 on a GPU]", most=10**6)
-    adversarial: float = flag(None, "weight of the discriminator [0.8 from 256 pixels on, else 0]", least=0)
+    tokenizer_batch_size: int = flag(None, "images per step [16; as published 256 on a GPU]", max=10**6)
+    adversarial: float = flag(None, "weight of the discriminator [0.8 from 256 pixels on, else 0]", min=0)
     steps: int = flag(None, "optimizer steps of the model [shapes 3000, cifar10 and folders 4000; tiny umd, "
                             "mae, maskdit and dit 3000, tiny adm 2000; as published --epochs]",
                       group="optimisation")
-    epochs: float = flag(None, "instead of --steps: passes over the training set", least=1e-9)
+    epochs: float = flag(None, "instead of --steps: passes over the training set", min=1e-9)
     batch_size: int = flag(None, "images per step, on all devices together [64; tiny umd, mae, maskdit, "
-                                 "dit and adm 32; or as published]", most=10**6)
+                                 "dit and adm 32; or as published]", max=10**6)
     lr: float = flag(None, "learning rate for 256 images, scaled with --batch-size [0.006; tiny umd, "
-                           "mae, maskdit and dit 0.018; or as published]", least=1e-9)
-    seed: int = flag(0, "random seed", least=0, most=2**32 - 1)
+                           "mae, maskdit and dit 0.018; or as published]", min=1e-9)
+    seed: int = flag(0, "random seed", min=0, max=2**32 - 1)
     out_dir: str = flag("", "folder of the run [out/<dataset>-<model>, or out/<dataset>-<model>-labels]",
                         metavar="PATH", group="run and log")
     resume: str = flag(None, "go on where the run in this folder stopped, with its flags; --steps may be "
@@ -100,7 +99,7 @@ class Config:
                        nargs="?", const="", metavar="RUN")
     log_every: int = flag(None, "steps between rows of log.jsonl [50; as published 20]")
     eval_every: int = flag(None, "steps between held-out losses and sample grids, 0 for never [1000; as "
-                                 "published 5000]", least=0)
+                                 "published 5000]", min=0)
     save_every: int = flag(None, "steps between checkpoints [500; as published 1000]")
     report: bool = flag(True, "leave out the closing report: samples, loss chart, probe of the features")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps",
@@ -108,7 +107,7 @@ class Config:
     dtype: str = flag(None, "of activations [bfloat16 on GPUs that compute in it, else float32]",
                       choices=["float32", "bfloat16"])
     compile: bool = flag(None, "torch.compile the blocks [on cuda]")
-    micro_batch: int = flag(None, "images that one device computes at once [as many as fit]", most=10**6)
+    micro_batch: int = flag(None, "images that one device computes at once [as many as fit]", max=10**6)
     benchmark: bool = flag(False, "measure the speed of training on random data, and exit")
 
 
@@ -158,32 +157,30 @@ def defaults(cfg):
     return values
 
 
-def resumed(cfg):
-    """cfg with the flags of the run that --resume names, but for those that may change and were given.
+def resumed(given):
+    """{flag: value} with those of the run that --resume names, but for what may change and was given.
     UserError if others contradict the run."""
-    if not cfg.resume:
-        return cfg
-    folder = pathlib.Path(cfg.resume)
+    if not given.get("resume"):
+        return given
+    folder = pathlib.Path(given["resume"])
     path = next((p for p in (folder / "model.pt", folder / "tokenizer.pt") if os.path.exists(p)), None)
     if path is None:
         raise UserError(f"--resume {folder}: no checkpoint is there; start the run without --resume")
     config = dict(unified.load_checkpoint(path)["config"], out_dir=str(folder))
     if config.get("predictor"):                         # which brings its tokenizer along
         config["tokenizer"] = ""
-    typed = {f.name for f in dataclasses.fields(cfg) if vars(cfg)[f.name] != f.default}
-    fixed = typed & config.keys() - (RESUME_MAY_CHANGE - {"out_dir"})
-    wrong = [f"--{name.replace('_', '-')} {config[name]}, not {vars(cfg)[name]}" for name in sorted(fixed)
-             if config[name] != vars(cfg)[name]]
+    fixed = given.keys() & config.keys() - (RESUME_MAY_CHANGE - {"out_dir"})
+    wrong = [f"--{name.replace('_', '-')} {config[name]}, not {given[name]}" for name in sorted(fixed)
+             if config[name] != given[name]]
     if wrong:
         raise UserError(f"{folder} was made with {'; '.join(wrong)}: leave that out, or start another run")
-    length = {"steps", "epochs"} if typed & {"steps", "epochs"} else set()
-    kept = config.keys() & vars(cfg).keys() - typed - length - {"device", "workers", "resume", "report"}
-    return dataclasses.replace(cfg, **{name: config[name] for name in kept})
+    length = {"steps", "epochs"} if given.keys() & {"steps", "epochs"} else set()
+    kept = vars(Config()).keys() & config.keys() - length - {"device", "workers", "resume", "report"}
+    return {**{name: config[name] for name in kept}, **given}
 
 
 def settings(cfg):
     """A copy of cfg with nothing left open; UserError for what cannot be."""
-    cfg = resumed(cfg)
     if cfg.steps and cfg.epochs and not cfg.resume:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
     answered = {"steps", "epochs"} if cfg.steps or cfg.epochs else set()
@@ -254,7 +251,7 @@ def check_batch_size(cfg, world):
 
 
 def main():
-    cfg, code = settings(unified.parse_flags(Config, __doc__)), 0
+    cfg, code = settings(Config(**resumed(unified.parse_flags(Config, __doc__)))), 0
     unified.join_processes(cfg.device)  # from here on "cuda" is this process's GPU
     rank, world = unified.rank_and_world()
     check_batch_size(cfg, world)
@@ -372,7 +369,7 @@ def train_tokenizer(cfg, train_set, test_set):
     micro = micro_batch_size(cfg, batch, 96 * cfg.image_size ** 2 * arch["ch"] * arch["blocks"])
     views = 0 if isinstance(train_set, probe.ImageTensor) else 1  # enlarged crops of 32 pixels are all blur
     recipe = dict(TOKENIZER_RECIPE, steps=steps, batch_size=batch, micro_batch=micro, views=views,
-                  lr=defaults(cfg)["tokenizer_lr"], after=lambda: model_seconds(cfg, arch, len(train_set)))
+                  lr=defaults(cfg)["tokenizer_lr"])
 
     def evaluate():
         draw_reconstructions(cfg, lambda x: net.vqgan.reconstruct(x)[:1], test_set)
@@ -387,17 +384,17 @@ def measure_tokenizer(cfg, vqgan, data, count):
     """PSNR over all pixels, in dB, and the fraction of codes used, on count images; and the PSNR that the
     mean colour of each token's square would reach."""
     vqgan.eval()
-    used = torch.zeros(vqgan.quantize.embedding.num_embeddings, dtype=torch.bool)
+    used, s = torch.zeros(vqgan.quantize.embedding.num_embeddings, dtype=torch.bool), vqgan.stride
 
-    def squared_error(x):
+    def squared_errors(x):
         with probe.autocast(cfg):
             y, ids = vqgan.reconstruct(x)
         used[ids.unique().cpu()] = True
-        mosaic = F.interpolate(F.avg_pool2d(x, vqgan.stride), scale_factor=vqgan.stride)
-        return torch.stack([(v - x).square().mean((1, 2, 3)) for v in (y, mosaic)], 1)
+        squares = x.unflatten(3, (-1, s)).unflatten(2, (-1, s)).var((3, 5), correction=0)   # (B, 3, h, w)
+        return torch.stack([error.mean((1, 2, 3)) for error in ((y - x).square(), squares)], 1)
     title = "PSNR" if count > 1000 else None
-    errors, _ = probe.map_images(squared_error, data, count, cfg.workers, cfg.device, title)
-    error, floor = (max(column.contiguous().mean().item(), 1e-10) for column in errors.unbind(1))
+    errors, _ = probe.map_images(squared_errors, data, count, cfg.workers, cfg.device, title)
+    error, floor = (max(v.mean().item(), 1e-10) for v in errors.T.contiguous())
     figures = {"psnr": -10 * math.log10(error), "codes_used": used.float().mean().item()}
     return figures, -10 * math.log10(floor)
 
@@ -439,32 +436,11 @@ def copy_weights(cfg, model, path, only=None):
     print_once(f"{len(state)} tensors from {path}; fresh: {names or 'none'}")
 
 
-def model_steps(cfg, images):
-    """Optimizer steps of the model on so many images."""
-    return cfg.steps or math.ceil(cfg.epochs * images / cfg.batch_size)
-
-
-def model_seconds(cfg, arch, images):
-    """About how long the model will train, before there is one: three micro-batches of random ids are timed,
-    not counting the first. arch: of its tokenizer."""
-    arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, math.isqrt(cfg.ids), arch)
-    model, world = unified.build(arch).to(cfg.device), unified.rank_and_world()[1]
-    micro, times = micro_batch_size(cfg, cfg.batch_size, image_bytes(cfg, model)), [time.time()]
-    ids = torch.randint(model.codes, (micro, unified.MODELS[cfg.model].views, model.length))
-    for _ in range(3):
-        with probe.autocast(cfg):
-            loss, _ = model(ids.squeeze(1).to(cfg.device), **model.micro_batch_args(0, micro))
-        loss.backward()
-        loss.item()                                     # waits for the device
-        times.append(time.time())
-    return (times[3] - times[1]) / 2 * model_steps(cfg, images) * cfg.batch_size / (micro * world)
-
-
 def train_model(cfg, model, arch, train_set, test_set):
     """Train the model, on ids that are made once if it reads ids; returns its averaged weights, {} if
     it has none."""
     method, batch, lr = unified.MODELS[cfg.model], cfg.batch_size, cfg.lr * cfg.batch_size / 256
-    steps = model_steps(cfg, len(train_set))
+    steps = cfg.steps or math.ceil(cfg.epochs * len(train_set) / batch)
     micro = micro_batch_size(cfg, batch, image_bytes(cfg, model))
     print_once(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in trainable(model).values()):,} parameters, "
                f"{model.length or 'no'} tokens an image, {steps} steps of {batch} ({micro} at once), "
@@ -696,13 +672,8 @@ class Log:
         """culprits: step -> names of the images whose gradient alone is not finite."""
         self.cfg, self.name, self.recipe, self.first, self.culprits = cfg, name, recipe, step, culprits
         self.sums, self.skipped, self.in_a_row = {}, 0, 0  # the last two: steps without a finite gradient
-        # A file or a pipe gets a line with each row instead, see write().
-        silent = unified.rank_and_world()[0] > 0 or cfg.benchmark
-        self.in_lines = not silent and not sys.stderr.isatty()
-        self.bar = tqdm.tqdm(total=recipe["steps"], initial=step, desc=name, unit=" steps",
-                             disable=silent or self.in_lines, dynamic_ncols=True)
-        if self.in_lines:
-            print(f"{name}: step {step} of {recipe['steps']}", file=sys.stderr)
+        self.bar = probe.progress_bar(recipe["steps"], None if cfg.benchmark else name, "steps", initial=step,
+                                      delay=0, leave=True)
         self.restart_clock(step)
 
     def restart_clock(self, step):
@@ -740,19 +711,15 @@ class Log:
         done = step - self.first
         if done == 1:                                   # the very first is no measure: it compiles
             self.started = time.time()
-        if done in (4, 20) and not self.cfg.benchmark:
-            self.tell_time(done, (self.recipe["steps"] - step) * (time.time() - self.started) / (done - 1))
+        if done == 4 and not self.bar.disable:
+            self.warn_if_long(self.recipe["steps"] - step, (time.time() - self.started) / 3)
 
-    def tell_time(self, done, seconds):
-        """Tell the time that training takes from here, given that of this stage's steps: soon if it is more
-        than a day, else when it can be measured."""
-        days, prefix = seconds / 86400, "--tokenizer-" if self.name == "tokenizer" else "--"
-        if done == 4 and days > 1:
+    def warn_if_long(self, steps, seconds):
+        """Say so if the steps that are left, of so many seconds each, take more than a day."""
+        days, prefix = steps * seconds / 86400, "--tokenizer-" if self.name == "tokenizer" else "--"
+        if days > 1:
             print_once(f"at this pace the {self.name} takes {days:.0f} more days; {prefix}steps, "
                        f"{prefix}batch-size, --size tiny or --image-size 64 shorten that")
-        if done == 20 and days <= 1:
-            minutes = (seconds + self.recipe.get("after", float)()) / 60
-            print_once(f"about {minutes:.1f} minutes of training from here, in all")
 
     def check_finite(self, step):
         """Tell of steps whose gradient was not finite, which have moved no weight; several in a row end
@@ -777,11 +744,7 @@ class Log:
         memory = torch.cuda.max_memory_allocated(self.cfg.device) / 2**30 if cuda else None
         write_row(self.cfg, stage=self.name, step=step, **means, **stats, images_per_second=rate,
                   memory_gib=memory)
-        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
-        if self.in_lines:
-            left = (self.recipe["steps"] - step) * self.recipe["batch_size"] / rate / 60
-            print(f"{self.name}: step {step} of {self.recipe['steps']}, loss {means['loss']:.4f}, "
-                  f"{rate:.0f} images/s, {left:.1f} minutes left", file=sys.stderr)
+        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s")
         self.restart_clock(step)
 
 
@@ -904,7 +867,11 @@ def load_checkpoint(cfg, name, model, optimizer, ema):
     if path.exists() or path.with_name(path.name + ".prev").exists():
         state = unified.load_checkpoint(path)
         unified.load_strictly(model, state["model"], path)
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} was made by another optimizer ({error}); start another run, or put its "
+                            "recipe back")
         for key, average in ema.items():
             average.copy_(state["ema"][key])
         step = state["step"]
@@ -924,8 +891,8 @@ def stop_when_asked():
         probe.SIGNALS.setdefault(number, time.monotonic())
         if unified.rank_and_world()[0] == 0:
             with contextlib.suppress(OSError):          # print() might be at work on a line right now
-                os.write(2, b"\nstopping: this step or batch is finished, then all is saved; Ctrl-C once "
-                            b"more, two seconds from now or later, quits at once\n")
+                os.write(2, b"\nstopping after this step or batch, then all is saved; "
+                            b"Ctrl-C once more, after two seconds, quits at once\n")
     probe.SIGNALS.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
@@ -990,10 +957,7 @@ def make_shards(shards, vqgan, data, views, workers):
     todo = [(path, index.split(at_once)) for path, index in todo if len(index)]
     crops = [(part, None if views == 1 else unified.hash_ints(part[:, None], torch.arange(views)))
              for _, parts in todo for part in parts]
-    bar = tqdm.tqdm(total=len(crops), desc="ids of every image", unit=" batches", dynamic_ncols=True,
-                    mininterval=0.1 if sys.stderr.isatty() else 10,
-                    disable=unified.rank_and_world()[0] > 0 or not crops)
-    batches = data.batches(crops, workers)
+    bar, batches = probe.progress_bar(len(crops), "ids", "batches"), data.batches(crops, workers)
     for path, parts in todo:
         (ids, labels), saved = read_shard(path), time.monotonic()
         for left in reversed(range(len(parts))):
@@ -1082,66 +1046,62 @@ def sample_images(cfg, model, steps):
 
 
 def draw_reconstructions(cfg, reconstruct, data):
-    """reconstructions.png: at most 32 test images, each row of them above the rows that reconstruct(x) makes
-    of them: what is masked, if anything is, and the output."""
+    """reconstructions.png: at most 32 test images, each row of originals above the rows that
+    reconstruct(x) makes of them."""
     x, _ = probe.map_images(lambda x: x, data, 32, workers=cfg.workers)
     torch.manual_seed(0)
     with probe.autocast(cfg):
         columns = [x, *(y.cpu() for y in reconstruct(x.to(cfg.device)))]
     rows = [part for rows in zip(*(c.split(8) for c in columns)) if len(rows[0]) == min(8, len(x))
             for part in rows]
-    names = ["input", *["masked"] * (len(columns) - 2), "output"] * (len(rows) // len(columns))
-    sheet = unified.with_names(unified.image_grid(torch.cat(rows)), names)
-    sheet.save(pathlib.Path(cfg.out_dir, "reconstructions.png"))
+    names = (["input"] + ["masked"] * (len(columns) - 2) + ["output"]) * (len(rows) // len(columns))
+    unified.image_grid(torch.cat(rows), rows=names).save(pathlib.Path(cfg.out_dir, "reconstructions.png"))
 
 
 def ticks(low, high, logarithmic):
-    """Three to eight round numbers in low .. high, to be written at an axis."""
+    """Round numbers from low to high, to be written at an axis."""
+    found = [k * 10.0 ** decade for decade in range(-12, 13) for k in (1, 2, 5)]
     if logarithmic:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-        found = [k * 10.0 ** decade for decade in decades for k in ((1, 2, 5) if len(decades) < 3 else (1,))]
-    else:
-        unit = 10 ** math.floor(math.log10((high - low) / 3))
-        unit *= max(k for k in (1, 2, 5) if 3 * k * unit <= high - low)
-        found = [k * unit for k in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
-    return [v for v in found if low <= v <= high]
+        found = [v for v in found if low <= v <= high]
+        return found[::3] if len(found) > 8 else found
+    unit = next((v for v in found if high - low <= 6 * v), high - low)
+    return [k * unit for k in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
 
 
 def line_chart(curves, title, size=(900, 500)):
     """Line chart of a loss by step as a PIL image. curves: {name: [(step, loss), ...]}, drawn on one scale,
     logarithmic where the loss grows tenfold, and named where they end. Curves of few points have dots."""
     image, font = PIL.Image.new("RGB", size, "white"), PIL.ImageFont.load_default(14)
-    draw = PIL.ImageDraw.Draw(image)
+    draw, ends = PIL.ImageDraw.Draw(image), []          # (height, name, color) where a curve ends
     points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
     left, top, right, bottom = 70, 40, size[0] - 80, size[1] - 50
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points)) if points else ((0, 1), (0, 1))
-    x1, y1 = (high if high > low else low + 1 for low, high in ((x0, x1), (y0, y1)))
+    x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
     scale = math.log if 0 < 10 * y0 < y1 else float
 
     def place(x, y):
         return (left + (x - x0) / (x1 - x0) * (right - left),
                 bottom - (scale(y) - scale(y0)) / (scale(y1) - scale(y0)) * (bottom - top))
-    draw.text(((left + right) / 2, 20), title, "black", font, anchor="mm")
-    draw.text(((left + right) / 2, size[1] - 12), "step", "black", font, anchor="mm")
-    draw.text((left - 8, 22), "loss", "black", font, anchor="rm")
+
+    def write(x, y, text, color="black", anchor="mm"):
+        draw.text((x, y), text, color, font, anchor)
+    write((left + right) / 2, 20, title)
+    write((left + right) / 2, size[1] - 12, "step")
+    write(left - 8, 20, "loss", anchor="rm")
     for x in ticks(x0, x1, False):
-        draw.line((place(x, y0), (place(x, y0)[0], bottom + 5)), "gray")
-        draw.text((place(x, y0)[0], bottom + 14), f"{x:g}", "black", font, anchor="mm")
+        write(place(x, y0)[0], bottom + 14, f"{x:g}")
     for y in ticks(y0, y1, scale is math.log):
         draw.line((place(x0, y), place(x1, y)), "#dddddd")
-        draw.text((left - 8, place(x0, y)[1]), f"{y:.4g}", "black", font, anchor="rm")
+        write(left - 8, place(x0, y)[1], f"{y:.4g}", anchor="rm")
     draw.rectangle((left, top, right, bottom), outline="gray")
-    names = []                                          # (where it ends, name, color) of each curve
-    for (name, curve), color in zip(curves.items(), itertools.cycle(("#1f77b4", "#d62728", "#2ca02c"))):
+    for (name, curve), color in zip(curves.items(), ("#1f77b4", "#d62728")):
         line = [place(x, y) for x, y in curve if math.isfinite(y)]
         draw.line(line, color, 2)
         for x, y in line if len(line) < 20 else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-        names += [(line[-1][1], name, color)] if line else []
-    free = bottom - 8
-    for height, name, color in sorted(names, reverse=True):
-        draw.text((right + 8, min(height, free)), name, color, font, anchor="lm")
-        free = min(height, free) - 16
+        ends += [(line[-1][1], name, color)] if line else []
+    for i, (y, name, color) in enumerate(sorted(ends)):                 # 20 pixels apart, should they meet
+        write(right + 8, y + 20 * i - 10 * (len(ends) - 1), name, color, anchor="lm")
     return image
 
 
@@ -1171,7 +1131,7 @@ def report(cfg, model, ema, train_set, test_set):
     with averaged(model, ema):
         draw_images(cfg, model, test_set, steps=None if unified.MODELS[cfg.model].tokenizer else 25)
     stack_images(list(loss_charts(folder))).save(folder / "loss.png")
-    can_be_probed = len(train_set.classes) > 1 and len(train_set) >= 20 and test_set.unseen
+    can_be_probed = probe.can_be_probed(train_set, test_set)
     top1 = probe_features(cfg, model, ema, train_set, test_set) if can_be_probed else {}
     write_row(cfg, stage="report", step=0, **figures, probe=top1)
     for data, fate in ((train_set, "another took its place"), (test_set, "left out")):
@@ -1191,7 +1151,7 @@ def report(cfg, model, ema, train_set, test_set):
         for name, title in zip(top1, ("features of this model", "the same network untrained", "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
     else:
-        print_once("no probe: it takes two classes, 20 images to train on, and others to test on")
+        print_once(f"no probe: it takes {probe.NEEDED}")
     run = shlex.quote(str(folder))
     print_once("next")
     if model.generates:
