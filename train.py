@@ -1073,14 +1073,14 @@ def line_chart(curves, title, size=(900, 500)):
     logarithmic where the loss grows tenfold, and named where they end. Curves of few points have dots."""
     image, font = PIL.Image.new("RGB", size, "white"), PIL.ImageFont.load_default(14)
     draw, ends = PIL.ImageDraw.Draw(image), []          # (height, name, color) where a curve ends
-    points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
+    points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])] or [(1, 1)]
     left, top, right, bottom = 70, 40, size[0] - 80, size[1] - 50
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points)) if points else ((0, 1), (0, 1))
-    x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
+    x1, y0, y1 = max(x for x, y in points), min(y for x, y in points), max(y for x, y in points)
+    y1 += y1 == y0
     scale = math.log if 0 < 10 * y0 < y1 else float
 
     def place(x, y):
-        return (left + (x - x0) / (x1 - x0) * (right - left),
+        return (left + x / x1 * (right - left),
                 bottom - (scale(y) - scale(y0)) / (scale(y1) - scale(y0)) * (bottom - top))
 
     def write(x, y, text, color="black", anchor="mm"):
@@ -1088,11 +1088,11 @@ def line_chart(curves, title, size=(900, 500)):
     write((left + right) / 2, 20, title)
     write((left + right) / 2, size[1] - 12, "step")
     write(left - 8, 20, "loss", anchor="rm")
-    for x in ticks(x0, x1, False):
+    for x in ticks(0, x1, False):
         write(place(x, y0)[0], bottom + 14, f"{x:g}")
     for y in ticks(y0, y1, scale is math.log):
-        draw.line((place(x0, y), place(x1, y)), "#dddddd")
-        write(left - 8, place(x0, y)[1], f"{y:.4g}", anchor="rm")
+        draw.line((place(0, y), place(x1, y)), "#dddddd")
+        write(left - 8, place(0, y)[1], f"{y:.4g}", anchor="rm")
     draw.rectangle((left, top, right, bottom), outline="gray")
     for (name, curve), color in zip(curves.items(), ("#1f77b4", "#d62728")):
         line = [place(x, y) for x, y in curve if math.isfinite(y)]
@@ -1100,8 +1100,8 @@ def line_chart(curves, title, size=(900, 500)):
         for x, y in line if len(line) < 20 else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
         ends += [(line[-1][1], name, color)] if line else []
-    for i, (y, name, color) in enumerate(sorted(ends)):                 # 20 pixels apart, should they meet
-        write(right + 8, y + 20 * i - 10 * (len(ends) - 1), name, color, anchor="lm")
+    for above, (y, name, color) in enumerate(sorted(ends, reverse=True)):
+        write(right + 8, y - 20 * above, name, color, anchor="lm")      # so apart, should the curves meet
     return image
 
 
