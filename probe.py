@@ -966,7 +966,7 @@ def run(cfg, first):
     if cfg.save:
         return save_features(model.to(cfg.device), config, places, first, cfg)
     dataset, train_set, test_set = open_sets(model.to(cfg.device), config, cfg)
-    print(train_set.summary or f"{dataset}: {len(train_set)} images to train on, {len(test_set)} to test on")
+    print(numbers_of_images(dataset, train_set, test_set))
     index = shuffled(len(train_set), cfg.seed)[:cfg.limit]
     if cfg.head in RECIPES:
         cfg = fit_recipe(cfg, len(index))
@@ -1283,11 +1283,17 @@ def open_sets(model, config, cfg):
     return name, train_set, test_set
 
 
-NEEDED = "20 images to train on and others to test on, both of two classes or more"
+def numbers_of_images(dataset, train_set, test_set):
+    """How many there are to train on and to test on; of a folder also what was left out, a line each."""
+    return train_set.summary or (f"{dataset}: {len(train_set)} images of {len(train_set.classes)} classes to "
+                                 f"train on, {len(test_set)} to test on")
+
+
+NEEDED = "two classes in both parts, 20 images to train on, and others to test on"
 
 
 def can_be_probed(train_set, test_set):
-    """Whether the sets are what is NEEDED: if one holds a single class, every accuracy means nothing."""
+    """Whether the sets have what is NEEDED. On images of one class every accuracy would be 0 or 1."""
     two_classes = all(len(data.labels.unique()) > 1 for data in (train_set, test_set))
     return two_classes and len(train_set) >= 20 and test_set.unseen
 

@@ -3725,6 +3725,18 @@ def test_images_without_classes_train_and_are_not_probed(tmp_path):
                                         *flags(tmp_path / "mine", tmp_path / "other", "--labels"), expect=2)
 
 
+@pytest.mark.parametrize("of_train, of_test, allowed", [
+    ([0, 1] * 15, [0, 1], True), ([0, 1] * 15, [1, 1], False), ([1] * 30, [0, 1], False),
+    ([0, 1] * 9, [0, 1], False)])
+def test_an_accuracy_takes_two_classes_in_both_parts_and_twenty_images(of_train, of_test, allowed):
+    train_set, test_set = (
+        probe.ImageTensor(torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8), torch.tensor(labels),
+                          ["ant", "bee"], (1, 1)) for labels in (of_train, of_test))
+    assert probe.can_be_probed(train_set, test_set) == allowed
+    test_set.unseen = False
+    assert not probe.can_be_probed(train_set, test_set)
+
+
 @pytest.mark.parametrize("names", [["a.png"], ["ant/a.png", "bee/b.png"],
                                    ["ant/a.png", "ant/b.png", "bee/c.png", "bee/d.png", "cow/e.png"]])
 def test_sets_as_small_as_people_start_with_are_trained_on(names, tmp_path):
@@ -4827,6 +4839,17 @@ def test_a_run_that_is_there_is_not_overwritten(photos, finished):
     assert (finished[0] / "model.pt").read_bytes() == before
 
 
+def test_a_run_of_another_optimizer_is_refused_in_a_sentence(tmp_path):
+    weights = {"w": torch.nn.Parameter(torch.ones(2))}
+    model, sgd = torch.nn.ParameterDict(weights), torch.optim.SGD(weights.values())
+    train.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "step": 3, "ema": {},
+                                                  "optimizer": sgd.state_dict()})
+    cfg, recipe = train.Config(out_dir=str(tmp_path)), dict(unified.MAGE_RECIPE, lr=1.0)
+    with pytest.raises(unified.UserError, match="made by another optimizer .*; start another run"):
+        train.load_checkpoint(cfg, "model", model, train.adamw(weights, recipe), {})
+    assert train.load_checkpoint(cfg, "model", model, sgd, {}) == 3
+
+
 def test_resume_needs_the_run_alone_and_names_all_flags_that_contradict_it(photos, finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "copy")
     wrong = script("train.py", "--resume", run, "--codes", 64, "--batch-size", 16, "--dataset", "shapes",
@@ -4874,6 +4897,36 @@ def test_help_tells_every_default_that_depends_on_the_data_set(table):
     assert missing == []
 
 
+NO_SHAPES = {"views": "cifar10 and folders 4", "codes": "else 1024", "steps": "cifar10 and folders 4000",
+             "tokenizer_steps": "cifar10 and folders 4500", "ids": "else 64"}
+
+
+@pytest.mark.parametrize("more, told", [
+    ({}, {"size": "tiny", "image_size": "32", "ids": "shapes 16", "views": "shapes 1", "codes": "shapes 128",
+          "tokenizer_steps": "shapes 2000", "tokenizer_batch_size": "16", "adversarial": "else 0",
+          "steps": "shapes 3000", "batch_size": "64", "lr": "0.006", "log_every": "50", "eval_every": "1000",
+          "save_every": "500"}),
+    ({"dataset": "cifar10"}, {"size": "tiny", "image_size": "32", **NO_SHAPES}),
+    ({"dataset": "photos"}, {"size": "tiny", "image_size": "folders 64", **NO_SHAPES}),
+    ({"dataset": "photos", "device": "cuda"}, {"size": "folders small", "tokenizer_batch_size": "16"}),
+    ({"dataset": "imagenet"}, {"size": "imagenet base", "image_size": "as published 256", "adversarial": "0.8",
+                               "views": "as published 10", "log_every": "as published 20",
+                               "tokenizer_steps": "as published 1000000"}),
+    ({"dataset": "imagenet", "device": "cuda"}, {"tokenizer_batch_size": "as published 256"}),
+    ({"model": "adm"}, {"steps": "tiny adm 2000", "batch_size": "dit and adm 32", "views": "shapes 0"}),
+    ({"model": "dit"}, {"steps": "maskdit and dit 3000", "batch_size": "dit and adm 32",
+                        "ids": "of pixels 64", "lr": "maskdit and dit 0.018"}),
+    ({"model": "dit", "dataset": "cifar10"}, {"steps": "maskdit and dit 3000", "views": "else 1"})])
+def test_a_default_that_help_tells_is_the_one_that_is_taken(more, told):
+    taken = train.defaults(train.Config(**{"device": "cpu", **more}))
+    texts = {field.name: field.metadata["help"] for field in dataclasses.fields(train.Config)}
+    for name, words in told.items():
+        assert re.search(rf"(\[|[;,] |and ){words}\b", texts[name]), (name, words)
+        assert words.split()[-1] == str(taken[name]).removesuffix(".0"), (name, words)
+    if not more:                                                        # a new default is told, too
+        assert told.keys() == taken.keys() & texts.keys() - {"compile"}
+
+
 @pytest.mark.parametrize("name, titles, twins", [
     ("train.py", {"data", "model", "tokenizer", "optimisation", "run and log", "hardware"}, {"--compile"}),
     ("sample.py", {"what is generated", "images of your own", "how", "where to", "hardware"}, set()),
@@ -4889,8 +4942,8 @@ def test_help_has_groups_examples_units_and_no_twin_without_a_meaning(name, titl
 
 def test_before_the_first_step_a_line_says_what_is_trained_on_what_and_how_long(finished):
     _, printed = finished
-    assert "48 images to train on, 16 to test on, 2 classes, 32 pixels, 16 tokens; " in printed
-    assert "tokenizer: 3 steps; mage tiny: 6 steps of 8 images" in printed and "48 images are few" in printed
+    assert "48 images of 2 classes to train on, 16 to test on" in printed and "48 images are few" in printed
+    assert "\n32 pixels; tokenizer: 3 steps; mage tiny: 6 steps of 8 images\n" in printed
     assert "16 test images are few: one is 6.2% of an accuracy" in printed
     lines = [line for line in printed.splitlines() if line.startswith("model: ")]
     assert [line.split(",")[0] for line in lines] == [f"model: {k} of 6 steps" for k in (0, 2, 4, 6)]

@@ -290,11 +290,11 @@ def open_data(cfg):
     train_set, test_set = (
         probe.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, cfg.device, cfg.strict_images,
                           recipe_of(cfg)["min_crop"]) for part in (True, False))
-    if train_set.summary:
-        print_once(train_set.summary)
-    print_once(in_words(cfg, train_set, test_set))
+    print_once(probe.numbers_of_images(cfg.dataset, train_set, test_set))
+    print_once(in_words(cfg))
     if len(train_set) < 1000:
-        print_once(f"{len(train_set)} images are few: the model will know them by heart; take thousands")
+        print_once(f"{len(train_set)} images are few: the model will know them by heart; take thousands, or "
+                   "--tokenizer-steps 300 --steps 300 for a first look")
     if len(test_set) < 100 and test_set.unseen:
         print_once(f"{len(test_set)} test images are few: one is {1 / len(test_set):.1%} of an accuracy")
     if cfg.labels and not train_set.classes:
@@ -302,14 +302,11 @@ def open_data(cfg):
     return train_set, test_set
 
 
-def in_words(cfg, train_set, test_set):
-    """What will be trained, on what, how long."""
+def in_words(cfg):
+    """What will be trained, and how long."""
     length = f"{cfg.steps} steps" if cfg.steps else f"{cfg.epochs:g} epochs"
     tokenizer = f"tokenizer: {cfg.tokenizer or f'{cfg.tokenizer_steps} steps'}; "
-    tokens = unified.MODELS[cfg.model].tokens != "none" and not cfg.tokenizer
-    return (f"{cfg.dataset}: {len(train_set)} images to train on, {len(test_set)} to test on, "
-            f"{len(train_set.classes)} classes, {cfg.image_size} pixels{f', {cfg.ids} tokens' * tokens}; "
-            + tokenizer * unified.MODELS[cfg.model].tokenizer
+    return (f"{cfg.image_size} pixels; " + tokenizer * unified.MODELS[cfg.model].tokenizer
             + f"{cfg.model} {cfg.size}: {length} of {cfg.batch_size} images")
 
 
