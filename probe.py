@@ -966,7 +966,7 @@ def run(cfg, first):
     if cfg.save:
         return save_features(model.to(cfg.device), config, places, first, cfg)
     dataset, train_set, test_set = open_sets(model.to(cfg.device), config, cfg)
-    print(numbers_of_images(dataset, train_set, test_set))
+    print(train_set.summary or f"{dataset}: {len(train_set)} images to train on, {len(test_set)} to test on")
     index = shuffled(len(train_set), cfg.seed)[:cfg.limit]
     if cfg.head in RECIPES:
         cfg = fit_recipe(cfg, len(index))
@@ -1276,26 +1276,18 @@ def open_sets(model, config, cfg):
     train_set, test_set = (
         open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images, crop)
         for part in (True, False))
-    if not can_be_probed(train_set, test_set):
-        raise UserError(f"{name} cannot be probed, which takes {NEEDED}: {train_set.summary}")
+    if reason := no_probe(train_set, test_set):
+        raise UserError(f"{name} cannot be probed, {reason}: {train_set.summary}")
     if not cfg.dataset:
         check_same_data(config, train_set, cfg.run, f"put them back, or say --dataset {name} to probe these")
     return name, train_set, test_set
 
 
-def numbers_of_images(dataset, train_set, test_set):
-    """How many there are to train on and to test on; of a folder also what was left out, a line each."""
-    return train_set.summary or (f"{dataset}: {len(train_set)} images of {len(train_set.classes)} classes to "
-                                 f"train on, {len(test_set)} to test on")
-
-
-NEEDED = "two classes in both parts, 20 images to train on, and others to test on"
-
-
-def can_be_probed(train_set, test_set):
-    """Whether the sets have what is NEEDED. On images of one class every accuracy would be 0 or 1."""
+def no_probe(train_set, test_set):
+    """Why these sets cannot be probed; "" if they can. In a single class, every accuracy means nothing."""
     two_classes = all(len(data.labels.unique()) > 1 for data in (train_set, test_set))
-    return two_classes and len(train_set) >= 20 and test_set.unseen
+    return "" if two_classes and len(train_set) >= 20 and test_set.unseen else \
+        "it takes two classes in both parts, 20 images to train on, and others to test on"
 
 
 def describe_data(data):
@@ -1419,16 +1411,14 @@ def asked_to_stop():
     return bool(asked)
 
 
-def progress_bar(total, title, unit, **options):
-    """A bar that vanishes, in the first process only; none without a title. Where there is no terminal, a
-    line now and then of what takes longer. options: of tqdm."""
-    options = {"leave": False, "dynamic_ncols": True, **options}
-    if not sys.stderr.isatty():
-        lines = "{desc}: {n_fmt} of {total_fmt}{unit}{postfix}, {remaining} left"
-        options = {"delay": 1, "mininterval": 30, "miniters": 1, **options, "leave": False,
-                   "file": Lines(), "bar_format": lines}
+def progress_bar(total, title, unit, start=0, stay=False):
+    """A bar that vanishes or stays, in the first process only; none without a title. Where there is no
+    terminal, a line now and then, and at the start if it stays."""
+    lines = dict(file=Lines(), delay=0 if stay else 1, mininterval=30, miniters=1,
+                 bar_format="{desc}: {n_fmt} of {total_fmt}{unit}{postfix}, {remaining} left")
+    more = dict(leave=stay, dynamic_ncols=True) if sys.stderr.isatty() else dict(leave=False, **lines)
     silent = title is None or unified.rank_and_world()[0] > 0
-    return tqdm.tqdm(total=total, desc=title, unit=f" {unit}", disable=silent, **options)
+    return tqdm.tqdm(total=total, initial=start, desc=title, unit=f" {unit}", disable=silent, **more)
 
 
 class Lines:

@@ -125,7 +125,7 @@ SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)
 
 TOKENIZER_RECIPE = dict(unified.MAGE_RECIPE, betas=(0.9, 0.99), weight_decay=0.0)
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every",
-                     "resume", "report", "out_dir"}
+                     "resume", "report", "out_dir", "compile"}
 SEEDS = {"tokenizer": 9, "model": 5}  # keep their random numbers apart; these are the lengths of the names
 
 
@@ -290,8 +290,12 @@ def open_data(cfg):
     train_set, test_set = (
         probe.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, cfg.device, cfg.strict_images,
                           recipe_of(cfg)["min_crop"]) for part in (True, False))
-    print_once(probe.numbers_of_images(cfg.dataset, train_set, test_set))
-    print_once(in_words(cfg))
+    print_once(train_set.summary or f"{cfg.dataset}: {len(train_set)} images of {len(train_set.classes)} "
+               f"classes to train on, {len(test_set)} to test on")
+    steps = f"{cfg.steps} steps" if cfg.steps else f"{cfg.epochs:g} epochs"
+    first = f"tokenizer: {cfg.tokenizer or f'{cfg.tokenizer_steps} steps'}; "
+    first *= unified.MODELS[cfg.model].tokenizer
+    print_once(f"{cfg.image_size} pixels; {first}{cfg.model} {cfg.size}: {steps} of {cfg.batch_size} images")
     if len(train_set) < 1000:
         print_once(f"{len(train_set)} images are few: the model will know them by heart; take thousands, or "
                    "--tokenizer-steps 300 --steps 300 for a first look")
@@ -300,14 +304,6 @@ def open_data(cfg):
     if cfg.labels and not train_set.classes:
         raise UserError(f"--labels: {probe.shown(train_set.root)} has no class folders")
     return train_set, test_set
-
-
-def in_words(cfg):
-    """What will be trained, and how long."""
-    length = f"{cfg.steps} steps" if cfg.steps else f"{cfg.epochs:g} epochs"
-    tokenizer = f"tokenizer: {cfg.tokenizer or f'{cfg.tokenizer_steps} steps'}; "
-    return (f"{cfg.image_size} pixels; " + tokenizer * unified.MODELS[cfg.model].tokenizer
-            + f"{cfg.model} {cfg.size}: {length} of {cfg.batch_size} images")
 
 
 def ids_or_images(cfg, vqgan, train_set):
@@ -669,8 +665,7 @@ class Log:
         """culprits: step -> names of the images whose gradient alone is not finite."""
         self.cfg, self.name, self.recipe, self.first, self.culprits = cfg, name, recipe, step, culprits
         self.sums, self.skipped, self.in_a_row = {}, 0, 0  # the last two: steps without a finite gradient
-        self.bar = probe.progress_bar(recipe["steps"], None if cfg.benchmark else name, "steps", initial=step,
-                                      delay=0, leave=True)
+        self.bar = probe.progress_bar(recipe["steps"], None if cfg.benchmark else name, "steps", step, True)
         self.restart_clock(step)
 
     def restart_clock(self, step):
@@ -864,11 +859,8 @@ def load_checkpoint(cfg, name, model, optimizer, ema):
     if path.exists() or path.with_name(path.name + ".prev").exists():
         state = unified.load_checkpoint(path)
         unified.load_strictly(model, state["model"], path)
-        try:
+        with unified.reading(path, "a state of this method's optimizer: put that back, or start another run"):
             optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} was made by another optimizer ({error}); start another run, or put its "
-                            "recipe back")
         for key, average in ema.items():
             average.copy_(state["ema"][key])
         step = state["step"]
@@ -888,8 +880,7 @@ def stop_when_asked():
         probe.SIGNALS.setdefault(number, time.monotonic())
         if unified.rank_and_world()[0] == 0:
             with contextlib.suppress(OSError):          # print() might be at work on a line right now
-                os.write(2, b"\nstopping after this step or batch, then all is saved; "
-                            b"Ctrl-C once more, after two seconds, quits at once\n")
+                os.write(2, b"\nstopping after this step or batch; Ctrl-C once more, in 2 s, quits at once\n")
     probe.SIGNALS.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
@@ -1072,7 +1063,7 @@ def line_chart(curves, title, size=(900, 500)):
     draw, ends = PIL.ImageDraw.Draw(image), []          # (height, name, color) where a curve ends
     points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])] or [(1, 1)]
     left, top, right, bottom = 70, 40, size[0] - 80, size[1] - 50
-    x1, y0, y1 = max(x for x, y in points), min(y for x, y in points), max(y for x, y in points)
+    (_, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
     y1 += y1 == y0
     scale = math.log if 0 < 10 * y0 < y1 else float
 
@@ -1128,8 +1119,8 @@ def report(cfg, model, ema, train_set, test_set):
     with averaged(model, ema):
         draw_images(cfg, model, test_set, steps=None if unified.MODELS[cfg.model].tokenizer else 25)
     stack_images(list(loss_charts(folder))).save(folder / "loss.png")
-    can_be_probed = probe.can_be_probed(train_set, test_set)
-    top1 = probe_features(cfg, model, ema, train_set, test_set) if can_be_probed else {}
+    no_probe = probe.no_probe(train_set, test_set)
+    top1 = {} if no_probe else probe_features(cfg, model, ema, train_set, test_set)
     write_row(cfg, stage="report", step=0, **figures, probe=top1)
     for data, fate in ((train_set, "another took its place"), (test_set, "left out")):
         if data.unreadable:
@@ -1148,7 +1139,7 @@ def report(cfg, model, ema, train_set, test_set):
         for name, title in zip(top1, ("features of this model", "the same network untrained", "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
     else:
-        print_once(f"no probe: it takes {probe.NEEDED}")
+        print_once(f"no probe: {no_probe}")
     run = shlex.quote(str(folder))
     print_once("next")
     if model.generates:
