@@ -71,29 +71,29 @@ class Config:
                     group="what is read")
     head: str = flag("ridge", "what reads the features", choices=[
         "ridge", "linear", "knn", "fewshot", "mlp", "attention", "difformer", "diffeed", "finetune"])
-    layers: str = flag("", "blocks to read, counted from 1, such as 2,4,6; else the one that the paper reads")
+    layers: str = flag("", "blocks to read, counted from 1, such as 2,4,6 [the one that the paper reads]")
     t: str = flag("", "how corrupted the images are, such as 0,0.3 for MAGE's mask ratio or 90,150 "
-                      "for timesteps; else as in the paper")
+                      "for timesteps [as in the paper]")
     pool: str = flag("", "mean: over the image; class: the class position; 2: averages of 2 x 2 cells; "
                          "several with commas: the best one")
     sweep: bool = flag(False, "try every layer, and t from hardly to half corrupted, "
                               "unless --layers and --t say otherwise")
     samples: str = flag("", "no probe: how many images of this .npz of sample.py are drawings, as in shapes")
     save: str = flag("", "no probe: keep features, labels and file names of all images in this new .npz")
-    seed: int = flag(0, "of everything random", min=0, max=2**32 - 1)
+    seed: int = flag(0, "random seed", min=0, max=2**32 - 1)
 
-    dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own",
+    dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders [the run's own]",
                         group="data")
-    data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
+    data_dir: str = flag("", "dataset folder, if not data/<dataset>")
     limit: int = flag(None, "training images used at most; a tenth of them is held out", min=20)
     strict_images: bool = flag(False, "stop at an unreadable image instead of leaving it out")
 
-    k: int = flag(None, "knn: neighbours that vote, for fewshot on the place to read; else 20",
+    k: int = flag(None, "knn: neighbours that vote, for fewshot on the place to read [20]",
                   group="single heads")
-    shots: int = flag(None, "fewshot: so many images a class, scored as UMD's authors do, who take 100; "
-                            "else 5, 10 and 25 by a ridge that fits so few")
+    shots: int = flag(None, "fewshot: so many images a class, scored as UMD's authors do, who take 100 "
+                            "[5, 10 and 25, by a ridge that fits so few]")
     hidden: str = flag("512", "mlp: widths of its hidden layers, such as 512,256")
-    feedback: str = flag("", "diffeed: the layers fed back to their mirrors; else the last of each map size")
+    feedback: str = flag("", "diffeed: the layers fed back to their mirrors [the last of each map size]")
 
     augment: bool = flag(False, "fresh crops and noise in every epoch, as published; "
                                 "else features are computed once", group="training of a head")
@@ -104,22 +104,22 @@ class Config:
                                  "128 for the others and with --sgd", max=10**6)
     epochs: int = flag(None, "passes over the training set; 90 for linear, 20 for finetune, 28 with --sgd, "
                              "10 for the others")
-    lr: float = flag(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, "
-                           "or ten times that below 500,000 images", min=1e-9)
+    lr: float = flag(None, "learning rate for 256 images a step [for linear 0.1, for finetune 2.5e-4, "
+                           "or ten times that below 500,000 images]", min=1e-9)
 
-    weights: str = flag("", "raw, or ema for the averaged ones; else as in the paper", choices=["raw", "ema"],
+    weights: str = flag("", "raw, or ema for the averaged ones [as in the paper]", choices=["raw", "ema"],
                         group="weights")
-    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
-                                "else one for 64 channels")
-    adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
+    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4 "
+                                "[one for 64 channels]")
+    adm_order: str = flag(None, "channels' order in that file [legacy]; new after --use_new_attention_order",
                           choices=["legacy", "new"])
 
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute", group="hardware")
-    dtype: str = flag(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32",
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps",
+                       group="hardware")
+    dtype: str = flag(None, "of activations [bfloat16 on GPUs that compute in it, else float32]",
                       choices=["float32", "bfloat16"])
-    compile: bool = flag(None, "compile the blocks; else on cuda only")
-    workers: int = flag(min(8, os.cpu_count()), "processes that decode the images of a folder",
-                        min=0, max=1000)
+    compile: bool = flag(None, "torch.compile the blocks [on cuda]")
+    workers: int = flag(min(8, os.cpu_count()), "data-loading processes, for folders", min=0, max=1000)
 
 
 # ----------------------------------------------------------------------------------------------------------

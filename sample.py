@@ -41,8 +41,8 @@ from unified import UserError, flag
 class Config:
     run: str = flag(None, "run folder, checkpoint, or weight file published by the authors",
                     positional=True, nargs="?", group="what is generated")
-    n: int = flag(None, "images; 64, or 6 for each --image", max=10**7)
-    seed: int = flag(0, "another one gives other images", min=0, max=2**32 - 1)
+    n: int = flag(None, "number of images [64, or 6 for each --image]", max=10**7)
+    seed: int = flag(0, "random seed; another one gives other images", min=0, max=2**32 - 1)
     label: str = flag("", "class name or number; several with commas take turns, all takes every class")
     guidance: float = flag(1.0, "how much to exaggerate what the label changes; 1 is not at all",
                            min=0, max=1000)
@@ -61,28 +61,29 @@ class Config:
     reconstruct: bool = flag(False, "only send each --image through the tokenizer and back; "
                                     "umd and mae mask most of it and predict that")
 
-    steps: int = flag(None, "rounds of decoding; 20, or fewer if there are fewer ids; "
-                            "from noise 125, of adm 250, or 25 at --eta 0", group="how")
-    schedule: str = flag(None, "models of ids: how the number of masked ones falls; else cosine",
+    steps: int = flag(None, "steps of decoding [20, or fewer if there are fewer ids; from noise 125, of adm "
+                            "250, or 25 at --eta 0]", group="how")
+    schedule: str = flag(None, "models of ids: how the number of masked ones falls [cosine]",
                          choices=list(unified.SCHEDULES))
     temperature: float = flag(None, "models of ids: Gumbel noise on the confidence; more is more varied, "
-                                    "less is cleaner; 6 for 256 ids", min=0)
-    eta: float = flag(None, "models that start from noise: 1 as published, DDPM; "
-                            "0 is DDIM, which adds no noise on the way", min=0, max=1)
+                                    "less is cleaner [6 for 16 x 16 ids, 3 for 8 x 8]", min=0)
+    eta: float = flag(None, "models that start from noise: 1 is DDPM, as published; 0 is DDIM, which adds no "
+                            "noise on the way [1]", min=0, max=1)
     batch: int = flag(64, "images computed at once")
     weights: str = flag("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
-    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
-                                "else one for 64 channels")
-    adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
+    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4 "
+                                "[one for 64 channels]")
+    adm_order: str = flag(None, "channels' order in that file [legacy]; new after --use_new_attention_order",
                           choices=["legacy", "new"])
 
-    out: str = flag("", "the PNG to write; else samples-<seed>.png in the run's folder", group="where to")
+    out: str = flag("", "the PNG to write [samples-<seed>.png in the run's folder]", group="where to")
     npz: str = flag("", "also write all images to this file, as arr_0, uint8 (N, S, S, 3)")
     png_dir: str = flag("", "also write each image to this folder; what this command began is continued")
     overwrite: bool = flag(False, "replace files that are there")
 
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute", group="hardware")
-    dtype: str = flag(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps",
+                       group="hardware")
+    dtype: str = flag(None, "of activations [bfloat16 on GPUs that compute in it, else float32]",
                       choices=["float32", "bfloat16"])
     compile: bool = flag(False, "compile the blocks: slower to start, then faster")
 
