@@ -734,6 +734,15 @@ def test_decoding_never_changes_a_known_id_and_ends_with_none_masked(name):
     assert not mask.any()
 
 
+@pytest.mark.parametrize("name", ["mage", "addp"])
+def test_a_schedule_and_an_order_of_ones_own_decide_which_tokens_stay_masked(name):
+    def row_by_row(confidence):                                         # as in the docstring of unmask
+        return -torch.arange(confidence.size(1), device=confidence.device).expand_as(confidence)
+    states = small(name).eval().sample_steps(2, steps=4, schedule=lambda t, T: 1 - t / T, order=row_by_row)
+    for state, visible in zip(states, (4, 8, 12, 16), strict=True):
+        assert state.token_mask.equal((torch.arange(16) >= visible).expand(2, -1))
+
+
 @pytest.mark.parametrize("name", DECODES_IDS)
 def test_a_linear_schedule_ends_with_one_by_one(name):
     states = small(name).eval().sample_steps(1, steps=16, schedule="linear")
