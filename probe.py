@@ -100,11 +100,11 @@ class Config:
     sgd: bool = flag(False, "DiffSSL's plain SGD, for linear on features as they are; "
                             "else LARS for linear, AdamW for the others")
     matryoshka: bool = flag(False, "learn at the same time from the first 8, 16, 32, ... dimensions alone")
-    batch_size: int = flag(None, "images a step; 4096 for linear, 256 for finetune, 16 for diffeed, "
-                                 "128 for the others and with --sgd", max=10**6)
-    epochs: int = flag(None, "passes over the training set; 90 for linear, 20 for finetune, 28 with --sgd, "
-                             "10 for the others")
-    lr: float = flag(None, "learning rate for 256 images a step [for linear 0.1, for finetune 2.5e-4, "
+    batch_size: int = flag(None, "images per step [4096 for linear, 256 for finetune, 16 for diffeed, "
+                                 "128 for the others and with --sgd]", max=10**6)
+    epochs: int = flag(None, "passes over the training set [90 for linear, 20 for finetune, 28 with --sgd, "
+                             "10 for the others]")
+    lr: float = flag(None, "learning rate for 256 images per step [for linear 0.1, for finetune 2.5e-4, "
                            "or ten times that below 500,000 images]", min=1e-9)
 
     weights: str = flag("", "raw, or ema for the averaged ones [as in the paper]", choices=["raw", "ema"],
