@@ -90,6 +90,8 @@ import zipfile
 
 import numpy
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 import torch.distributed.nn
 import torch.nn as nn
@@ -2986,32 +2988,50 @@ def default_dtype(name):
     return "bfloat16" if cuda and torch.cuda.get_device_capability(name)[0] >= 8 else "float32"
 
 
-def flag(default, help, least=1, most=2**31 - 1, **more):
-    """A field of which parse_flags() makes a flag, with numbers from least to most. more: choices, say."""
-    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
+def flag(default, help, min=1, max=2**31 - 1, **more):
+    """A field of which parse_flags() makes a flag, with numbers from min to max. more: choices, say; group is
+    the title over this flag and those after it."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (min, max), **more})
 
 
-def parse_flags(cls, description, argv=None):
-    """Command line -> instance of the dataclass cls: an option a field, dashes outside, underscores inside;
-    bool gives --x / --no-x."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+def parse_flags(cls, doc, argv=None):
+    """Command line -> {field of the dataclass cls: its value} of the flags given, with dashes outside and
+    underscores inside. A bool gives --x, or --no-x if it is True by default, or both if it is None. -h prints
+    the first line of the script's docstring, and its second paragraph as examples."""
+    about, examples, *_ = doc.split("\n\n")
+    fields = dataclasses.fields(cls)
+    run = "".join(f"{field.name} " for field in fields if "positional" in field.metadata)
+    parser = group = argparse.ArgumentParser(
+        usage=f"%(prog)s {run}[options]", description=about, epilog=f"examples:\n{examples}",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def refuse(message):
         raise UserError(f"{message} ({parser.prog} -h lists the options)")
     parser.error = refuse
-    for field in dataclasses.fields(cls):
-        more = {k: v for k, v in field.metadata.items() if k != "range"}
-        name = field.name if more.pop("positional", False) else "--" + field.name.replace("_", "-")
-        if field.default not in (None, "", (), False, dataclasses.MISSING):
-            more["help"] += f" [{field.default}]"
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument(name, default=field.default, **kind, **more)
-    cfg = cls(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(cls):
-        value, (least, most) = getattr(cfg, field.name), field.metadata["range"]
-        if field.type in (int, float) and value is not None and not least <= value <= most:     # nor is nan
-            refuse(f"--{field.name.replace('_', '-')} takes a number from {least} to {most}, not {value}")
-    return cfg
+    for field in fields:
+        more = {k: v for k, v in field.metadata.items() if k not in ("range", "group", "positional")}
+        if "group" in field.metadata:
+            group = parser.add_argument_group(field.metadata["group"])
+        words = field.name.replace("_", "-")
+        if "positional" in field.metadata:
+            name, kind = field.name, {}
+        elif field.type is bool:
+            name = f"--no-{words}" if field.default else f"--{words}"
+            action = {None: argparse.BooleanOptionalAction, True: "store_false", False: "store_true"}
+            kind = {"action": action[field.default], "dest": field.name}
+        else:
+            unit = {int: "INT", float: "NUMBER", str: "TEXT"}[field.type]
+            name, kind = f"--{words}", {"type": field.type, "metavar": None if "choices" in more else unit}
+            if field.default not in (None, "", ()):
+                more["help"] += f" [{field.default}]"
+        group.add_argument(name, **{**kind, **more})
+    given = vars(parser.parse_args(argv))
+    for field in fields:
+        value, (low, high) = given.get(field.name), field.metadata["range"]
+        if field.type in (int, float) and value is not None and not low <= value <= high:       # nor is nan
+            refuse(f"--{field.name.replace('_', '-')} takes a number from {low} to {high}, not {value}")
+    return given
 
 
 # Checkpoints: a dict of plain values and tensors, written by train.py with the previous one beside them.
@@ -3181,20 +3201,35 @@ def read_image(path, size):
         return from_image(image, size).float() / 255
 
 
-def image_grid(x, columns=8, least=1024):
+def image_grid(x, columns=8, min_side=1024, names=(), rows=()):
     """Images (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are
-    enlarged to about least pixels."""
+    enlarged to about min_side pixels. names: of the columns, then as many as there are; rows: of the rows."""
     n, _, side, _ = x.shape
-    columns = min(columns, n)
-    zoom = max(1, least // (columns * side))
+    columns = len(names) or min(columns, n)
+    zoom = max(1, min_side // (columns * side))
     tiles = to_uint8(x).repeat(zoom, 1).repeat(zoom, 2)
     side, gap = side * zoom, 2
-    rows = -(-n // columns)
-    sheet = numpy.full((rows * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, numpy.uint8)
+    height, width = (count * (side + gap) + gap for count in (-(-n // columns), columns))
+    sheet = numpy.full((height, width, 3), 255, numpy.uint8)
     for i, tile in enumerate(tiles):
         top, left = gap + i // columns * (side + gap), gap + i % columns * (side + gap)
         sheet[top:top + side, left:left + side] = tile
-    return PIL.Image.fromarray(sheet)
+    return with_names(PIL.Image.fromarray(sheet), names, rows, min(max(side // 8, 10), 32))
+
+
+def with_names(sheet, columns, rows, letters):
+    """A sheet with the names of its columns above them and of its rows left of them, if there are any.
+    letters: their size in pixels."""
+    font = PIL.ImageFont.load_default(letters)
+    left, top = round(max(map(font.getlength, rows), default=-12)) + 12, 2 * letters * bool(columns)
+    page = PIL.Image.new("RGB", (left + sheet.width, top + sheet.height), "white")
+    page.paste(sheet, (left, top))
+    draw = PIL.ImageDraw.Draw(page)
+    for i, name in enumerate(rows):
+        draw.text((left - 6, top + (i + 0.5) * sheet.height / len(rows)), name, "black", font, anchor="rm")
+    for i, name in enumerate(columns):
+        draw.text((left + (i + 0.5) * sheet.width / len(columns), top / 2), name, "black", font, anchor="mm")
+    return page
 
 
 # Processes.
