@@ -6482,12 +6482,19 @@ def run_script(name, args, before=None):
     unified.run_main(importlib.import_module(name.removesuffix(".py")).main)
 
 
+def test_the_tutorials_probe_finds_classes_where_they_are_and_nowhere_else():
+    _, labels = unified.draw_shapes(torch.arange(10**6, 10**6 + 2000), 32)
+    torch.manual_seed(0)
+    for z, low, high in ((F.one_hot(labels, 8).float(), 1.0, 1.0), (torch.randn(2000, 8), 0.05, 0.2)):
+        model = types.SimpleNamespace(embed=lambda x, z=z: z)
+        assert all(low <= unified.linear_probe(model, labelled) <= high for labelled in (40, 1000))
+
+
 @pytest.mark.parametrize("method", ["mage", "addp", "umd", "adm"])
 def test_the_tutorial_runs_and_writes_its_samples(method, tmp_path, monkeypatch, capsys):
     sample = unified.Model.sample
     monkeypatch.setattr(unified.Model, "sample", lambda model, n: sample(model, n, steps=2))
-    if method != "mage":                                                # 2,000 images, four times
-        monkeypatch.setattr(unified, "linear_probe", lambda *_: 0.5)
+    monkeypatch.setattr(unified, "linear_probe", lambda *_: 0.5)
     unified.main(method, tokenizer_steps=8, steps=8, out=tmp_path / "shapes.png")
     printed = capsys.readouterr().out.splitlines()
     trained = {"mage": ["TokenizerTraining", "MAGE"], "addp": ["TokenizerTraining", "MAGE", "ADDP"],
