@@ -441,7 +441,7 @@ def train_model(cfg, model, arch, train_set, test_set):
                f"{model.length or 'no'} tokens an image, {steps} steps of {batch} ({micro} at once), "
                f"learning rate {lr:.2g}" + (f"; the loss starts near ln {model.codes} = "
                                             f"{math.log(model.codes):.2f}" if method.tokenizer else ""))
-    if method.views == 2 and (at_once := micro * unified.rank_and_world()[1]) < batch:
+    if method.options.get("contrastive") and (at_once := micro * unified.rank_and_world()[1]) < batch:
         print_once(f"the contrastive term compares {at_once} of the {batch} images with each other: those "
                    "computed at once")
     recipe = dict(recipe_of(cfg), steps=steps, batch_size=batch, micro_batch=micro, lr=lr,
@@ -458,13 +458,14 @@ def train_model(cfg, model, arch, train_set, test_set):
             losses = [model(*part)[0] for part in until_asked(parts)]
         return {"held_out": torch.stack(losses).mean().item()}
     return train(cfg, "model", model, recipe, train_set, ids_or_images(cfg, model.tokenizer, train_set),
-                 {"arch": arch}, evaluate, lambda step, first: model.micro_batch_args(first, micro))
+                 {"arch": arch}, evaluate, lambda step, first: model.micro_batch_args(first, micro),
+                 model.after_step)
 
 
 # The training loop
 
 
-def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
+def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, after_step=lambda: None):
     """Train the model from NAME.pt, or from the start, to its last step, and leave NAME.pt behind.
     Returns the averaged weights, {name: tensor}, {} if the recipe averages none.
 
@@ -477,6 +478,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
     evaluate      () -> held-out figures, {name: number}; draws images on the way
     forward_args  (step, first) -> more arguments of forward(), {name: value}, for a micro-batch that begins
                   with image `first` of the batch
+    after_step    called after each step of the optimizer
     """
     (rank, world), steps, micro = unified.rank_and_world(), recipe["steps"], recipe["micro_batch"]
     accumulate = recipe["batch_size"] // (micro * world)  # micro-batches of this process in a step
@@ -518,6 +520,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
             log.add({"loss": loss, **terms})
 
         stats = update(optimizer, weights, ema, recipe, step)
+        after_step()
         step += 1
         log.step_done(step, stats["grad_norm"])
         if step % cfg.log_every == 0 or step == steps:

@@ -7,6 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
+    MAGE-E   token ids           the same                                + which image an echo belongs to
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -34,7 +35,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     3  What every model offers     loss, samples, embeddings, feature maps
     4  Masking and unmasking       how many tokens are masked, and which, in training and in generation
     5  MAGE                        predict the masked ids
-    6  MAGE-C                      and tell which two crops show the same image
+    6  MAGE-C, MAGE-E              and tell which two crops, or echoes, belong to the same image
     7  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
     8  Noise                       the noise schedule, and the way back: DDPM and DDIM
     9  UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
@@ -68,11 +69,13 @@ Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and N
          [MAE] He et al. 2021, 2111.06377                   [MAGE] Li et al. 2022, 2211.09117
          [MaskDiT] Zheng et al. 2023, 2306.09305            [MaskGIT] Chang et al. 2022, 2202.04200
          [RePaint] Lugmayr et al. 2022, 2201.09865          [SimCLR] Chen et al. 2020, 2002.05709
-         [UMD] Hansen-Estruch et al. 2024, 2406.17688       [ViT] Dosovitskiy et al. 2020, 2010.11929
-         [VQ-VAE] van den Oord et al. 2017, 1711.00937      [VQGAN] Esser et al. 2020, 2012.09841
+         [Sorcen] Estepa et al. 2025, 2503.15060            [UMD] Hansen-Estruch et al. 2024, 2406.17688
+         [ViT] Dosovitskiy et al. 2020, 2010.11929          [VQ-VAE] van den Oord et al. 2017, 1711.00937
+         [VQGAN] Esser et al. 2020, 2012.09841
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import errno
@@ -564,6 +567,9 @@ class Model(nn.Module):
         memory at once (gradient accumulation): what must differ between its parts."""
         return {}
 
+    def after_step(self):
+        """Called after each optimizer step of training, for what follows the weights without a gradient."""
+
     def mirror(self, layer):
         """The layer at equal distance from the other end, where DifFeed, a head of probe.py, feeds back what
         it found at this one."""
@@ -861,6 +867,7 @@ class MAGE(Model):
     """
 
     takes_labels = reads_ids = reconstructs = True
+    echoes = False                                              # see EchoMAGE, section 6
     t_range, best_t = (0.0, 1.0, "the mask ratio"), 0.0
     pools, stem = ("mean", "class"), ("token_emb",)
 
@@ -917,9 +924,10 @@ class MAGE(Model):
         logits = self.decode(latent, mask, ids_keep)                                        # (B, L, K)
         loss = masked_cross_entropy(logits, ids, mask)
         logs = {"masked": loss}
-        if two_crops and self.contrastive:
-            z = self.projection(latent[:, 1:].mean(1)).unflatten(0, (-1, 2))                # (B, 2, 256)
-            logs["contrast"] = info_nce(F.normalize(z, dim=-1))
+        if self.contrastive and (two_crops or self.echoes):
+            z = self.projection(latent[:, 1:].mean(1))                                      # (B, 256)
+            logs["contrast"] = (self.echo_contrast(z, logits, ids, mask) if self.echoes else
+                                info_nce(F.normalize(z, dim=-1).unflatten(0, (-1, 2))))     # (B, 2, 256)
             loss = loss + self.contrastive * logs["contrast"]
         return loss, logs
 
@@ -1100,7 +1108,7 @@ class MAGE(Model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. MAGE-C: which two crops show the same image?
+# 6. MAGE-C and MAGE-E: which two views show the same image?
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(c != a) exp(z_a . z_c / tau) )
 #
@@ -1120,14 +1128,75 @@ def info_nce(z, temperature=0.2):
     them are, and gradients flow through all, as if one process held the whole batch.
     """
     views = z.flatten(0, 1)                                                                 # (2B, P)
-    everyone, first = views, 0
-    if torch.distributed.is_initialized():
-        everyone = torch.cat(torch.distributed.nn.all_gather(views))                    # (2B * processes, P)
-        first = torch.distributed.get_rank() * len(views)
-    me = torch.arange(first, first + len(views), device=z.device)
+    everyone, me = of_all_processes(views)
     similarity = views @ everyone.T / temperature                                       # (2B, 2B * processes)
     similarity = similarity.scatter(1, me[:, None], -math.inf)                              # c != a
     return F.cross_entropy(similarity, me ^ 1)                           # views 2i and 2i + 1 belong together
+
+
+def of_all_processes(z):
+    """Vectors z (N, P) -> those of all processes (N * processes, P), and which of them z are, int (N,)."""
+    everyone, first = z, 0
+    if torch.distributed.is_initialized():
+        everyone, first = torch.cat(torch.distributed.nn.all_gather(z)), torch.distributed.get_rank() * len(z)
+    return everyone, torch.arange(first, first + len(z), device=z.device)
+
+
+# MAGE-E needs no second crop, so ids that were made once will do: the decoder draws the other view [Sorcen].
+#
+#     ids     a  b  c  d     b is visible
+#     drawn   e  b  f  g     from the decoder's 16 best codes but the first: alike, not the same
+#     echo    _  b  f  _     outside a random square all is [MASK]
+#
+#     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_c exp(e_a . z_c / tau) )       tau = 0.3
+#
+# z_a is made as above, and by two more layers. e_a is what a teacher, an average of encoder and projection
+# over some 250 steps, makes of the echo. No gradient flows there: the price is one more pass of the encoder.
+#
+# The official teacher (models_lease_tk_1600.py) starts from random weights of its own, has dropout, and its
+# projection is trained besides; ours is an average, no more. Visible ids stay: the official code draws them,
+# too, though no loss teaches the decoder what they are. Left out: batch norm after the encoder, an average
+# that gets longer during the run, and its first steps, in which echoes are true ids.
+
+
+class EchoMAGE(MAGE):
+    """MAGE-E. Arguments as for MAGE."""
+
+    echoes = True
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.prediction = nn.Sequential(nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 256))
+        self.prediction.apply(init_weights)
+        encoder = nn.Sequential(self.token_emb, *self.blocks, self.norm)
+        self.teacher = copy.deepcopy(nn.ModuleList([encoder, self.projection])).requires_grad_(False)
+
+    def echo_contrast(self, z, logits, ids, mask):
+        """The loss above of projections z (B, 256), logits (B, L, K), ids and mask (B, L)."""
+        everyone, me = of_all_processes(F.normalize(self.prediction(z), dim=-1))
+        return F.cross_entropy(self.echo(logits, ids, mask) @ everyone.T / 0.3, me)
+
+    @torch.no_grad()
+    def echo(self, logits, ids, mask):
+        """Unit vectors e (B, 256) of new echoes."""
+        logits, codes = (best[..., 1:] for best in logits.topk(min(16, self.codes)))        # (B, L, 15) each
+        drawn = sample_categorical(logits.softmax(-1), torch.rand(ids.shape, device=ids.device))
+        ids = torch.where(mask, codes.gather(-1, drawn[..., None]).squeeze(-1), ids)        # (B, L)
+        h = self.grid
+        side = int(torch.randint((h + 1) // 2, h + 1, ()))                      # 8 ... 16, one for the batch
+        corner = torch.rand(len(ids), 2, 1, device=ids.device) * (h - side + 1)
+        place = torch.arange(h, device=ids.device) - corner.long()                # (B, 2, h) from the corner
+        rows, columns = ((place >= 0) & (place < side)).unbind(1)                           # (B, h) each
+        square = (rows[:, :, None] & columns[:, None]).flatten(1)                           # (B, L)
+        encoder, projection = self.teacher.eval()                                           # without dropout
+        latent = encoder(self.input_ids(ids, ~square))                                      # (B, 1 + L, C)
+        return F.normalize(projection(latent[:, 1:].mean(1)), dim=-1)
+
+    @torch.no_grad()
+    def after_step(self):
+        """Move the average."""
+        ours = nn.ModuleList([self.token_emb, self.blocks, self.norm, self.projection]).parameters()
+        torch._foreach_lerp_([*self.teacher.parameters()], [*ours], 1 - 0.996)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2299,6 +2368,7 @@ def umd_method(clean_ratio, mask_ratio_clean, mask_ratio_noised):
 MODELS = {
     "mage":    Method(MAGE, MAGE_SIZES, MAGE_RECIPE),
     "mage-c":  Method(MAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}, views=2),
+    "mage-e":  Method(EchoMAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}),
     "addp":    Method(ADDP, ADDP_SIZES, ADDP_RECIPE, predictor="mage"),
     "umd":     umd_method(0.5, 0.75, 0.375),
     "mae":     umd_method(1.0, 0.75, 0.0),
