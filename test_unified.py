@@ -174,46 +174,9 @@ def failing(number, text):
     return fail
 
 
-# Every method of MODELS, at its smallest; and one of your own. A class and a row like these, without the
-# prefixes, near the end of unified.py, and `python train.py --model denoiser` trains it.
+# Every method of MODELS, at its smallest; and the example for a method of one's own.
 
-
-class Denoiser(unified.Model):                              # which lists what the scripts use
-    t_range = (0.0, 1.0, "the standard deviation of the noise")
-
-    def __init__(self, image_size, grid, width=128, depth=4, heads=4):
-        super().__init__()
-        self.image_size, self.length, patch = image_size, grid ** 2, image_size // grid
-        self.patch_embed = nn.Conv2d(3, width, patch, patch)
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.length, width))
-        self.blocks = nn.ModuleList(unified.Block(width, heads) for _ in range(depth))
-        self.to_pixels = nn.ConvTranspose2d(width, 3, patch, patch)
-        self.best_layer, self.layers = depth, {b: (width, grid, grid) for b in range(1, depth + 1)}
-
-    def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
-        layers = layers or [self.best_layer]
-        x = x if not t else x + t * (torch.randn_like(x) if noise is None else noise)
-        x = self.patch_embed(2 * x - 1).flatten(2).mT + self.pos_embed                  # (B, L, C)
-        _, maps = unified.run_blocks(x, self.blocks, layers, add, slice(0, self.length))
-        return [maps[b] for b in layers]
-
-    def embed(self, x, noise=None, pool="mean"):
-        return self.features(x)[0].mean((2, 3))
-
-    def forward(self, x, labels=None, *, noise=None):
-        loss = F.mse_loss(self.to_pixels(self.features(x, 0.5, noise=noise)[0]), 2 * x - 1)
-        return loss, {"mse": loss}
-
-    @torch.no_grad()
-    def sample_steps(self, n, steps=None, seeds=None):
-        x = 0.5 + 0.5 * self.noise(unified.image_seeds(seeds, n, self.pos_embed.device))
-        for _ in range(self.num_steps(steps)):
-            y = self.to_pixels(self.features(x)[0])
-            x = (y + 1) / 2
-            yield unified.Denoising(y)
-
-
-DENOISER = unified.Method(Denoiser, {"tiny": {}}, unified.UMD_RECIPE, tokens="patches")
+DENOISER = unified.Method(unified.Denoiser, {"tiny": {}}, unified.UMD_RECIPE, tokens="patches")
 METHODS = {**unified.MODELS, "denoiser": DENOISER}
 EVERY = pytest.mark.parametrize("name", list(METHODS))
 KINDS = list(unified.MODELS)
@@ -765,23 +728,23 @@ def test_decoding_never_changes_a_known_id_and_ends_with_none_masked(name):
     model = small(name).eval()
     ids, mask = model.initial_state(3)[:2]
     for state in model.sample_steps(3, steps=8):
-        assert not (state.mask & ~mask).any()                           # once known, known for good
+        assert not (state.token_mask & ~mask).any()                           # once known, known for good
         assert state.ids[~mask].equal(ids[~mask]) and (state.ids < model.codes).all()
-        ids, mask = state.ids, state.mask
+        ids, mask = state.ids, state.token_mask
     assert not mask.any()
 
 
 @pytest.mark.parametrize("name", DECODES_IDS)
 def test_a_linear_schedule_ends_with_one_by_one(name):
     states = small(name).eval().sample_steps(1, steps=16, schedule="linear")
-    assert [state.mask.sum().item() for state in states] == [*range(15, 0, -1), 0]
+    assert [state.token_mask.sum().item() for state in states] == [*range(15, 0, -1), 0]
 
 
 @pytest.mark.parametrize("name", DECODES_IDS)
 def test_temperature_decides_which_ids_are_kept(name):
     model = small(name).eval()
     cold, hot = ([*model.sample_steps(4, steps=5, temperature=t)][2] for t in (0.0, 50.0))
-    assert not cold.mask.equal(hot.mask)
+    assert not cold.token_mask.equal(hot.token_mask)
     cold, hot = (next(model.sample_steps(4, steps=5, temperature=t)) for t in (0.0, 50.0))
     assert cold.ids.equal(hot.ids)                                 # the same predictions, others of them kept
 
@@ -1143,7 +1106,7 @@ def test_golden_decoding_ends_with_the_image(decoding):
 def test_a_film_shows_fewer_masked_ids_in_every_frame():
     model = mage(sharp=True)
     states = list(model.sample_steps(2, steps=5))
-    counts = torch.stack([s.mask.sum(1) for s in states])
+    counts = torch.stack([s.token_mask.sum(1) for s in states])
     assert (counts.diff(dim=0) < 0).all()
     dark = torch.stack([(model.render(s) == 0.2).all(1).sum((1, 2)) for s in states])  # masked ids are dark
     assert dark.equal(counts * model.vqgan.stride ** 2)
@@ -1162,11 +1125,11 @@ def test_the_ids_that_an_inpainting_mask_touches_are_masked_and_a_ring_of_one(na
     assert ids.equal(model.to_ids(known * ~mask[:, None]))        # what it covers never reaches the tokenizer
     states = list(model.sample_steps(4, steps=4, known=known, mask=mask))
     for state in states:
-        assert state.ids[~masked].equal(ids[~masked]) and not (state.mask & ~masked).any()
+        assert state.ids[~masked].equal(ids[~masked]) and not (state.token_mask & ~masked).any()
     x = model.render(states[-1])
     assert x.movedim(1, -1)[~mask].equal(known.movedim(1, -1)[~mask])
     if name == "mage":
-        left = torch.stack([state.mask.sum(1) for state in states]).T.tolist()
+        left = torch.stack([state.token_mask.sum(1) for state in states]).T.tolist()
         assert left[:3] == [c[:-1] + [0] for c in counts_of(counts[:3], 4)] and left[3] == [0] * 4
 
 
@@ -1552,7 +1515,7 @@ def test_golden_addp_decoding(case, monkeypatch):
                                       tokens=step.sampled, z_q=z[i], images=state.x), assert_near)
         assert state.ids.equal(step.sampled)
         assert_near(step.noise, given["gumbel"][i].float() * temperature * (1 - (i + 1) / rounds))
-    assert states[-1].ids.equal(theirs["final_tokens"]) and not states[-1].mask.any()
+    assert states[-1].ids.equal(theirs["final_tokens"]) and not states[-1].token_mask.any()
     assert_near(model.render(states[-1]), theirs["final_image"].clamp(0, 1))
 
 
@@ -1655,7 +1618,7 @@ def test_while_all_is_masked_no_image_is_read_and_none_would_matter():
     model.encode = forbidden
     states = model.sample_steps(2, steps=16)
     # rounded up: nothing is kept
-    assert [next(states).mask.sum(1).tolist() for _ in range(2)] == [[16, 16]] * 2
+    assert [next(states).token_mask.sum(1).tolist() for _ in range(2)] == [[16, 16]] * 2
     with pytest.raises(AssertionError):
         list(states)
 
@@ -1663,8 +1626,9 @@ def test_while_all_is_masked_no_image_is_read_and_none_would_matter():
 def test_addp_generates_without_its_predictor_but_inpainting_begins_with_its_prediction():
     model, known, (mask, _) = addp(32, sharp=True), some_images(4, 32), inpainting_masks()
     state = model.initial_state(4, known, mask)
-    image = model.next_image(state.ids, state.mask, model.token_predictor.logits(state.ids, state.mask))
-    first, same, other = (model.step_logits(state._replace(x=x), state.mask.sum(1))
+    mask = state.token_mask
+    image = model.next_image(state.ids, mask, model.token_predictor.logits(state.ids, mask))
+    first, same, other = (model.step_logits(state._replace(x=x), state.token_mask.sum(1))
                           for x in (None, image, known))
     assert first.equal(same) and not first.allclose(other)
     model.token_predictor.logits = forbidden

@@ -28,20 +28,18 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
 
     model, config = unified.load_model("out/shapes-mage")                           # a run of train.py
 
-`python unified.py` trains a tokenizer and MAGE on drawn shapes, on a CPU, in two minutes: section 12.
-
     1  Attention and blocks        every token attends to every other token
     2  The VQ tokenizer            image -> token ids -> image
     3  What every model offers     loss, samples, embeddings, feature maps
     4  Masking and unmasking       how many tokens are masked, and which, in training and in generation
     5  MAGE                        predict the masked ids
-    6  MAGE-C, MAGE-E              and tell which two crops, or echoes, belong to the same image
-    7  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
-    8  Noise                       the noise schedule, and the way back: DDPM and DDIM
-    9  UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
-    10 ADM                         predict the noise with a U-Net; its blocks are representations, too
-    11 Sizes and recipes           presets, and how each method is trained
-    12 A training loop             the whole story in thirty lines, on drawn shapes
+    6  A training loop             all of this, run: `python unified.py`, two minutes on a CPU
+    7  MAGE-C, MAGE-E              and tell which two crops, or echoes, belong to the same image
+    8  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
+    9  Noise                       the noise schedule, and the way back: DDPM and DDIM
+    10 UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
+    11 ADM                         predict the noise with a U-Net; its blocks are representations, too
+    12 Sizes and recipes           presets, how each method is trained, and a method of your own
     13 Published weights           how files of the original authors are read
     14 Behind the methods          random numbers by seed, checked arguments
     15 For the scripts             mistakes, flags, checkpoints, images, processes
@@ -58,7 +56,8 @@ Symbols  x pixels                                       ids token ids
            the degree of corruption: MAGE's mask ratio, or a timestep
 
 Pixels are floats in [0, 1] wherever they enter or leave; [-1, 1] is used where noise is added. Masks are
-bool, True = masked. What is drawn at random can be passed in instead.
+bool, True = masked. What is drawn at random can be passed in instead. Numbers that decide shapes or steps
+are kept on the CPU, since reading them off a GPU would mean waiting for it.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
          [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
@@ -369,8 +368,10 @@ class VQGAN(nn.Module):
 #
 # From 256 pixels on, a patch discriminator d joins, for sharper textures [VQGAN, eq. 7]:
 #
-#     generator      0.8   -d(x')                      decoder and encoder
+#     generator      0.8   -g d(x')                    decoder and encoder
 #     discriminator  1.0   hinge(d(x), d(sg(x')))      d alone
+#
+# The factor g makes its gradient at the decoder's last layer as long as that of l1 + l2.
 #
 # Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
 # goes straight through to the encoder. VQ-VAE's terms alone leave most codes unused. MaskGIT's perceptual
@@ -482,65 +483,63 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# The class below is the whole contract: the scripts read nothing else off a model. Nothing in it explains a
-# method, so on a first reading look at the four signatures and go on to section 4.
-#
-# A method of your own is a subclass and, behind it, a row in the table of section 11, say
-#
-#     class Mine(Model): ...
-#     MODELS["mine"] = Method(Mine, {"tiny": {}}, UMD_RECIPE, tokens="patches")
-#
-# before the last two lines of this file, where all scripts find it. test_unified.py has a complete one of
-# forty lines, Denoiser.
+# On a first reading these four lines are enough: go on to section 4. The class below is the whole contract,
+# since the scripts read nothing else off a model. Denoiser, at the end of section 12, fulfils it in thirty
+# lines, as an example for a method of your own.
+
+
+class Denoising(typing.NamedTuple):
+    """Images on the way from noise: x (n, 3, S, S), clean ones in [-1, 1]."""
+    x: torch.Tensor
 
 
 class Model(nn.Module):
-    """What the scripts use. A subclass defines __init__ and these four:
+    """What the scripts use. A subclass defines the four methods below, and in its __init__ sets
 
-    forward(x, labels=None, ...)                    -> scalar loss, dict of its terms; x (B, 3, S, S), or ids
-    sample_steps(n, seeds=None, ...)                yields a state after each step, without gradient: with .x
-                                                    in [-1, 1], or whatever your render() takes. It may
-                                                    also take steps, temperature, eta, guidance,
-                                                    guidance_interval, guide, labels, known and mask, with the
-                                                    meaning they have in sections 5 and 9
-    features(x, t, layers, add, noise, finetune)    -> [map (B, C, h, w) for each of layers], as in MAGE
-    embed(x, noise=None, pool=...)                  -> vectors (B, C); pool is one of pools
+    image_size    S
+    layers        {layer: (channels, h, w)} of all blocks, counted from 1
+    best_layer    the layer whose features the authors probe
 
-    Their arguments are checked by name before they run: x must be (B, 3, S, S) in [0, 1], t lie in t_range,
-    noise have the shape that noise() returns, and so on. The table is FORMS in section 14, to which a class
-    can add: FORMS["Mine.forward.t"] = "float ({B}) in [0, 1]".
+    The arguments of these methods are checked by name before they run, against the table FORMS of section 14.
+    So a name must have the meaning that it has here, or a row of its own there:
+    FORMS["Mine.forward.t"] = "float ({B}) in [0, 1]".
     """
 
-    # Set by every class or its __init__:
-    image_size: int                     # S
-    layers: dict                        # {layer: (channels, h, w)} of all blocks, counted from 1
-    best_layer: int                     # the layer whose features the authors probe
-
-    # With defaults:
-    best_t = 0                          # the t at which they do
-    t_range = (0, 0, "always 0")        # min and max of t, and what it is; int for a timestep. t is checked
-                                        # against it, in forward(), too
+    best_t = 0                          # the t at which the authors probe best_layer
+    t_range = (0, 0, "always 0")        # min and max of t, and what it is; int for a timestep. It is what t
+                                        # is checked against, in forward(), too
     pools = ("mean",)                   # poolings that embed() knows, the authors' first
     length = 0                          # tokens of an image, if there are any
     codes = 0                           # entries of the codebook, if ids are predicted
+    alpha_bar = None                    # the noise schedule, if there is one
     classes = 0                         # labels that it is conditioned on
-    takes_labels = False                # the class can be built with classes > 0
+    takes_labels = False                # the class can be built with classes > 0. Parameters that only such a
+                                        # model has are called label_embed: --init lets them start afresh
     reads_ids = False                   # given ids instead of pixels, training and probing lose nothing
     generates = True                    # it can start from nothing
     reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
     max_steps = math.inf                # more sampling steps than these are not possible
 
-    # For train.py and probe.py alone, nothing to begin with. Transformer blocks that are called `blocks` are
-    # found by --init-encoder and by layer decay.
-    stem = ()                           # names of what comes before the first of blocks
-    dynamic_blocks = ()                 # blocks whose number of tokens differs from call to call
+    def forward(self, x, labels=None):
+        """Training: images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms."""
+        raise NotImplementedError
 
-    def __init_subclass__(cls):
-        """Put the check of arguments before its public methods. A correct call gives the same without it, if
-        labels and seeds are on the model's device."""
-        public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
-        for name in vars(cls).keys() & public:
-            setattr(cls, name, guarded(vars(cls)[name]))
+    def sample_steps(self, n, steps=None, seeds=None):
+        """Generation: yields a Denoising after each step, or whatever your render() takes, without gradient.
+
+        n, steps   images; steps, None: num_steps()          seeds  see image_seeds in section 4
+        It may also take temperature, eta, guidance, guidance_interval, guide, labels, known and mask, with
+        the meaning they have in MAGE and UMD."""
+        raise NotImplementedError
+
+    def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
+        """Representation: [map (B, C, h, w) for each of layers] of images x at corruption t, see MAGE.
+        add, which only DifFeed passes, and finetune may be ignored."""
+        raise NotImplementedError
+
+    def embed(self, x, noise=None, pool="mean"):
+        """Representation: a vector for each image, (B, C). pool is one of pools."""
+        raise NotImplementedError
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
@@ -554,13 +553,24 @@ class Model(nn.Module):
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
-        """A state of sample_steps -> pixels (n, 3, S, S) in [0, 1]. Here of a Denoising, see section 8."""
+        """A state of sample_steps -> pixels (n, 3, S, S) in [0, 1]."""
         return ((state.x + 1) / 2).clamp(0, 1)
 
     def noise(self, seeds, draw=0):
         """What features(noise=) takes, from each image's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
         S = self.image_size
         return to_normal(hashed_uniform(seeds, draw, 3 * S * S)).view(-1, 3, S, S)
+
+    @property
+    def tokenizer(self):
+        """The frozen VQGAN, or None."""
+        return self._modules.get("vqgan")
+
+    # The rest is for train.py and probe.py. Leave it alone in a first method.
+
+    stem = ()                           # names of what comes before the first of `blocks`, which are found by
+                                        # --init-encoder and by layer decay
+    dynamic_blocks = ()                 # blocks whose number of tokens differs from call to call
 
     def micro_batch_args(self, first, count):
         """More arguments of forward() for images first .. first + count - 1 of a batch that does not fit into
@@ -575,53 +585,17 @@ class Model(nn.Module):
         it found at this one."""
         return len(self.layers) + 1 - layer
 
-    @property
-    def tokenizer(self):
-        """The frozen VQGAN, or None."""
-        return self._modules.get("vqgan")
+    def __init_subclass__(cls):
+        """Put the check of arguments before the public methods. It is there for its error messages: a correct
+        call gives the same without it, if labels and seeds are on the model's device."""
+        public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
+        for name in vars(cls).keys() & public:
+            setattr(cls, name, guarded(vars(cls)[name]))
 
 
 def guarded(method):
     """The method; a wrong call of it is a ValueError, see checked() in section 14."""
     return functools.wraps(method)(lambda *args, **options: checked(method, args, options))
-
-
-# Representations of transformers: the output of any block, its tokens laid out as a map.
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, h)}.
-
-    x          tokens (B, ., C), of which the slice patches are the h x h patches of the image, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, h)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * h, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, h)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, class tokens first
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -699,7 +673,7 @@ def num_masked(initial, count, step, steps, schedule="cosine", round_up=False):
     schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
 
-    At least 1, see above: sample_steps() keeps that last one.
+    At least 1, see above.
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
     wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(count - 1)
@@ -770,10 +744,11 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
 # in ten is replaced by it, so the network also knows images of no class in particular. Generation can then go
 # beyond what the label c asks for, by classifier-free guidance with weight w [CFG]:
 #
-#     logits = logits(fake class) + w (logits(c) - logits(fake class))               w = 1: as trained
+#     logits = logits(fake class) + w_t (logits(c) - logits(fake class))             w = 1: as trained
+#     w_t    = 1 + (w - 1) t / T                                                     in step t of T
 #
-# In step t of T MAGE takes 1 + (w - 1) t / T for w. UMD guides its prediction of eps in the same way, with a
-# constant w. ADDP and ADM know no labels here.
+# UMD guides its prediction of eps in the same way, with the same w in all steps. ADDP and ADM know no labels
+# here.
 #
 # Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval [Interval].
 # And instead of the fake class a guide, a weaker model such as an earlier checkpoint, can say what to move
@@ -828,7 +803,7 @@ def masked_cross_entropy(logits, target, mask):
 class Decoding(typing.NamedTuple):
     """Images while they are decoded."""
     ids: torch.Tensor                   # (n, L)
-    mask: torch.Tensor                  # bool (n, L), True = still masked
+    token_mask: torch.Tensor            # bool (n, L), True = still masked
     known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
     inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
     x: torch.Tensor = None              # the images so far (n, 3, S, S), where the model reads them (ADDP)
@@ -863,11 +838,11 @@ class MAGE(Model):
     classes         0, or the number of labels it can be conditioned on
     fake_class      None: the fake class has an id of its own; c: it shares that of class c
                     (published files: 76)
-    contrastive     weight of the contrastive loss of section 6; 0 for plain MAGE
+    contrastive     weight of the contrastive loss of section 7; 0 for plain MAGE
     """
 
     takes_labels = reads_ids = reconstructs = True
-    echoes = False                                              # see EchoMAGE, section 6
+    echoes = False                                              # see EchoMAGE, section 7
     t_range, best_t = (0.0, 1.0, "the mask ratio"), 0.0
     pools, stem = ("mean", "class"), ("token_emb",)
 
@@ -917,7 +892,6 @@ class MAGE(Model):
             x, labels = x.flatten(0, 1), None if labels is None else labels.repeat_interleave(2)
         ids = self.to_ids(x)                                                                # (B, L)
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
-        # Drawn on the CPU: random_masking() makes a Python number of it, and reading a GPU's means waiting.
         mask_ratio = truncated_normal(torch.rand(())) if mask_ratio is None else mask_ratio
         mask, ids_keep = random_masking(mask_noise, mask_ratio)
         latent = self.encode(self.input_ids(ids, mask, labels, keep_label), ids_keep)       # (B, 1 + L/2, C)
@@ -1006,8 +980,8 @@ class MAGE(Model):
         steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
         state = self.initial_state(n, known, mask)
-        # How many tokens are masked, int (n,), on the CPU: from nothing no GPU has to be asked.
-        initial = count = torch.full((n,), self.length) if known is None else state.mask.sum(1).cpu()
+        # How many tokens are masked: int (n,), on the CPU.
+        initial = count = torch.full((n,), self.length) if known is None else state.token_mask.sum(1).cpu()
         for step in range(steps):
             progress = (step + 1) / steps
             w = guidance_at(step / steps, 1 + (guidance - 1) * progress, guidance_interval)
@@ -1016,12 +990,13 @@ class MAGE(Model):
                 reference = guide.step_logits(state, count, labels, 1.0)
                 logits = reference + w * (logits - reference)
             count = num_masked(initial, count, step, steps, schedule, self.round_up)    # after this step
-            u, v = (hashed_uniform(seeds, 2 * step + k, self.length) for k in (0, 1))       # (n, L) each
-            gumbel = temperature * (1 - progress) * to_gumbel(v)
-            ids, token_mask = unmask(logits, state.ids, state.mask, count, u, gumbel, order)
+            u = hashed_uniform(seeds, 2 * step, self.length)                                # (n, L)
+            gumbel = to_gumbel(hashed_uniform(seeds, 2 * step + 1, self.length))            # (n, L)
+            gumbel = temperature * (1 - progress) * gumbel
+            ids, token_mask = unmask(logits, state.ids, state.token_mask, count, u, gumbel, order)
             state = self.advance(state, ids, token_mask, logits)
             if step + 1 == steps:                               # num_masked() leaves one token: it is kept
-                state = state._replace(mask=torch.zeros_like(token_mask))
+                state = state._replace(token_mask=torch.zeros_like(token_mask))
             yield state
 
     def num_steps(self, steps=None, eta=None):
@@ -1030,11 +1005,11 @@ class MAGE(Model):
 
     def step_logits(self, state, count, labels, guidance):
         """Logits (n, L, K) for a state in which count int (n,) tokens are masked; count is for ADDP."""
-        return self.logits(state.ids, state.mask, labels, guidance)
+        return self.logits(state.ids, state.token_mask, labels, guidance)
 
-    def advance(self, state, ids, mask, logits):
+    def advance(self, state, ids, token_mask, logits):
         """The next state; ADDP adds an image to it."""
-        return state._replace(ids=ids, mask=mask)
+        return state._replace(ids=ids, token_mask=token_mask)
 
     def logits(self, ids, mask, labels=None, guidance=1.0):
         """Logits (n, L, K) of masked ids (n, L), with classifier-free guidance. Nothing is dropped here: the
@@ -1050,7 +1025,7 @@ class MAGE(Model):
     def render(self, state):
         """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where tokens are masked, known pixels kept."""
         x = self.vqgan.decode(state.ids.unflatten(1, (self.grid, self.grid))).clamp(0, 1)
-        mask = state.mask.unflatten(1, (1, self.grid, self.grid)).float()
+        mask = state.token_mask.unflatten(1, (1, self.grid, self.grid)).float()
         mask = F.interpolate(mask, scale_factor=float(self.vqgan.stride)) > 0               # (n, 1, S, S)
         return state.with_known(torch.where(mask, 0.2, x))
 
@@ -1107,8 +1082,157 @@ class MAGE(Model):
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
 
+# Behind features(), here and in ADDP and UMD: the blocks run once more, and stop after the last one whose
+# output is wanted as a map.
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, h)}.
+
+    x          tokens (B, ., C), of which the slice patches are the h x h patches of the image, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, h)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * h, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, h)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, class tokens first
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 6. MAGE-C and MAGE-E: which two views show the same image?
+# 6. A training loop
+#
+# The story so far, on drawn shapes and a CPU: `python unified.py` trains a tokenizer, then MAGE on its ids,
+# in two minutes. train.py has the same loop, and what a long run needs: ids that are computed once, averaged
+# weights, evaluation, checkpoints, many GPUs. Seed 0, torch 2.13 on a CPU, printed:
+#
+#     TokenizerTraining step   100   loss 0.481
+#     TokenizerTraining step   600   loss 0.023          a blurred copy of each image
+#     MAGE              step   100   loss 4.907          as good as guessing: ln 128 = 4.85
+#     MAGE              step   900   loss 2.213          it varies with the mask ratio of the batch
+#     linear probe: 91.5%, before training 88.8%         of MAGE alone: the tokenizer is trained in both
+#
+# and in shapes.png most of 64 samples were shapes, in two of the four colours.
+
+
+def fit(net, steps, batch_size, peak_lr):
+    """Train net on batches of drawn shapes."""
+    weights = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
+    for step in range(steps):
+        seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
+        images, _ = draw_shapes(seeds, 32)                                              # uint8 (B, 3, 32, 32)
+        loss, logs = net(images.float() / 255)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 3.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99 or step + 1 == steps:
+            print(f"{type(net).__name__:17s} step {step + 1:5d}   loss {loss.item():.3f}")
+
+
+def linear_probe(model, n=1000):
+    """Accuracy in [0, 1] of least squares on embeddings of n drawn shapes, for n others."""
+    images, labels = draw_shapes(torch.arange(10**6, 10**6 + 2 * n), 32)
+    with torch.no_grad():
+        z = F.pad(model.embed(images.float() / 255), (0, 1), value=1.0)                     # (2n, C + 1)
+    W = torch.linalg.lstsq(z[:n], F.one_hot(labels[:n], len(SHAPES)).float()).solution      # (C + 1, classes)
+    return ((z[n:] @ W).argmax(1) == labels[n:]).float().mean().item()
+
+
+def main(tokenizer_steps=600, steps=900, out="shapes.png"):
+    """Train a tokenizer, then MAGE on its ids; probe its embeddings, and write a sheet of 64 samples."""
+    torch.manual_seed(0)
+    vqgan = VQGAN(codebook_size=128, codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1), blocks=1, groups=1)
+    fit(TokenizerTraining(vqgan), tokenizer_steps, batch_size=16, peak_lr=4e-3)
+    model = MAGE(vqgan, image_size=32, width=128, depth=4, heads=4, decoder_width=128, decoder_depth=2,
+                 decoder_heads=4, dropout=0.0)
+    untrained = linear_probe(model.eval())
+    fit(model.train(), steps, batch_size=64, peak_lr=1.5e-3)
+    print(f"linear probe: {linear_probe(model.eval()):.1%}, before training {untrained:.1%}")
+    image_grid(model.sample(64)).save(out)
+    print(f"wrote {out}")
+
+
+# The images, which need no download: eight shapes in four colours on a plain ground; place, size and turn
+# vary a little. Colour says nothing about the class, so shape is what there is to learn. Each is a signed
+# distance: negative inside, in units of its radius.
+
+
+def box_distance(x, y, w, h):
+    """Distance to a rectangle of half sides w and h."""
+    return (x.abs() - w).maximum(y.abs() - h)
+
+
+def star_distance(x, y, r):
+    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36
+    degrees."""
+    fifth = 2 * math.pi / 5
+    angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
+    return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
+
+
+SHAPES = {
+    "circle":   lambda x, y, r: r - 0.85,
+    "ring":     lambda x, y, r: (r - 0.75).abs() - 0.2,
+    "square":   lambda x, y, r: box_distance(x, y, 0.7, 0.7),
+    "bar":      lambda x, y, r: box_distance(x, y, 0.95, 0.28),
+    "cross":    lambda x, y, r: box_distance(x, y, 0.95, 0.3).minimum(box_distance(x, y, 0.3, 0.95)),
+    "triangle": lambda x, y, r: torch.stack([x, -x / 2 + y * 0.866, -x / 2 - y * 0.866]).amax(0) - 0.5,
+    "star":     lambda x, y, r: star_distance(x, y, r),
+    "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
+}
+GROUND = torch.tensor([128.0, 128.0, 128.0])
+# Red, teal, blue, amber.
+PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])
+
+
+def draw_shapes(seeds, size, numbers=None):
+    """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
+    turned by quarters give or take 9 degrees, always wholly visible. All that is random about them is
+    numbers (B, 7) in (0, 1): kind, colour, radius, x, y, quarter turn, further turn; drawn if None."""
+    numbers = hashed_uniform(seeds, 0, 7) if numbers is None else numbers
+    kind, color, radius, cx, cy, turn, wobble = numbers[:, :, None, None].unbind(1)
+    radius = size / 32 * (10.5 + 2.5 * radius)
+    cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
+    turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
+    row = torch.arange(size) + 0.5
+    x, y = (row - cx) / radius, (row[:, None] - cy) / radius                            # (B, 1, S), (B, S, 1)
+    x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
+    labels = (kind.flatten() * len(SHAPES)).long()
+    r = (x * x + y * y).sqrt()
+    distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(labels))]
+    alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
+    paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
+    return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. MAGE-C and MAGE-E: which two views show the same image?
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(c != a) exp(z_a . z_c / tau) )
 #
@@ -1200,7 +1324,7 @@ class EchoMAGE(MAGE):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. ADDP: read pixels, predict ids
+# 8. ADDP: read pixels, predict ids
 #
 # Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
 # ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces. A step
@@ -1216,11 +1340,14 @@ class EchoMAGE(MAGE):
 #                                                             visible ids ------+
 #
 # The decoder reads what the encoder made of visible tokens, the mask token m at masked ones, and the visible
-# ids, appended. So it learns of a masked place from the image only as far as attention carries it:
+# ids, appended:
 #
 #     tokens    [class]  _   b   _   _        _ is masked
 #     encode      z0    z1  z2  z3  z4        every patch of x_t enters
 #     decode       m     m  z2   m   m   b    b is an embedded id, at the end
+#
+# z1, z3 and z4 are thrown away: what the blur of masked places shows reaches the decoder only through the
+# outputs of visible patches, here z2, which have attended to it.
 #
 # At first all is masked: there is no image, the encoder is skipped, and the decoder reads mask tokens alone.
 #
@@ -1328,7 +1455,7 @@ class ADDP(MAGE):
         """Masks of this step and of an earlier one, which contains it: bool (B, L) each; and how many tokens
         are visible: int."""
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
-        ratio, weight = nested_mask_ratios()                                  # on the CPU: they decide shapes
+        ratio, weight = nested_mask_ratios()
         if index is None:
             index = int(sample_categorical(weight, torch.rand((), dtype=torch.float64)))
         gap = int(torch.randint(1, 6, ())) if gap is None else gap
@@ -1403,7 +1530,7 @@ class ADDP(MAGE):
         If all tokens are masked the decoder reads mask tokens only, and the encoder is skipped. Inpainting
         begins without an image: its first one is made from the predictor's logits.
         """
-        ids, mask, x = state.ids, state.mask, state.x
+        ids, mask, x = state.ids, state.token_mask, state.x
         if count.min() == self.length:
             latent = self.norm.weight.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel())
         else:
@@ -1416,9 +1543,9 @@ class ADDP(MAGE):
             logits[i] = self.decode(latent[i], ids[i], mask[i], self.length - masked)
         return logits
 
-    def advance(self, state, ids, mask, logits):
+    def advance(self, state, ids, token_mask, logits):
         """The next state, with the image that the next step reads."""
-        return state._replace(ids=ids, mask=mask, x=self.next_image(ids, mask, logits))
+        return state._replace(ids=ids, token_mask=token_mask, x=self.next_image(ids, token_mask, logits))
 
     def render(self, state):
         """Decoding -> pixels (n, 3, S, S) in [0, 1]: the image so far. In the last one a single id is still a
@@ -1456,7 +1583,7 @@ class ADDP(MAGE):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. Noise
+# 9. Noise
 #
 # Noise corrupts pixels by degrees, where a mask corrupts tokens at once. At timestep t the image is a mixture
 #
@@ -1484,13 +1611,12 @@ class ADDP(MAGE):
 #
 # and the factor of xt becomes sqrt(alpha_bar / alpha_bar_next) (1 - alpha_bar_next) / (1 - alpha_bar).
 #
-# In this section alpha_bar is a float64 tensor (B,) or (), on the CPU: some GPUs lack float64, and reading a
-# timestep off any of them would mean waiting. Pixels are in [-1, 1].
+# In this section pixels are in [-1, 1], and alpha_bar is a float64 tensor (B,) or (), on the CPU.
 
 
 def noise_schedule(name, steps=1000):
-    """alpha_bar at timesteps 0 ... T-1: float64 (T,). "linear" betas [DDPM], or "cosine", which spares small
-    images [iDDPM, eq. 17]."""
+    """alpha_bar at timesteps 0 ... T-1: float64 (T,). "linear" betas [DDPM], or "cosine", which keeps more of
+    a small image visible at middle timesteps [iDDPM, eq. 17]."""
     if name == "linear":
         beta = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
     elif name == "cosine":
@@ -1547,11 +1673,6 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     return per_image(alpha_bar_next.sqrt(), xt) * x0 + direction + std * noise
 
 
-class Denoising(typing.NamedTuple):
-    """Images while noise is removed: x (n, 3, S, S), clean ones in [-1, 1]."""
-    x: torch.Tensor
-
-
 def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
     """From noise to images: yields a Denoising after each step; the last one is clean.
 
@@ -1583,7 +1704,7 @@ def timestep_embedding(t, dim, denominator, layout):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. UMD, MAE, MaskDiT, DiT: predict masked patches, or the noise, or both
+# 10. UMD, MAE, MaskDiT, DiT: predict masked patches, or the noise, or both
 #
 # A token is now a patch of pixels. A batch has two parts, with a loss on each:
 #
@@ -1597,8 +1718,14 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 # Masking patches teaches the large structure of images, removing noise every scale of detail. The noise on a
 # masked patch cannot be known, only what is behind it: so x0 is predicted there, and eps where xt is visible.
-# With t = 0 for clean images, and alpha_bar_0 = 1, q_sample covers both parts, and three numbers make four
-# methods of it:
+#
+#     patches               1    _    _    _    5    _    _    _      6 of 8 are masked
+#     encode   c c c c     z1                  z5                     4 class tokens and the visible patches
+#     decode      c'       z1    m    m    m   z5    m    m    m      mean of the 4; mask tokens m
+#     loss                eps   x0   x0   x0  eps   x0   x0   x0      both are predicted for every patch
+#
+# Every block is told the timestep t: 0 for clean images, where alpha_bar_0 = 1, so that q_sample covers both
+# parts. Three numbers make four methods of it:
 #
 #              clean_ratio   mask_ratio_clean   mask_ratio_noised   loss
 #              (B - N) / B         r_0                r_t
@@ -1612,6 +1739,13 @@ def timestep_embedding(t, dim, denominator, layout):
 # learns a variance. Their weights do not fit.
 
 
+def zero_init(module):
+    """The layer with weights 0. As the last one of a branch it makes a block start as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
 class ConditionedBlock(Block):
     """A Block whose halves are shifted, scaled and gated by a condition c (adaLN-Zero [DiT, 3.2]): x
     (B, L, C), c (B, C) -> (B, L, C).
@@ -1622,7 +1756,7 @@ class ConditionedBlock(Block):
 
     def __init__(self, dim, heads):
         super().__init__(dim, heads, gelu="tanh")
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.modulation = zero_init(nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
         modulation = self.modulation(c)[:, None].chunk(6, -1)                               # 6 x (B, 1, C)
@@ -1675,14 +1809,15 @@ class UMD(Model):
         # Four copies that start equal and get equal gradients: in effect one token with four times the weight
         # in attention.
         self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))
-        # DistributedDataParallel waits for each parameter's gradient; where nothing is masked this has none.
+        # Training on several GPUs waits for the gradient of every parameter. If nothing is masked, this one
+        # gets none.
         masks = bool(clean_ratio and mask_ratio_clean) or mask_ratio_noised > 0
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masks)
         self.blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder_modulation = nn.Linear(width, 2 * width)
+        self.decoder_modulation = zero_init(nn.Linear(width, 2 * width))
         self.to_pixels = nn.ConvTranspose2d(width, 6, patch, patch)
         self.init_weights()
         self.best_layer = depth                                 # the encoder's last
@@ -1691,13 +1826,13 @@ class UMD(Model):
     @torch.no_grad()
     def init_weights(self):
         """The authors' initialisation: Xavier-uniform matrices (q, k and v one by one); LeCun-normal
-        embeddings of patches, timestep and label; zero modulation."""
+        embeddings of patches, timestep and label."""
         for block in (*self.blocks, *self.decoder_blocks):
-            attn, mlp, modulation = block.attn, block.mlp, block.modulation
+            attn, mlp = block.attn, block.mlp
             for weight in (*attn.qkv.weight.chunk(3), attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight):
                 nn.init.xavier_uniform_(weight)
-            for zero in (attn.qkv.bias, attn.proj.bias, modulation.weight, modulation.bias):
-                nn.init.zeros_(zero)
+            for bias in (attn.qkv.bias, attn.proj.bias):
+                nn.init.zeros_(bias)
             for bias in (mlp.fc1.bias, mlp.fc2.bias):
                 nn.init.normal_(bias, std=1e-6)
         for layer in (self.patch_embed, *self.time_embed, *(self.label_embed if self.classes else ())):
@@ -1709,8 +1844,7 @@ class UMD(Model):
                 nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
                 nn.init.zeros_(layer.bias)
         nn.init.normal_(self.to_pixels.weight, std=0.02)
-        for zero in (self.decoder_modulation.weight, self.decoder_modulation.bias, self.to_pixels.bias):
-            nn.init.zeros_(zero)
+        nn.init.zeros_(self.to_pixels.bias)
 
     # ---- training
 
@@ -1835,11 +1969,11 @@ class UMD(Model):
         return tuple(u + guidance * (c - u) for c, u in zip(self.predict(x, t, labels), reference))
 
     def num_steps(self, steps=None, eta=None):
-        """One for each of timesteps(), 126 as published. MAE: 1."""
+        """One for each of timesteps(): 126 as published. MAE: 1."""
         return len(self.timesteps(steps)) if self.generates else 1
 
     def timesteps(self, steps=None):
-        """From T down in strides of T / steps, rounded up, 125 steps as published; then 1."""
+        """T, T - 8, ..., 8, and then 1, as published: strides of T / 125, rounded up, or of T / steps."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -1863,7 +1997,8 @@ class UMD(Model):
             w = guidance_at(1 - t[step] / self.max_steps, guidance, guidance_interval)
             _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, w, guide)
             return x0_from_eps(x, self.alpha_bar[t[step]], eps).clamp(-1, 1), None
-        draw_noise = functools.partial(self.noise, image_seeds(seeds, n, self.norm.weight.device))
+        seeds = image_seeds(seeds, n, self.norm.weight.device)
+        draw_noise = functools.partial(self.noise, seeds)       # number k of each image: (n, 3, S, S)
         yield from denoise(predict_x0, draw_noise, self.alpha_bar[t], eta, known, mask)
 
     def inpaint(self, known, mask):
@@ -1911,7 +2046,7 @@ class UMD(Model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10. ADM: predict the noise with a U-Net
+# 11. ADM: predict the noise with a U-Net
 #
 #     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
@@ -1931,13 +2066,6 @@ class UMD(Model):
 # Frozen, the network is a representation, too [DiffSSL]: best soon after the middle, of an image with a
 # little noise. DifFeed, a head in probe.py, runs it twice: in the second pass it adds what late blocks found
 # to the outputs of their mirrors. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
-
-
-def zero_init(module):
-    """The layer with weights 0. As the last one of a branch it makes every block start as the identity."""
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
 
 
 class ADMResBlock(nn.Module):
@@ -1978,8 +2106,7 @@ class ADMAttention(nn.Module):
         super().__init__()
         if dim % (heads or head):
             raise ValueError(f"width {dim} is no multiple of {heads or head}, see --adm-heads")
-        self.heads = n = heads or dim // head
-        self.split = {"legacy": ((n, 3, -1), (3, 0, 2, 1, 4)), "new": ((3, n, -1), (2, 0, 3, 1, 4))}[order]
+        self.heads, self.order = heads or dim // head, order
         self.norm = nn.GroupNorm(groups, dim)
         self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero_init(nn.Conv1d(dim, dim, 1))
 
@@ -1987,7 +2114,10 @@ class ADMAttention(nn.Module):
         # The 1x1 convolutions are computed as linear layers: a convolution's output is in no order that fused
         # kernels take.
         qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C)
-        q, k, v = qkv.unflatten(2, self.split[0]).permute(self.split[1])                # 3 x (B, heads, L, d)
+        if self.order == "legacy":
+            q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)      # 3 x (B, heads, L, d)
+        else:
+            q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)              # (B, L, C)
         return x + F.linear(y, self.proj_out.weight[..., 0], self.proj_out.bias).mT.view(x.shape)
 
@@ -2052,7 +2182,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     """
     eps_hat, v = out.chunk(2, 1)
     now, following = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]               # of t and of t - 1
-    # At eta = 1 and without noise a DDIM step is the mean of DDPM's posterior, see section 8.
+    # At eta = 1 and without noise a DDIM step is the mean of DDPM's posterior, see section 9.
     posterior_mean = ddim_step(xt, x0, now, following, eta=1.0)
     model_mean = ddim_step(xt, x0_from_eps(xt, now, eps_hat.detach()), now, following, eta=1.0)
     log_var = learned_log_variance(v, t, alpha_bar)
@@ -2255,7 +2385,7 @@ class ADM(Model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. Sizes and recipes
+# 12. Sizes and recipes, and a method of your own
 #
 # A model is a name and a dict of plain numbers. A checkpoint stores that dict, and build() turns it back into
 # a model. Base and large are the papers' sizes; of ADM base is the network for 256 pixels, and small is as
@@ -2422,112 +2552,53 @@ def build(config):
     return model(*frozen, **rest)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 12. A training loop
+# A method of your own is a class like this one, and a row of MODELS. With the row
 #
-# The whole story, on drawn shapes and a CPU, in two minutes: `python unified.py`. train.py has the same
-# loop, and what a long run needs: ids that are computed once, averaged weights, evaluation, checkpoints,
-# many GPUs. Seed 0, torch 2.13 on a CPU, printed:
+#     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
-#     TokenizerTraining step   100   loss 0.481
-#     TokenizerTraining step   600   loss 0.023          a blurred copy of each image
-#     MAGE              step   100   loss 4.907          as good as guessing: ln 128 = 4.85
-#     MAGE              step   900   loss 2.213          it varies with the mask ratio of the batch
-#     linear probe: 91.5%, before training 88.8%         of MAGE alone: the tokenizer is trained in both
-#
-# and in shapes.png most of 64 samples were shapes, in two of the four colours.
-#
-# The set that needs no download: eight shapes in four colours on a plain ground; place, size and turn vary a
-# little. Colour says nothing about the class, so shape is what there is to learn. Each is a signed distance:
-# negative inside, in units of its radius.
+# behind it, `python train.py --model denoiser` trains it, sample.py draws and probe.py reads it, and the
+# tests of all methods are its tests, too.
 
 
-def box_distance(x, y, w, h):
-    """Distance to a rectangle of half sides w and h."""
-    return (x.abs() - w).maximum(y.abs() - h)
+class Denoiser(Model):
+    """Transformer on patches that removes noise of one strength, at once. Generates by being fed its own
+    output: too simple to be good, but complete.
 
+    image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
+    """
 
-def star_distance(x, y, r):
-    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36
-    degrees."""
-    fifth = 2 * math.pi / 5
-    angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
-    return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
+    t_range = (0.0, 1.0, "the standard deviation of the noise")
 
+    def __init__(self, image_size, grid, width=128, depth=4, heads=4):
+        super().__init__()
+        self.image_size, self.length, patch = image_size, grid ** 2, image_size // grid
+        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.length, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.to_pixels = nn.ConvTranspose2d(width, 3, patch, patch)
+        self.best_layer, self.layers = depth, {b: (width, grid, grid) for b in range(1, depth + 1)}
 
-SHAPES = {
-    "circle":   lambda x, y, r: r - 0.85,
-    "ring":     lambda x, y, r: (r - 0.75).abs() - 0.2,
-    "square":   lambda x, y, r: box_distance(x, y, 0.7, 0.7),
-    "bar":      lambda x, y, r: box_distance(x, y, 0.95, 0.28),
-    "cross":    lambda x, y, r: box_distance(x, y, 0.95, 0.3).minimum(box_distance(x, y, 0.3, 0.95)),
-    "triangle": lambda x, y, r: torch.stack([x, -x / 2 + y * 0.866, -x / 2 - y * 0.866]).amax(0) - 0.5,
-    "star":     lambda x, y, r: star_distance(x, y, r),
-    "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
-}
-GROUND = torch.tensor([128.0, 128.0, 128.0])
-# Red, teal, blue, amber.
-PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])
+    def forward(self, x, labels=None, *, noise=None):
+        loss = F.mse_loss(self.to_pixels(self.features(x, 0.5, noise=noise)[0]), 2 * x - 1)
+        return loss, {"mse": loss}
 
+    @torch.no_grad()
+    def sample_steps(self, n, steps=None, seeds=None):
+        x = 0.5 + 0.5 * self.noise(image_seeds(seeds, n, self.pos_embed.device))            # (n, 3, S, S)
+        for _ in range(self.num_steps(steps)):
+            y = self.to_pixels(self.features(x)[0])
+            x = (y + 1) / 2
+            yield Denoising(y)
 
-def draw_shapes(seeds, size, numbers=None):
-    """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
-    turned by quarters give or take 9 degrees, always wholly visible. All that is random about them is
-    numbers (B, 7) in (0, 1): kind, colour, radius, x, y, quarter turn, further turn; drawn if None."""
-    numbers = hashed_uniform(seeds, 0, 7) if numbers is None else numbers
-    kind, color, radius, cx, cy, turn, wobble = numbers[:, :, None, None].unbind(1)
-    radius = size / 32 * (10.5 + 2.5 * radius)
-    cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
-    turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
-    row = torch.arange(size) + 0.5
-    x, y = (row - cx) / radius, (row[:, None] - cy) / radius                            # (B, 1, S), (B, S, 1)
-    x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
-    labels = (kind.flatten() * len(SHAPES)).long()
-    r = (x * x + y * y).sqrt()
-    distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(labels))]
-    alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
-    paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
-    return (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte(), labels
+    def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
+        x = x if not t else x + t * (torch.randn_like(x) if noise is None else noise)
+        x = self.patch_embed(2 * x - 1).flatten(2).mT + self.pos_embed                      # (B, L, C)
+        layers = layers or [self.best_layer]
+        _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))
+        return [maps[b] for b in layers]
 
-
-def fit(net, steps, batch_size, peak_lr):
-    """Train net on batches of drawn shapes."""
-    weights = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
-    for step in range(steps):
-        seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
-        images, _ = draw_shapes(seeds, 32)                                              # uint8 (B, 3, 32, 32)
-        loss, logs = net(images.float() / 255)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 3.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99 or step + 1 == steps:
-            print(f"{type(net).__name__:17s} step {step + 1:5d}   loss {loss.item():.3f}")
-
-
-def linear_probe(model, n=1000):
-    """Accuracy in [0, 1] of least squares on embeddings of n drawn shapes, for n others."""
-    images, labels = draw_shapes(torch.arange(10**6, 10**6 + 2 * n), 32)
-    with torch.no_grad():
-        z = F.pad(model.embed(images.float() / 255), (0, 1), value=1.0)                     # (2n, C + 1)
-    W = torch.linalg.lstsq(z[:n], F.one_hot(labels[:n], len(SHAPES)).float()).solution      # (C + 1, classes)
-    return ((z[n:] @ W).argmax(1) == labels[n:]).float().mean().item()
-
-
-def main(tokenizer_steps=600, steps=900, out="shapes.png"):
-    """Train a tokenizer, then MAGE on its ids; probe its embeddings, and write a sheet of 64 samples."""
-    torch.manual_seed(0)
-    vqgan = build(tokenizer_config("toy", stride=8, codes=128))
-    fit(TokenizerTraining(vqgan), tokenizer_steps, batch_size=16, peak_lr=4e-3)
-    model = MAGE(vqgan, image_size=32, **MAGE_SIZES["tiny"])
-    untrained = linear_probe(model.eval())
-    fit(model.train(), steps, batch_size=64, peak_lr=1.5e-3)
-    print(f"linear probe: {linear_probe(model.eval()):.1%}, before training {untrained:.1%}")
-    image_grid(model.sample(64)).save(out)
-    print(f"wrote {out}")
+    def embed(self, x, noise=None, pool="mean"):
+        return self.features(x)[0].mean((2, 3))                                             # (B, C)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2664,7 +2735,9 @@ def hash_ints(*values):
 
 
 def hashed_uniform(seeds, draw, n):
-    """n uniform numbers strictly inside (0, 1) for each seed: int64 (B,), int -> float32 (B, n)."""
+    """n uniform numbers strictly inside (0, 1) for each seed: int64 (B,), int -> float32 (B, n). Draws that
+    are taken: in decoding 2 s for the ids and 2 s + 1 for the confidence of step s; in denoising 0 for the
+    start, 2 s + 1 and 2 s + 2 for step s; 0 for the noise of features() and for a drawn shape."""
     row = murmur(murmur(murmur(seeds) ^ (seeds >> 32)) + draw)
     bits = murmur(row[:, None] + 0x9E3779B9 * torch.arange(1, n + 1, device=seeds.device))
     return ((bits >> 9).float() + 0.5) / 2**23                                   # 23 bits: 1 is never reached
@@ -2811,7 +2884,9 @@ def can_guide(guide, model):
     """Whether what a guide predicts can stand beside what the model does."""
     if type(guide) is not type(model):
         return False
-    theirs, ours = ([*m.tokenizer.parameters()] if m.tokenizer else [m.alpha_bar] for m in (guide, model))
+    theirs, ours = ([*m.tokenizer.parameters()] if m.tokenizer else [] for m in (guide, model))
+    if model.alpha_bar is not None:
+        theirs, ours = [*theirs, guide.alpha_bar], [*ours, model.alpha_bar]
     like = [(m.image_size, m.classes, m.generates, [p.shape for p in shared])
             for m, shared in ((guide, theirs), (model, ours))]
     return like[0] == like[1] and all(p.to(q).equal(q) for p, q in zip(theirs, ours))
