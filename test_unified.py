@@ -2831,6 +2831,40 @@ def test_published_mage_files_load_strictly(tmp_path, size, heads, used, encoder
     assert (count(model, "decoder_"), count(model, "mlm_layer.")) == (decoder, head)
 
 
+def test_published_sorcen_files_load_with_mages_tokenizer_beside_them_and_lease_is_refused(tmp_path):
+    shapes = {k: v for k, v in official("mage", **BASE).items() if not k.startswith("vqgan.")}
+    shapes |= {k.replace("blocks", "blocks_momentum"): v for k, v in shapes.items() if k.startswith("blocks.")}
+    for name, (inp, hidden) in {"projector": (768, 4096), "momentum_projector": (768, 4096),
+                                "predictor": (512, 2048)}.items():
+        shapes |= {f"{name}.projector.0.weight": (hidden, inp), f"{name}.projector.1.running_mean": (hidden,),
+                   f"{name}.projector.1.num_batches_tracked": (), f"{name}.projector.3.weight": (512, hidden)}
+    shapes |= {"classifier.0.weight": (512, 768), "classifier.2.weight": (1000, 512)}
+    torch.save({"model": hollow(shapes), "args": argparse.Namespace(blr=1.5e-4)}, tmp_path / "sorcen.pth")
+    with pytest.raises(unified.UserError, match="sorcen.pth holds no tokenizer; put .*vqgan_jax_strong"):
+        load_hollow(tmp_path / "sorcen.pth")
+    torch.save({"state_dict": hollow(official("tokenizer"))}, tmp_path / "vqgan_jax_strongaug.ckpt")
+    model, config, [said] = load_hollow(tmp_path / "sorcen.pth")
+    assert type(model) is unified.MAGE and (model.fake_id, model.mask_id, model.length) == (1100, 2024, 256)
+    assert config["arch"]["tokenizer"] == unified.tokenizer_config("base", 16) and not model.training
+    assert "unknown" not in said and "blocks_momentum, classifier" in said and len(said) < 400
+    torch.save({"model": hollow(shapes | {"pos2d": (1, 256, 768)})}, tmp_path / "lease.pth")
+    with pytest.raises(unified.UserError, match="lease.pth.*LEASE"):
+        load_hollow(tmp_path / "lease.pth")
+
+
+def test_a_file_of_sorcen_samples_and_gives_the_features_of_mage(tmp_path, monkeypatch):
+    ours, vqgan = mage(classes=1000, fake_class=76), tokenizer()
+    state = ours.state_dict() | {"projector.projector.0.weight": torch.zeros(2, 2)}
+    torch.save({"model": {k: v for k, v in state.items() if not k.startswith("vqgan.")}}, tmp_path / "s.pth")
+    torch.save(vqgan.state_dict(), tmp_path / "vqgan_jax_strongaug.ckpt")
+    monkeypatch.setitem(unified.PUBLISHED_HEADS, 32, (4, 3))
+    monkeypatch.setattr(unified, "published_tokenizer", lambda state: dict(
+        codebook_size=32, codebook_dim=8, ch=8, ch_mult=[1, 1, 1], blocks=1, groups=4))
+    model, _ = unified.load_model(tmp_path / "s.pth", tell=lambda line: None)
+    assert model.embed(some_images()).equal(ours.embed(some_images()))
+    assert model.sample(2, steps=2).equal(ours.sample(2, steps=2))
+
+
 @pytest.mark.parametrize("size, heads, used, encoder", [
     (BASE, (12, 16), 145.88, 85.85), (LARGE, (16, 16), 409.10, 303.37)], ids=["base", "large"])
 def test_published_addp_files_load_strictly(tmp_path, size, heads, used, encoder):

@@ -2614,6 +2614,8 @@ PUBLISHED_HEADS = {768: (12, 16), 1024: (16, 16)}
 DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight",
         "patch_embed.proj.bias", "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids",
         "pos_token_embed", "pos_mask_embed")
+# And what only training reads in Sorcen's, a MAGE-E.
+TRAINING = ("blocks_momentum", "projector", "momentum_projector", "predictor", "classifier")
 
 
 def sub_state(state, prefix):
@@ -2641,6 +2643,8 @@ def published_mage(state, heads=None):
 
     heads  (encoder, decoder); by default those of the published widths, 768 and 1024
     """
+    if "pos2d" in state:
+        raise ValueError("it is LEASE's, whose encoder adds fixed positions for which MAGE has no place")
     tokenizer = published_tokenizer(sub_state(state, "vqgan."))
     vocab_size, width = state["token_emb.word_embeddings.weight"].shape
     positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
@@ -2656,7 +2660,8 @@ def published_mage(state, heads=None):
     kept = {k: v for k, v in state.items() if k in ours}
     table = "token_emb.position_embeddings.weight"
     kept[table] = kept[table][:positions]                                 # a longer table has rows never read
-    return config, kept, sorted(state.keys() - ours)
+    dead = {k.split(".")[0] if k.startswith(TRAINING) else k for k in state.keys() - ours}
+    return config, kept, sorted(dead)
 
 
 def published_addp(state, heads=None, predictor_heads=None):
@@ -3083,7 +3088,7 @@ def rebuild(config, state, path):
 
 def load_model(path, ema=None, tell=print, heads=None, order=None):
     """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by
-    the authors of MAGE, ADDP or ADM.
+    the authors of MAGE, Sorcen, ADDP or ADM.
 
     ema   True: the averaged weights, where a checkpoint has them; None: if the paper reads features off them
     tell  called with one line about what is assumed or never read     heads, order  of ADM, see ADMAttention
@@ -3106,14 +3111,24 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
             raise UserError(f"{path} is " + ("no published ADM; leave --adm-... out" if attention else
                             "a tokenizer, not a model; name its run's folder or model.pt" if tokenizer else
                             "neither a checkpoint of train.py nor a file published for MAGE, ADDP or ADM"))
+        if published_mage in readers and not sub_state(weights, "vqgan.") and "pos2d" not in weights:
+            weights |= tokenizer_beside(path)
         config, weights, dead = readers[0](weights, **attention)
-        unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
+        unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD + TRAINING]
         known = ", ".join(n for n in dead if n not in unknown) or "nothing"
         assumed = f"; assumed: heads {heads or 'of 64 channels'}, {order or 'legacy'} order"
         assumed = assumed if "head" in config else ""
         tell(f"{path.name}: published layout; dead in the original, left out: {known}"
              + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else "") + assumed)
         return rebuild(config, weights, path), {"arch": config}
+
+
+def tokenizer_beside(path):
+    """{"vqgan." + name: tensor}, for a file of Sorcen, which holds no tokenizer."""
+    tokenizer = path.with_name("vqgan_jax_strongaug.ckpt")
+    if not tokenizer.exists():
+        raise UserError(f"{path} holds no tokenizer; put MAGE's {tokenizer.name} into the same folder")
+    return {f"vqgan.{name}": v for name, v in load_tokenizer(tokenizer)[0].state_dict().items()}
 
 
 def load_tokenizer(path):
