@@ -842,7 +842,7 @@ class MAGE(Model):
     """
 
     takes_labels = reads_ids = reconstructs = True
-    echoes = False                                              # see EchoMAGE, section 7
+    echo_contrast = None                                        # MAGE-E's loss, section 7
     t_range, best_t = (0.0, 1.0, "the mask ratio"), 0.0
     pools, stem = ("mean", "class"), ("token_emb",)
 
@@ -898,10 +898,10 @@ class MAGE(Model):
         logits = self.decode(latent, mask, ids_keep)                                        # (B, L, K)
         loss = masked_cross_entropy(logits, ids, mask)
         logs = {"masked": loss}
-        if self.contrastive and (two_crops or self.echoes):
+        if self.contrastive and (two_crops or self.echo_contrast):
             z = self.projection(latent[:, 1:].mean(1))                                      # (B, 256)
-            logs["contrast"] = (self.echo_contrast(z, logits, ids, mask) if self.echoes else
-                                info_nce(F.normalize(z, dim=-1).unflatten(0, (-1, 2))))     # (B, 2, 256)
+            logs["contrast"] = (self.echo_contrast(z, logits, ids, mask) if self.echo_contrast else
+                                info_nce(F.normalize(z, dim=-1).unflatten(0, (-1, 2))))     # (B / 2, 2, 256)
             loss = loss + self.contrastive * logs["contrast"]
         return loss, logs
 
@@ -1274,19 +1274,17 @@ def of_all_processes(z):
 #
 #     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_c exp(e_a . z_c / tau) )       tau = 0.3
 #
-# z_a is made as above, and by two more layers. e_a is what a teacher, an average of encoder and projection
-# over some 250 steps, makes of the echo. No gradient flows there: the price is one more pass of the encoder.
+# z_a is made as above, and by two more layers. e_a is what a teacher makes of the echo: an average of encoder
+# and projection over some 250 steps. No gradient flows there, so the price is one more pass of the encoder.
 #
 # The official teacher (models_lease_tk_1600.py) starts from random weights of its own, has dropout, and its
 # projection is trained besides; ours is an average, no more. Visible ids stay: the official code draws them,
-# too, though no loss teaches the decoder what they are. Left out: batch norm after the encoder, an average
-# that gets longer during the run, and its first steps, in which echoes are true ids.
+# too, though no loss teaches the decoder what they are. Left out: batch norm after the encoder, a term of
+# weight 0.01 that keeps images apart, true ids as the first echoes, an average that lengthens during the run.
 
 
 class EchoMAGE(MAGE):
-    """MAGE-E. Arguments as for MAGE."""
-
-    echoes = True
+    """MAGE-E. Arguments as for MAGE. A training loop of your own must call after_step()."""
 
     def __init__(self, *sizes, **options):
         super().__init__(*sizes, **options)
@@ -3124,7 +3122,7 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
 
 
 def tokenizer_beside(path):
-    """{"vqgan." + name: tensor}, for a file of Sorcen, which holds no tokenizer."""
+    """{"vqgan." + name: tensor} for a file of Sorcen, which holds no tokenizer."""
     tokenizer = path.with_name("vqgan_jax_strongaug.ckpt")
     if not tokenizer.exists():
         raise UserError(f"{path} holds no tokenizer; put MAGE's {tokenizer.name} into the same folder")
