@@ -1502,7 +1502,7 @@ class ImageTensor:
 
     def __init__(self, images, labels, classes, scale, device="cpu"):
         self.images, self.labels, self.classes, self.scale = images.to(device), labels, classes, scale
-        self.size, self.layout, self.summary = images.size(-1), "in memory", ""
+        self.size, self.layout, self.summary, self.root = images.size(-1), "in memory", "", pathlib.Path()
         self.unreadable, self.unseen = {}, True
 
     def __len__(self):

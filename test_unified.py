@@ -734,6 +734,15 @@ def test_decoding_never_changes_a_known_id_and_ends_with_none_masked(name):
     assert not mask.any()
 
 
+@pytest.mark.parametrize("name", ["mage", "addp"])
+def test_a_schedule_and_an_order_of_ones_own_decide_which_tokens_stay_masked(name):
+    def row_by_row(confidence):                                         # as in the docstring of unmask
+        return -torch.arange(confidence.size(1), device=confidence.device).expand_as(confidence)
+    states = small(name).eval().sample_steps(2, steps=4, schedule=lambda t, T: 1 - t / T, order=row_by_row)
+    for state, visible in zip(states, (4, 8, 12, 16), strict=True):
+        assert state.token_mask.equal((torch.arange(16) >= visible).expand(2, -1))
+
+
 @pytest.mark.parametrize("name", DECODES_IDS)
 def test_a_linear_schedule_ends_with_one_by_one(name):
     states = small(name).eval().sample_steps(1, steps=16, schedule="linear")
@@ -981,16 +990,16 @@ def passes(model, **options):
 @pytest.mark.parametrize("name", GUIDED)
 def test_outside_its_interval_guidance_changes_nothing_and_saves_a_pass(name):
     model, guide = small(name).eval(), twin(small(name).eval())
-    steps = model.num_steps(4)
+    alone = passes(model)
     whole, half = (passes(model, guide=guide, guidance=2.0, guidance_interval=interval)
                    for interval in ((0.0, 1.0), (0.4, 0.7)))
-    assert whole == [2] * steps
+    assert whole == [2 * count for count in alone]
+    guided = [count // one for count, one in zip(half, alone)]
     if isinstance(model, unified.UMD):                                  # timesteps 1000, 750, 500, 250 and 1
-        assert half == [1, 1, 2, 1, 1]
-    elif isinstance(model, unified.ADM):                                # 999, 666, 333 and 0 of 0 ... 999
-        assert half == [1, 1, 2, 1]
-    else:                                                               # 0, 1/4, 2/4 and 3/4 of the way
-        assert half == [1, 1, 2, 1]
+        assert guided == [1, 1, 2, 1, 1]
+    elif isinstance(model, (unified.MAGE, unified.ADM)):                # 0, a third or half of the way, more
+        assert guided == [1, 1, 2, 1]
+    assert sorted(set(guided)) == [1, 2]
     plain, late = (model.sample(2, steps=4, guide=guide, guidance=w, guidance_interval=(0.9995, 1.0))
                    for w in (1.0, 2.0))
     assert plain.equal(late) and plain.equal(model.sample(2, steps=4))
@@ -1002,7 +1011,8 @@ def test_of_labels_too_only_steps_in_the_interval_are_guided(name):
     if model.generates:
         options = dict(labels=labels, guidance=3.0)
         whole, half = (passes(model, **options, guidance_interval=part) for part in ((0.0, 1.0), (0.0, 0.3)))
-        assert whole == [2] * len(whole) and half == [2, 2] + [1] * (len(whole) - 2)
+        alone = passes(model, labels=labels)
+        assert whole == [2 * count for count in alone] and half == whole[:2] + alone[2:]
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -5739,9 +5749,15 @@ def right_arguments(model, method, views=1):
                      keep_label=torch.arange(number) > 0,
                      noise=model.noise(torch.arange(number)), pool=model.pools[0],
                      add={1: torch.zeros(4, *model.layers[1])},
-                     t=torch.arange(1, 1 + number) if method == "forward" else corrupting(model))
+                     t=corrupting(model))
+        if method == "forward":
+            low, high, _ = model.t_range
+            known["t"] = torch.linspace(low, high, 2 + number)[1:-1].to(torch.tensor(high).dtype)
     call = getattr(model, method, None)
-    return {key: known[key] for key in inspect.signature(call).parameters if key in known} if call else {}
+    found = {key: known[key] for key in inspect.signature(call).parameters if key in known} if call else {}
+    if "guide" not in found and found.get("labels") is None:                # no guidance without either
+        found.pop("guidance", None)
+    return found
 
 
 def near_tensors(v):

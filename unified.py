@@ -500,9 +500,8 @@ class Model(nn.Module):
     layers        {layer: (channels, h, w)} of all blocks, counted from 1
     best_layer    the layer whose features the authors probe
 
-    The arguments of these methods are checked by name before they run, against the table FORMS of section 14.
-    So a name must have the meaning that it has here, or a row of its own there:
-    FORMS["Mine.forward.t"] = "float ({B}) in [0, 1]".
+    Arguments of these methods are checked by name before they run. The names are listed in section 14, FORMS:
+    there each has one meaning, in all models. Any other name is yours, and not checked.
     """
 
     best_t = 0                          # the t at which the authors probe best_layer
@@ -586,8 +585,8 @@ class Model(nn.Module):
         return len(self.layers) + 1 - layer
 
     def __init_subclass__(cls):
-        """Put the check of arguments before the public methods. It is there for its error messages: a correct
-        call gives the same without it, if labels and seeds are on the model's device."""
+        """Put the check of arguments before the public methods. It is there for its error messages alone: a
+        correct call gives the same without it, if labels and seeds are on the model's device."""
         public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
         for name in vars(cls).keys() & public:
             setattr(cls, name, guarded(vars(cls)[name]))
@@ -612,7 +611,7 @@ def guarded(method):
 # As in MAE, the encoder is spared most masked tokens: half of all tokens, masked ones, are dropped before it.
 # The number is fixed, whatever r is, so that shapes are static. The other masked tokens enter as [MASK]:
 #
-#     L = 256 tokens, r = 0.55
+#     L = 256 tokens, r = 0.55, sorted by their random numbers; later each goes back to its place
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
 #     |------- 128 dropped -------|- 13 [MASK] --|
 #                                 |----- 128 tokens, with the class token 129 -----|     enter the encoder
@@ -650,10 +649,10 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #
 #     num_masked(t) = floor(n0 cos(pi t / 2T))           n0 = tokens masked at the start
 #
-#     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 0     few are kept at first, while all is uncertain
+#     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
-# (The code leaves one masked at t = T, as the official codes do. Its id is predicted all the same, and kept.
-# Only ADDP shows it: there that token is still a mean of codes.)
+# It is never below 1, as in the official codes. Every masked id is sampled in every step, so after step T the
+# last one has an id, too, and the loop calls it visible.
 #
 #     ids            _    _    a    _    b        _ is [MASK]; tokens that are visible stay
 #     prediction     c    d    .    e    .        sampled from p, for every masked token
@@ -672,8 +671,6 @@ def num_masked(initial, count, step, steps, schedule="cosine", round_up=False):
     step, steps      t - 1, counted from 0; and T
     schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
-
-    At least 1, see above.
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
     wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(count - 1)
@@ -706,16 +703,17 @@ def sample_categorical(p, u):
 def unmask(logits, ids, mask, count, u, gumbel, order=None):
     """One step of parallel decoding. It draws no random number of its own.
 
-    logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many to mask again
+    logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many stay masked
     u (n, L)     in (0, 1), samples the ids           gumbel (n, L)    is added to the confidence
-    order        None, or a function: noisy confidence (n, L) -> priority (n, L); the highest are kept. Row by
-                 row, say: lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c)
+    order        None, or a function: noisy confidence (n, L) -> priority (n, L); of the masked tokens those
+                 with the highest are kept, visible ones stay. Row by row, say:
+                 lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c)
     returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
     ids = torch.where(mask, sample_categorical(p, u), ids)
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + gumbel                    # (n, L)
-    confidence = confidence if order is None else order(confidence)
+    confidence = confidence if order is None else order(confidence).to(confidence)
     confidence = confidence.masked_fill(~mask, math.inf)        # visible before: never masked again
     return ids, rank_in_row(confidence) < to_device(count, ids.device)[:, None]
 
@@ -740,25 +738,22 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
 #
 #     0 ... K-1 codes  |  K ... labels  |  fake class  |  [MASK]
 #
-# (By an accident of the official code, the fake class of published files is class 76.) In training one label
-# in ten is replaced by it, so the network also knows images of no class in particular. Generation can then go
-# beyond what the label c asks for, by classifier-free guidance with weight w [CFG]:
+# In training one label in ten is replaced by the fake class, so the network also knows images of no class in
+# particular. Generation can then go beyond what the label c asks for, by classifier-free guidance with weight
+# w [CFG]:
 #
 #     logits = logits(fake class) + w_t (logits(c) - logits(fake class))             w = 1: as trained
 #     w_t    = 1 + (w - 1) t / T                                                     in step t of T
 #
-# UMD guides its prediction of eps in the same way, with the same w in all steps. ADDP and ADM know no labels
-# here.
+# Generation is, in short, of one image:
 #
-# Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval [Interval].
-# And instead of the fake class a guide, a weaker model such as an earlier checkpoint, can say what to move
-# away from: it errs where the model errs, only more so, with or without labels [Autoguidance].
-
-
-def guidance_at(way, guidance, interval):
-    """w at a point of the way from 0, all noise or masked, to 1: guidance if low <= way < high, else 1."""
-    low, high = interval
-    return guidance if low <= way < high else 1.0
+#     ids, mask = zeros (L,), all True
+#     for t in 1 ... T:
+#         p         = softmax(decode(encode(class id and ids, [MASK] where masked), mask))              (L, K)
+#         ids, mask = unmask(p, ids, mask), which leaves num_masked(t) tokens masked
+#     return D(codes of ids)
+#
+# sample_steps() below adds seeds, guidance, and inpainting.
 
 
 class TokenEmbedding(nn.Module):
@@ -842,7 +837,7 @@ class MAGE(Model):
     """
 
     takes_labels = reads_ids = reconstructs = True
-    echo_contrast = None                                        # MAGE-E's loss, section 7
+    echo_contrast = None                                        # EchoMAGE has one
     t_range, best_t = (0.0, 1.0, "the mask ratio"), 0.0
     pools, stem = ("mean", "class"), ("token_emb",)
 
@@ -884,7 +879,8 @@ class MAGE(Model):
         x           pixels (B, 3, S, S) in [0, 1] or ids (B, L); of two crops: (B, 2, 3, S, S) or (B, 2, L)
         labels      int (B,) in [0, classes), or None
         mask_ratio  in [0.5, 1]        mask_noise  (B, L), or (2B, L) of two crops, see random_masking
-        keep_label  bool (B,): False replaces the label by the fake class. All three are drawn if None
+        keep_label  bool (B,), or (2B,): False replaces the label by the fake class. All three are drawn if
+                    None
         returns     scalar loss, dict of its terms
         """
         two_crops = x.dim() == (5 if x.is_floating_point() else 3)
@@ -898,7 +894,7 @@ class MAGE(Model):
         logits = self.decode(latent, mask, ids_keep)                                        # (B, L, K)
         loss = masked_cross_entropy(logits, ids, mask)
         logs = {"masked": loss}
-        if self.contrastive and (two_crops or self.echo_contrast):
+        if self.contrastive and (two_crops or self.echo_contrast):          # MAGE-C or MAGE-E, section 7
             z = self.projection(latent[:, 1:].mean(1))                                      # (B, 256)
             logs["contrast"] = (self.echo_contrast(z, logits, ids, mask) if self.echo_contrast else
                                 info_nce(F.normalize(z, dim=-1).unflatten(0, (-1, 2))))     # (B / 2, 2, 256)
@@ -958,6 +954,11 @@ class MAGE(Model):
 
     # ---- generation
 
+    # Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval
+    # [Interval]. And in place of the fake class a guide, a weaker model such as an earlier checkpoint, can
+    # say what to move away from: it errs where the model errs, only more so, with or without labels
+    # [Autoguidance].
+
     round_up = False                                            # of num_masked
 
     @torch.no_grad()
@@ -968,12 +969,12 @@ class MAGE(Model):
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
         temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, less for fewer (ours)
         labels        int (n,), or None
-        guidance      w of classifier-free guidance; it grows from 1 during the steps, linearly
+        guidance      w of classifier-free guidance; w_t grows to it linearly
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked
         order         see unmask; by confidence if None
-        guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high
+        guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high, where it begins
         guide         None, or a model that can_guide() this one; it sees the same labels
         yields        a Decoding after each step; nothing is masked in the last one
         """
@@ -985,10 +986,7 @@ class MAGE(Model):
         for step in range(steps):
             progress = (step + 1) / steps
             w = guidance_at(step / steps, 1 + (guidance - 1) * progress, guidance_interval)
-            logits = self.step_logits(state, count, labels, w if guide is None else 1.0)        # (n, L, K)
-            if guide is not None and w != 1:
-                reference = guide.step_logits(state, count, labels, 1.0)
-                logits = reference + w * (logits - reference)
+            logits = self.guided_logits(state, count, labels, w, guide)                         # (n, L, K)
             count = num_masked(initial, count, step, steps, schedule, self.round_up)    # after this step
             u = hashed_uniform(seeds, 2 * step, self.length)                                # (n, L)
             gumbel = to_gumbel(hashed_uniform(seeds, 2 * step + 1, self.length))            # (n, L)
@@ -1002,6 +1000,13 @@ class MAGE(Model):
     def num_steps(self, steps=None, eta=None):
         """20, or one for each token, unless said otherwise."""
         return steps or min(20, self.length)
+
+    def guided_logits(self, state, count, labels, guidance, guide=None):
+        """step_logits, moved away from those of the guide or, without one, of the fake class."""
+        if guide is None or guidance == 1:
+            return self.step_logits(state, count, labels, guidance)
+        reference = guide.step_logits(state, count, labels, 1.0)
+        return reference + guidance * (self.step_logits(state, count, labels, 1.0) - reference)
 
     def step_logits(self, state, count, labels, guidance):
         """Logits (n, L, K) for a state in which count int (n,) tokens are masked; count is for ADDP."""
@@ -1058,7 +1063,8 @@ class MAGE(Model):
         the last layer that is asked for do not run.
 
         x         pixels (B, 3, S, S) or ids (B, L)
-        t         mask ratio in [0, 1]; noise (B, L): the smallest are masked, drawn if None
+        t         mask ratio in [0, 1]; noise (B, L): forward's mask_noise, the smallest are masked, drawn if
+                  None
         layers    numbers of blocks, encoder first; [best_layer] if None
         add       {layer: map (B, C, h, w)} added to the output of that layer
         finetune  changes nothing here: MAGE is fine-tuned as it was trained
@@ -1082,8 +1088,14 @@ class MAGE(Model):
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
 
-# Behind features(), here and in ADDP and UMD: the blocks run once more, and stop after the last one whose
-# output is wanted as a map.
+def guidance_at(way, guidance, interval):
+    """w at a point of the way from 0, all noise or masked, to 1: guidance if low <= way < high, else 1."""
+    low, high = interval
+    return guidance if low <= way < high else 1.0
+
+
+# features() needs outputs from the middle of the network. So it does not call encode(), but runs the same
+# blocks in the same order through these functions, here and in ADDP and UMD, and stops early.
 
 
 def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
@@ -1344,7 +1356,7 @@ class EchoMAGE(MAGE):
 #     encode      z0    z1  z2  z3  z4        every patch of x_t enters
 #     decode       m     m  z2   m   m   b    b is an embedded id, at the end
 #
-# z1, z3 and z4 are thrown away: what the blur of masked places shows reaches the decoder only through the
+# z0, z1, z3 and z4 are thrown away: what the blur of masked places shows reaches the decoder only through the
 # outputs of visible patches, here z2, which have attended to it.
 #
 # At first all is masked: there is no image, the encoder is skipped, and the decoder reads mask tokens alone.
@@ -1501,8 +1513,8 @@ class ADDP(MAGE):
 
     def decoder_input(self, latent, ids, mask, visible):
         """Latent (B, 1 + L, C) -> (B, 1 + L + visible, C). The mask token stands where an id is masked and,
-        unlike in MAGE, at position 0; the visible ids are appended. Each kind has its own position embedding.
-        """
+        unlike in MAGE, at position 0; the visible ids are appended. Masked places, the others, and ids have
+        position embeddings of their own."""
         mask_token = self.mask_token.expand(len(ids), -1, -1)
         x = torch.cat([mask_token, self.decoder_embed(latent[:, 1:])], 1)                   # (B, 1 + L, C)
         x = x + self.decoder_pos_embed_learned
@@ -1516,9 +1528,15 @@ class ADDP(MAGE):
 
     # ---- generation
 
-    # MAGE's loop. Changed are: the count, rounded up, so that of many steps the first may keep nothing; the
-    # logits, which come from the image so far; and that each step decodes the next image, which is shown.
-    # ViT-L was also run with 256 steps and schedule="linear".
+    # MAGE's loop, sample_steps(), in which a step now is
+    #
+    #     p         = softmax(decode(encode(x), ids, mask))                         step_logits
+    #     ids, mask = unmask(p, ids, mask)                                          as in MAGE
+    #     x         = D(codes of ids where visible, p @ codes where masked)         advance, and render
+    #
+    # The count is rounded up, so that of many steps the first may keep nothing. In the last x one token, see
+    # section 4, is still a mean of codes, as in the official code. ViT-L was also run with 256 steps and
+    # schedule="linear".
 
     round_up = True
 
@@ -1546,8 +1564,7 @@ class ADDP(MAGE):
         return state._replace(ids=ids, token_mask=token_mask, x=self.next_image(ids, token_mask, logits))
 
     def render(self, state):
-        """Decoding -> pixels (n, 3, S, S) in [0, 1]: the image so far. In the last one a single id is still a
-        mean of codes, as in the official code."""
+        """Decoding -> pixels (n, 3, S, S) in [0, 1]: the image so far."""
         return state.with_known(state.x.clamp(0, 1))
 
     # ---- representation
@@ -1588,12 +1605,16 @@ class ADDP(MAGE):
 #     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, 1)                  [DDPM, eq. 4]
 #
 # and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps. They are counted in
-# two ways: from 0 to T - 1, with a little noise at 0 (here and in ADM), or from 1 to T, with 0 for a clean
-# image (UMD).
+# two ways: from 0 to T - 1, with a little noise at 0 (here and in ADM), or from 1 to T, with alpha_bar_0 = 1
+# for a clean image put in front (UMD).
 #
-# Predicting eps is predicting x0: solve the equation for either. In a loss only the weight differs,
+# Predicting eps is predicting x0: solve the equation for either. An error of one is an error of the other,
+# times a weight,
 #
-#     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2          1 on eps: "L_simple" [DDPM, eq. 14]
+#     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2
+#
+# and the loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. Against that of x0 it counts noisy
+# timesteps less.
 #
 # The way back goes to ever larger alpha_bar. "next" is the next timestep on this way, t - 1 or a smaller one.
 # A step predicts x0, and with it eps, and mixes them anew:
@@ -1655,8 +1676,8 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """One step from xt at alpha_bar to alpha_bar_next, given a prediction of x0: the equation above.
 
     noise  standard normal, like xt
-    std    like xt: standard deviation of the added noise, if a network has learned one. sigma then acts on
-           the second term alone, so that the mean stays the posterior's
+    std    None: the added noise has the deviation sigma. Else like xt: it has this one, which ADM learns; the
+           mean, the first two terms, is the same either way
 
     With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of
     removing it.
@@ -1717,10 +1738,14 @@ def timestep_embedding(t, dim, denominator, layout):
 # Masking patches teaches the large structure of images, removing noise every scale of detail. The noise on a
 # masked patch cannot be known, only what is behind it: so x0 is predicted there, and eps where xt is visible.
 #
-#     patches               1    _    _    _    5    _    _    _      6 of 8 are masked
-#     encode   c c c c     z1                  z5                     4 class tokens and the visible patches
-#     decode      c'       z1    m    m    m   z5    m    m    m      mean of the 4; mask tokens m
-#     loss                eps   x0   x0   x0  eps   x0   x0   x0      both are predicted for every patch
+#     8 patches            1    _    3    4    _    6    _    8     3 are masked, as in the noised part
+#     encode   c c c c    z1        z3   z4        z6        z8     4 class tokens and the visible patches
+#     decode      c'      z1    m   z3   z4    m   z6    m   z8     c': mean of the 4, m: mask token
+#     loss, noised part  eps   x0  eps  eps   x0  eps   x0  eps     both are predicted for every patch
+#     loss, clean part     -   x0    -    -   x0    -   x0    -     where 6 are masked
+#
+# The class tokens start equal and have no positions, so they stay equal: in effect one token with four times
+# the weight in attention, kept for the authors' checkpoints.
 #
 # Every block is told the timestep t: 0 for clean images, where alpha_bar_0 = 1, so that q_sample covers both
 # parts. Three numbers make four methods of it:
@@ -1731,6 +1756,9 @@ def timestep_embedding(t, dim, denominator, layout):
 #     MAE          1               0.75                -            L_clean
 #     MaskDiT      0                -                 0.5           (L_x0 + L_eps) / 2
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
+#
+# Labels condition the noised part only, as in the official code. As a rule they are learned last, by tuning a
+# trained model with r_t = 0 and few clean images (section 12).
 #
 # These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets
 # normalised patch by patch; the published DiT reads latents, has no decoder, predicts the noise alone and
@@ -1804,8 +1832,6 @@ class UMD(Model):
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
         self.decoder_pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
-        # Four copies that start equal and get equal gradients: in effect one token with four times the weight
-        # in attention.
         self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))
         # Training on several GPUs waits for the gradient of every parameter. If nothing is masked, this one
         # gets none.
@@ -1967,11 +1993,11 @@ class UMD(Model):
         return tuple(u + guidance * (c - u) for c, u in zip(self.predict(x, t, labels), reference))
 
     def num_steps(self, steps=None, eta=None):
-        """One for each of timesteps(): 126 as published. MAE: 1."""
+        """One for each of timesteps(), so one more than asked for: 126 as published. MAE: 1."""
         return len(self.timesteps(steps)) if self.generates else 1
 
     def timesteps(self, steps=None):
-        """T, T - 8, ..., 8, and then 1, as published: strides of T / 125, rounded up, or of T / steps."""
+        """T, T - 8, ..., 8 as published, which is `steps` strides of T / steps, rounded up; and then 1."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -2143,8 +2169,8 @@ class ADMBlock(nn.Sequential):
 #     L_vb = KL( q(x_next | xt, x0) || p(x_next | xt) )        in all steps but the last
 #     L_vb = - log p(x0 | xt)                                  in the last, to x0               [DDPM, eq. 5]
 #
-# There eps' is detached: L_vb trains the variance alone. The paper's weight 0.001 stands before the sum over
-# T = 1000 timesteps. One t is drawn here in place of all of them, so the weight is 1.
+# In L_vb eps' is detached, so it trains v alone. The paper adds 0.001 times its sum over all t: with T = 1000
+# the mean, which one random t estimates. So the weight is 1.
 
 
 def log_variances(alpha_bar):
@@ -2433,7 +2459,7 @@ def umd_no_decay(name, p):
     return name.endswith("bias") or name in ("cls_token", "mask_token")
 
 
-# How each is trained, by AdamW:
+# How each is trained:
 #
 #     betas, weight_decay    of AdamW
 #     no_decay               function (name, parameter) -> True for those without weight decay
@@ -2444,7 +2470,9 @@ def umd_no_decay(name, p):
 #     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
 #     paper                  the papers' epochs and batch size on ImageNet, and lr, the peak for 256 images:
 #                            a batch of B images has B / 256 of it
-#     tiny                   flags of train.py that suit tiny models; ids: patches that an image is cut into
+#     tiny                   flags of train.py that suit tiny models: ids, the patches of an image; lr, of 256
+#                            images, too: 0.018 is 0.00225 for a batch of 32
+#     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer
 
 MAGE_RECIPE = dict(
     betas=(0.9, 0.95), weight_decay=0.05, no_decay=mae_no_decay, grad_clip=3.0, warmup=0.025, min_lr=0.0,
@@ -2550,12 +2578,15 @@ def build(config):
     return model(*frozen, **rest)
 
 
-# A method of your own is a class like this one, and a row of MODELS. With the row
+# A method of your own takes three things:
 #
-#     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
-#
-# behind it, `python train.py --model denoiser` trains it, sample.py draws and probe.py reads it, and the
-# tests of all methods are its tests, too.
+#     1. a class like the one below: __init__, which sets image_size, layers and best_layer; forward,
+#        sample_steps, features and embed. All else that Model lists has defaults; t_range is needed where t
+#        can be other than 0
+#     2. a row of MODELS, below the class. This one is left out, so that it is no choice of train.py:
+#        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
+#     3. python train.py --model denoiser. Then sample.py draws it, probe.py reads it, and the tests of all
+#        methods are its tests
 
 
 class Denoiser(Model):
