@@ -455,7 +455,8 @@ def train_model(cfg, model, arch, train_set, test_set):
         parts = zip(x, labels if cfg.labels else itertools.repeat(None))
         torch.manual_seed(0)
         with torch.no_grad(), probe.autocast(cfg):
-            losses = [model(*part)[0] for part in until_asked(parts)]
+            found = [model(*part) for part in until_asked(parts)]
+        losses = [terms.get("masked", loss) for loss, terms in found]       # 16 images have few contrasts
         return {"held_out": torch.stack(losses).mean().item()}
     return train(cfg, "model", model, recipe, train_set, ids_or_images(cfg, model.tokenizer, train_set),
                  {"arch": arch}, evaluate, lambda step, first: model.micro_batch_args(first, micro),
@@ -1096,7 +1097,7 @@ def stack_images(images):
 
 
 def loss_charts(folder):
-    """Training and held-out loss of tokenizer and model, by step; MAGE-C's without the contrastive term."""
+    """Training and held-out loss of tokenizer and model, by step; without a contrastive term."""
     for stage in ("tokenizer", "model"):
         rows, curves = [r for r in read_rows(folder) if r["stage"] == stage], {}
         for name in ("loss", "held_out"):
@@ -1196,7 +1197,7 @@ def seconds_a_step(cfg, model, x, plain):
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):   # no more batches
         cfg = dataclasses.replace(cfg, out_dir=folder, log_every=10**9, eval_every=0, save_every=10**9)
         train(cfg, "model", model, recipe, x, lambda _: batches, {}, None,
-              lambda step, first: model.micro_batch_args(first, batch))
+              lambda step, first: model.micro_batch_args(first, batch), model.after_step)
     return took[0]
 
 
