@@ -93,6 +93,8 @@ import zipfile
 
 import numpy
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 import torch.distributed.nn
 import torch.nn as nn
@@ -1140,20 +1142,23 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # in two minutes. train.py has the same loop, and what a long run needs: ids that are computed once, averaged
 # weights, evaluation, checkpoints, many GPUs. Seed 0, torch 2.13 on a CPU, printed:
 #
-#     TokenizerTraining step   100   loss 0.481
-#     TokenizerTraining step   600   loss 0.023          a blurred copy of each image
-#     MAGE              step   100   loss 4.907          as good as guessing: ln 128 = 4.85
-#     MAGE              step   900   loss 2.213          it varies with the mask ratio of the batch
-#     linear probe: 91.5%, before training 88.8%         of MAGE alone: the tokenizer is trained in both
+#     TokenizerTraining step   600   loss 0.022          a blurred copy of each image
+#     MAGE              step   100   loss 4.9            as good as guessing: ln 128 = 4.85
+#     MAGE              step   900   loss 2.264          it varies with the mask ratio of the batch
+#     linear probe with 40 labels: 63.2%, before training 41.4%
+#     linear probe with 1000 labels: 92.6%, before training 88.7%
 #
-# and in shapes.png most of 64 samples were shapes, in two of the four colours.
+# The tokenizer is trained in both columns, so the difference is MAGE's. With few labels it shows. And in
+# shapes.png most of 64 samples are shapes, in two of the four colours.
+#
+# `python unified.py umd`, adm or addp trains one of the methods to come, in a few minutes more.
 
 
 def fit(net, steps, batch_size, peak_lr):
     """Train net on batches of drawn shapes."""
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, cycle_momentum=False)
     for step in range(steps):
         seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
         images, _ = draw_shapes(seeds, 32)                                              # uint8 (B, 3, 32, 32)
@@ -1167,25 +1172,44 @@ def fit(net, steps, batch_size, peak_lr):
             print(f"{type(net).__name__:17s} step {step + 1:5d}   loss {loss.item():.3f}")
 
 
-def linear_probe(model, n=1000):
-    """Accuracy in [0, 1] of least squares on embeddings of n drawn shapes, for n others."""
-    images, labels = draw_shapes(torch.arange(10**6, 10**6 + 2 * n), 32)
+def linear_probe(model, labelled):
+    """Accuracy in [0, 1] of least squares on the embeddings of so many drawn shapes, for 1,000 others."""
+    images, labels = draw_shapes(torch.arange(10**6, 10**6 + 2000), 32)
     with torch.no_grad():
-        z = F.pad(model.embed(images.float() / 255), (0, 1), value=1.0)                     # (2n, C + 1)
-    W = torch.linalg.lstsq(z[:n], F.one_hot(labels[:n], len(SHAPES)).float()).solution      # (C + 1, classes)
-    return ((z[n:] @ W).argmax(1) == labels[n:]).float().mean().item()
+        z = F.pad(model.embed(images.float() / 255), (0, 1), value=1.0)                     # (2000, C + 1)
+    targets = F.one_hot(labels[:labelled], len(SHAPES)).float()                         # (labelled, classes)
+    W = torch.linalg.lstsq(z[:labelled], targets).solution                                  # (C + 1, classes)
+    return ((z[1000:] @ W).argmax(1) == labels[1000:]).float().mean().item()
 
 
-def main(tokenizer_steps=600, steps=900, out="shapes.png"):
-    """Train a tokenizer, then MAGE on its ids; probe its embeddings, and write a sheet of 64 samples."""
-    torch.manual_seed(0)
+def train_tokenizer(steps=600):
+    """A tokenizer of 4 x 4 ids below 128."""
     vqgan = VQGAN(codebook_size=128, codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1), blocks=1, groups=1)
-    fit(TokenizerTraining(vqgan), tokenizer_steps, batch_size=16, peak_lr=4e-3)
-    model = MAGE(vqgan, image_size=32, width=128, depth=4, heads=4, decoder_width=128, decoder_depth=2,
-                 decoder_heads=4, dropout=0.0)
-    untrained = linear_probe(model.eval())
-    fit(model.train(), steps, batch_size=64, peak_lr=1.5e-3)
-    print(f"linear probe: {linear_probe(model.eval()):.1%}, before training {untrained:.1%}")
+    fit(TokenizerTraining(vqgan), steps, batch_size=16, peak_lr=4e-3)
+    return vqgan
+
+
+def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
+    """Train a method, and what it needs before; probe its embeddings, and write a sheet of 64 samples."""
+    if method not in ("mage", "addp", "umd", "adm"):
+        raise UserError(f"python unified.py takes mage, addp, umd or adm, not {method}")
+    torch.manual_seed(0)
+    size = dict(image_size=32, width=128, depth=4, heads=4, decoder_depth=2)
+    if method in ("mage", "addp"):
+        vqgan = train_tokenizer(tokenizer_steps)
+        model = MAGE(vqgan, **size, decoder_width=128, decoder_heads=4, dropout=0.0)
+    if method == "addp":
+        fit(model, steps, batch_size=64, peak_lr=1.5e-3)
+        model = ADDP(model, **size, decoder_heads=4, dropout=0.0)
+    if method == "umd":
+        model = UMD(**size, grid=8, clean_ratio=0.5, mask_ratio_clean=0.75, mask_ratio_noised=0.375)
+    if method == "adm":
+        model = ADM(image_size=32, **ADM_SIZES["tiny"])
+    untrained = {labelled: linear_probe(model.eval(), labelled) for labelled in (40, 1000)}
+    fit(model.train(), steps, batch_size=64 if method == "mage" else 16, peak_lr=1.5e-3)
+    for labelled, before in untrained.items():
+        after = linear_probe(model.eval(), labelled)
+        print(f"linear probe with {labelled} labels: {after:.1%}, before training {before:.1%}")
     image_grid(model.sample(64)).save(out)
     print(f"wrote {out}")
 
@@ -3037,32 +3061,50 @@ def default_dtype(name):
     return "bfloat16" if cuda and torch.cuda.get_device_capability(name)[0] >= 8 else "float32"
 
 
-def flag(default, help, least=1, most=2**31 - 1, **more):
-    """A field of which parse_flags() makes a flag, with numbers from least to most. more: choices, say."""
-    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
+def flag(default, help, min=1, max=2**31 - 1, **more):
+    """A field of which parse_flags() makes a flag, with numbers from min to max. more: choices, say; group is
+    the title over this flag and those after it."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (min, max), **more})
 
 
-def parse_flags(cls, description, argv=None):
-    """Command line -> instance of the dataclass cls: an option a field, dashes outside, underscores inside;
-    bool gives --x / --no-x."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+def parse_flags(cls, doc, argv=None):
+    """Command line -> {field of the dataclass cls: its value} of the flags given, with dashes outside and
+    underscores inside. A bool gives --x, or --no-x if it is True by default, or both if it is None. -h prints
+    the first line of the script's docstring, and its second paragraph as examples."""
+    about, examples, *_ = doc.split("\n\n")
+    fields = dataclasses.fields(cls)
+    run = "".join(f"{field.name} " for field in fields if "positional" in field.metadata)
+    parser = group = argparse.ArgumentParser(
+        usage=f"%(prog)s {run}[options]", description=about, epilog=f"examples:\n{examples}",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def refuse(message):
         raise UserError(f"{message} ({parser.prog} -h lists the options)")
     parser.error = refuse
-    for field in dataclasses.fields(cls):
-        more = {k: v for k, v in field.metadata.items() if k != "range"}
-        name = field.name if more.pop("positional", False) else "--" + field.name.replace("_", "-")
-        if field.default not in (None, "", (), False, dataclasses.MISSING):
-            more["help"] += f" [{field.default}]"
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument(name, default=field.default, **kind, **more)
-    cfg = cls(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(cls):
-        value, (least, most) = getattr(cfg, field.name), field.metadata["range"]
-        if field.type in (int, float) and value is not None and not least <= value <= most:     # nor is nan
-            refuse(f"--{field.name.replace('_', '-')} takes a number from {least} to {most}, not {value}")
-    return cfg
+    for field in fields:
+        more = {k: v for k, v in field.metadata.items() if k not in ("range", "group", "positional")}
+        if "group" in field.metadata:
+            group = parser.add_argument_group(field.metadata["group"])
+        words = field.name.replace("_", "-")
+        if "positional" in field.metadata:
+            name, kind = field.name, {}
+        elif field.type is bool:
+            name = f"--no-{words}" if field.default else f"--{words}"
+            action = {None: argparse.BooleanOptionalAction, True: "store_false", False: "store_true"}
+            kind = {"action": action[field.default], "dest": field.name}
+        else:
+            unit = {int: "INT", float: "NUMBER", str: "TEXT"}[field.type]
+            name, kind = f"--{words}", {"type": field.type, "metavar": None if "choices" in more else unit}
+            if field.default not in (None, "", ()):
+                more["help"] += f" [{field.default}]"
+        group.add_argument(name, **{**kind, **more})
+    given = vars(parser.parse_args(argv))
+    for field in fields:
+        value, (low, high) = given.get(field.name), field.metadata["range"]
+        if field.type in (int, float) and value is not None and not low <= value <= high:       # nor is nan
+            refuse(f"--{field.name.replace('_', '-')} takes a number from {low} to {high}, not {value}")
+    return given
 
 
 # Checkpoints: a dict of plain values and tensors, written by train.py with the previous one beside them.
@@ -3242,20 +3284,35 @@ def read_image(path, size):
         return from_image(image, size).float() / 255
 
 
-def image_grid(x, columns=8, least=1024):
+def image_grid(x, columns=8, min_side=1024, names=(), rows=()):
     """Images (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are
-    enlarged to about least pixels."""
+    enlarged to about min_side pixels. names: of the columns, then as many as there are; rows: of the rows."""
     n, _, side, _ = x.shape
-    columns = min(columns, n)
-    zoom = max(1, least // (columns * side))
+    columns = len(names) or min(columns, n)
+    zoom = max(1, min_side // (columns * side))
     tiles = to_uint8(x).repeat(zoom, 1).repeat(zoom, 2)
     side, gap = side * zoom, 2
-    rows = -(-n // columns)
-    sheet = numpy.full((rows * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, numpy.uint8)
+    height, width = (count * (side + gap) + gap for count in (-(-n // columns), columns))
+    sheet = numpy.full((height, width, 3), 255, numpy.uint8)
     for i, tile in enumerate(tiles):
         top, left = gap + i // columns * (side + gap), gap + i % columns * (side + gap)
         sheet[top:top + side, left:left + side] = tile
-    return PIL.Image.fromarray(sheet)
+    return with_names(PIL.Image.fromarray(sheet), names, rows, min(max(side // 8, 10), 32))
+
+
+def with_names(sheet, columns, rows, letters):
+    """A sheet with the names of its columns above them and of its rows left of them, if there are any.
+    letters: their size in pixels."""
+    font = PIL.ImageFont.load_default(letters)
+    left, top = round(max(map(font.getlength, rows), default=-12)) + 12, 2 * letters * bool(columns)
+    page = PIL.Image.new("RGB", (left + sheet.width, top + sheet.height), "white")
+    page.paste(sheet, (left, top))
+    draw = PIL.ImageDraw.Draw(page)
+    for i, name in enumerate(rows):
+        draw.text((left - 6, top + (i + 0.5) * sheet.height / len(rows)), name, "black", font, anchor="rm")
+    for i, name in enumerate(columns):
+        draw.text((left + (i + 0.5) * sheet.width / len(columns), top / 2), name, "black", font, anchor="mm")
+    return page
 
 
 # Processes.
@@ -3320,4 +3377,4 @@ def rank_zero_first(work):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(lambda: main(*sys.argv[1:2]))
