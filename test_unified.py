@@ -1218,7 +1218,7 @@ def test_embed_is_the_normed_mean_of_the_features():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. MAGE-C
+# 6. MAGE-C and MAGE-E
 
 
 def unit_vectors(B, width=6):
@@ -1240,15 +1240,22 @@ def contrast_worker(folder, z):
     unified.join_processes("cpu")
     rank, world = unified.rank_and_world()
     mine = z.chunk(world)[rank].clone().requires_grad_()
-    loss = unified.info_nce(mine)
+    loss = unified.info_nce(mine) if z.dim() == 3 else echo_loss(mine)
     loss.backward()
     torch.save((loss.detach(), mine.grad), f"{folder}/{rank}.pt")
     unified.leave_processes()
 
 
-def test_info_nce_over_two_processes_is_info_nce_over_one(tmp_path):
-    z = unit_vectors(4).requires_grad_()
-    loss = unified.info_nce(z)
+def echo_loss(z):
+    """MAGE-E's loss of unit vectors z (B, 4), whose echoes are they themselves, turned by a quarter."""
+    echoing = types.SimpleNamespace(prediction=nn.Identity(), echo=lambda *args: z.detach().roll(1, 1))
+    return unified.EchoMAGE.echo_contrast(echoing, z, None, None, None)
+
+
+@pytest.mark.parametrize("law", [unified.info_nce, echo_loss])
+def test_contrast_over_two_processes_is_contrast_over_one(law, tmp_path):
+    z = (unit_vectors(4) if law is unified.info_nce else unit_vectors(4)[:, 0]).requires_grad_()
+    loss = law(z)
     loss.backward()
     both(tmp_path, contrast_worker, tmp_path, z.detach())
     losses, grads = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
@@ -1270,6 +1277,131 @@ def test_one_view_is_plain_mage():
     x = some_images()
     assert "contrast" not in mage(contrastive=0.1)(x)[1]
     assert "contrast" not in mage()(x[:, None].repeat(1, 2, 1, 1, 1))[1]
+
+
+def mage_e(**options):
+    """A fresh MAGE-E in eval mode; 4 x 4 ids below 32. Its teacher differs from it."""
+    torch.manual_seed(1)
+    sizes = dict(width=32, depth=2, heads=4, decoder_width=24, decoder_depth=2, decoder_heads=3)
+    model = unified.EchoMAGE(tokenizer(), 16, contrastive=0.1, **{**sizes, **options}).eval()
+    for p in model.teacher.parameters():
+        p.add_(0.05 * torch.randn(p.shape))
+    return model
+
+
+def read_by_the_teacher(model, logits, ids, mask):
+    """Echoes (B, L), [MASK] where they have no id, and the teacher's vectors of them."""
+    e, [seen] = recorded(model.teacher[0], lambda: model.echo(logits, ids, mask))
+    assert (seen[:, 0] == model.fake_id).all()
+    return seen[:, 1:], e
+
+
+def test_echoes_keep_visible_ids_and_draw_masked_ones_from_the_decoders_logits_but_never_the_best():
+    model, B = mage_e(), 4000
+    ids, mask = some_ids(model, B), some_noise(B, 16) < 0.6
+    logits = 2 * some_gauss(16, 32).expand(B, -1, -1)                   # the same for all images
+    echo, _ = read_by_the_teacher(model, logits, ids, mask)
+    kept = echo != model.mask_id
+    assert echo[kept & ~mask].equal(ids[kept & ~mask]) and 0.2 < kept.float().mean() < 0.8
+    for place in range(16):
+        drawn = echo[:, place][kept[:, place] & mask[:, place]]
+        found = F.one_hot(drawn, 32).float().mean(0)
+        best = logits[0, place].argsort(descending=True)[1:16]
+        wanted = torch.zeros(32).scatter(0, best, logits[0, place, best].softmax(0))
+        assert not found[wanted == 0].any() and (found - wanted).abs().max() < 0.06
+
+
+def test_an_echo_is_a_square_of_half_to_all_of_the_side_as_large_for_all_images_and_anywhere():
+    model, places = mage_e(), set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        echo, _ = read_by_the_teacher(model, torch.zeros(50, 16, 32), some_ids(model, 50),
+                                      torch.zeros(50, 16, dtype=torch.bool))
+        kept, sides = (echo != model.mask_id).unflatten(1, (4, 4)), set()
+        for square in kept:
+            rows, columns = (square.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+            top, left, side = rows[0], columns[0], len(rows)
+            assert square[top:top + side, left:left + side].all() and square.sum() == side ** 2
+            sides.add(side)
+            places.add((side, top, left))
+        assert len(sides) == 1
+    assert places == {(side, top, left) for side in (2, 3, 4)
+                      for top in range(5 - side) for left in range(5 - side)}
+
+
+def test_the_loss_of_echoes_is_the_equation_written_out():
+    model, x, noise, seen = mage_e(), some_ids(mage_e(), 5), some_noise(5, 16), []
+    model.teacher[1].register_forward_hook(lambda layer, args, e: seen.append(e))
+    (loss, logs), [latent] = outputs_of(model.norm, lambda: model(x, mask_ratio=0.6, mask_noise=noise))
+    z = F.normalize(model.prediction(model.projection(latent[:, 1:].mean(1))), dim=-1)
+    similarity = (F.normalize(seen[0], dim=-1) @ z.T / 0.3).exp()
+    assert_close(logs["contrast"], -sum((similarity[a, a] / similarity[a].sum()).log() for a in range(5)) / 5)
+    plain = mage()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert_close(logs["masked"], plain(x, mask_ratio=0.6, mask_noise=noise)[0], 1e-6)
+    assert_close(loss, logs["masked"] + 0.1 * logs["contrast"], 1e-6)
+
+
+def test_the_teacher_reads_like_the_encoder_without_gradient_or_dropout():
+    model = mage_e(dropout=0.5).train()
+    ids, mask = some_ids(model), torch.arange(16) < torch.tensor([[0], [5], [10], [16]])
+    logits = torch.zeros(4, 16, 32, requires_grad=True)
+    for _ in range(2):
+        torch.manual_seed(0)
+        echo, e = read_by_the_teacher(model, logits, ids, mask)
+    twin = mage_e()
+    parts = (twin.token_emb, twin.blocks, twin.norm, twin.projection)
+    with torch.no_grad():
+        for p, average in zip(nn.ModuleList(parts).parameters(), model.teacher.parameters()):
+            p.copy_(average)
+    latent = twin.encode(twin.input_ids(echo, echo == twin.mask_id))
+    assert_close(e, F.normalize(twin.projection(latent[:, 1:].mean(1)), dim=-1), 1e-5)
+    z = some_gauss(4, 256).requires_grad_()
+    model.echo_contrast(z, logits, ids, mask).backward()
+    assert z.grad.any() and logits.grad is None and all(p.grad is None for p in model.teacher.parameters())
+
+
+def train_echoes(folder, model, stop_before=None, after_step=None):
+    """Three steps of two micro-batches; or an unreadable image ends them before the step stop_before."""
+    ids = torch.randint(model.codes, (32, 1, 16), generator=torch.Generator().manual_seed(0))
+
+    def batches(plan):
+        for i, batch in enumerate(train.cached_batches(ids, torch.zeros(32), plan)):
+            if i // 2 == stop_before:
+                raise unified.UserError("an image")
+            yield batch
+    cfg = train.settings(train.Config(device="cpu", compile=False, eval_every=0, out_dir=str(folder)))
+    recipe = {**unified.MAGE_RECIPE, "steps": 3, "views": 1, "lr": 1e-3, "batch_size": 8, "micro_batch": 4}
+    train.train(cfg, "model", model, recipe, image_set(32), batches, {}, None, lambda step, first: {},
+                after_step or model.after_step)
+
+
+def test_the_teacher_starts_as_the_encoder_and_follows_it_once_in_each_step(tmp_path):
+    fresh, model = (unified.EchoMAGE(tokenizer(), 16, 32, 2, 4, 24, 2, 3, contrastive=0.1), mage_e())
+    for net in (fresh, model):
+        ours = [*nn.ModuleList([net.token_emb, net.blocks, net.norm, net.projection]).parameters()]
+        same = [p.equal(average) for p, average in zip(ours, net.teacher.parameters(), strict=True)]
+        assert all(same) or net is model
+    wanted, seen = [p.clone() for p in model.teacher.parameters()], []
+
+    def after_step():
+        seen.append([p.detach().clone() for p in ours])
+        model.after_step()
+    train_echoes(tmp_path, model, after_step=after_step)
+    for weights in seen:
+        wanted = [0.996 * average + 0.004 * p for average, p in zip(wanted, weights)]
+    assert len(seen) == 3 and not seen[0][0].equal(seen[2][0])
+    for average, w in zip(model.teacher.parameters(), wanted):
+        assert_close(average, w, 1e-5)
+
+
+def test_a_teacher_goes_on_where_it_was(tmp_path):
+    whole, first, second = (mage_e() for _ in range(3))
+    train_echoes(tmp_path / "whole", whole)
+    with pytest.raises(unified.UserError, match="an image"):
+        train_echoes(tmp_path / "parts", first, stop_before=2)
+    train_echoes(tmp_path / "parts", second)
+    assert all(v.equal(second.state_dict()[name]) for name, v in whole.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2622,7 +2754,7 @@ def test_every_preset_can_be_built_from_plain_values(name):
         assert model.image_size == side and model.layers[1][1:] == (side if name == "adm" else 16,) * 2
         assert model.classes == (10 if method.model.takes_labels else 0)
         if method.tokenizer:
-            assert model.vqgan.stride == stride and (model.contrastive > 0) == (method.views == 2)
+            assert model.vqgan.stride == stride and (model.contrastive > 0) == (name in ("mage-c", "mage-e"))
 
 
 @pytest.mark.parametrize("name, size, side, classes, parameters", [
@@ -2707,6 +2839,40 @@ def test_published_mage_files_load_strictly(tmp_path, size, heads, used, encoder
     assert count(model, "vqgan.") == 54_515_587 and count(model, "") - count(model, "vqgan.") == used
     assert (count(model, "blocks.", "norm."), count(model, "token_emb.")) == (encoder, embedding)
     assert (count(model, "decoder_"), count(model, "mlm_layer.")) == (decoder, head)
+
+
+def test_published_sorcen_files_load_with_mages_tokenizer_beside_them_and_lease_is_refused(tmp_path):
+    shapes = {k: v for k, v in official("mage", **BASE).items() if not k.startswith("vqgan.")}
+    shapes |= {k.replace("blocks", "blocks_momentum"): v for k, v in shapes.items() if k[:7] == "blocks."}
+    for name, (inp, hidden) in {"projector": (768, 4096), "momentum_projector": (768, 4096),
+                                "predictor": (512, 2048)}.items():
+        shapes |= {f"{name}.projector.0.weight": (hidden, inp), f"{name}.projector.1.running_mean": (hidden,),
+                   f"{name}.projector.1.num_batches_tracked": (), f"{name}.projector.3.weight": (512, hidden)}
+    shapes |= {"classifier.0.weight": (512, 768), "classifier.2.weight": (1000, 512)}
+    torch.save({"model": hollow(shapes), "args": argparse.Namespace(blr=1.5e-4)}, tmp_path / "sorcen.pth")
+    with pytest.raises(unified.UserError, match="sorcen.pth holds no tokenizer; put .*vqgan_jax_strong"):
+        load_hollow(tmp_path / "sorcen.pth")
+    torch.save({"state_dict": hollow(official("tokenizer"))}, tmp_path / "vqgan_jax_strongaug.ckpt")
+    model, config, [said] = load_hollow(tmp_path / "sorcen.pth")
+    assert type(model) is unified.MAGE and (model.fake_id, model.mask_id, model.length) == (1100, 2024, 256)
+    assert config["arch"]["tokenizer"] == unified.tokenizer_config("base", 16) and not model.training
+    assert "unknown" not in said and "blocks_momentum, classifier" in said and len(said) < 400
+    torch.save({"model": hollow(shapes | {"pos2d": (1, 256, 768)})}, tmp_path / "lease.pth")
+    with pytest.raises(unified.UserError, match="lease.pth.*LEASE"):
+        load_hollow(tmp_path / "lease.pth")
+
+
+def test_a_file_of_sorcen_samples_and_gives_the_features_of_mage(tmp_path, monkeypatch):
+    ours, vqgan = mage(classes=1000, fake_class=76), tokenizer()
+    state = ours.state_dict() | {"projector.projector.0.weight": torch.zeros(2, 2)}
+    torch.save({"model": {k: v for k, v in state.items() if not k.startswith("vqgan.")}}, tmp_path / "s.pth")
+    torch.save(vqgan.state_dict(), tmp_path / "vqgan_jax_strongaug.ckpt")
+    monkeypatch.setitem(unified.PUBLISHED_HEADS, 32, (4, 3))
+    monkeypatch.setattr(unified, "published_tokenizer", lambda state: dict(
+        codebook_size=32, codebook_dim=8, ch=8, ch_mult=[1, 1, 1], blocks=1, groups=4))
+    model, _ = unified.load_model(tmp_path / "s.pth", tell=lambda line: None)
+    assert model.embed(some_images()).equal(ours.embed(some_images()))
+    assert model.sample(2, steps=2).equal(ours.sample(2, steps=2))
 
 
 @pytest.mark.parametrize("size, heads, used, encoder", [
@@ -4454,6 +4620,15 @@ def test_mage_c_trains_on_two_views_of_a_shared_tokenizer(photos, finished, tmp_
     assert '"contrast"' in (tmp_path / "c" / "log.jsonl").read_text()
 
 
+def test_mage_e_trains_on_one_cached_view_of_a_shared_tokenizer(photos, finished, tmp_path):
+    printed = script("train.py", *flags(photos, tmp_path, "--model", "mage-e", "--tokenizer", finished[0],
+                                        "--micro-batch", 4, "--views", 1))
+    assert "contrastive term compares 4 of the 8" in printed
+    assert '"contrast"' in (tmp_path / "log.jsonl").read_text()
+    model, _ = unified.load_model(tmp_path)
+    assert isinstance(model, unified.EchoMAGE) and "untrained" in printed
+
+
 def test_samples_in_every_form(finished, tmp_path):
     run = finished[0]
     script("sample.py", run, "--n", 5, "--out", tmp_path / "a.png", "--gif", "--npz", tmp_path / "a.npz",
@@ -5844,7 +6019,7 @@ def test_every_wrong_argument_of_the_tokenizer_is_a_value_error_or_harmless(meth
     assert_guarded(tokenizer(), method)
 
 
-@pytest.mark.parametrize("name", ["mage", "mage-c", "addp"])
+@pytest.mark.parametrize("name", ["mage", "mage-c", "mage-e", "addp"])
 def test_ids_are_checked_as_pixels_are(name):
     model = small(name).eval()
     ids = some_ids(model)
@@ -6092,7 +6267,7 @@ def test_a_fused_kernel_takes_every_attention(name, attended):
         model, x = probe.DifFormer({1: (32, 4, 4)}, {0: [1]}, 3, heads=4), torch.zeros(4, 32, 4, 4)
     else:
         # these have dropout
-        model = small(name, 0, "small" if name in ("mage", "mage-c", "addp") else "tiny")
+        model = small(name, 0, "small" if name.startswith(("mage", "addp")) else "tiny")
         x = torch.zeros(4, unified.MODELS[name].views, 3, 32, 32).squeeze(1)
     model, x = model.to("meta"), x.to("meta")
     for dtype, mode in ((torch.float32, contextlib.nullcontext()), (torch.bfloat16, Bfloat16())):

@@ -439,7 +439,7 @@ def train_model(cfg, model, arch, train_set, test_set):
                f"{model.length or 'no'} tokens an image, {steps} steps of {batch} ({micro} at once), "
                f"learning rate {lr:.2g}" + (f"; the loss starts near ln {model.codes} = "
                                             f"{math.log(model.codes):.2f}" if method.tokenizer else ""))
-    if method.views == 2 and (at_once := micro * unified.rank_and_world()[1]) < batch:
+    if method.options.get("contrastive") and (at_once := micro * unified.rank_and_world()[1]) < batch:
         print_once(f"the contrastive term compares {at_once} of the {batch} images with each other: those "
                    "computed at once")
     recipe = dict(recipe_of(cfg), steps=steps, batch_size=batch, micro_batch=micro, lr=lr,
@@ -453,16 +453,18 @@ def train_model(cfg, model, arch, train_set, test_set):
         parts = zip(x, labels if cfg.labels else itertools.repeat(None))
         torch.manual_seed(0)
         with torch.no_grad(), probe.autocast(cfg):
-            losses = [model(*part)[0] for part in until_asked(parts)]
+            found = [model(*part) for part in until_asked(parts)]
+        losses = [terms.get("masked", loss) for loss, terms in found]       # 16 images have few contrasts
         return {"held_out": torch.stack(losses).mean().item()}
     return train(cfg, "model", model, recipe, train_set, ids_or_images(cfg, model.tokenizer, train_set),
-                 {"arch": arch}, evaluate, lambda step, first: model.micro_batch_args(first, micro))
+                 {"arch": arch}, evaluate, lambda step, first: model.micro_batch_args(first, micro),
+                 model.after_step)
 
 
 # The training loop
 
 
-def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
+def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, after_step=lambda: None):
     """Train the model from NAME.pt, or from the start, to its last step, and leave NAME.pt behind.
     Returns the averaged weights, {name: tensor}, {} if the recipe averages none.
 
@@ -475,6 +477,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
     evaluate      () -> held-out figures, {name: number}; draws images on the way
     forward_args  (step, first) -> more arguments of forward(), {name: value}, for a micro-batch that begins
                   with image `first` of the batch
+    after_step    called after each step of the optimizer
     """
     (rank, world), steps, micro = unified.rank_and_world(), recipe["steps"], recipe["micro_batch"]
     accumulate = recipe["batch_size"] // (micro * world)  # micro-batches of this process in a step
@@ -516,6 +519,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
             log.add({"loss": loss, **terms})
 
         stats = update(optimizer, weights, ema, recipe, step)
+        after_step()
         step += 1
         log.step_done(step, stats["grad_norm"])
         if step % cfg.log_every == 0 or step == steps:
@@ -1102,7 +1106,7 @@ def stack_images(images):
 
 
 def loss_charts(folder):
-    """Training and held-out loss of tokenizer and model, by step; MAGE-C's without the contrastive term."""
+    """Training and held-out loss of tokenizer and model, by step; without a contrastive term."""
     for stage in ("tokenizer", "model"):
         rows, curves = [r for r in read_rows(folder) if r["stage"] == stage], {}
         for name in ("loss", "held_out"):
@@ -1205,7 +1209,7 @@ def seconds_a_step(cfg, model, x, plain):
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):   # no more batches
         cfg = dataclasses.replace(cfg, out_dir=folder, log_every=10**9, eval_every=0, save_every=10**9)
         train(cfg, "model", model, recipe, x, lambda _: batches, {}, None,
-              lambda step, first: model.micro_batch_args(first, batch))
+              lambda step, first: model.micro_batch_args(first, batch), model.after_step)
     return took[0]
 
 

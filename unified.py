@@ -7,6 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
+    MAGE-E   token ids           the same                                + which image an echo belongs to
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -33,7 +34,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     4  Masking and unmasking       how many tokens are masked, and which, in training and in generation
     5  MAGE                        predict the masked ids
     6  A training loop             all of this, run: `python unified.py`, two minutes on a CPU
-    7  MAGE-C                      and tell which two crops show the same image
+    7  MAGE-C, MAGE-E              and tell which two crops, or echoes, belong to the same image
     8  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
     9  Noise                       the noise schedule, and the way back: DDPM and DDIM
     10 UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
@@ -67,11 +68,13 @@ Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and N
          [MAE] He et al. 2021, 2111.06377                   [MAGE] Li et al. 2022, 2211.09117
          [MaskDiT] Zheng et al. 2023, 2306.09305            [MaskGIT] Chang et al. 2022, 2202.04200
          [RePaint] Lugmayr et al. 2022, 2201.09865          [SimCLR] Chen et al. 2020, 2002.05709
-         [UMD] Hansen-Estruch et al. 2024, 2406.17688       [ViT] Dosovitskiy et al. 2020, 2010.11929
-         [VQ-VAE] van den Oord et al. 2017, 1711.00937      [VQGAN] Esser et al. 2020, 2012.09841
+         [Sorcen] Estepa et al. 2025, 2503.15060            [UMD] Hansen-Estruch et al. 2024, 2406.17688
+         [ViT] Dosovitskiy et al. 2020, 2010.11929          [VQ-VAE] van den Oord et al. 2017, 1711.00937
+         [VQGAN] Esser et al. 2020, 2012.09841
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import errno
@@ -575,6 +578,9 @@ class Model(nn.Module):
         memory at once (gradient accumulation): what must differ between its parts."""
         return {}
 
+    def after_step(self):
+        """Called after each optimizer step of training, for what follows the weights without a gradient."""
+
     def mirror(self, layer):
         """The layer at equal distance from the other end, where DifFeed, a head of probe.py, feeds back what
         it found at this one."""
@@ -833,6 +839,7 @@ class MAGE(Model):
     """
 
     takes_labels = reads_ids = reconstructs = True
+    echo_contrast = None                                        # EchoMAGE has one
     t_range, best_t = (0.0, 1.0, "the mask ratio"), 0.0
     pools, stem = ("mean", "class"), ("token_emb",)
 
@@ -889,9 +896,10 @@ class MAGE(Model):
         logits = self.decode(latent, mask, ids_keep)                                        # (B, L, K)
         loss = masked_cross_entropy(logits, ids, mask)
         logs = {"masked": loss}
-        if two_crops and self.contrastive:                                  # MAGE-C, section 7
-            z = self.projection(latent[:, 1:].mean(1)).unflatten(0, (-1, 2))                # (B, 2, 256)
-            logs["contrast"] = info_nce(F.normalize(z, dim=-1))
+        if self.contrastive and (two_crops or self.echo_contrast):          # MAGE-C or MAGE-E, section 7
+            z = self.projection(latent[:, 1:].mean(1))                                      # (B, 256)
+            logs["contrast"] = (self.echo_contrast(z, logits, ids, mask) if self.echo_contrast else
+                                info_nce(F.normalize(z, dim=-1).unflatten(0, (-1, 2))))     # (B / 2, 2, 256)
             loss = loss + self.contrastive * logs["contrast"]
         return loss, logs
 
@@ -1260,7 +1268,7 @@ def draw_shapes(seeds, size, numbers=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. MAGE-C: which two crops show the same image?
+# 7. MAGE-C and MAGE-E: which two views show the same image?
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(c != a) exp(z_a . z_c / tau) )
 #
@@ -1280,14 +1288,73 @@ def info_nce(z, temperature=0.2):
     them are, and gradients flow through all, as if one process held the whole batch.
     """
     views = z.flatten(0, 1)                                                                 # (2B, P)
-    everyone, first = views, 0
-    if torch.distributed.is_initialized():
-        everyone = torch.cat(torch.distributed.nn.all_gather(views))                    # (2B * processes, P)
-        first = torch.distributed.get_rank() * len(views)
-    me = torch.arange(first, first + len(views), device=z.device)
+    everyone, me = of_all_processes(views)
     similarity = views @ everyone.T / temperature                                       # (2B, 2B * processes)
     similarity = similarity.scatter(1, me[:, None], -math.inf)                              # c != a
     return F.cross_entropy(similarity, me ^ 1)                           # views 2i and 2i + 1 belong together
+
+
+def of_all_processes(z):
+    """Vectors z (N, P) -> those of all processes (N * processes, P), and which of them z are, int (N,)."""
+    everyone, first = z, 0
+    if torch.distributed.is_initialized():
+        everyone, first = torch.cat(torch.distributed.nn.all_gather(z)), torch.distributed.get_rank() * len(z)
+    return everyone, torch.arange(first, first + len(z), device=z.device)
+
+
+# MAGE-E needs no second crop, so ids that were made once will do: the decoder draws the other view [Sorcen].
+#
+#     ids     a  b  c  d     b is visible
+#     drawn   e  b  f  g     from the decoder's 16 best codes but the first: alike, not the same
+#     echo    _  b  f  _     outside a random square all is [MASK]
+#
+#     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_c exp(e_a . z_c / tau) )       tau = 0.3
+#
+# z_a is made as above, and by two more layers. e_a is what a teacher makes of the echo: an average of encoder
+# and projection over some 250 steps. No gradient flows there, so the price is one more pass of the encoder.
+#
+# The official teacher (models_lease_tk_1600.py) starts from random weights of its own, has dropout, and its
+# projection is trained besides; ours is an average, no more. Visible ids stay: the official code draws them,
+# too, though no loss teaches the decoder what they are. Left out: batch norm after the encoder, a term of
+# weight 0.01 that keeps images apart, true ids as the first echoes, an average that lengthens during the run.
+
+
+class EchoMAGE(MAGE):
+    """MAGE-E. Arguments as for MAGE. A training loop of your own must call after_step()."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.prediction = nn.Sequential(nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 256))
+        self.prediction.apply(init_weights)
+        encoder = nn.Sequential(self.token_emb, *self.blocks, self.norm)
+        self.teacher = copy.deepcopy(nn.ModuleList([encoder, self.projection])).requires_grad_(False)
+
+    def echo_contrast(self, z, logits, ids, mask):
+        """The loss above of projections z (B, 256), logits (B, L, K), ids and mask (B, L)."""
+        everyone, me = of_all_processes(F.normalize(self.prediction(z), dim=-1))
+        return F.cross_entropy(self.echo(logits, ids, mask) @ everyone.T / 0.3, me)
+
+    @torch.no_grad()
+    def echo(self, logits, ids, mask):
+        """Unit vectors e (B, 256) of new echoes."""
+        logits, codes = (best[..., 1:] for best in logits.topk(min(16, self.codes)))        # (B, L, 15) each
+        drawn = sample_categorical(logits.softmax(-1), torch.rand(ids.shape, device=ids.device))
+        ids = torch.where(mask, codes.gather(-1, drawn[..., None]).squeeze(-1), ids)        # (B, L)
+        h = self.grid
+        side = int(torch.randint((h + 1) // 2, h + 1, ()))                      # 8 ... 16, one for the batch
+        corner = torch.rand(len(ids), 2, 1, device=ids.device) * (h - side + 1)
+        place = torch.arange(h, device=ids.device) - corner.long()                # (B, 2, h) from the corner
+        rows, columns = ((place >= 0) & (place < side)).unbind(1)                           # (B, h) each
+        square = (rows[:, :, None] & columns[:, None]).flatten(1)                           # (B, L)
+        encoder, projection = self.teacher.eval()                                           # without dropout
+        latent = encoder(self.input_ids(ids, ~square))                                      # (B, 1 + L, C)
+        return F.normalize(projection(latent[:, 1:].mean(1)), dim=-1)
+
+    @torch.no_grad()
+    def after_step(self):
+        """Move the average."""
+        ours = nn.ModuleList([self.token_emb, self.blocks, self.norm, self.projection]).parameters()
+        torch._foreach_lerp_([*self.teacher.parameters()], [*ours], 1 - 0.996)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2481,6 +2548,7 @@ def umd_method(clean_ratio, mask_ratio_clean, mask_ratio_noised):
 MODELS = {
     "mage":    Method(MAGE, MAGE_SIZES, MAGE_RECIPE),
     "mage-c":  Method(MAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}, views=2),
+    "mage-e":  Method(EchoMAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}),
     "addp":    Method(ADDP, ADDP_SIZES, ADDP_RECIPE, predictor="mage"),
     "umd":     umd_method(0.5, 0.75, 0.375),
     "mae":     umd_method(1.0, 0.75, 0.0),
@@ -2599,6 +2667,8 @@ PUBLISHED_HEADS = {768: (12, 16), 1024: (16, 16)}
 DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight",
         "patch_embed.proj.bias", "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids",
         "pos_token_embed", "pos_mask_embed")
+# And what only training reads in Sorcen's, a MAGE-E.
+TRAINING = ("blocks_momentum", "projector", "momentum_projector", "predictor", "classifier")
 
 
 def sub_state(state, prefix):
@@ -2626,6 +2696,8 @@ def published_mage(state, heads=None):
 
     heads  (encoder, decoder); by default those of the published widths, 768 and 1024
     """
+    if "pos2d" in state:
+        raise ValueError("it is LEASE's, whose encoder adds fixed positions for which MAGE has no place")
     tokenizer = published_tokenizer(sub_state(state, "vqgan."))
     vocab_size, width = state["token_emb.word_embeddings.weight"].shape
     positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
@@ -2641,7 +2713,8 @@ def published_mage(state, heads=None):
     kept = {k: v for k, v in state.items() if k in ours}
     table = "token_emb.position_embeddings.weight"
     kept[table] = kept[table][:positions]                                 # a longer table has rows never read
-    return config, kept, sorted(state.keys() - ours)
+    dead = {k.split(".")[0] if k.startswith(TRAINING) else k for k in state.keys() - ours}
+    return config, kept, sorted(dead)
 
 
 def published_addp(state, heads=None, predictor_heads=None):
@@ -3086,7 +3159,7 @@ def rebuild(config, state, path):
 
 def load_model(path, ema=None, tell=print, heads=None, order=None):
     """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by
-    the authors of MAGE, ADDP or ADM.
+    the authors of MAGE, Sorcen, ADDP or ADM.
 
     ema   True: the averaged weights, where a checkpoint has them; None: if the paper reads features off them
     tell  called with one line about what is assumed or never read     heads, order  of ADM, see ADMAttention
@@ -3109,14 +3182,24 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
             raise UserError(f"{path} is " + ("no published ADM; leave --adm-... out" if attention else
                             "a tokenizer, not a model; name its run's folder or model.pt" if tokenizer else
                             "neither a checkpoint of train.py nor a file published for MAGE, ADDP or ADM"))
+        if published_mage in readers and not sub_state(weights, "vqgan.") and "pos2d" not in weights:
+            weights |= tokenizer_beside(path)
         config, weights, dead = readers[0](weights, **attention)
-        unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
+        unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD + TRAINING]
         known = ", ".join(n for n in dead if n not in unknown) or "nothing"
         assumed = f"; assumed: heads {heads or 'of 64 channels'}, {order or 'legacy'} order"
         assumed = assumed if "head" in config else ""
         tell(f"{path.name}: published layout; dead in the original, left out: {known}"
              + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else "") + assumed)
         return rebuild(config, weights, path), {"arch": config}
+
+
+def tokenizer_beside(path):
+    """{"vqgan." + name: tensor} for a file of Sorcen, which holds no tokenizer."""
+    tokenizer = path.with_name("vqgan_jax_strongaug.ckpt")
+    if not tokenizer.exists():
+        raise UserError(f"{path} holds no tokenizer; put MAGE's {tokenizer.name} into the same folder")
+    return {f"vqgan.{name}": v for name, v in load_tokenizer(tokenizer)[0].state_dict().items()}
 
 
 def load_tokenizer(path):
