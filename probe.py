@@ -69,67 +69,65 @@ from unified import UserError, flag
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # What is read, and how
     run: str = flag(dataclasses.MISSING, "run folder, checkpoint, or weight file published by the authors; "
-                                         "several are compared in one table", positional=True, nargs="+")
+                                         "several are compared in one table", positional=True, nargs="+",
+                    group="what is read")
     head: str = flag("ridge", "what reads the features", choices=[
         "ridge", "linear", "knn", "fewshot", "mlp", "attention", "difformer", "diffeed", "finetune",
         "segment"])
-    layers: str = flag("", "blocks to read, counted from 1, such as 2,4,6; else the one that the paper reads")
+    layers: str = flag("", "blocks to read, counted from 1, such as 2,4,6 [the one that the paper reads]")
     t: str = flag("", "how corrupted the images are, such as 0,0.3 for MAGE's mask ratio or 90,150 "
-                      "for timesteps; else as in the paper")
+                      "for timesteps [as in the paper]")
     pool: str = flag("", "mean: over the image; class: the class position; 2: averages of 2 x 2 cells; "
                          "several with commas: the best one")
     sweep: bool = flag(False, "try every layer, and t from hardly to half corrupted, "
                               "unless --layers and --t say otherwise")
     samples: str = flag("", "no probe: how many images of this .npz of sample.py are drawings, as in shapes")
     save: str = flag("", "no probe: keep features, labels and file names of all images in this new .npz")
-    seed: int = flag(0, "of everything random", least=0, most=2**32 - 1)
+    seed: int = flag(0, "random seed", min=0, max=2**32 - 1)
 
-    # Data
-    dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders; else the run's own")
-    data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
-    limit: int = flag(None, "training images used at most; a tenth of them is held out", least=20)
+    dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders [the run's own]",
+                        group="data")
+    data_dir: str = flag("", "dataset folder, if not data/<dataset>")
+    limit: int = flag(None, "training images used at most; a tenth of them is held out", min=20)
     labels: float = flag(None, "fraction of the training images, such as 0.01: equally many of each class, "
-                               "the same for every model", least=1e-9, most=1)
+                               "the same for every model", min=1e-9, max=1)
     subset: str = flag("", "file of the training images, NAME or CLASS/NAME a line, as SimCLR's 1percent.txt")
     strict_images: bool = flag(False, "stop at an unreadable image instead of leaving it out")
 
-    # Options of single heads
-    k: int = flag(None, "knn: neighbours that vote, for fewshot on the place to read; else 20")
-    shots: int = flag(None, "fewshot: so many images a class, scored as UMD's authors do, who take 100; "
-                            "else 5, 10 and 25 by a ridge that fits so few")
+    k: int = flag(None, "knn: neighbours that vote, for fewshot on the place to read [20]",
+                  group="single heads")
+    shots: int = flag(None, "fewshot: so many images a class, scored as UMD's authors do, who take 100 "
+                            "[5, 10 and 25, by a ridge that fits so few]")
     hidden: str = flag("512", "mlp: widths of its hidden layers, such as 512,256")
-    feedback: str = flag("", "diffeed: the layers fed back to their mirrors; else the last of each map size")
+    feedback: str = flag("", "diffeed: the layers fed back to their mirrors [the last of each map size]")
     ignore: str = flag("", "segment: values in masks that count as no class, such as 0; 255 is always one")
 
-    # Training of a head
     augment: bool = flag(False, "fresh crops and noise in every epoch, as published; "
-                                "else features are computed once")
+                                "else features are computed once", group="training of a head")
     sgd: bool = flag(False, "DiffSSL's plain SGD, for linear on features as they are; "
                             "else LARS for linear, AdamW for the others")
     matryoshka: bool = flag(False, "learn at the same time from the first 8, 16, 32, ... dimensions alone")
-    batch_size: int = flag(None, "images a step; 4096 for linear, 256 for finetune, 16 for diffeed and "
-                                 "segment, 128 for the others and with --sgd", most=10**6)
-    epochs: int = flag(None, "passes over the training set; 90 for linear, 20 for finetune and segment, "
-                             "28 with --sgd, 10 for the others")
-    lr: float = flag(None, "learning rate for 256 images a step; for linear 0.1, for finetune 2.5e-4, "
-                           "or ten times that below 500,000 images", least=1e-9)
+    batch_size: int = flag(None, "images per step [4096 for linear, 256 for finetune, 16 for diffeed and "
+                                 "segment, 128 for the others and with --sgd]", max=10**6)
+    epochs: int = flag(None, "passes over the training set [90 for linear, 20 for finetune and segment, "
+                             "28 with --sgd, 10 for the others]")
+    lr: float = flag(None, "learning rate for 256 images per step [for linear 0.1, for finetune 2.5e-4, for "
+                           "that of ADDP 1e-3, or ten times that below 500,000 images]", min=1e-9)
 
-    # Weights
-    weights: str = flag("", "raw, or ema for the averaged ones; else as in the paper", choices=["raw", "ema"])
-    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
-                                "else one for 64 channels")
-    adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
+    weights: str = flag("", "raw, or ema for the averaged ones [as in the paper]", choices=["raw", "ema"],
+                        group="weights")
+    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4 "
+                                "[one for 64 channels]")
+    adm_order: str = flag(None, "channels' order in that file [legacy]; new after --use_new_attention_order",
                           choices=["legacy", "new"])
 
-    # This machine
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = flag(None, "of the network's activations; bfloat16 on GPUs that compute in it, else float32",
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps",
+                       group="hardware")
+    dtype: str = flag(None, "of activations [bfloat16 on GPUs that compute in it, else float32]",
                       choices=["float32", "bfloat16"])
-    compile: bool = flag(None, "compile the blocks; else on cuda only")
-    workers: int = flag(min(8, os.cpu_count()), "processes that decode the images of a folder",
-                        least=0, most=1000)
+    compile: bool = flag(None, "torch.compile the blocks [on cuda]")
+    workers: int = flag(min(8, os.cpu_count()), "data-loading processes, for folders", min=0, max=1000)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -522,8 +520,7 @@ def lr_at(epoch, cfg, warmup=0.05):
     if cfg.sgd:
         return peak * 0.1 ** int(4 * epoch / cfg.epochs)
     warmup = 10 / 90 if cfg.head == "linear" else warmup
-    least = 1e-6 if cfg.head == "finetune" else 0.0
-    return learning_rate(epoch, warmup * cfg.epochs, cfg.epochs, peak, least)
+    return learning_rate(epoch, warmup * cfg.epochs, cfg.epochs, peak, 1e-6 * (cfg.head == "finetune"))
 
 
 def train(learners, batches, steps, title, cfg, warmup=0.05):
@@ -532,7 +529,7 @@ def train(learners, batches, steps, title, cfg, warmup=0.05):
     learners  [(loss, optimizer), ...], which see the same batches: loss(features, y) -> scalar
     batches   epoch -> yields features and labels y (B,), `steps` times
     """
-    with progress_bar(cfg.epochs * steps, title, "step") as bar:
+    with progress_bar(cfg.epochs * steps, title, "steps") as bar:
         for epoch in range(cfg.epochs):
             for step, (features, y) in enumerate(batches(epoch)):
                 for loss, optimizer in learners:
@@ -952,7 +949,7 @@ def heat_map(scores, best, title, w=36, h=26):
 
 
 def main():
-    typed = unified.parse_flags(Config, __doc__.split("\n")[0])
+    typed = Config(**unified.parse_flags(Config, __doc__))
     check_flags(typed)
     cfgs = [settle(dataclasses.replace(typed, run=run)) for run in distinct(typed.run)]
     device = str(unified.join_processes(typed.device))
@@ -1342,12 +1339,18 @@ def open_sets(model, config, cfg):
     train_set, test_set = (
         open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images, crop)
         for part in (True, False))
-    if len(train_set.classes) < 2 or not test_set.unseen or len(train_set) < 20:
-        raise UserError(f"{name} cannot be probed, which takes two classes, 20 images to train on and others "
-                        f"to test on: {train_set.summary}")
+    if reason := no_probe(train_set, test_set):
+        raise UserError(f"{name} cannot be probed, {reason}: {train_set.summary}")
     if not cfg.dataset:
         check_same_data(config, train_set, cfg.run, f"put them back, or say --dataset {name} to probe these")
     return name, train_set, test_set
+
+
+def no_probe(train_set, test_set):
+    """Why these sets cannot be probed; "" if they can. In a single class, every accuracy means nothing."""
+    two_classes = all(len(data.labels.unique()) > 1 for data in (train_set, test_set))
+    return "" if two_classes and len(train_set) >= 20 and test_set.unseen else \
+        "it takes two classes in both parts, 20 images to train on, and others to test on"
 
 
 def describe_data(data):
@@ -1439,7 +1442,7 @@ def score_segments(heads, read, data, cfg):
     [(image (3, H, W), label and prediction (H, W)), ...] of the first images."""
     confusions, examples, together = collections.Counter(), [], data.layout == "in memory"
     index = local_shard(torch.arange(len(data))).split(images_at_once(data, cfg.device) if together else 1)
-    with progress_bar(len(index), "test set", " batches") as bar:
+    with progress_bar(len(index), "test set", "batches") as bar:
         for part, (x, _) in zip(index, data.batches([(part, None) for part in index], 0, False)):
             found = segment(heads, read, x, unified.to_device(part, x.device), data.size, len(data.classes))
             y = (255 * x[:, 3]).round().long() - 1                                          # (B, H, W)
@@ -1492,14 +1495,14 @@ def segment_sheet(examples, classes, side=128):
                for c in range(len(classes))] + [(255, 255, 255)]                            # ignored: -1
     colors = torch.tensor(palette) / 255
     tiles = [v.cpu() if v.dim() == 3 else colors[v.cpu()].movedim(2, 0) for row in examples for v in row]
-    rows = unified.image_grid(torch.cat([F.interpolate(v[None], (side, side)) for v in tiles]), 3, 1)
+    tiles = torch.cat([F.interpolate(v[None], (side, side)) for v in tiles])
+    rows = unified.image_grid(tiles, min_side=1, names=("image", "label", "prediction"))
     seen = torch.cat([v.flatten() for _, *pair in examples for v in pair]).unique().tolist()
     sheet = PIL.Image.new("RGB", (rows.width + 160, max(rows.height, 20 * len(seen) + 30)), "lightgrey")
     sheet.paste(rows)
     draw = PIL.ImageDraw.Draw(sheet)
-    draw.text((rows.width + 8, 8), "image, label, prediction", fill="black")
     for i, c in enumerate(seen):
-        y = 20 * i + 28
+        y = 20 * i + 24
         draw.rectangle((rows.width + 8, y, rows.width + 24, y + 16), fill=palette[c], outline="black")
         draw.text((rows.width + 32, y + 2), "ignored" if c < 0 else classes[c], fill="black")
     return sheet
@@ -1531,7 +1534,7 @@ def read_images(read, data, index, workers=0, device="cpu", name=None):
     device or where read puts them. name: of a progress bar. Stopped if a signal asks for the end."""
     plan = whole_images(index, data, device)
     features, labels, done = {}, torch.empty(len(index), dtype=torch.long, device=device), 0
-    with torch.no_grad(), progress_bar(len(plan), name, " batches") as bar:
+    with torch.no_grad(), progress_bar(len(plan), name, "batches") as bar:
         for of_batch, y in read_batches(read, data, plan, device, workers):
             if SIGNALS:
                 raise Stopped("while images were read")
@@ -1608,10 +1611,22 @@ def asked_to_stop():
     return bool(asked)
 
 
-def progress_bar(total, title, unit):
-    """A bar that vanishes, in the first process only; none without a title, or without a terminal."""
-    silent = title is None or unified.rank_and_world()[0] > 0 or None           # None: where no terminal is
-    return tqdm.tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, leave=False, disable=silent)
+def progress_bar(total, title, unit, start=0, stay=False):
+    """A bar that vanishes or stays, in the first process only; none without a title. Where there is no
+    terminal, a line now and then, and at the start if it stays."""
+    lines = dict(file=Lines(), delay=0 if stay else 1, mininterval=30, miniters=1,
+                 bar_format="{desc}: {n_fmt} of {total_fmt}{unit}{postfix}, {remaining} left")
+    more = dict(leave=stay, dynamic_ncols=True) if sys.stderr.isatty() else dict(leave=False, **lines)
+    silent = title is None or unified.rank_and_world()[0] > 0
+    return tqdm.tqdm(total=total, initial=start, desc=title, unit=f" {unit}", disable=silent, **more)
+
+
+class Lines:
+    """Where a bar is written to, instead of a terminal: a line each time it is drawn."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
 
 
 def local_shard(items):
@@ -1642,12 +1657,12 @@ def average_gradients(parameters):
 # What train.py uses, too.
 
 
-def learning_rate(position, warmup, total, peak, least=0.0):
-    """Linear rise, then half a cosine down to least: position, warmup and total in one unit
+def learning_rate(position, warmup, total, peak, end=0.0):
+    """Linear rise, then half a cosine down to end: position, warmup and total in one unit
     (official file: util/lr_sched.py)."""
     if position < warmup:
         return peak * position / warmup
-    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
 
 
 def compile_blocks(model):
@@ -1978,11 +1993,12 @@ def download_cifar10(folder, timeout=60):
                 raise TimeoutError("another process has tried")         # else all would fail one by one
             with tempfile.TemporaryDirectory(prefix=".", dir=folder) as own, \
                     tempfile.TemporaryFile(dir=folder) as archive, \
-                    urllib.request.urlopen(CIFAR10_URL, timeout=timeout) as source:
-                chunks = iter(lambda: source.read(1 << 20), b"")
-                for chunk in tqdm.tqdm(chunks, "CIFAR-10", False, 163, unit=" MiB", disable=None):
+                    urllib.request.urlopen(CIFAR10_URL, timeout=timeout) as source, \
+                    progress_bar(163, "CIFAR-10", "MiB") as bar:
+                for chunk in iter(lambda: source.read(1 << 20), b""):
                     digest.update(chunk)
                     archive.write(chunk)
+                    bar.update()
                 if digest.hexdigest() != CIFAR10_MD5["cifar-10-python.tar.gz"]:
                     raise ValueError(f"{archive.tell()} bytes came, with a wrong checksum")
                 archive.seek(0)
@@ -2165,9 +2181,11 @@ def open_masks(dataset, data_dir, size, cfg):
     root, sets, highest = pathlib.Path(data_dir or dataset), [], 2
     layout, first, classes, parts = find_masks(root)
     rule = first, [255, *range(first), *void], first + len(classes) - 1 if classes else 254
-    for image, mask in tqdm.tqdm(sum(parts, []), "masks", leave=False, disable=None):
-        with unified.reading(image, "an image"), PIL.Image.open(image) as opened:
-            highest = max(highest, read_mask(mask, *rule, shown_size(opened)).max())
+    with progress_bar(sum(map(len, parts)), "masks", "masks") as bar:
+        for image, mask in sum(parts, []):
+            with unified.reading(image, "an image"), PIL.Image.open(image) as opened:
+                highest = max(highest, read_mask(mask, *rule, shown_size(opened)).max())
+            bar.update()
     classes = classes or [str(value) for value in range(highest)]
     summary = f"{shown(root)}: {layout}, {' and '.join(str(len(part)) for part in parts)} images with masks"
     for part, whole in zip(parts, (False, True)):

@@ -39,22 +39,21 @@ from unified import UserError, flag
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # What is generated
     run: str = flag(None, "run folder, checkpoint, or weight file published by the authors",
-                    positional=True, nargs="?")
-    n: int = flag(None, "images; 64, or 6 for each --image", most=10**7)
-    seed: int = flag(0, "another one gives other images", least=0, most=2**32 - 1)
+                    positional=True, nargs="?", group="what is generated")
+    n: int = flag(None, "number of images [64, or 6 for each --image]", max=10**7)
+    seed: int = flag(0, "random seed; another one gives other images", min=0, max=2**32 - 1)
     label: str = flag("", "class name or number; several with commas take turns, all takes every class")
     guidance: float = flag(1.0, "how much to exaggerate what the label changes; 1 is not at all",
-                           least=0, most=1000)
+                           min=0, max=1000)
     guidance_interval: str = flag(None, "LO,HI: guide only between these points of the way; 0 is all "
                                         "noise or masked, 1 the image")
     guide: str = flag(None, "a weaker run of the same kind, or an earlier checkpoint: --guidance moves away "
                             "from what it predicts, with or without --label")
     gif: bool = flag(False, "also write the steps as a film")
 
-    # Images of your own
-    image: str = flag((), "images to inpaint, centre-cropped to the model's size", nargs="+")
+    image: str = flag((), "images to inpaint, centre-cropped to the model's size", nargs="+",
+                      group="images of your own")
     mask: str = flag((), "images, white where to inpaint, cropped like --image; one for all or one for each",
                      nargs="+")
     box: str = flag((), "instead of masks x0,y0,x1,y1 in pixels of the model's size", nargs="+")
@@ -62,37 +61,35 @@ class Config:
     reconstruct: bool = flag(False, "only send each --image through the tokenizer and back; "
                                     "umd and mae mask most of it and predict that")
 
-    # How
-    steps: int = flag(None, "rounds of decoding; 20, or fewer if there are fewer ids; "
-                            "from noise 125, of adm 250, or 25 at --eta 0")
-    schedule: str = flag(None, "models of ids: how the number of masked ones falls; else cosine",
+    steps: int = flag(None, "steps of decoding [20, or fewer if there are fewer ids; from noise 125, of adm "
+                            "250, or 25 at --eta 0]", group="how")
+    schedule: str = flag(None, "models of ids: how the number of masked ones falls [cosine]",
                          choices=list(unified.SCHEDULES))
     temperature: float = flag(None, "models of ids: Gumbel noise on the confidence; more is more varied, "
-                                    "less is cleaner; 6 for 256 ids", least=0)
-    eta: float = flag(None, "models that start from noise: 1 as published, DDPM; "
-                            "0 is DDIM, which adds no noise on the way", least=0, most=1)
+                                    "less is cleaner [6 for 16 x 16 ids, 3 for 8 x 8]", min=0)
+    eta: float = flag(None, "models that start from noise: 1 is DDPM, as published; 0 is DDIM, which adds no "
+                            "noise on the way [1]", min=0, max=1)
     batch: int = flag(64, "images computed at once")
     weights: str = flag("ema", "the averaged ones, where the run has them, or raw", choices=["raw", "ema"])
-    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4; "
-                                "else one for 64 channels")
-    adm_order: str = flag(None, "their channels' order in it; new after --use_new_attention_order True",
+    adm_heads: int = flag(None, "attention heads in a file of guided-diffusion, whose own default is 4 "
+                                "[one for 64 channels]")
+    adm_order: str = flag(None, "channels' order in that file [legacy]; new after --use_new_attention_order",
                           choices=["legacy", "new"])
 
-    # Where to
-    out: str = flag("", "the PNG to write; else samples-<seed>.png in the run's folder")
+    out: str = flag("", "the PNG to write [samples-<seed>.png in the run's folder]", group="where to")
     npz: str = flag("", "also write all images to this file, as arr_0, uint8 (N, S, S, 3)")
     png_dir: str = flag("", "also write each image to this folder; what this command began is continued")
     overwrite: bool = flag(False, "replace files that are there")
 
-    # This machine
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = flag(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps",
+                       group="hardware")
+    dtype: str = flag(None, "of activations [bfloat16 on GPUs that compute in it, else float32]",
                       choices=["float32", "bfloat16"])
     compile: bool = flag(False, "compile the blocks: slower to start, then faster")
 
 
 def main():
-    cfg = find_run(unified.parse_flags(Config, __doc__.split("\n")[0]))
+    cfg = find_run(Config(**unified.parse_flags(Config, __doc__)))
     check_flags(cfg)
     path = sheet_path(cfg)
     device = unified.join_processes(cfg.device)
@@ -155,7 +152,7 @@ def generate(model, config, cfg, labels):
             collections.deque(batches, 0)                       # helps to make them, keeps none
     if cfg.gif and first:
         [(_, states)] = state_batches(model, cfg, [every[:GRID]], labels)
-        write_film(film_path(cfg), [model.render(state).cpu() for state in thinned(list(states))], columns=8)
+        write_film(film_path(cfg), [model.render(state).cpu() for state in thinned(list(states))])
 
 
 def inpaint(model, cfg, labels):
@@ -170,9 +167,10 @@ def inpaint(model, cfg, labels):
     film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                    # (steps, images, n, 3, S, S)
     given = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()       # (images, 2, 3, S, S)
     frames = [torch.cat([given, frame], 1).flatten(0, 1) for frame in film]
-    unified.image_grid(frames[-1], cfg.n + 2).save(cfg.out)
+    names = ["input", "mask"] + ["sample"] * cfg.n
+    unified.image_grid(frames[-1], names=names).save(cfg.out)
     if cfg.gif:
-        write_film(film_path(cfg), frames, columns=cfg.n + 2)
+        write_film(film_path(cfg), frames, names)
 
 
 def reconstruct(model, cfg):
@@ -180,7 +178,8 @@ def reconstruct(model, cfg):
     x = own_images(model, cfg)
     torch.manual_seed(cfg.seed)
     row = [x, *(y.cpu() for y in model.reconstruct(x.to(cfg.device)))]
-    unified.image_grid(torch.stack(row, 1).flatten(0, 1), len(row)).save(cfg.out)
+    names = ["input"] + ["masked"] * (len(row) - 2) + ["output"]
+    unified.image_grid(torch.stack(row, 1).flatten(0, 1), names=names).save(cfg.out)
 
 
 def own_images(model, cfg):
@@ -211,7 +210,7 @@ def state_batches(model, cfg, batches, labels, **inpainting):
         for state in states:
             bar.update()
             yield state
-    with progress_bar(model.num_steps(cfg.steps, cfg.eta) * len(batches), "", "pass") as bar:
+    with progress_bar(model.num_steps(cfg.steps, cfg.eta) * len(batches), "images", "passes") as bar:
         for batch in batches:
             of_batch = {name: v[batch.to(v.device)] for name, v in inpainting.items()}
             yield batch, counted(decode(model, cfg, batch.to(cfg.device), labels, **of_batch))
@@ -254,9 +253,9 @@ def write_sheet(path, batches):
     unified.image_grid(x.movedim(-1, 1) / 255).save(path)
 
 
-def write_film(path, frames, columns):
+def write_film(path, frames, names=()):
     """Frames (n, 3, S, S) in [0, 1] -> a GIF of the sheet, three frames a second, the last one held."""
-    sheets = [unified.image_grid(x, columns, 512) for x in frames]
+    sheets = [unified.image_grid(x, min_side=512, names=names) for x in frames]
     duration = [330] * (len(sheets) - 1) + [2500]
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=duration, loop=0)
 

@@ -1218,7 +1218,7 @@ def test_embed_is_the_normed_mean_of_the_features():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. MAGE-C
+# 6. MAGE-C and MAGE-E
 
 
 def unit_vectors(B, width=6):
@@ -1240,15 +1240,22 @@ def contrast_worker(folder, z):
     unified.join_processes("cpu")
     rank, world = unified.rank_and_world()
     mine = z.chunk(world)[rank].clone().requires_grad_()
-    loss = unified.info_nce(mine)
+    loss = unified.info_nce(mine) if z.dim() == 3 else echo_loss(mine)
     loss.backward()
     torch.save((loss.detach(), mine.grad), f"{folder}/{rank}.pt")
     unified.leave_processes()
 
 
-def test_info_nce_over_two_processes_is_info_nce_over_one(tmp_path):
-    z = unit_vectors(4).requires_grad_()
-    loss = unified.info_nce(z)
+def echo_loss(z):
+    """MAGE-E's loss of unit vectors z (B, 4), whose echoes are they themselves, turned by a quarter."""
+    echoing = types.SimpleNamespace(prediction=nn.Identity(), echo=lambda *args: z.detach().roll(1, 1))
+    return unified.EchoMAGE.echo_contrast(echoing, z, None, None, None)
+
+
+@pytest.mark.parametrize("law", [unified.info_nce, echo_loss])
+def test_contrast_over_two_processes_is_contrast_over_one(law, tmp_path):
+    z = (unit_vectors(4) if law is unified.info_nce else unit_vectors(4)[:, 0]).requires_grad_()
+    loss = law(z)
     loss.backward()
     both(tmp_path, contrast_worker, tmp_path, z.detach())
     losses, grads = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
@@ -1270,6 +1277,131 @@ def test_one_view_is_plain_mage():
     x = some_images()
     assert "contrast" not in mage(contrastive=0.1)(x)[1]
     assert "contrast" not in mage()(x[:, None].repeat(1, 2, 1, 1, 1))[1]
+
+
+def mage_e(**options):
+    """A fresh MAGE-E in eval mode; 4 x 4 ids below 32. Its teacher differs from it."""
+    torch.manual_seed(1)
+    sizes = dict(width=32, depth=2, heads=4, decoder_width=24, decoder_depth=2, decoder_heads=3)
+    model = unified.EchoMAGE(tokenizer(), 16, contrastive=0.1, **{**sizes, **options}).eval()
+    for p in model.teacher.parameters():
+        p.add_(0.05 * torch.randn(p.shape))
+    return model
+
+
+def read_by_the_teacher(model, logits, ids, mask):
+    """Echoes (B, L), [MASK] where they have no id, and the teacher's vectors of them."""
+    e, [seen] = recorded(model.teacher[0], lambda: model.echo(logits, ids, mask))
+    assert (seen[:, 0] == model.fake_id).all()
+    return seen[:, 1:], e
+
+
+def test_echoes_keep_visible_ids_and_draw_masked_ones_from_the_decoders_logits_but_never_the_best():
+    model, B = mage_e(), 4000
+    ids, mask = some_ids(model, B), some_noise(B, 16) < 0.6
+    logits = 2 * some_gauss(16, 32).expand(B, -1, -1)                   # the same for all images
+    echo, _ = read_by_the_teacher(model, logits, ids, mask)
+    kept = echo != model.mask_id
+    assert echo[kept & ~mask].equal(ids[kept & ~mask]) and 0.2 < kept.float().mean() < 0.8
+    for place in range(16):
+        drawn = echo[:, place][kept[:, place] & mask[:, place]]
+        found = F.one_hot(drawn, 32).float().mean(0)
+        best = logits[0, place].argsort(descending=True)[1:16]
+        wanted = torch.zeros(32).scatter(0, best, logits[0, place, best].softmax(0))
+        assert not found[wanted == 0].any() and (found - wanted).abs().max() < 0.06
+
+
+def test_an_echo_is_a_square_of_half_to_all_of_the_side_as_large_for_all_images_and_anywhere():
+    model, places = mage_e(), set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        echo, _ = read_by_the_teacher(model, torch.zeros(50, 16, 32), some_ids(model, 50),
+                                      torch.zeros(50, 16, dtype=torch.bool))
+        kept, sides = (echo != model.mask_id).unflatten(1, (4, 4)), set()
+        for square in kept:
+            rows, columns = (square.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+            top, left, side = rows[0], columns[0], len(rows)
+            assert square[top:top + side, left:left + side].all() and square.sum() == side ** 2
+            sides.add(side)
+            places.add((side, top, left))
+        assert len(sides) == 1
+    assert places == {(side, top, left) for side in (2, 3, 4)
+                      for top in range(5 - side) for left in range(5 - side)}
+
+
+def test_the_loss_of_echoes_is_the_equation_written_out():
+    model, x, noise, seen = mage_e(), some_ids(mage_e(), 5), some_noise(5, 16), []
+    model.teacher[1].register_forward_hook(lambda layer, args, e: seen.append(e))
+    (loss, logs), [latent] = outputs_of(model.norm, lambda: model(x, mask_ratio=0.6, mask_noise=noise))
+    z = F.normalize(model.prediction(model.projection(latent[:, 1:].mean(1))), dim=-1)
+    similarity = (F.normalize(seen[0], dim=-1) @ z.T / 0.3).exp()
+    assert_close(logs["contrast"], -sum((similarity[a, a] / similarity[a].sum()).log() for a in range(5)) / 5)
+    plain = mage()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert_close(logs["masked"], plain(x, mask_ratio=0.6, mask_noise=noise)[0], 1e-6)
+    assert_close(loss, logs["masked"] + 0.1 * logs["contrast"], 1e-6)
+
+
+def test_the_teacher_reads_like_the_encoder_without_gradient_or_dropout():
+    model = mage_e(dropout=0.5).train()
+    ids, mask = some_ids(model), torch.arange(16) < torch.tensor([[0], [5], [10], [16]])
+    logits = torch.zeros(4, 16, 32, requires_grad=True)
+    for _ in range(2):
+        torch.manual_seed(0)
+        echo, e = read_by_the_teacher(model, logits, ids, mask)
+    twin = mage_e()
+    parts = (twin.token_emb, twin.blocks, twin.norm, twin.projection)
+    with torch.no_grad():
+        for p, average in zip(nn.ModuleList(parts).parameters(), model.teacher.parameters()):
+            p.copy_(average)
+    latent = twin.encode(twin.input_ids(echo, echo == twin.mask_id))
+    assert_close(e, F.normalize(twin.projection(latent[:, 1:].mean(1)), dim=-1), 1e-5)
+    z = some_gauss(4, 256).requires_grad_()
+    model.echo_contrast(z, logits, ids, mask).backward()
+    assert z.grad.any() and logits.grad is None and all(p.grad is None for p in model.teacher.parameters())
+
+
+def train_echoes(folder, model, stop_before=None, after_step=None):
+    """Three steps of two micro-batches; or an unreadable image ends them before the step stop_before."""
+    ids = torch.randint(model.codes, (32, 1, 16), generator=torch.Generator().manual_seed(0))
+
+    def batches(plan):
+        for i, batch in enumerate(train.cached_batches(ids, torch.zeros(32), plan)):
+            if i // 2 == stop_before:
+                raise unified.UserError("an image")
+            yield batch
+    cfg = train.settings(train.Config(device="cpu", compile=False, eval_every=0, out_dir=str(folder)))
+    recipe = {**unified.MAGE_RECIPE, "steps": 3, "views": 1, "lr": 1e-3, "batch_size": 8, "micro_batch": 4}
+    train.train(cfg, "model", model, recipe, image_set(32), batches, {}, None, lambda step, first: {},
+                after_step or model.after_step)
+
+
+def test_the_teacher_starts_as_the_encoder_and_follows_it_once_in_each_step(tmp_path):
+    fresh, model = (unified.EchoMAGE(tokenizer(), 16, 32, 2, 4, 24, 2, 3, contrastive=0.1), mage_e())
+    for net in (fresh, model):
+        ours = [*nn.ModuleList([net.token_emb, net.blocks, net.norm, net.projection]).parameters()]
+        same = [p.equal(average) for p, average in zip(ours, net.teacher.parameters(), strict=True)]
+        assert all(same) or net is model
+    wanted, seen = [p.clone() for p in model.teacher.parameters()], []
+
+    def after_step():
+        seen.append([p.detach().clone() for p in ours])
+        model.after_step()
+    train_echoes(tmp_path, model, after_step=after_step)
+    for weights in seen:
+        wanted = [0.996 * average + 0.004 * p for average, p in zip(wanted, weights)]
+    assert len(seen) == 3 and not seen[0][0].equal(seen[2][0])
+    for average, w in zip(model.teacher.parameters(), wanted):
+        assert_close(average, w, 1e-5)
+
+
+def test_a_teacher_goes_on_where_it_was(tmp_path):
+    whole, first, second = (mage_e() for _ in range(3))
+    train_echoes(tmp_path / "whole", whole)
+    with pytest.raises(unified.UserError, match="an image"):
+        train_echoes(tmp_path / "parts", first, stop_before=2)
+    train_echoes(tmp_path / "parts", second)
+    assert all(v.equal(second.state_dict()[name]) for name, v in whole.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2911,7 +3043,7 @@ def test_every_preset_can_be_built_from_plain_values(name):
         assert model.image_size == side and model.layers[1][1:] == (side if name == "adm" else 16,) * 2
         assert model.classes == (10 if method.model.takes_labels else 0)
         if method.tokenizer:
-            assert model.vqgan.stride == stride and (model.contrastive > 0) == (method.views == 2)
+            assert model.vqgan.stride == stride and (model.contrastive > 0) == (name in ("mage-c", "mage-e"))
 
 
 @pytest.mark.parametrize("name, size, side, classes, parameters", [
@@ -2996,6 +3128,40 @@ def test_published_mage_files_load_strictly(tmp_path, size, heads, used, encoder
     assert count(model, "vqgan.") == 54_515_587 and count(model, "") - count(model, "vqgan.") == used
     assert (count(model, "blocks.", "norm."), count(model, "token_emb.")) == (encoder, embedding)
     assert (count(model, "decoder_"), count(model, "mlm_layer.")) == (decoder, head)
+
+
+def test_published_sorcen_files_load_with_mages_tokenizer_beside_them_and_lease_is_refused(tmp_path):
+    shapes = {k: v for k, v in official("mage", **BASE).items() if not k.startswith("vqgan.")}
+    shapes |= {k.replace("blocks", "blocks_momentum"): v for k, v in shapes.items() if k[:7] == "blocks."}
+    for name, (inp, hidden) in {"projector": (768, 4096), "momentum_projector": (768, 4096),
+                                "predictor": (512, 2048)}.items():
+        shapes |= {f"{name}.projector.0.weight": (hidden, inp), f"{name}.projector.1.running_mean": (hidden,),
+                   f"{name}.projector.1.num_batches_tracked": (), f"{name}.projector.3.weight": (512, hidden)}
+    shapes |= {"classifier.0.weight": (512, 768), "classifier.2.weight": (1000, 512)}
+    torch.save({"model": hollow(shapes), "args": argparse.Namespace(blr=1.5e-4)}, tmp_path / "sorcen.pth")
+    with pytest.raises(unified.UserError, match="sorcen.pth holds no tokenizer; put .*vqgan_jax_strong"):
+        load_hollow(tmp_path / "sorcen.pth")
+    torch.save({"state_dict": hollow(official("tokenizer"))}, tmp_path / "vqgan_jax_strongaug.ckpt")
+    model, config, [said] = load_hollow(tmp_path / "sorcen.pth")
+    assert type(model) is unified.MAGE and (model.fake_id, model.mask_id, model.length) == (1100, 2024, 256)
+    assert config["arch"]["tokenizer"] == unified.tokenizer_config("base", 16) and not model.training
+    assert "unknown" not in said and "blocks_momentum, classifier" in said and len(said) < 400
+    torch.save({"model": hollow(shapes | {"pos2d": (1, 256, 768)})}, tmp_path / "lease.pth")
+    with pytest.raises(unified.UserError, match="lease.pth.*LEASE"):
+        load_hollow(tmp_path / "lease.pth")
+
+
+def test_a_file_of_sorcen_samples_and_gives_the_features_of_mage(tmp_path, monkeypatch):
+    ours, vqgan = mage(classes=1000, fake_class=76), tokenizer()
+    state = ours.state_dict() | {"projector.projector.0.weight": torch.zeros(2, 2)}
+    torch.save({"model": {k: v for k, v in state.items() if not k.startswith("vqgan.")}}, tmp_path / "s.pth")
+    torch.save(vqgan.state_dict(), tmp_path / "vqgan_jax_strongaug.ckpt")
+    monkeypatch.setitem(unified.PUBLISHED_HEADS, 32, (4, 3))
+    monkeypatch.setattr(unified, "published_tokenizer", lambda state: dict(
+        codebook_size=32, codebook_dim=8, ch=8, ch_mult=[1, 1, 1], blocks=1, groups=4))
+    model, _ = unified.load_model(tmp_path / "s.pth", tell=lambda line: None)
+    assert model.embed(some_images()).equal(ours.embed(some_images()))
+    assert model.sample(2, steps=2).equal(ours.sample(2, steps=2))
 
 
 @pytest.mark.parametrize("size, heads, used, encoder", [
@@ -3353,14 +3519,19 @@ class Options:
     compile: bool = unified.flag(True, "compile or not")
 
 
+DOC = "What it does.\n\n    python script.py out/RUN\n\nMore."
+
+
 def test_a_dataclass_is_a_command_line(capsys):
-    assert unified.parse_flags(Options, "", []) == Options("out", 64, "a", True)
+    assert unified.parse_flags(Options, DOC, []) == {}
     typed = "here --batch-size 8 --kind=b --no-compile".split()
-    assert unified.parse_flags(Options, "", typed) == Options("here", 8, "b", False)
+    given = dict(run="here", batch_size=8, kind="b", compile=False)
+    assert unified.parse_flags(Options, DOC, typed) == given and Options(**given).run == "here"
+    assert unified.parse_flags(Options, DOC, ["--batch-size", "64"]) == {"batch_size": 64}     # the default
     with pytest.raises(SystemExit) as stop:
-        unified.parse_flags(Options, "", ["-h"])
+        unified.parse_flags(Options, DOC, ["-h"])
     said = capsys.readouterr().out
-    assert stop.value.code == 0
+    assert stop.value.code == 0 and "usage: " in said and "run [options]" in said
     assert all(words in said
                for words in ("run", "--batch-size", "--kind {a,b}", "--no-compile", "images a step [64]"))
 
@@ -3370,7 +3541,7 @@ def test_a_dataclass_is_a_command_line(capsys):
                                            ("--batch 8", "--batch"), ("here there", "there")])
 def test_a_wrong_flag_is_named_in_one_sentence(words, blamed):
     with pytest.raises(unified.UserError, match=blamed) as error:
-        unified.parse_flags(Options, "", words.split())
+        unified.parse_flags(Options, DOC, words.split())
     assert "\n" not in str(error.value)
 
 
@@ -3452,7 +3623,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 def test_a_grid_holds_every_image_in_its_place():
     x = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 4, 4) / 2       # black, grey, white
     x = x * 0.8                                                         # lines are white
-    sheet = numpy.array(unified.image_grid(x, columns=2, least=1))
+    sheet = numpy.array(unified.image_grid(x, columns=2, min_side=1))
     assert sheet.shape == (14, 14, 3)
     for value, top, left in [(0, 2, 2), (102, 2, 8), (204, 8, 2)]:
         assert (sheet[top:top + 4, left:left + 4] == value).all()
@@ -3460,7 +3631,7 @@ def test_a_grid_holds_every_image_in_its_place():
     lines[2:6, 2:6] = lines[2:6, 8:12] = lines[8:12, 2:6] = False
     assert (sheet[lines] == 255).all()
     # small images are enlarged
-    assert unified.image_grid(x, columns=2, least=64).size == (2 * 32 + 6, 2 * 32 + 6)
+    assert unified.image_grid(x, columns=2, min_side=64).size == (2 * 32 + 6, 2 * 32 + 6)
 
 
 def test_images_are_stacked_below_each_other():
@@ -3474,15 +3645,61 @@ def test_a_chart_draws_its_curves_higher_where_values_are_larger():
     blue, red = (0x1f, 0x77, 0xb4), (0xd6, 0x27, 0x28)
 
     def places(curves, color):
-        image = numpy.array(train.line_chart(curves, "loss", (400, 300)))[42:258, 72:378]
+        image = numpy.array(train.line_chart(curves, "loss", (400, 300)))[42:248, 72:318]
         return (image == color).all(2).nonzero()
     curves = {"a": [(0, 0.0), (10, 1.0)], "b": [(0, 1.0), (5, math.nan), (10, 0.0)]}
     for color, way in ((blue, -1), (red, 1)):                           # rows are counted downwards
         rows, columns = places(curves, color)
         assert way * numpy.corrcoef(rows, columns)[0, 1] > 0.9 and numpy.ptp(columns) > 200
     rows, columns = places({"a": [(0, 1.0), (10, 100.0)], "b": [(5, 10.0)]}, red)
-    assert abs(rows.mean() - 108) < 8 and abs(columns.mean() - 153) < 8     # 10 is midway from 1 to 100
+    assert abs(rows.mean() - 103) < 8 and abs(columns.mean() - 123) < 8     # 10 is midway from 1 to 100
     assert not len(places({}, blue)[0])
+
+
+@pytest.mark.parametrize("low, high, logarithmic, expected", [
+    (50, 3000, False, [500, 1000, 1500, 2000, 2500, 3000]), (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+    (3.7, 4.85, False, [3.8, 4, 4.2, 4.4, 4.6, 4.8]), (0.03, 0.4, True, [0.05, 0.1, 0.2]),
+    (1e-3, 2.0, True, [0.001, 0.01, 0.1, 1])])
+def test_an_axis_has_round_ticks(low, high, logarithmic, expected):
+    assert train.ticks(low, high, logarithmic) == pytest.approx(expected)
+
+
+def test_ends_of_curves_that_meet_are_named_apart_and_inside_the_chart(monkeypatch):
+    at, text = {}, PIL.ImageDraw.ImageDraw.text
+
+    def noted(self, xy, words, *more, **options):
+        at[words] = xy
+        text(self, xy, words, *more, **options)
+    monkeypatch.setattr(PIL.ImageDraw.ImageDraw, "text", noted)
+    curves = {"loss": [(1, 9.0), (50, 1.0)], "held_out": [(25, 5.0), (50, 1.01)]}
+    train.line_chart(curves, "model", (400, 300))
+    assert {"step", "model", "loss", "held_out", "0", "50"} <= at.keys()
+    assert at["held_out"][1] <= at["loss"][1] - 20 and at["loss"][1] <= 250 and at["loss"][0] > 320
+
+
+def test_names_stand_beside_the_rows_and_above_the_columns_of_a_sheet():
+    sheet = PIL.Image.new("RGB", (300, 200), "red")
+    page = numpy.array(unified.with_names(sheet, ["a", "b", "c"], ["input", "output"], 14))
+    height, width = page.shape[:2]
+    assert (page[height - 200:, width - 300:] == (255, 0, 0)).all() and (width, height) > (300, 200)
+    dark = (page < 128).all(2)
+    rows, columns = dark[height - 200:, :width - 300], dark[:height - 200, width - 300:]
+    assert rows[:100].any() and rows[100:].any() and not rows[98:102].any()
+    assert all(columns[:, k:k + 100].any() for k in (0, 100, 200))
+    assert unified.with_names(sheet, [], [], 14).size == sheet.size
+
+
+@pytest.mark.parametrize("side, columns", [(32, 2), (32, 8), (32, 32), (256, 3), (256, 8), (64, 12)])
+def test_names_of_columns_are_apart_and_legible_at_every_size(side, columns, monkeypatch):
+    at, text = [], PIL.ImageDraw.ImageDraw.text
+
+    def noted(self, xy, words, fill, font, anchor):
+        at.append((xy[0] - font.getlength(words) / 2, xy[0] + font.getlength(words) / 2, font.size))
+        text(self, xy, words, fill, font, anchor=anchor)
+    monkeypatch.setattr(PIL.ImageDraw.ImageDraw, "text", noted)
+    unified.image_grid(torch.zeros(columns, 3, side, side), names=["sample"] * columns)
+    assert all(left[1] < right[0] for left, right in zip(at, at[1:])) and at[0][0] >= 0
+    assert all(size >= 10 for *_, size in at)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3937,6 +4154,18 @@ def test_images_without_classes_train_and_are_not_probed(tmp_path):
                                         *flags(tmp_path / "mine", tmp_path / "other", "--labels"), expect=2)
 
 
+@pytest.mark.parametrize("of_train, of_test, allowed", [
+    ([0, 1] * 15, [0, 1], True), ([0, 1] * 15, [1, 1], False), ([1] * 30, [0, 1], False),
+    ([0, 1] * 9, [0, 1], False)])
+def test_an_accuracy_takes_two_classes_in_both_parts_and_twenty_images(of_train, of_test, allowed):
+    train_set, test_set = (
+        probe.ImageTensor(torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8), torch.tensor(labels),
+                          ["ant", "bee"], (1, 1)) for labels in (of_train, of_test))
+    assert (probe.no_probe(train_set, test_set) == "") == allowed
+    test_set.unseen = False
+    assert "others to test on" in probe.no_probe(train_set, test_set)
+
+
 @pytest.mark.parametrize("names", [["a.png"], ["ant/a.png", "bee/b.png"],
                                    ["ant/a.png", "ant/b.png", "bee/c.png", "bee/d.png", "cow/e.png"]])
 def test_sets_as_small_as_people_start_with_are_trained_on(names, tmp_path):
@@ -3971,7 +4200,7 @@ def test_what_cannot_be_a_data_set_is_refused_with_the_tree_that_is_expected(tre
 def test_names_of_any_bytes_are_read_and_shown(tmp_path, photos):
     root = tmp_path / "my photos"
     for i in range(60):
-        make_images(root, [os.fsdecode(b"caf\xe9 %d/\xff\xfe %d.png" % (i % 2, i))], i)
+        make_images(root, [os.fsdecode(b"caf\xe9 %d/\xff\xfd %d.png" % (i % 2, i))], i)
     (root / os.fsdecode(b"caf\xe9 0") / os.fsdecode(b"\xff broken.png")).write_bytes(b"")
     code, printed = finish(start(tmp_path / "printed", run_script, "train.py",
                                  flags(root, tmp_path / "a run", "--labels", "--eval-every", 0)))
@@ -4680,6 +4909,15 @@ def test_mage_c_trains_on_two_views_of_a_shared_tokenizer(photos, finished, tmp_
     assert '"contrast"' in (tmp_path / "c" / "log.jsonl").read_text()
 
 
+def test_mage_e_trains_on_one_cached_view_of_a_shared_tokenizer(photos, finished, tmp_path):
+    printed = script("train.py", *flags(photos, tmp_path, "--model", "mage-e", "--tokenizer", finished[0],
+                                        "--micro-batch", 4, "--views", 1))
+    assert "contrastive term compares 4 of the 8" in printed
+    assert '"contrast"' in (tmp_path / "log.jsonl").read_text()
+    model, _ = unified.load_model(tmp_path)
+    assert isinstance(model, unified.EchoMAGE) and "untrained" in printed
+
+
 def test_samples_in_every_form(finished, tmp_path):
     run = finished[0]
     script("sample.py", run, "--n", 5, "--out", tmp_path / "a.png", "--gif", "--npz", tmp_path / "a.npz",
@@ -4767,6 +5005,7 @@ def test_two_images_with_inpainting_masks_in_different_places_in_one_call(photos
     sheet = numpy.array(PIL.Image.open(tmp_path / "p.png")).astype(int)
     zoom = (sheet.shape[1] - 8) // 96                                   # three tiles of 32 with 2-pixel lines
     side = 32 * zoom
+    sheet = sheet[-2 * side - 6:]                                       # below the columns' names
     for row, (x0, y0, x1, y1) in enumerate(((4, 4, 12, 12), (10, 16, 32, 32))):
         original, filled = (sheet[2 + row * (side + 2):, 2 + column * (side + 2):][:side:zoom, :side:zoom]
                             for column in (0, 2))
@@ -5038,14 +5277,26 @@ def test_a_run_that_is_there_is_not_overwritten(photos, finished):
     assert (finished[0] / "model.pt").read_bytes() == before
 
 
+def test_a_run_of_another_optimizer_is_refused_in_a_sentence(tmp_path):
+    weights = {"w": torch.nn.Parameter(torch.ones(2))}
+    model, sgd = torch.nn.ParameterDict(weights), torch.optim.SGD(weights.values())
+    train.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "step": 3, "ema": {},
+                                                  "optimizer": sgd.state_dict()})
+    cfg, recipe = train.Config(out_dir=str(tmp_path)), dict(unified.MAGE_RECIPE, lr=1.0)
+    with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
+        train.load_checkpoint(cfg, "model", model, train.adamw(weights, recipe), {})
+    assert train.load_checkpoint(cfg, "model", model, sgd, {}) == 3
+
+
 def test_resume_needs_the_run_alone_and_names_all_flags_that_contradict_it(photos, finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "copy")
-    wrong = script("train.py", "--resume", run, "--codes", 64, "--batch-size", 16, "--seed", 3, expect=2)
-    for words in ("--codes 32, not 64", "--batch-size 8, not 16", "--seed 0, not 3"):
-        assert words in wrong
+    wrong = script("train.py", "--resume", run, "--codes", 64, "--batch-size", 16, "--dataset", "shapes",
+                   expect=2)
+    for words in ("--codes 32, not 64", "--batch-size 8, not 16", f"--dataset {photos}, not shapes"):
+        assert words in wrong                                           # shapes is the default
     assert "no checkpoint is there" in script("train.py", "--resume", tmp_path / "none", expect=2)
     printed = script("train.py", "--resume", run, "--steps", 8, "--no-report", "--device", "cpu")
-    assert "model: step 8 of 8" in printed and "linear probe" not in printed
+    assert "model: 8 of 8 steps" in printed and "linear probe" not in printed
     config = unified.load_checkpoint(run / "model.pt")["config"]
     assert config["steps"] == 8 and config["labels"] and config["codes"] == 32
     assert config["out_dir"] == str(run)
@@ -5062,12 +5313,79 @@ def test_folders_get_what_a_device_can_bear_and_imagenet_the_papers_recipe(devic
     assert ("epochs" in values) == (expected[1] == 256) and values["tokenizer_steps"] <= 10**6
 
 
+def help_of(name):
+    """{flag: what -h says of it}, {group: its flags}, and all of it in one line."""
+    said = script(name, "-h")
+    body = said.split("\nexamples:")[0]
+    flags = {words.split()[0]: " ".join(words.split()) for words in re.split(r"\n  (?=--)", body)[1:]}
+    groups = dict(re.findall(r"(?m)^([a-z ]+):\n((?:  .*\n)+)", body + "\n"))
+    return flags, groups, " ".join(said.split())
+
+
+@pytest.mark.parametrize("table", ["SHAPES", "CIFAR10", "SMALL_FOLDER", "FOLDER"])
+def test_help_tells_every_default_that_depends_on_the_data_set(table):
+    said = help_of("train.py")[0]
+    tables = [getattr(train, table)] + [method.recipe["tiny"] for method in unified.MODELS.values()]
+    for values in tables:
+        for name, value in values.items():
+            flag = "--" + name.replace("_", "-")
+            if flag in said and value is not None:
+                assert re.search(rf"\b{value}\b", said[flag].split("[", 1)[1]), (flag, value, said[flag])
+    missing = [flag for flag, text in said.items() if " INT" in text and "[" not in text]
+    assert missing == []
+
+
+NO_SHAPES = {"views": "cifar10 and folders 4", "codes": "else 1024", "steps": "cifar10 and folders 4000",
+             "tokenizer_steps": "cifar10 and folders 4500", "ids": "else 64"}
+
+
+@pytest.mark.parametrize("more, told", [
+    ({}, {"size": "tiny", "image_size": "32", "ids": "shapes 16", "views": "shapes 1", "codes": "shapes 128",
+          "tokenizer_steps": "shapes 2000", "tokenizer_batch_size": "16", "adversarial": "else 0",
+          "steps": "shapes 3000", "batch_size": "64", "lr": "0.006", "log_every": "50", "eval_every": "1000",
+          "save_every": "500"}),
+    ({"dataset": "cifar10"}, {"size": "tiny", "image_size": "32", **NO_SHAPES}),
+    ({"dataset": "photos"}, {"size": "tiny", "image_size": "folders 64", **NO_SHAPES}),
+    ({"dataset": "photos", "device": "cuda"}, {"size": "folders small", "tokenizer_batch_size": "16"}),
+    ({"dataset": "imagenet"}, {"size": "imagenet base", "image_size": "as published 256",
+                               "views": "as published 10", "log_every": "as published 20",
+                               "adversarial": "0.8", "tokenizer_steps": "as published 1000000"}),
+    ({"dataset": "imagenet", "device": "cuda"}, {"tokenizer_batch_size": "as published 256"}),
+    ({"model": "adm"}, {"steps": "tiny adm 2000", "batch_size": "dit and adm 32", "views": "shapes 0"}),
+    ({"model": "dit"}, {"steps": "maskdit and dit 3000", "batch_size": "dit and adm 32",
+                        "ids": "of pixels 64", "lr": "maskdit and dit 0.018"}),
+    ({"model": "dit", "dataset": "cifar10"}, {"steps": "maskdit and dit 3000", "views": "else 1"})])
+def test_a_default_that_help_tells_is_the_one_that_is_taken(more, told):
+    taken = train.defaults(train.Config(**{"device": "cpu", **more}))
+    texts = {field.name: field.metadata["help"] for field in dataclasses.fields(train.Config)}
+    for name, words in told.items():
+        assert re.search(rf"(\[|[;,] |and ){words}\b", texts[name]), (name, words)
+        assert words.split()[-1] == str(taken[name]).removesuffix(".0"), (name, words)
+    if not more:                                                        # a new default is told, too
+        assert told.keys() == taken.keys() & texts.keys() - {"compile"}
+
+
+@pytest.mark.parametrize("name, titles, twins", [
+    ("train.py", {"data", "model", "tokenizer", "optimisation", "run and log", "hardware"}, {"--compile"}),
+    ("sample.py", {"what is generated", "images of your own", "how", "where to", "hardware"}, set()),
+    ("probe.py", {"what is read", "data", "single heads", "training of a head", "weights", "hardware"},
+     {"--compile"})])
+def test_help_has_groups_examples_units_and_no_twin_without_a_meaning(name, titles, twins):
+    flags, groups, said = help_of(name)
+    assert titles <= groups.keys() and all(groups.values()) and f"examples: python {name}" in said
+    assert {flag.strip(",") for flag, words in flags.items() if ", --no-" in words} == twins
+    for flag, words in flags.items():
+        assert flag.strip("-").replace("-", "_").upper() not in words.split()      # a unit, no name
+
+
 def test_before_the_first_step_a_line_says_what_is_trained_on_what_and_how_long(finished):
     _, printed = finished
-    assert "48 images to train on, 16 to test on, 2 classes, 32 pixels" in printed
-    assert "tokenizer: 3 steps; mage tiny: 6 steps of 8 images" in printed and "48 images are few" in printed
-    lines = [line for line in printed.splitlines() if "minutes left" in line]
-    assert [line.split(",")[0].strip() for line in lines][-3:] == [f"model: step {k} of 6" for k in (2, 4, 6)]
+    assert "48 images of 2 classes to train on, 16 to test on" in printed and "48 images are few" in printed
+    assert "\n32 pixels; tokenizer: 3 steps; mage tiny: 6 steps of 8 images\n" in printed
+    assert "16 test images are few: one is 6.2% of an accuracy" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("model: ")]
+    assert [line.split(",")[0] for line in lines] == [f"model: {k} of 6 steps" for k in (0, 2, 4, 6)]
+    assert all("loss=" in line and "left" in line for line in lines[1:]) and "\r" not in printed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5296,7 +5614,20 @@ def test_progress_counts_passes_through_the_network(photos, finished, diffused, 
     for run, more, passes in ((finished[0], (), 12), (finished[0], inpainting, 12), (diffused[0], (), 15)):
         printed = script("sample.py", run, *asked, *more)
         assert bars[-1].n == bars[-1].total == passes
-        assert f"0/{passes}" in printed and ("pass/s" in printed or "s/pass" in printed), printed
+        assert f"0/{passes}" in printed and "passes" in printed, printed
+
+
+def test_where_there_is_no_terminal_a_bar_is_a_line_now_and_then(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for title, steps in (("features", 100), ("short", 20), (None, 100)):
+        with probe.progress_bar(steps, title, "batches") as bar:
+            for _ in range(steps):
+                now[0] += 1
+                bar.update()
+    said = capsys.readouterr().err
+    assert said == "".join(f"features: {n} of 100 batches, {left} left\n"
+                           for n, left in ((30, "01:10"), (60, "00:40"), (90, "00:10")))
 
 
 def test_bars_vanish_and_without_a_terminal_there_are_none(finished, tmp_path, monkeypatch):
@@ -5652,7 +5983,9 @@ def test_a_signal_is_answered_in_words_at_once_and_a_second_one_at_once_in_deed(
     try:
         train.stop_when_asked()
         signal.raise_signal(signal.SIGTERM)
-        assert "stopping" in capfd.readouterr().err and list(no_signals) == [signal.SIGTERM]
+        said = capfd.readouterr().err
+        assert "stopping after this step or batch" in said and "once more" in said
+        assert list(no_signals) == [signal.SIGTERM]
         # what torchrun passes on a moment later changes nothing
         signal.raise_signal(signal.SIGTERM)
         no_signals[signal.SIGTERM] -= 3
@@ -5830,6 +6163,27 @@ def test_a_training_of_more_than_a_day_is_announced_once(monkeypatch, capsys):
     assert "116 more days" in told[1]
 
 
+@pytest.mark.parametrize("psnr, used, warned", [(21.0, 0.5, False), (19.0, 0.5, True), (21.0, 0.09, True)])
+def test_a_tokenizer_that_learned_little_is_told_of_with_what_mean_colours_reach(
+        psnr, used, warned, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "measure_tokenizer", lambda *_: ({"psnr": psnr, "codes_used": used}, 20.0))
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    printed = script("train.py", "--resume", run, "--device", "cpu")
+    assert ("give it more --tokenizer-steps" in printed) == warned == ("reach 20.00 dB" in printed)
+
+
+def test_what_a_tokenizer_reaches_is_measured_beside_a_mosaic_of_mean_colours():
+    squares = torch.rand(3, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    bright = torch.arange(16) % 2 / 4.0                                 # stripes inside each square
+    vqgan = unified.build(dict(TINY_VQGAN, ch_mult=[1, 1, 1]))
+    assert vqgan.stride == 4
+    data = probe.ImageTensor(((squares / 2 + bright) * 255).to(torch.uint8),
+                             torch.zeros(3, dtype=torch.long), [], (1, 1))
+    figures, floor = train.measure_tokenizer(train.Config(device="cpu", dtype="float32"), vqgan, data, 3)
+    assert floor == pytest.approx(-20 * math.log10(1 / 8), abs=0.1)     # the mean is 1/8 off everywhere
+    assert figures["psnr"] < floor and 0 < figures["codes_used"] <= 1
+
+
 @pytest.mark.parametrize("args, batch", [({}, 16), (dict(dataset="imagenet"), 16),
                                          (dict(dataset="imagenet", device="cuda"), 256),
                                          (dict(dataset="imagenet", tokenizer_batch_size=8), 8),
@@ -5954,7 +6308,7 @@ def test_every_wrong_argument_of_the_tokenizer_is_a_value_error_or_harmless(meth
     assert_guarded(tokenizer(), method)
 
 
-@pytest.mark.parametrize("name", ["mage", "mage-c", "addp"])
+@pytest.mark.parametrize("name", ["mage", "mage-c", "mage-e", "addp"])
 def test_ids_are_checked_as_pixels_are(name):
     model = small(name).eval()
     ids = some_ids(model)
@@ -6202,7 +6556,7 @@ def test_a_fused_kernel_takes_every_attention(name, attended):
         model, x = probe.DifFormer({1: (32, 4, 4)}, {0: [1]}, 3, heads=4), torch.zeros(4, 32, 4, 4)
     else:
         # these have dropout
-        model = small(name, 0, "small" if name in ("mage", "mage-c", "addp") else "tiny")
+        model = small(name, 0, "small" if name.startswith(("mage", "addp")) else "tiny")
         x = torch.zeros(4, unified.MODELS[name].views, 3, 32, 32).squeeze(1)
     model, x = model.to("meta"), x.to("meta")
     for dtype, mode in ((torch.float32, contextlib.nullcontext()), (torch.bfloat16, Bfloat16())):
@@ -6278,7 +6632,7 @@ def test_bfloat16_is_the_default_where_it_is_computed_in(capability, dtype, gpu,
     for device, expected in (("cuda", dtype), ("cuda:1", dtype), ("cpu", "float32"), ("mps", "float32")):
         settled = [unified.default_dtype(device), train.settings(train.Config(device=device)).dtype,
                    probe.settle(probe.Config(run="", device=device)).dtype]
-        monkeypatch.setattr(unified, "parse_flags", lambda cls, *_: cls(run="", device=device))
+        monkeypatch.setattr(unified, "parse_flags", lambda *_: dict(run="", device=device))
         sample.main()
         assert set(settled) == {expected}
     assert train.settings(train.Config(device="cuda", dtype="float32")).dtype == "float32"
@@ -6489,7 +6843,7 @@ def test_a_predictor_that_is_missing_or_unfit_ends_in_one_sentence(photos, finis
     def refused(*more):
         printed = script("train.py", *flags(photos, tmp_path / "run", "--model", "addp", *more), expect=2)
         *found, said = printed.splitlines()
-        assert not found or len(found) == 3 and "to test on" in found[0]       # what the folder holds
+        assert not found or len(found) == 4 and "to test on" in found[0]       # what the folder holds
         return said
     first = f"run python train.py --dataset {photos} --model mage"
     assert f"{first}, then this with --predictor out/{photos.name}-mage" in refused()
@@ -6592,10 +6946,23 @@ def run_script(name, args, before=None):
     unified.run_main(importlib.import_module(name.removesuffix(".py")).main)
 
 
-def test_the_tutorial_runs_and_writes_its_samples(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(unified, "linear_probe", functools.partial(unified.linear_probe, n=50))
-    unified.main(tokenizer_steps=8, steps=8, out=tmp_path / "shapes.png")
+def test_the_tutorials_probe_finds_classes_where_they_are_and_nowhere_else():
+    _, labels = unified.draw_shapes(torch.arange(10**6, 10**6 + 2000), 32)
+    torch.manual_seed(0)
+    for z, low, high in ((F.one_hot(labels, 8).float(), 1.0, 1.0), (torch.randn(2000, 8), 0.05, 0.2)):
+        model = types.SimpleNamespace(embed=lambda x, z=z: z)
+        assert all(low <= unified.linear_probe(model, labelled) <= high for labelled in (40, 1000))
+
+
+@pytest.mark.parametrize("method", ["mage", "addp", "umd", "adm"])
+def test_the_tutorial_runs_and_writes_its_samples(method, tmp_path, monkeypatch, capsys):
+    sample = unified.Model.sample
+    monkeypatch.setattr(unified.Model, "sample", lambda model, n: sample(model, n, steps=2))
+    monkeypatch.setattr(unified, "linear_probe", lambda *_: 0.5)
+    unified.main(method, tokenizer_steps=8, steps=8, out=tmp_path / "shapes.png")
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["TokenizerTraining", "MAGE", "linear", "wrote"]
-    assert float(printed[1].split()[-1]) < 2 * math.log(128)
+    trained = {"mage": ["TokenizerTraining", "MAGE"], "addp": ["TokenizerTraining", "MAGE", "ADDP"],
+               "umd": ["UMD"], "adm": ["ADM"]}[method]
+    assert [line.split()[0] for line in printed] == [*trained, "linear", "linear", "wrote"]
+    assert method in ("umd", "adm") or float(printed[1].split()[-1]) < 2 * math.log(128)
     assert PIL.Image.open(tmp_path / "shapes.png").width > 1000

@@ -1,7 +1,7 @@
 """Train a tokenizer, then a model on its ids, then show what it has learned.
 
     python train.py                                     shapes drawn on the fly, on a CPU, in minutes
-    python train.py --dataset cifar10                   the same on CIFAR-10
+    python train.py --dataset photos --labels           a folder of class folders; cifar10 is known by name
     python train.py --dataset imagenet --tokenizer vqgan_jax_strongaug.ckpt         the paper's recipe
     python train.py --model addp --predictor out/shapes-mage            ADDP learns from a trained MAGE
     torchrun --standalone --nproc-per-node 8 train.py ...               the same flags on 8 GPUs
@@ -33,6 +33,7 @@ import zipfile
 import numpy
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 import torch.distributed
 import tqdm
@@ -52,64 +53,62 @@ except ImportError:                                     # Windows: nothing keeps
 
 @dataclasses.dataclass
 class Config:
-    # What is trained, on what, how long
     dataset: str = flag("shapes", "shapes, cifar10, imagenet, or a folder of images, of class folders, or of "
-                                  "train and val with class folders")
-    model: str = flag("mage", "what to train; mae, maskdit and dit are the ends of UMD, not the official "
-                              "networks", choices=list(unified.MODELS))
-    size: str = flag(None, "size of model and tokenizer; base on imagenet, on other folders small on a GPU, "
-                           "else tiny", choices=["tiny", "small", "base", "large"])
+                                  "train and val with class folders", group="data")
+    data_dir: str = flag("", "dataset folder, if not data/<dataset>", metavar="PATH")
+    image_size: int = flag(None, "side in pixels [32; folders 64; as published 256]", min=8, max=4096)
+    views: int = flag(None, "random crops of each image kept as ids; 1 keeps the whole image, 0 tokenises "
+                            "fresh crops in every step [shapes 1, cifar10 and folders 4, as published 10]. "
+                            "Models of pixels: 0 takes the whole image, 1 a fresh crop in every step "
+                            "[shapes 0, else 1]", min=0, max=1000)
+    workers: int = flag(min(8, os.cpu_count()), "data-loading processes, for folders", min=0, max=1000)
+    strict_images: bool = flag(False, "stop at an unreadable image instead of training on another")
+    model: str = flag("mage", "what to train; mae, maskdit and dit are special cases of UMD, not the "
+                              "official networks", choices=list(unified.MODELS), group="model")
+    size: str = flag(None, "of model and tokenizer [tiny; folders small on a GPU; imagenet base]; imagenet, "
+                           "and folders in base or large, are trained as published",
+                     choices=["tiny", "small", "base", "large"])
+    ids: int = flag(None, "tokens per image: ids, or patches of pixels [shapes 16, of pixels 64; else 64 "
+                          "below 128 pixels, 256 below 256, then one for 16 x 16]", min=4, max=2**20)
     labels: bool = flag(False, "condition on class labels, so that sample.py --label works")
-    steps: int = flag(None, "optimizer steps of the model; or say --epochs")
-    epochs: float = flag(None, "the same in passes over the training set", least=1e-9)
-    batch_size: int = flag(None, "images an optimizer step, all devices and accumulated micro-batches "
-                                 "together", most=10**6)
-    lr: float = flag(None, "learning rate for 256 images a step; scaled with --batch-size", least=1e-9)
-    seed: int = flag(0, "of everything random", least=0, most=2**32 - 1)
-    out_dir: str = flag("", "the run's folder, if not out/<dataset>-<model>, or -<model>-labels")
+    init: str = flag("", "start from this run of the same model and size; with --labels, to teach it the "
+                         "classes", metavar="RUN")
+    init_encoder: str = flag("", "start from the encoder blocks of this run of the same width", metavar="RUN")
+    predictor: str = flag("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a "
+                              "checkpoint or a published file", metavar="PATH")
+    tokenizer: str = flag("", "use this one instead of training one: a run folder (its ids are shared), a "
+                              "tokenizer.pt or a published file", metavar="PATH", group="tokenizer")
+    codes: int = flag(None, "entries of the codebook [shapes 128, else 1024]", max=2**20)
+    tokenizer_steps: int = flag(None, "optimizer steps [shapes 2000, cifar10 and folders 4500, as published "
+                                      "1000000]")
+    tokenizer_batch_size: int = flag(None, "images per step [16; as published 256 on a GPU]", max=10**6)
+    adversarial: float = flag(None, "weight of the discriminator [0.8 from 256 pixels on, else 0]", min=0)
+    steps: int = flag(None, "optimizer steps of the model [shapes 3000, cifar10 and folders 4000; tiny umd, "
+                            "mae, maskdit and dit 3000, tiny adm 2000; as published --epochs]",
+                      group="optimisation")
+    epochs: float = flag(None, "instead of --steps: passes over the training set", min=1e-9)
+    batch_size: int = flag(None, "images per step, on all devices together [64; tiny umd, mae, maskdit, "
+                                 "dit and adm 32; or as published]", max=10**6)
+    lr: float = flag(None, "learning rate for 256 images, scaled with --batch-size [0.006; tiny umd, "
+                           "mae, maskdit and dit 0.018; or as published]", min=1e-9)
+    seed: int = flag(0, "random seed", min=0, max=2**32 - 1)
+    out_dir: str = flag("", "folder of the run [out/<dataset>-<model>, or out/<dataset>-<model>-labels]",
+                        metavar="PATH", group="run and log")
     resume: str = flag(None, "go on where the run in this folder stopped, with its flags; --steps may be "
                              "more. Without a folder: where a run of these flags stopped",
                        nargs="?", const="", metavar="RUN")
-    # Images and ids
-    data_dir: str = flag("", "where the data set lies, if not in data/<dataset>")
-    image_size: int = flag(None, "side in pixels; 32, on folders 64, of base and large 256",
-                           least=8, most=4096)
-    ids: int = flag(None, "ids, or patches of pixels, an image; 16 on shapes (64 of pixels), else 64 below "
-                          "128 pixels and 256 from there on; from 256 pixels on one for 16 x 16 pixels",
-                    least=4, most=2**20)
-    codes: int = flag(None, "entries of the codebook; 128 on shapes, else 1024", most=2**20)
-    views: int = flag(None, "random crops of each image kept as ids; 1 keeps the whole image, 0 tokenises "
-                            "fresh crops in every step. Models of pixels: 0 takes the whole image, 1 a fresh "
-                            "crop in every step", least=0, most=1000)
-    workers: int = flag(min(8, os.cpu_count()), "processes that decode images of a folder",
-                        least=0, most=1000)
-    strict_images: bool = flag(False, "stop at an unreadable image instead of training on another")
-    # The tokenizer, and other runs to start from
-    tokenizer: str = flag("", "use this one instead of training one: a run folder (its ids are shared), a "
-                              "tokenizer.pt or a published file")
-    tokenizer_steps: int = flag(None, "optimizer steps of the tokenizer")
-    tokenizer_batch_size: int = flag(None, "images in each of them; 16 for small sets and on a CPU, else 256",
-                                     most=10**6)
-    adversarial: float = flag(None, "weight of the discriminator in the tokenizer's loss; 0.8 from 256 "
-                                    "pixels on, else 0", least=0)
-    predictor: str = flag("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a "
-                              "checkpoint or a published file")
-    init: str = flag("", "a run of the same model and size to start from; with --labels, to teach it the "
-                         "classes")
-    init_encoder: str = flag("", "a run whose encoder blocks, of the same width, to start from")
-    # Log and checkpoints
-    log_every: int = flag(None, "steps between rows of log.jsonl")
-    eval_every: int = flag(None, "steps between held-out losses and sample grids; 0 for never", least=0)
-    save_every: int = flag(None, "steps between checkpoints")
-    report: bool = flag(True, "draw samples and probe the features at the end")
-    # Where and how it is computed
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    dtype: str = flag(None, "of activations; bfloat16 on GPUs that compute in it, else float32",
+    log_every: int = flag(None, "steps between rows of log.jsonl [50; as published 20]")
+    eval_every: int = flag(None, "steps between held-out losses and sample grids, 0 for never [1000; as "
+                                 "published 5000]", min=0)
+    save_every: int = flag(None, "steps between checkpoints [500; as published 1000]")
+    report: bool = flag(True, "leave out the closing report: samples, loss chart, probe of the features")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps",
+                       group="hardware")
+    dtype: str = flag(None, "of activations [bfloat16 on GPUs that compute in it, else float32]",
                       choices=["float32", "bfloat16"])
-    compile: bool = flag(torch.cuda.is_available(), "compile the blocks")
-    micro_batch: int = flag(None, "images that one device computes at once; as many as fit, if not given",
-                            most=10**6)
-    benchmark: bool = flag(False, "measure the speed of training on random data, and leave")
+    compile: bool = flag(None, "torch.compile the blocks [on cuda]")
+    micro_batch: int = flag(None, "images that one device computes at once [as many as fit]", max=10**6)
+    benchmark: bool = flag(False, "measure the speed of training on random data, and exit")
 
 
 # Defaults by data set. FOLDER is the papers' recipe: the method's own for the model, see
@@ -126,7 +125,7 @@ SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)
 
 TOKENIZER_RECIPE = dict(unified.MAGE_RECIPE, betas=(0.9, 0.99), weight_decay=0.0)
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every",
-                     "resume", "report", "out_dir"}
+                     "resume", "report", "out_dir", "compile"}
 SEEDS = {"tokenizer": 9, "model": 5}  # keep their random numbers apart; these are the lengths of the names
 
 
@@ -154,35 +153,34 @@ def defaults(cfg):
     values["adversarial"] = 0.8 if side >= 256 else 0.0
     values.setdefault("tokenizer_batch_size", 256 if cuda else 16)      # a CPU takes minutes for 256
     values["tokenizer_size"] = values["tokenizer_size"] or cfg.size or values["size"]
+    values["compile"] = cuda
     return values
 
 
-def resumed(cfg):
-    """cfg with the flags of the run that --resume names, but for those that may change and were given.
+def resumed(given):
+    """{flag: value} with those of the run that --resume names, but for what may change and was given.
     UserError if others contradict the run."""
-    if not cfg.resume:
-        return cfg
-    folder = pathlib.Path(cfg.resume)
+    if not given.get("resume"):
+        return given
+    folder = pathlib.Path(given["resume"])
     path = next((p for p in (folder / "model.pt", folder / "tokenizer.pt") if os.path.exists(p)), None)
     if path is None:
         raise UserError(f"--resume {folder}: no checkpoint is there; start the run without --resume")
     config = dict(unified.load_checkpoint(path)["config"], out_dir=str(folder))
     if config.get("predictor"):                         # which brings its tokenizer along
         config["tokenizer"] = ""
-    typed = {f.name for f in dataclasses.fields(cfg) if vars(cfg)[f.name] != f.default}
-    fixed = typed & config.keys() - (RESUME_MAY_CHANGE - {"out_dir"})
-    wrong = [f"--{name.replace('_', '-')} {config[name]}, not {vars(cfg)[name]}" for name in sorted(fixed)
-             if config[name] != vars(cfg)[name]]
+    fixed = given.keys() & config.keys() - (RESUME_MAY_CHANGE - {"out_dir"})
+    wrong = [f"--{name.replace('_', '-')} {config[name]}, not {given[name]}" for name in sorted(fixed)
+             if config[name] != given[name]]
     if wrong:
         raise UserError(f"{folder} was made with {'; '.join(wrong)}: leave that out, or start another run")
-    length = {"steps", "epochs"} if typed & {"steps", "epochs"} else set()
-    kept = config.keys() & vars(cfg).keys() - typed - length - {"device", "workers", "resume", "report"}
-    return dataclasses.replace(cfg, **{name: config[name] for name in kept})
+    length = {"steps", "epochs"} if given.keys() & {"steps", "epochs"} else set()
+    kept = vars(Config()).keys() & config.keys() - length - {"device", "workers", "resume", "report"}
+    return {**{name: config[name] for name in kept}, **given}
 
 
 def settings(cfg):
     """A copy of cfg with nothing left open; UserError for what cannot be."""
-    cfg = resumed(cfg)
     if cfg.steps and cfg.epochs and not cfg.resume:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
     answered = {"steps", "epochs"} if cfg.steps or cfg.epochs else set()
@@ -253,7 +251,7 @@ def check_batch_size(cfg, world):
 
 
 def main():
-    cfg, code = settings(unified.parse_flags(Config, __doc__.split("\n")[0])), 0
+    cfg, code = settings(Config(**resumed(unified.parse_flags(Config, __doc__)))), 0
     unified.join_processes(cfg.device)  # from here on "cuda" is this process's GPU
     rank, world = unified.rank_and_world()
     check_batch_size(cfg, world)
@@ -292,24 +290,20 @@ def open_data(cfg):
     train_set, test_set = (
         probe.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, cfg.device, cfg.strict_images,
                           recipe_of(cfg)["min_crop"]) for part in (True, False))
-    if train_set.summary:
-        print_once(train_set.summary)
-    print_once(in_words(cfg, train_set, test_set))
+    print_once(train_set.summary or f"{cfg.dataset}: {len(train_set)} images of {len(train_set.classes)} "
+               f"classes to train on, {len(test_set)} to test on")
+    steps = f"{cfg.steps} steps" if cfg.steps else f"{cfg.epochs:g} epochs"
+    first = f"tokenizer: {cfg.tokenizer or f'{cfg.tokenizer_steps} steps'}; "
+    first *= unified.MODELS[cfg.model].tokenizer
+    print_once(f"{cfg.image_size} pixels; {first}{cfg.model} {cfg.size}: {steps} of {cfg.batch_size} images")
     if len(train_set) < 1000:
-        print_once(f"{len(train_set)} images are few: the model will know them by heart; take thousands")
+        print_once(f"{len(train_set)} images are few: the model will know them by heart; take thousands, or "
+                   "--tokenizer-steps 300 --steps 300 for a first look")
+    if len(test_set) < 100 and test_set.unseen:
+        print_once(f"{len(test_set)} test images are few: one is {1 / len(test_set):.1%} of an accuracy")
     if cfg.labels and not train_set.classes:
         raise UserError(f"--labels: {probe.shown(train_set.root)} has no class folders")
     return train_set, test_set
-
-
-def in_words(cfg, train_set, test_set):
-    """What will be trained, on what, how long."""
-    length = f"{cfg.steps} steps" if cfg.steps else f"{cfg.epochs:g} epochs"
-    tokenizer = f"tokenizer: {cfg.tokenizer or f'{cfg.tokenizer_steps} steps'}; "
-    return (f"{cfg.dataset}: {len(train_set)} images to train on, {len(test_set)} to test on, "
-            f"{len(train_set.classes)} classes, {cfg.image_size} pixels; "
-            + tokenizer * unified.MODELS[cfg.model].tokenizer
-            + f"{cfg.model} {cfg.size}: {length} of {cfg.batch_size} images")
 
 
 def ids_or_images(cfg, vqgan, train_set):
@@ -372,7 +366,7 @@ def train_tokenizer(cfg, train_set, test_set):
 
     def evaluate():
         draw_reconstructions(cfg, lambda x: net.vqgan.reconstruct(x)[:1], test_set)
-        return measure_tokenizer(cfg, net.vqgan, test_set, 500)
+        return measure_tokenizer(cfg, net.vqgan, test_set, 500)[0]
     train(cfg, "tokenizer", net, recipe, train_set, lambda plan: train_set.batches(plan, cfg.workers),
           {"tokenizer_arch": arch}, evaluate,
           lambda step, first: {"adversarial_weight": cfg.adversarial * (step >= steps // 5)})
@@ -380,18 +374,22 @@ def train_tokenizer(cfg, train_set, test_set):
 
 
 def measure_tokenizer(cfg, vqgan, data, count):
-    """PSNR over all pixels, in dB, and the fraction of codes used, on count images."""
+    """PSNR over all pixels, in dB, and the fraction of codes used, on count images; and the PSNR that the
+    mean colour of each token's square would reach."""
     vqgan.eval()
-    used = torch.zeros(vqgan.quantize.embedding.num_embeddings, dtype=torch.bool)
+    used, s = torch.zeros(vqgan.quantize.embedding.num_embeddings, dtype=torch.bool), vqgan.stride
 
-    def squared_error(x):
+    def squared_errors(x):
         with probe.autocast(cfg):
             y, ids = vqgan.reconstruct(x)
         used[ids.unique().cpu()] = True
-        return (y - x).square().mean((1, 2, 3))
+        squares = x.unflatten(3, (-1, s)).unflatten(2, (-1, s)).var((3, 5), correction=0)   # (B, 3, h, w)
+        return torch.stack([error.mean((1, 2, 3)) for error in ((y - x).square(), squares)], 1)
     title = "PSNR" if count > 1000 else None
-    error, _ = probe.map_images(squared_error, data, count, cfg.workers, cfg.device, title)
-    return {"psnr": -10 * math.log10(error.mean().item()), "codes_used": used.float().mean().item()}
+    errors, _ = probe.map_images(squared_errors, data, count, cfg.workers, cfg.device, title)
+    error, floor = (max(v.mean().item(), 1e-10) for v in errors.T.contiguous())
+    figures = {"psnr": -10 * math.log10(error), "codes_used": used.float().mean().item()}
+    return figures, -10 * math.log10(floor)
 
 
 # Model
@@ -441,7 +439,7 @@ def train_model(cfg, model, arch, train_set, test_set):
                f"{model.length or 'no'} tokens an image, {steps} steps of {batch} ({micro} at once), "
                f"learning rate {lr:.2g}" + (f"; the loss starts near ln {model.codes} = "
                                             f"{math.log(model.codes):.2f}" if method.tokenizer else ""))
-    if method.views == 2 and (at_once := micro * unified.rank_and_world()[1]) < batch:
+    if method.options.get("contrastive") and (at_once := micro * unified.rank_and_world()[1]) < batch:
         print_once(f"the contrastive term compares {at_once} of the {batch} images with each other: those "
                    "computed at once")
     recipe = dict(recipe_of(cfg), steps=steps, batch_size=batch, micro_batch=micro, lr=lr,
@@ -455,16 +453,18 @@ def train_model(cfg, model, arch, train_set, test_set):
         parts = zip(x, labels if cfg.labels else itertools.repeat(None))
         torch.manual_seed(0)
         with torch.no_grad(), probe.autocast(cfg):
-            losses = [model(*part)[0] for part in until_asked(parts)]
+            found = [model(*part) for part in until_asked(parts)]
+        losses = [terms.get("masked", loss) for loss, terms in found]       # 16 images have few contrasts
         return {"held_out": torch.stack(losses).mean().item()}
     return train(cfg, "model", model, recipe, train_set, ids_or_images(cfg, model.tokenizer, train_set),
-                 {"arch": arch}, evaluate, lambda step, first: model.micro_batch_args(first, micro))
+                 {"arch": arch}, evaluate, lambda step, first: model.micro_batch_args(first, micro),
+                 model.after_step)
 
 
 # The training loop
 
 
-def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
+def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, after_step=lambda: None):
     """Train the model from NAME.pt, or from the start, to its last step, and leave NAME.pt behind.
     Returns the averaged weights, {name: tensor}, {} if the recipe averages none.
 
@@ -477,6 +477,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
     evaluate      () -> held-out figures, {name: number}; draws images on the way
     forward_args  (step, first) -> more arguments of forward(), {name: value}, for a micro-batch that begins
                   with image `first` of the batch
+    after_step    called after each step of the optimizer
     """
     (rank, world), steps, micro = unified.rank_and_world(), recipe["steps"], recipe["micro_batch"]
     accumulate = recipe["batch_size"] // (micro * world)  # micro-batches of this process in a step
@@ -518,6 +519,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args):
             log.add({"loss": loss, **terms})
 
         stats = update(optimizer, weights, ema, recipe, step)
+        after_step()
         step += 1
         log.step_done(step, stats["grad_norm"])
         if step % cfg.log_every == 0 or step == steps:
@@ -667,10 +669,7 @@ class Log:
         """culprits: step -> names of the images whose gradient alone is not finite."""
         self.cfg, self.name, self.recipe, self.first, self.culprits = cfg, name, recipe, step, culprits
         self.sums, self.skipped, self.in_a_row = {}, 0, 0  # the last two: steps without a finite gradient
-        # A file or a pipe gets a line with each row instead, see write().
-        self.bar = tqdm.tqdm(total=recipe["steps"], initial=step, desc=name, unit=" steps",
-                             disable=unified.rank_and_world()[0] > 0 or cfg.benchmark, dynamic_ncols=True,
-                             mininterval=0.1 if sys.stderr.isatty() else math.inf)
+        self.bar = probe.progress_bar(recipe["steps"], None if cfg.benchmark else name, "steps", step, True)
         self.restart_clock(step)
 
     def restart_clock(self, step):
@@ -741,11 +740,7 @@ class Log:
         memory = torch.cuda.max_memory_allocated(self.cfg.device) / 2**30 if cuda else None
         write_row(self.cfg, stage=self.name, step=step, **means, **stats, images_per_second=rate,
                   memory_gib=memory)
-        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
-        if not self.bar.disable and not sys.stderr.isatty():
-            left = (self.recipe["steps"] - step) * self.recipe["batch_size"] / rate / 60
-            tqdm.tqdm.write(f"{self.name}: step {step} of {self.recipe['steps']}, loss {means['loss']:.4f}, "
-                            f"{rate:.0f} images/s, {left:.1f} minutes left", file=sys.stderr)
+        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s")
         self.restart_clock(step)
 
 
@@ -868,7 +863,8 @@ def load_checkpoint(cfg, name, model, optimizer, ema):
     if path.exists() or path.with_name(path.name + ".prev").exists():
         state = unified.load_checkpoint(path)
         unified.load_strictly(model, state["model"], path)
-        optimizer.load_state_dict(state["optimizer"])
+        with unified.reading(path, "a state of this method's optimizer: put that back, or start another run"):
+            optimizer.load_state_dict(state["optimizer"])
         for key, average in ema.items():
             average.copy_(state["ema"][key])
         step = state["step"]
@@ -888,7 +884,7 @@ def stop_when_asked():
         probe.SIGNALS.setdefault(number, time.monotonic())
         if unified.rank_and_world()[0] == 0:
             with contextlib.suppress(OSError):          # print() might be at work on a line right now
-                os.write(2, b"\nstopping after this step or batch; asked once more, at once\n")
+                os.write(2, b"\nstopping after this step or batch; Ctrl-C once more, in 2 s, quits at once\n")
     probe.SIGNALS.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
@@ -953,10 +949,7 @@ def make_shards(shards, vqgan, data, views, workers):
     todo = [(path, index.split(at_once)) for path, index in todo if len(index)]
     crops = [(part, None if views == 1 else unified.hash_ints(part[:, None], torch.arange(views)))
              for _, parts in todo for part in parts]
-    bar = tqdm.tqdm(total=len(crops), desc="ids of every image", unit=" batches", dynamic_ncols=True,
-                    mininterval=0.1 if sys.stderr.isatty() else 10,
-                    disable=unified.rank_and_world()[0] > 0 or not crops)
-    batches = data.batches(crops, workers)
+    bar, batches = probe.progress_bar(len(crops), "ids", "batches"), data.batches(crops, workers)
     for path, parts in todo:
         (ids, labels), saved = read_shard(path), time.monotonic()
         for left in reversed(range(len(parts))):
@@ -1053,34 +1046,54 @@ def draw_reconstructions(cfg, reconstruct, data):
         columns = [x, *(y.cpu() for y in reconstruct(x.to(cfg.device)))]
     rows = [part for rows in zip(*(c.split(8) for c in columns)) if len(rows[0]) == min(8, len(x))
             for part in rows]
-    unified.image_grid(torch.cat(rows)).save(pathlib.Path(cfg.out_dir, "reconstructions.png"))
+    names = (["input"] + ["masked"] * (len(columns) - 2) + ["output"]) * (len(rows) // len(columns))
+    unified.image_grid(torch.cat(rows), rows=names).save(pathlib.Path(cfg.out_dir, "reconstructions.png"))
+
+
+def ticks(low, high, logarithmic):
+    """Round numbers from low to high, to be written at an axis."""
+    found = [k * 10.0 ** decade for decade in range(-12, 13) for k in (1, 2, 5)]
+    if logarithmic:
+        found = [v for v in found if low <= v <= high]
+        return found[::3] if len(found) > 8 else found
+    unit = next((v for v in found if high - low <= 6 * v), high - low)
+    return [k * unit for k in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
 
 
 def line_chart(curves, title, size=(900, 500)):
-    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, drawn on one scale, logarithmic where y
-    grows tenfold, with its extremes written at the axes. Curves of few points have dots."""
-    image = PIL.Image.new("RGB", size, "white")
-    draw = PIL.ImageDraw.Draw(image)
-    points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
-    left, top, right, bottom = 70, 40, size[0] - 20, size[1] - 40
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points)) if points else ((0, 1), (0, 1))
-    scale, middle = (math.log, math.sqrt(y0 * y1)) if 0 < 10 * y0 < y1 else (float, (y0 + y1) / 2)
+    """Line chart of a loss by step as a PIL image. curves: {name: [(step, loss), ...]}, drawn on one scale,
+    logarithmic where the loss grows tenfold, and named where they end. Curves of few points have dots."""
+    image, font = PIL.Image.new("RGB", size, "white"), PIL.ImageFont.load_default(14)
+    draw, ends = PIL.ImageDraw.Draw(image), []          # (height, name, color) where a curve ends
+    points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])] or [(1, 1)]
+    left, top, right, bottom = 70, 40, size[0] - 80, size[1] - 50
+    (_, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+    y1 += y1 == y0
+    scale = math.log if 0 < 10 * y0 < y1 else float
+
+    def place(x, y):
+        return (left + x / x1 * (right - left),
+                bottom - (scale(y) - scale(y0)) / (scale(y1) - scale(y0)) * (bottom - top))
+
+    def write(x, y, text, color="black", anchor="mm"):
+        draw.text((x, y), text, color, font, anchor)
+    write((left + right) / 2, 20, title)
+    write((left + right) / 2, size[1] - 12, "step")
+    write(left - 8, 20, "loss", anchor="rm")
+    for x in ticks(0, x1, False):
+        write(place(x, y0)[0], bottom + 14, f"{x:g}")
+    for y in ticks(y0, y1, scale is math.log):
+        draw.line((place(0, y), place(x1, y)), "#dddddd")
+        write(left - 8, place(0, y)[1], f"{y:.4g}", anchor="rm")
     draw.rectangle((left, top, right, bottom), outline="gray")
-    draw.text((left, 12), title + ", logarithmic" * (scale is math.log), fill="black")
-    for value, height in ((y0, bottom - 10), (middle, (top + bottom) / 2 - 6), (y1, top)):
-        draw.text((8, height), f"{value:.4g}", fill="black")
-    draw.text((left, bottom + 8), f"{x0:g}", fill="black")
-    draw.text((right - 50, bottom + 8), f"{x1:g}", fill="black")
-    for i, (name, curve) in enumerate(curves.items()):
-        color = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")[i % 5]
-        wide, high = max(x1 - x0, 1e-9), max(scale(y1) - scale(y0), 1e-9)
-        line = [(left + (x - x0) / wide * (right - left),
-                 bottom - (scale(y) - scale(y0)) / high * (bottom - top))
-                for x, y in curve if math.isfinite(y)]
-        draw.line(line, fill=color, width=2)
+    for (name, curve), color in zip(curves.items(), ("#1f77b4", "#d62728")):
+        line = [place(x, y) for x, y in curve if math.isfinite(y)]
+        draw.line(line, color, 2)
         for x, y in line if len(line) < 20 else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-        draw.text((left + 200 + 150 * i, 12), name, fill=color)
+        ends += [(line[-1][1], name, color)] if line else []
+    for above, (y, name, color) in enumerate(sorted(ends, reverse=True)):
+        write(right + 8, y - 20 * above, name, color, anchor="lm")      # so apart, should the curves meet
     return image
 
 
@@ -1093,25 +1106,25 @@ def stack_images(images):
 
 
 def loss_charts(folder):
-    """Training and held-out loss of tokenizer and model, by step; MAGE-C's without the contrastive term."""
+    """Training and held-out loss of tokenizer and model, by step; without a contrastive term."""
     for stage in ("tokenizer", "model"):
         rows, curves = [r for r in read_rows(folder) if r["stage"] == stage], {}
         for name in ("loss", "held_out"):
             curves[name] = [(r["step"], r.get("masked", r[name])) for r in rows if name in r]
         curves = {name: curve for name, curve in curves.items() if curve}
         if curves:
-            yield line_chart(curves, f"{stage}: loss by step")
+            yield line_chart(curves, stage)
 
 
 def report(cfg, model, ema, train_set, test_set):
     """What has been learned, in figures and images, and what to type next."""
     vqgan, folder = model.tokenizer, pathlib.Path(cfg.out_dir)
-    figures = measure_tokenizer(cfg, vqgan, test_set, len(test_set)) if vqgan else {}
+    figures, floor = measure_tokenizer(cfg, vqgan, test_set, len(test_set)) if vqgan else ({}, 0)
     with averaged(model, ema):
         draw_images(cfg, model, test_set, steps=None if unified.MODELS[cfg.model].tokenizer else 25)
     stack_images(list(loss_charts(folder))).save(folder / "loss.png")
-    can_be_probed = len(train_set.classes) > 1 and len(train_set) >= 20 and test_set.unseen
-    top1 = probe_features(cfg, model, ema, train_set, test_set) if can_be_probed else {}
+    no_probe = probe.no_probe(train_set, test_set)
+    top1 = {} if no_probe else probe_features(cfg, model, ema, train_set, test_set)
     write_row(cfg, stage="report", step=0, **figures, probe=top1)
     for data, fate in ((train_set, "another took its place"), (test_set, "left out")):
         if data.unreadable:
@@ -1119,6 +1132,9 @@ def report(cfg, model, ema, train_set, test_set):
     if vqgan:
         print_once(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test_set)} test images, "
                    f"{figures['codes_used']:.0%} of the codes used")
+        if figures["codes_used"] < 0.1 or figures["psnr"] < floor:
+            print_once("            it has learned little, give it more --tokenizer-steps: the mean colour "
+                       f"of each token's square would reach {floor:.2f} dB")
     images = [folder / f"{name}.png" for name in ("samples", "reconstructions", "loss")]
     print_once(f"images      {', '.join(str(path) for path in images if path.exists())}")
     if top1:
@@ -1127,7 +1143,7 @@ def report(cfg, model, ema, train_set, test_set):
         for name, title in zip(top1, ("features of this model", "the same network untrained", "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
     else:
-        print_once("no probe: it takes two classes, 20 images to train on, and others to test on")
+        print_once(f"no probe: {no_probe}")
     run = shlex.quote(str(folder))
     print_once("next")
     if model.generates:
@@ -1193,7 +1209,7 @@ def seconds_a_step(cfg, model, x, plain):
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):   # no more batches
         cfg = dataclasses.replace(cfg, out_dir=folder, log_every=10**9, eval_every=0, save_every=10**9)
         train(cfg, "model", model, recipe, x, lambda _: batches, {}, None,
-              lambda step, first: model.micro_batch_args(first, batch))
+              lambda step, first: model.micro_batch_args(first, batch), model.after_step)
     return took[0]
 
 

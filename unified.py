@@ -7,6 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
+    MAGE-E   token ids           the same                                + which image an echo belongs to
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -33,7 +34,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     4  Masking and unmasking       how many tokens are masked, and which, in training and in generation
     5  MAGE                        predict the masked ids
     6  A training loop             all of this, run: `python unified.py`, two minutes on a CPU
-    7  MAGE-C                      and tell which two crops show the same image
+    7  MAGE-C, MAGE-E              and tell which two crops, or echoes, belong to the same image
     8  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
     9  Noise                       the noise schedule, and the way back: DDPM and DDIM
     10 UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
@@ -67,11 +68,13 @@ Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and N
          [MAE] He et al. 2021, 2111.06377                   [MAGE] Li et al. 2022, 2211.09117
          [MaskDiT] Zheng et al. 2023, 2306.09305            [MaskGIT] Chang et al. 2022, 2202.04200
          [RePaint] Lugmayr et al. 2022, 2201.09865          [SimCLR] Chen et al. 2020, 2002.05709
-         [UMD] Hansen-Estruch et al. 2024, 2406.17688       [ViT] Dosovitskiy et al. 2020, 2010.11929
-         [VQ-VAE] van den Oord et al. 2017, 1711.00937      [VQGAN] Esser et al. 2020, 2012.09841
+         [Sorcen] Estepa et al. 2025, 2503.15060            [UMD] Hansen-Estruch et al. 2024, 2406.17688
+         [ViT] Dosovitskiy et al. 2020, 2010.11929          [VQ-VAE] van den Oord et al. 2017, 1711.00937
+         [VQGAN] Esser et al. 2020, 2012.09841
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import errno
@@ -90,6 +93,8 @@ import zipfile
 
 import numpy
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 import torch.distributed.nn
 import torch.nn as nn
@@ -575,6 +580,9 @@ class Model(nn.Module):
         memory at once (gradient accumulation): what must differ between its parts."""
         return {}
 
+    def after_step(self):
+        """Called after each optimizer step of training, for what follows the weights without a gradient."""
+
     def mirror(self, layer):
         """The layer at equal distance from the other end, where DifFeed, a head of probe.py, feeds back what
         it found at this one."""
@@ -833,6 +841,7 @@ class MAGE(Model):
     """
 
     takes_labels = reads_ids = reconstructs = True
+    echo_contrast = None                                        # EchoMAGE has one
     t_range, best_t = (0.0, 1.0, "the mask ratio"), 0.0
     pools, stem = ("mean", "class"), ("token_emb",)
 
@@ -889,9 +898,10 @@ class MAGE(Model):
         logits = self.decode(latent, mask, ids_keep)                                        # (B, L, K)
         loss = masked_cross_entropy(logits, ids, mask)
         logs = {"masked": loss}
-        if two_crops and self.contrastive:                                  # MAGE-C, section 7
-            z = self.projection(latent[:, 1:].mean(1)).unflatten(0, (-1, 2))                # (B, 2, 256)
-            logs["contrast"] = info_nce(F.normalize(z, dim=-1))
+        if self.contrastive and (two_crops or self.echo_contrast):          # MAGE-C or MAGE-E, section 7
+            z = self.projection(latent[:, 1:].mean(1))                                      # (B, 256)
+            logs["contrast"] = (self.echo_contrast(z, logits, ids, mask) if self.echo_contrast else
+                                info_nce(F.normalize(z, dim=-1).unflatten(0, (-1, 2))))     # (B / 2, 2, 256)
             loss = loss + self.contrastive * logs["contrast"]
         return loss, logs
 
@@ -1134,20 +1144,23 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # in two minutes. train.py has the same loop, and what a long run needs: ids that are computed once, averaged
 # weights, evaluation, checkpoints, many GPUs. Seed 0, torch 2.13 on a CPU, printed:
 #
-#     TokenizerTraining step   100   loss 0.481
-#     TokenizerTraining step   600   loss 0.023          a blurred copy of each image
-#     MAGE              step   100   loss 4.907          as good as guessing: ln 128 = 4.85
-#     MAGE              step   900   loss 2.213          it varies with the mask ratio of the batch
-#     linear probe: 91.5%, before training 88.8%         of MAGE alone: the tokenizer is trained in both
+#     TokenizerTraining step   600   loss 0.022          a blurred copy of each image
+#     MAGE              step   100   loss 4.9            as good as guessing: ln 128 = 4.85
+#     MAGE              step   900   loss 2.264          it varies with the mask ratio of the batch
+#     linear probe with 40 labels: 63.2%, before training 41.4%
+#     linear probe with 1000 labels: 92.6%, before training 88.7%
 #
-# and in shapes.png most of 64 samples were shapes, in two of the four colours.
+# The tokenizer is trained in both columns, so the difference is MAGE's. With few labels it shows. And in
+# shapes.png most of 64 samples are shapes, in two of the four colours.
+#
+# `python unified.py umd`, adm or addp trains one of the methods to come, in a few minutes more.
 
 
 def fit(net, steps, batch_size, peak_lr):
     """Train net on batches of drawn shapes."""
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, cycle_momentum=False)
     for step in range(steps):
         seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
         images, _ = draw_shapes(seeds, 32)                                              # uint8 (B, 3, 32, 32)
@@ -1161,25 +1174,44 @@ def fit(net, steps, batch_size, peak_lr):
             print(f"{type(net).__name__:17s} step {step + 1:5d}   loss {loss.item():.3f}")
 
 
-def linear_probe(model, n=1000):
-    """Accuracy in [0, 1] of least squares on embeddings of n drawn shapes, for n others."""
-    images, labels = draw_shapes(torch.arange(10**6, 10**6 + 2 * n), 32)
+def linear_probe(model, labelled):
+    """Accuracy in [0, 1] of least squares on the embeddings of so many drawn shapes, for 1,000 others."""
+    images, labels = draw_shapes(torch.arange(10**6, 10**6 + 2000), 32)
     with torch.no_grad():
-        z = F.pad(model.embed(images.float() / 255), (0, 1), value=1.0)                     # (2n, C + 1)
-    W = torch.linalg.lstsq(z[:n], F.one_hot(labels[:n], len(SHAPES)).float()).solution      # (C + 1, classes)
-    return ((z[n:] @ W).argmax(1) == labels[n:]).float().mean().item()
+        z = F.pad(model.embed(images.float() / 255), (0, 1), value=1.0)                     # (2000, C + 1)
+    targets = F.one_hot(labels[:labelled], len(SHAPES)).float()                         # (labelled, classes)
+    W = torch.linalg.lstsq(z[:labelled], targets).solution                                  # (C + 1, classes)
+    return ((z[1000:] @ W).argmax(1) == labels[1000:]).float().mean().item()
 
 
-def main(tokenizer_steps=600, steps=900, out="shapes.png"):
-    """Train a tokenizer, then MAGE on its ids; probe its embeddings, and write a sheet of 64 samples."""
-    torch.manual_seed(0)
+def train_tokenizer(steps=600):
+    """A tokenizer of 4 x 4 ids below 128."""
     vqgan = VQGAN(codebook_size=128, codebook_dim=16, ch=16, ch_mult=(1, 1, 1, 1), blocks=1, groups=1)
-    fit(TokenizerTraining(vqgan), tokenizer_steps, batch_size=16, peak_lr=4e-3)
-    model = MAGE(vqgan, image_size=32, width=128, depth=4, heads=4, decoder_width=128, decoder_depth=2,
-                 decoder_heads=4, dropout=0.0)
-    untrained = linear_probe(model.eval())
-    fit(model.train(), steps, batch_size=64, peak_lr=1.5e-3)
-    print(f"linear probe: {linear_probe(model.eval()):.1%}, before training {untrained:.1%}")
+    fit(TokenizerTraining(vqgan), steps, batch_size=16, peak_lr=4e-3)
+    return vqgan
+
+
+def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
+    """Train a method, and what it needs before; probe its embeddings, and write a sheet of 64 samples."""
+    if method not in ("mage", "addp", "umd", "adm"):
+        raise UserError(f"python unified.py takes mage, addp, umd or adm, not {method}")
+    torch.manual_seed(0)
+    size = dict(image_size=32, width=128, depth=4, heads=4, decoder_depth=2)
+    if method in ("mage", "addp"):
+        vqgan = train_tokenizer(tokenizer_steps)
+        model = MAGE(vqgan, **size, decoder_width=128, decoder_heads=4, dropout=0.0)
+    if method == "addp":
+        fit(model, steps, batch_size=64, peak_lr=1.5e-3)
+        model = ADDP(model, **size, decoder_heads=4, dropout=0.0)
+    if method == "umd":
+        model = UMD(**size, grid=8, clean_ratio=0.5, mask_ratio_clean=0.75, mask_ratio_noised=0.375)
+    if method == "adm":
+        model = ADM(image_size=32, **ADM_SIZES["tiny"])
+    untrained = {labelled: linear_probe(model.eval(), labelled) for labelled in (40, 1000)}
+    fit(model.train(), steps, batch_size=64 if method == "mage" else 16, peak_lr=1.5e-3)
+    for labelled, before in untrained.items():
+        after = linear_probe(model.eval(), labelled)
+        print(f"linear probe with {labelled} labels: {after:.1%}, before training {before:.1%}")
     image_grid(model.sample(64)).save(out)
     print(f"wrote {out}")
 
@@ -1241,7 +1273,7 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. MAGE-C: which two crops show the same image?
+# 7. MAGE-C and MAGE-E: which two views show the same image?
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(c != a) exp(z_a . z_c / tau) )
 #
@@ -1261,14 +1293,73 @@ def info_nce(z, temperature=0.2):
     them are, and gradients flow through all, as if one process held the whole batch.
     """
     views = z.flatten(0, 1)                                                                 # (2B, P)
-    everyone, first = views, 0
-    if torch.distributed.is_initialized():
-        everyone = torch.cat(torch.distributed.nn.all_gather(views))                    # (2B * processes, P)
-        first = torch.distributed.get_rank() * len(views)
-    me = torch.arange(first, first + len(views), device=z.device)
+    everyone, me = of_all_processes(views)
     similarity = views @ everyone.T / temperature                                       # (2B, 2B * processes)
     similarity = similarity.scatter(1, me[:, None], -math.inf)                              # c != a
     return F.cross_entropy(similarity, me ^ 1)                           # views 2i and 2i + 1 belong together
+
+
+def of_all_processes(z):
+    """Vectors z (N, P) -> those of all processes (N * processes, P), and which of them z are, int (N,)."""
+    everyone, first = z, 0
+    if torch.distributed.is_initialized():
+        everyone, first = torch.cat(torch.distributed.nn.all_gather(z)), torch.distributed.get_rank() * len(z)
+    return everyone, torch.arange(first, first + len(z), device=z.device)
+
+
+# MAGE-E needs no second crop, so ids that were made once will do: the decoder draws the other view [Sorcen].
+#
+#     ids     a  b  c  d     b is visible
+#     drawn   e  b  f  g     from the decoder's 16 best codes but the first: alike, not the same
+#     echo    _  b  f  _     outside a random square all is [MASK]
+#
+#     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_c exp(e_a . z_c / tau) )       tau = 0.3
+#
+# z_a is made as above, and by two more layers. e_a is what a teacher makes of the echo: an average of encoder
+# and projection over some 250 steps. No gradient flows there, so the price is one more pass of the encoder.
+#
+# The official teacher (models_lease_tk_1600.py) starts from random weights of its own, has dropout, and its
+# projection is trained besides; ours is an average, no more. Visible ids stay: the official code draws them,
+# too, though no loss teaches the decoder what they are. Left out: batch norm after the encoder, a term of
+# weight 0.01 that keeps images apart, true ids as the first echoes, an average that lengthens during the run.
+
+
+class EchoMAGE(MAGE):
+    """MAGE-E. Arguments as for MAGE. A training loop of your own must call after_step()."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.prediction = nn.Sequential(nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 256))
+        self.prediction.apply(init_weights)
+        encoder = nn.Sequential(self.token_emb, *self.blocks, self.norm)
+        self.teacher = copy.deepcopy(nn.ModuleList([encoder, self.projection])).requires_grad_(False)
+
+    def echo_contrast(self, z, logits, ids, mask):
+        """The loss above of projections z (B, 256), logits (B, L, K), ids and mask (B, L)."""
+        everyone, me = of_all_processes(F.normalize(self.prediction(z), dim=-1))
+        return F.cross_entropy(self.echo(logits, ids, mask) @ everyone.T / 0.3, me)
+
+    @torch.no_grad()
+    def echo(self, logits, ids, mask):
+        """Unit vectors e (B, 256) of new echoes."""
+        logits, codes = (best[..., 1:] for best in logits.topk(min(16, self.codes)))        # (B, L, 15) each
+        drawn = sample_categorical(logits.softmax(-1), torch.rand(ids.shape, device=ids.device))
+        ids = torch.where(mask, codes.gather(-1, drawn[..., None]).squeeze(-1), ids)        # (B, L)
+        h = self.grid
+        side = int(torch.randint((h + 1) // 2, h + 1, ()))                      # 8 ... 16, one for the batch
+        corner = torch.rand(len(ids), 2, 1, device=ids.device) * (h - side + 1)
+        place = torch.arange(h, device=ids.device) - corner.long()                # (B, 2, h) from the corner
+        rows, columns = ((place >= 0) & (place < side)).unbind(1)                           # (B, h) each
+        square = (rows[:, :, None] & columns[:, None]).flatten(1)                           # (B, L)
+        encoder, projection = self.teacher.eval()                                           # without dropout
+        latent = encoder(self.input_ids(ids, ~square))                                      # (B, 1 + L, C)
+        return F.normalize(projection(latent[:, 1:].mean(1)), dim=-1)
+
+    @torch.no_grad()
+    def after_step(self):
+        """Move the average."""
+        ours = nn.ModuleList([self.token_emb, self.blocks, self.norm, self.projection]).parameters()
+        torch._foreach_lerp_([*self.teacher.parameters()], [*ours], 1 - 0.996)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2463,6 +2554,7 @@ def umd_method(clean_ratio, mask_ratio_clean, mask_ratio_noised):
 MODELS = {
     "mage":    Method(MAGE, MAGE_SIZES, MAGE_RECIPE),
     "mage-c":  Method(MAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}, views=2),
+    "mage-e":  Method(EchoMAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}),
     "addp":    Method(ADDP, ADDP_SIZES, ADDP_RECIPE, predictor="mage"),
     "umd":     umd_method(0.5, 0.75, 0.375),
     "mae":     umd_method(1.0, 0.75, 0.0),
@@ -2581,6 +2673,8 @@ PUBLISHED_HEADS = {768: (12, 16), 1024: (16, 16)}
 DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight",
         "patch_embed.proj.bias", "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids",
         "pos_token_embed", "pos_mask_embed")
+# And what only training reads in Sorcen's, a MAGE-E.
+TRAINING = ("blocks_momentum", "projector", "momentum_projector", "predictor", "classifier")
 
 
 def sub_state(state, prefix):
@@ -2608,6 +2702,8 @@ def published_mage(state, heads=None):
 
     heads  (encoder, decoder); by default those of the published widths, 768 and 1024
     """
+    if "pos2d" in state:
+        raise ValueError("it is LEASE's, whose encoder adds fixed positions for which MAGE has no place")
     tokenizer = published_tokenizer(sub_state(state, "vqgan."))
     vocab_size, width = state["token_emb.word_embeddings.weight"].shape
     positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
@@ -2623,7 +2719,8 @@ def published_mage(state, heads=None):
     kept = {k: v for k, v in state.items() if k in ours}
     table = "token_emb.position_embeddings.weight"
     kept[table] = kept[table][:positions]                                 # a longer table has rows never read
-    return config, kept, sorted(state.keys() - ours)
+    dead = {k.split(".")[0] if k.startswith(TRAINING) else k for k in state.keys() - ours}
+    return config, kept, sorted(dead)
 
 
 def published_addp(state, heads=None, predictor_heads=None):
@@ -2970,32 +3067,50 @@ def default_dtype(name):
     return "bfloat16" if cuda and torch.cuda.get_device_capability(name)[0] >= 8 else "float32"
 
 
-def flag(default, help, least=1, most=2**31 - 1, **more):
-    """A field of which parse_flags() makes a flag, with numbers from least to most. more: choices, say."""
-    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **more})
+def flag(default, help, min=1, max=2**31 - 1, **more):
+    """A field of which parse_flags() makes a flag, with numbers from min to max. more: choices, say; group is
+    the title over this flag and those after it."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (min, max), **more})
 
 
-def parse_flags(cls, description, argv=None):
-    """Command line -> instance of the dataclass cls: an option a field, dashes outside, underscores inside;
-    bool gives --x / --no-x."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+def parse_flags(cls, doc, argv=None):
+    """Command line -> {field of the dataclass cls: its value} of the flags given, with dashes outside and
+    underscores inside. A bool gives --x, or --no-x if it is True by default, or both if it is None. -h prints
+    the first line of the script's docstring, and its second paragraph as examples."""
+    about, examples, *_ = doc.split("\n\n")
+    fields = dataclasses.fields(cls)
+    run = "".join(f"{field.name} " for field in fields if "positional" in field.metadata)
+    parser = group = argparse.ArgumentParser(
+        usage=f"%(prog)s {run}[options]", description=about, epilog=f"examples:\n{examples}",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def refuse(message):
         raise UserError(f"{message} ({parser.prog} -h lists the options)")
     parser.error = refuse
-    for field in dataclasses.fields(cls):
-        more = {k: v for k, v in field.metadata.items() if k != "range"}
-        name = field.name if more.pop("positional", False) else "--" + field.name.replace("_", "-")
-        if field.default not in (None, "", (), False, dataclasses.MISSING):
-            more["help"] += f" [{field.default}]"
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument(name, default=field.default, **kind, **more)
-    cfg = cls(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(cls):
-        value, (least, most) = getattr(cfg, field.name), field.metadata["range"]
-        if field.type in (int, float) and value is not None and not least <= value <= most:     # nor is nan
-            refuse(f"--{field.name.replace('_', '-')} takes a number from {least} to {most}, not {value}")
-    return cfg
+    for field in fields:
+        more = {k: v for k, v in field.metadata.items() if k not in ("range", "group", "positional")}
+        if "group" in field.metadata:
+            group = parser.add_argument_group(field.metadata["group"])
+        words = field.name.replace("_", "-")
+        if "positional" in field.metadata:
+            name, kind = field.name, {}
+        elif field.type is bool:
+            name = f"--no-{words}" if field.default else f"--{words}"
+            action = {None: argparse.BooleanOptionalAction, True: "store_false", False: "store_true"}
+            kind = {"action": action[field.default], "dest": field.name}
+        else:
+            unit = {int: "INT", float: "NUMBER", str: "TEXT"}[field.type]
+            name, kind = f"--{words}", {"type": field.type, "metavar": None if "choices" in more else unit}
+            if field.default not in (None, "", ()):
+                more["help"] += f" [{field.default}]"
+        group.add_argument(name, **{**kind, **more})
+    given = vars(parser.parse_args(argv))
+    for field in fields:
+        value, (low, high) = given.get(field.name), field.metadata["range"]
+        if field.type in (int, float) and value is not None and not low <= value <= high:       # nor is nan
+            refuse(f"--{field.name.replace('_', '-')} takes a number from {low} to {high}, not {value}")
+    return given
 
 
 # Checkpoints: a dict of plain values and tensors, written by train.py with the previous one beside them.
@@ -3050,7 +3165,7 @@ def rebuild(config, state, path):
 
 def load_model(path, ema=None, tell=print, heads=None, order=None):
     """Trained model, in eval mode, and its config, from a run folder, a checkpoint, or a file published by
-    the authors of MAGE, ADDP or ADM.
+    the authors of MAGE, Sorcen, ADDP or ADM.
 
     ema   True: the averaged weights, where a checkpoint has them; None: if the paper reads features off them
     tell  called with one line about what is assumed or never read     heads, order  of ADM, see ADMAttention
@@ -3073,14 +3188,24 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
             raise UserError(f"{path} is " + ("no published ADM; leave --adm-... out" if attention else
                             "a tokenizer, not a model; name its run's folder or model.pt" if tokenizer else
                             "neither a checkpoint of train.py nor a file published for MAGE, ADDP or ADM"))
+        if published_mage in readers and not sub_state(weights, "vqgan.") and "pos2d" not in weights:
+            weights |= tokenizer_beside(path)
         config, weights, dead = readers[0](weights, **attention)
-        unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD]
+        unknown = [n for n in dead if n.removeprefix("token_predictor.") not in DEAD + TRAINING]
         known = ", ".join(n for n in dead if n not in unknown) or "nothing"
         assumed = f"; assumed: heads {heads or 'of 64 channels'}, {order or 'legacy'} order"
         assumed = assumed if "head" in config else ""
         tell(f"{path.name}: published layout; dead in the original, left out: {known}"
              + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else "") + assumed)
         return rebuild(config, weights, path), {"arch": config}
+
+
+def tokenizer_beside(path):
+    """{"vqgan." + name: tensor} for a file of Sorcen, which holds no tokenizer."""
+    tokenizer = path.with_name("vqgan_jax_strongaug.ckpt")
+    if not tokenizer.exists():
+        raise UserError(f"{path} holds no tokenizer; put MAGE's {tokenizer.name} into the same folder")
+    return {f"vqgan.{name}": v for name, v in load_tokenizer(tokenizer)[0].state_dict().items()}
 
 
 def load_tokenizer(path):
@@ -3165,20 +3290,35 @@ def read_image(path, size):
         return from_image(image, size).float() / 255
 
 
-def image_grid(x, columns=8, least=1024):
+def image_grid(x, columns=8, min_side=1024, names=(), rows=()):
     """Images (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are
-    enlarged to about least pixels."""
+    enlarged to about min_side pixels. names: of the columns, then as many as there are; rows: of the rows."""
     n, _, side, _ = x.shape
-    columns = min(columns, n)
-    zoom = max(1, least // (columns * side))
+    columns = len(names) or min(columns, n)
+    zoom = max(1, min_side // (columns * side))
     tiles = to_uint8(x).repeat(zoom, 1).repeat(zoom, 2)
     side, gap = side * zoom, 2
-    rows = -(-n // columns)
-    sheet = numpy.full((rows * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, numpy.uint8)
+    height, width = (count * (side + gap) + gap for count in (-(-n // columns), columns))
+    sheet = numpy.full((height, width, 3), 255, numpy.uint8)
     for i, tile in enumerate(tiles):
         top, left = gap + i // columns * (side + gap), gap + i % columns * (side + gap)
         sheet[top:top + side, left:left + side] = tile
-    return PIL.Image.fromarray(sheet)
+    return with_names(PIL.Image.fromarray(sheet), names, rows, min(max(side // 8, 10), 32))
+
+
+def with_names(sheet, columns, rows, letters):
+    """A sheet with the names of its columns above them and of its rows left of them, if there are any.
+    letters: their size in pixels."""
+    font = PIL.ImageFont.load_default(letters)
+    left, top = round(max(map(font.getlength, rows), default=-12)) + 12, 2 * letters * bool(columns)
+    page = PIL.Image.new("RGB", (left + sheet.width, top + sheet.height), "white")
+    page.paste(sheet, (left, top))
+    draw = PIL.ImageDraw.Draw(page)
+    for i, name in enumerate(rows):
+        draw.text((left - 6, top + (i + 0.5) * sheet.height / len(rows)), name, "black", font, anchor="rm")
+    for i, name in enumerate(columns):
+        draw.text((left + (i + 0.5) * sheet.width / len(columns), top / 2), name, "black", font, anchor="mm")
+    return page
 
 
 # Processes.
@@ -3243,4 +3383,4 @@ def rank_zero_first(work):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(lambda: main(*sys.argv[1:2]))
