@@ -1252,7 +1252,6 @@ def check_flags(cfg):
         raise UserError(f"--save {cfg.save} cannot be written; give a new name that ends in .npz, "
                         "in a folder that is there")
     parse_numbers(cfg.hidden, int, "--hidden", low=1, high=2**16)
-    parse_numbers(cfg.ignore, int, "--ignore", high=255)
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; "
                         "leave --layers, --t and --pool out")
