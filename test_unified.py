@@ -814,6 +814,12 @@ def golden_step():
     return g, model, *masking(model, g.inputs["image"], g.inputs["mask_rate"], g.inputs["noise"])
 
 
+def ids_predicted(model, x, vocab_size=None):
+    """What the head of MAGE or ADDP makes of its decoder's output: logits of the codes, or of more ids."""
+    weight = getattr(model.token_emb, "word_embeddings", model.token_emb).weight
+    return model.mlm_layer(model.decoder_norm(x), weight[:vocab_size or model.codes])
+
+
 def test_golden_ids_and_masks():
     g, model, ids, mask, ids_keep = golden_step()
     dropped, read = torch.ones_like(mask).scatter(1, ids_keep, False), model.input_ids(ids, mask)
@@ -829,7 +835,7 @@ def test_golden_latent_and_logits():
     x = model.decoder_input(latent, mask, ids_keep)
     for block in model.decoder_blocks:
         x = block(x)
-    everything = model.predict_ids(x, g.config["vocab_size"])           # the whole vocabulary, all positions
+    everything = ids_predicted(model, x, g.config["vocab_size"])        # the whole vocabulary, all positions
     codes = model.decode(latent, mask, ids_keep)
     assert_close(codes, everything[:, 1:, :model.codes], 1e-5)
     assert_outputs(g.outputs, dict(
@@ -938,18 +944,18 @@ def test_guidance_exaggerates_what_the_label_changes():
     ids, mask, labels = some_ids(model, 2), torch.ones(2, 16, dtype=torch.bool), torch.tensor([0, 2])
     u, c = model.logits(ids, mask), model.logits(ids, mask, labels)
     assert (u - c).abs().amax((1, 2)).min() > 1e-2
-    assert_close(model.logits(ids, mask, labels, guidance=3.0), u + 3 * (c - u), 1e-5)
+    guided = model.guided_logits(unified.Decoding(ids, mask), mask.sum(1), labels, 3.0)
+    assert_close(guided, u + 3 * (c - u), 1e-5)
 
 
 def test_guidance_grows_linearly_over_the_steps():
     model, used = mage(classes=3), []
-    logits = model.logits
+    guided_logits = model.guided_logits
 
-    def spy(*args, **more):
-        given = inspect.signature(logits).bind(*args, **more).arguments
-        used.append(given["guidance"])
-        return logits(*args, **more)
-    model.logits = spy
+    def spy(state, masked, labels, w, guide):
+        used.append(w)
+        return guided_logits(state, masked, labels, w, guide)
+    model.guided_logits = spy
     model.sample(1, steps=4, guidance=3.0, labels=torch.tensor([1]))
     assert used == [1.5, 2.0, 2.5, 3.0]
 
@@ -1191,7 +1197,7 @@ def test_mages_layers_are_the_encoders_and_the_decoders_and_the_head_reads_the_l
     assert [model.mirror(b) for b in model.layers] == [4, 3, 2, 1]
     [last] = model.features(ids, 0.5, layers=[max(model.layers)], noise=noise)
     logits = model.logits(ids, unified.rank_in_row(noise) < 8)
-    assert_close(model.predict_ids(last.flatten(2).mT), logits, 1e-5)
+    assert_close(ids_predicted(model, last.flatten(2).mT), logits, 1e-5)
 
 
 def test_t_is_the_ratio_of_ids_that_are_masked():
@@ -1480,7 +1486,7 @@ def test_golden_addp_training_step_piece_by_piece(case):
     for block in model.decoder_blocks:
         x = block(x)
     # the whole vocabulary, appended tokens too
-    everything = model.predict_ids(x, len(model.token_emb.weight))
+    everything = ids_predicted(model, x, len(model.token_emb.weight))
     assert_outputs(theirs, dict(
         token_ids=ids, mask_t=mask, mask_t_next=earlier, z0=code_map(model, codes[ids]),
         soft_tokens=code_map(model, r.softmax(-1) @ codes), target=code_map(model, q.softmax(-1)),
@@ -1655,7 +1661,7 @@ def test_addp_features_are_of_pixels():
     assert model.embed(ids).equal(model.embed(decoded)) and not model.embed(ids).allclose(model.embed(x))
     # the decoder's maps: all is visible
     logits = model.decode(model.encode(x), ids, torch.zeros(4, 16, dtype=torch.bool), 16)
-    assert_close(model.predict_ids(model.features(x, layers=[4])[0].flatten(2).mT), logits, 1e-5)
+    assert_close(ids_predicted(model, model.features(x, layers=[4])[0].flatten(2).mT), logits, 1e-5)
     with pytest.raises(ValueError, match="0.5"):
         model.features(x, t=0.5)
 
@@ -4621,8 +4627,8 @@ def test_mage_c_trains_on_two_views_of_a_shared_tokenizer(photos, finished, tmp_
 
 
 def test_mage_e_trains_on_one_cached_view_of_a_shared_tokenizer(photos, finished, tmp_path):
-    printed = script("train.py", *flags(photos, tmp_path, "--model", "mage-e", "--tokenizer", finished[0],
-                                        "--micro-batch", 4, "--views", 1))
+    printed = script("train.py", *flags(photos, tmp_path, "--model", "mage-e", "--micro-batch", 4, "--views", 1,
+                                        "--tokenizer", finished[0] / "tokenizer.pt"))   # its ids stay here
     assert "contrastive term compares 4 of the 8" in printed
     assert '"contrast"' in (tmp_path / "log.jsonl").read_text()
     model, _ = unified.load_model(tmp_path)
