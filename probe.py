@@ -1255,26 +1255,26 @@ def precision_and_recall(x, y, k=3):
 
 
 def measure_samples(body, model, x, train_set, test_set, cfg):
-    """{title: FD-local, precision and recall} of samples x uint8 (N, 3, S, S) and of anchors, in features
-    body(images). All sets have n images; beside them n and the number of training images."""
+    """{title: (FD-local, precision, recall)} of samples x uint8 (N, 3, S, S) and of anchors, n images each,
+    in features body(images); n; the number of training images."""
     n, generator = min(len(x), len(train_set), len(test_set)), torch.Generator().manual_seed(0)
     noise = torch.randint(256, x[:n].shape, generator=generator).byte()
     own, noise = (ImageTensor(v, torch.zeros(len(v)).long(), [], (1, 1), cfg.device) for v in (x, noise))
-    sets = {"samples": (own,), "test images": (test_set,)}
-    if model.tokenizer:
-        sets["test images through the tokenizer"] = test_set, lambda x: model.reconstruct(x)[0]
-    sets["noise"] = (noise,)
 
-    def features(title, count, data, change=torch.clone):
+    def features(title, data, count=n, change=torch.clone):
         return map_images(lambda x: body(change(x)), data, count, cfg.workers, cfg.device, title)[0]
-    reference = features("training images", 50_000, train_set)
-    near, results = reference[shuffled(len(reference), 0)[:n]], {}
-    for title, of_set in sets.items():
-        z = features(title, n, *of_set)
-        precision, recall = precision_and_recall(z, near)
-        results[title] = {"fd_local": frechet_distance(z, reference), "precision": precision,
-                          "recall": recall}
-    return results, n, len(reference)
+    reference, found = features("training images", train_set, 50_000), {}
+    found["samples"], found["test images"] = features("samples", own), features("test images", test_set)
+    if model.tokenizer:
+        title = "test images through the tokenizer"
+        found[title] = features(title, test_set, change=lambda x: model.reconstruct(x)[0])
+    found["noise"] = features("noise", noise)
+    near = reference[shuffled(len(reference), 0)[:n]]
+    with progress_bar(len(found), "distances", "set") as bar:
+        for title, z in found.items():
+            found[title] = (frechet_distance(z, reference), *precision_and_recall(z, near))
+            bar.update()
+    return found, n, len(reference)
 
 
 def judge_samples(model, config, cfg):
@@ -1288,6 +1288,8 @@ def judge_samples(model, config, cfg):
         raise UserError("--samples takes what sample.py --npz made, 4 images or more of "
                         f"{size} x {size} pixels, not {cfg.samples}")
     name, train_set, test_set = open_sets(model.to(cfg.device), config, cfg)
+    if len(test_set) < 4:
+        raise UserError(f"{name} has {len(test_set)} images to test on, and --samples needs 4")
     if name == "shapes":
         judge_drawings(model, x, test_set.images[:500])
     net, top1 = classifier_of(name, train_set, test_set, cfg)
@@ -1295,11 +1297,12 @@ def judge_samples(model, config, cfg):
     print(f"{n} images of each against {n_train} training images of {name} (precision and recall: {n}); "
           f"the classifier has {top1:.1%} on the test set")
     print_columns([["", "FD-local", "precision", "recall"]] + [
-        [title, f"{v['fd_local']:.4g}", f"{v['precision']:.1%}", f"{v['recall']:.1%}"]
-        for title, v in results.items()])
-    about = {"run": cfg.run, "model": config["arch"]["model"], "dataset": name, "samples": cfg.samples,
-             "classifier_top1": top1, "n": n, "n_train": n_train, "seconds": round(time.time() - started, 1)}
-    return append_rows([{"head": "samples", **results.pop("samples"), "anchors": results, **about}], cfg)
+        [title, f"{distance:.4g}", f"{precision:.1%}", f"{recall:.1%}"]
+        for title, (distance, precision, recall) in results.items()])
+    rows = {title: dict(zip(("fd_local", "precision", "recall"), v)) for title, v in results.items()}
+    return append_rows([{"head": "samples", **rows.pop("samples"), "anchors": rows, "classifier_top1": top1,
+                         "n": n, "n_train": n_train, "samples": cfg.samples, "run": cfg.run, "dataset": name,
+                         "model": config["arch"]["model"], "seconds": round(time.time() - started, 1)}], cfg)
 
 
 # Settings.
