@@ -2067,15 +2067,15 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     return data
 
 
-def fingerprint(vqgan, data, views):
-    """What ids depend on, as one hexadecimal word: the tokenizer, the images (of files name, size and
-    time of change), their crops."""
-    digest = hashlib.sha256(repr((views, data.size, data.scale, len(data))).encode())
+def fingerprint(net, data, about):
+    """What ids, or the weights of a classifier, depend on, as one hexadecimal word: a network, the images
+    (of files name, size and time of change), their crops, and what else there is to say about it."""
+    digest = hashlib.sha256(repr((about, data.size, data.scale, len(data))).encode())
     if isinstance(data, ImageFolder):
         images = map(functools.partial(file_mark, data.root), data.paths)
     else:
         images = (part.cpu().numpy().tobytes() for part in data.images.split(1000))
-    weights = (p.detach().cpu().numpy().tobytes() for p in vqgan.parameters())
+    weights = (p.detach().cpu().numpy().tobytes() for p in net.parameters())
     for part in itertools.chain(weights, images, [data.labels.numpy().tobytes()]):
         digest.update(part)
     return digest.hexdigest()[:16]
