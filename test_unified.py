@@ -4680,8 +4680,9 @@ def test_mage_c_trains_on_two_views_of_a_shared_tokenizer(photos, finished, tmp_
 
 
 def test_mage_e_trains_on_one_cached_view_of_a_shared_tokenizer(photos, finished, tmp_path):
-    printed = script("train.py", *flags(photos, tmp_path, "--model", "mage-e", "--micro-batch", 4, "--views", 1,
-                                        "--tokenizer", finished[0] / "tokenizer.pt"))   # its ids stay here
+    tokenizer = finished[0] / "tokenizer.pt"                            # a file: the ids stay in this run
+    printed = script("train.py", *flags(photos, tmp_path, "--model", "mage-e", "--tokenizer", tokenizer,
+                                        "--micro-batch", 4, "--views", 1))
     assert "contrastive term compares 4 of the 8" in printed
     assert '"contrast"' in (tmp_path / "log.jsonl").read_text()
     model, _ = unified.load_model(tmp_path)
@@ -6800,7 +6801,7 @@ def test_the_tutorials_probe_finds_classes_where_they_are_and_nowhere_else():
 @pytest.mark.parametrize("method", ["mage", "addp", "umd", "adm"])
 def test_the_tutorial_runs_and_writes_its_samples(method, tmp_path, monkeypatch, capsys):
     sample = unified.Model.sample
-    monkeypatch.setattr(unified.Model, "sample", lambda model, n: sample(model, n, steps=2))
+    monkeypatch.setattr(unified.Model, "sample", lambda model, n, steps: sample(model, n, steps=2))
     monkeypatch.setattr(unified, "linear_probe", lambda *_: 0.5)
     unified.main(method, tokenizer_steps=8, steps=8, out=tmp_path / "shapes.png")
     printed = capsys.readouterr().out.splitlines()

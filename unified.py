@@ -485,62 +485,19 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# On a first reading these four lines are enough: go on to section 4. The class below is the whole contract,
-# since the scripts read nothing else off a model. Denoiser, at the end of section 12, fulfils it in thirty
-# lines, as an example for a method of your own.
-
-
-class Denoising(typing.NamedTuple):
-    """Images on the way from noise: x (n, 3, S, S), clean ones in [-1, 1]."""
-    x: torch.Tensor
+# Model, their base class, has what they share, and defaults for what the scripts ask of a model. Section 12
+# says what each of these means, beside an example for a method of your own.
 
 
 class Model(nn.Module):
-    """What the scripts use. A subclass defines the four methods below, and in its __init__ sets
+    """A module that generates by sample_steps(), which a subclass defines, and which yields a state after
+    each step."""
 
-    image_size    S
-    layers        {layer: (channels, h, w)} of all blocks, counted from 1
-    best_layer    the layer whose features the authors probe
-
-    Arguments of these methods are checked by name before they run. The names are listed in section 14, FORMS:
-    there each has one meaning, in all models. Any other name is yours, and not checked.
-    """
-
-    best_t = 0                          # the t at which the authors probe best_layer
-    t_range = (0, 0, "always 0")        # min and max of t, and what it is; int for a timestep. It is what t
-                                        # is checked against, in forward(), too
-    pools = ("mean",)                   # poolings that embed() knows, the authors' first
-    length = 0                          # tokens of an image, if there are any
-    codes = 0                           # entries of the codebook, if ids are predicted
-    alpha_bar = None                    # the noise schedule, if there is one
-    classes = 0                         # labels that it is conditioned on
-    takes_labels = False                # the class can be built with classes > 0. Parameters that only such a
-                                        # model has are called label_embed: --init lets them start afresh
-    reads_ids = False                   # given ids instead of pixels, training and probing lose nothing
-    generates = True                    # it can start from nothing
-    reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-    max_steps = math.inf                # more sampling steps than these are not possible
-
-    def forward(self, x, labels=None):
-        """Training: images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms."""
-        raise NotImplementedError
-
-    def sample_steps(self, n, steps=None, seeds=None):
-        """Generation: yields a Denoising after each step, or whatever your render() takes, without gradient.
-
-        n, steps   images; steps, None: num_steps()          seeds  see image_seeds in section 4
-        It may also take temperature, eta, guidance, guidance_interval, guide, labels, known and mask, with
-        the meaning they have in MAGE and UMD."""
-        raise NotImplementedError
-
-    def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
-        """Representation: [map (B, C, h, w) for each of layers] of images x at corruption t, see MAGE.
-        add, which only DifFeed passes, and finetune may be ignored."""
-        raise NotImplementedError
-
-    def embed(self, x, noise=None, pool="mean"):
-        """Representation: a vector for each image, (B, C). pool is one of pools."""
-        raise NotImplementedError
+    best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)
+    length = codes = classes = 0
+    takes_labels = reads_ids = reconstructs = False
+    generates, max_steps, alpha_bar = True, math.inf, None
+    stem = dynamic_blocks = ()
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
@@ -554,7 +511,7 @@ class Model(nn.Module):
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
-        """A state of sample_steps -> pixels (n, 3, S, S) in [0, 1]."""
+        """A state of sample_steps -> pixels (n, 3, S, S) in [0, 1]. Here its x is in [-1, 1]."""
         return ((state.x + 1) / 2).clamp(0, 1)
 
     def noise(self, seeds, draw=0):
@@ -567,28 +524,21 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # The rest is for train.py and probe.py. Leave it alone in a first method.
-
-    stem = ()                           # names of what comes before the first of `blocks`, which are found by
-                                        # --init-encoder and by layer decay
-    dynamic_blocks = ()                 # blocks whose number of tokens differs from call to call
-
     def micro_batch_args(self, first, count):
-        """More arguments of forward() for images first .. first + count - 1 of a batch that does not fit into
-        memory at once (gradient accumulation): what must differ between its parts."""
+        """What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that
+        does not fit into memory at once: what must differ between its parts."""
         return {}
 
     def after_step(self):
-        """Called after each optimizer step of training, for what follows the weights without a gradient."""
+        """What train.py calls after each step of the optimizer."""
 
     def mirror(self, layer):
-        """The layer at equal distance from the other end, where DifFeed, a head of probe.py, feeds back what
-        it found at this one."""
+        """The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back."""
         return len(self.layers) + 1 - layer
 
     def __init_subclass__(cls):
-        """Put the check of arguments before the public methods. It is there for its error messages alone: a
-        correct call gives the same without it, if labels and seeds are on the model's device."""
+        """Check arguments before the public methods run. That is for the error messages alone: a correct call
+        gives the same without it, if labels and seeds are on the model's device."""
         public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
         for name in vars(cls).keys() & public:
             setattr(cls, name, guarded(vars(cls)[name]))
@@ -1213,7 +1163,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
     for labelled, before in untrained.items():
         after = linear_probe(model.eval(), labelled)
         print(f"linear probe with {labelled} labels: {after:.1%}, before training {before:.1%}")
-    image_grid(model.sample(64)).save(out)
+    image_grid(model.sample(64, steps=16 if model.tokenizer else 50)).save(out)
     print(f"wrote {out}")
 
 
@@ -1724,6 +1674,11 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
         std = std * per_image(torch.as_tensor(alpha_bar_next < 1), xt)                      # no noise in x0
     direction = per_image((1 - alpha_bar_next - variance).sqrt(), xt) * eps
     return per_image(alpha_bar_next.sqrt(), xt) * x0 + direction + std * noise
+
+
+class Denoising(typing.NamedTuple):
+    """Images on the way from noise: x (n, 3, S, S), clean ones in [-1, 1]."""
+    x: torch.Tensor
 
 
 def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
@@ -2615,15 +2570,52 @@ def build(config):
     return model(*frozen, **rest)
 
 
-# A method of your own takes three things:
+# A method of your own takes a class like Denoiser below; behind it, in this file, a row of MODELS,
 #
-#     1. a class like the one below: __init__, which sets image_size, layers and best_layer; forward,
-#        sample_steps, features and embed. All else that Model lists has defaults; t_range is needed where t
-#        can be other than 0
-#     2. a row of MODELS, below the class. This one is left out, so that it is no choice of train.py:
-#        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
-#     3. python train.py --model denoiser. Then sample.py draws it, probe.py reads it, and the tests of all
-#        methods are its tests
+#     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
+#
+# and `python train.py --model denoiser`. (The row is left out, so that the example is no choice of train.py.)
+# sample.py draws the result, probe.py reads it, and the tests of all methods are its tests.
+#
+# The class is a Model. Its __init__ sets
+#
+#     image_size      S
+#     layers          {layer: (channels, h, w)} of all blocks, counted from 1
+#     best_layer      the layer whose features the authors probe
+#
+# and it defines
+#
+#     forward(x, labels=None)
+#         images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms
+#     sample_steps(n, steps=None, seeds=None)
+#         yields a Denoising after each step, or what its own render() takes, without gradient. It may also take
+#         temperature, eta, guidance, guidance_interval, guide, labels, known, mask, as in MAGE and UMD
+#     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
+#         -> [map (B, C, h, w) for each of layers], of x at corruption t, as in MAGE. add, which only DifFeed
+#         passes, and finetune may be ignored
+#     embed(x, noise=None, pool="mean")
+#         -> a vector for each image, (B, C)
+#
+# These have defaults:
+#
+#     best_t          the t at which the authors probe best_layer
+#     t_range         min and max of t, and what it is; int for a timestep. forward(t=) is checked, too
+#     pools           poolings that embed() knows, the authors' first
+#     length          tokens of an image, if there are any
+#     codes           entries of the codebook, if ids are predicted
+#     alpha_bar       the noise schedule, if there is one
+#     classes         labels that it is conditioned on
+#     takes_labels    the class can be built with classes > 0. Parameters that only such a model has are
+#                     called label_embed: --init lets them start afresh
+#     reads_ids       given ids instead of pixels, training and probing lose nothing
+#     generates       it can start from nothing
+#     reconstructs    it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
+#     max_steps       more sampling steps than these are not possible
+#     stem            names of what comes before `blocks`, for --init-encoder and layer decay
+#     dynamic_blocks  blocks whose number of tokens differs from call to call
+#
+# Arguments are checked by name before these methods run. The names stand in FORMS of section 14: there each
+# has one meaning, in all models. Any other name is yours, and not checked.
 
 
 class Denoiser(Model):
