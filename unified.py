@@ -2588,8 +2588,8 @@ def build(config):
 #     forward(x, labels=None)
 #         images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms
 #     sample_steps(n, steps=None, seeds=None)
-#         yields a Denoising after each step, or what its own render() takes, without gradient. It may also take
-#         temperature, eta, guidance, guidance_interval, guide, labels, known, mask, as in MAGE and UMD
+#         yields a Denoising after each step, or what its own render() takes, without gradient. It may also
+#         take temperature, eta, guidance, guidance_interval, guide, labels, known, mask, as MAGE and UMD do
 #     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
 #         -> [map (B, C, h, w) for each of layers], of x at corruption t, as in MAGE. add, which only DifFeed
 #         passes, and finetune may be ignored
