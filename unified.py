@@ -617,17 +617,17 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
 
-def num_masked(initial, count, step, steps, schedule="cosine", round_up=False):
+def num_masked(initial, masked, step, steps, schedule="cosine", round_up=False):
     """How many tokens of each image stay masked after a step: int (n,) -> int (n,).
 
-    initial, count   how many were masked at the start, and before this step
+    initial, masked  how many were masked at the start, and before this step
     step, steps      t - 1, counted from 0; and T
     schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
-    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(count - 1)
-    return wanted.clamp(min=1).minimum(count)
+    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(masked - 1)
+    return wanted.clamp(min=1).minimum(masked)
 
 
 # All random numbers of an image follow from its seed, so it is the same alone or among a thousand. Read
@@ -679,7 +679,8 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
 
 def parallel_decoding(predict, ids, mask, masked, steps, temperature, seeds, schedule="cosine", order=None,
                       round_up=False):
-    """The loop: yields ids, mask (n, L) and logits (n, L, K) after each step [MaskGIT, 3.2].
+    """The loop: yields ids, mask (n, L) and logits (n, L, K) after each step [MaskGIT, 3.2]. In the last mask
+    one token is left, whose id was sampled like the others.
 
     predict      function (step, ids, mask, masked) -> logits (n, L, K); step = t - 1
     ids, mask    (n, L) to begin with: from nothing, all True         masked  how many that is, int (n,)
