@@ -13,7 +13,8 @@
     python probe.py 256x256_diffusion_uncond.pt --dataset imagenet --head linear --sgd --pool 2 --augment
                                                            the same of DiffSSL
     python probe.py out/RUN --head segment --layers 2,4    a class for each pixel; draws segments.png
-    python probe.py out/shapes-mage --samples samples.npz  how many images of sample.py --npz are drawings
+    python probe.py out/RUN --samples samples.npz          FD-local, precision and recall of samples, which
+                                                           sample.py --npz writes
 
 Every accuracy stands beside two others, got in the same way: from the raw pixels, unless the head needs
 feature maps, and from the same network untrained. What they reach needs no training. Results are appended
@@ -37,6 +38,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -82,7 +84,8 @@ class Config:
                          "several with commas: the best one")
     sweep: bool = flag(False, "try every layer, and t from hardly to half corrupted, "
                               "unless --layers and --t say otherwise")
-    samples: str = flag("", "no probe: how many images of this .npz of sample.py are drawings, as in shapes")
+    samples: str = flag("", "no probe: FD-local, precision, recall of the images in this .npz of "
+                          "sample.py; of shapes also how many are drawings")
     save: str = flag("", "no probe: keep features, labels and file names of all images in this new .npz")
     seed: int = flag(0, "random seed", min=0, max=2**32 - 1)
 
@@ -952,7 +955,10 @@ def main():
     typed = Config(**unified.parse_flags(Config, __doc__))
     check_flags(typed)
     cfgs = [settle(dataclasses.replace(typed, run=run)) for run in distinct(typed.run)]
-    device = str(unified.join_processes(typed.device))
+    if typed.samples and int(os.environ.get("RANK", 0)):
+        return                                                          # the first process measures alone
+    join = unified.pick_device if typed.samples else unified.join_processes
+    device = str(join(typed.device))
     first = unified.rank_and_world()[0] == 0
     try:
         with contextlib.redirect_stdout(sys.stdout if first else None):             # all compute, one prints
@@ -1086,7 +1092,7 @@ def with_error(p, n, head):
 
 def report(places, titles, results, about, cfg):
     """Print the results of compare() and append them to probe.jsonl, with what is known about the run."""
-    path, rows = results_folder(cfg.run) / "probe.jsonl", []
+    rows = []
     layers, ts = distinct(place.layer for place in places), distinct(place.t for place in places)
     metric, own = "miou" if cfg.head == "segment" else "top1", about["trained_on"]
     for head, images, n, accuracies, *more in results:
@@ -1107,7 +1113,14 @@ def report(places, titles, results, about, cfg):
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
         rows.append({**row, **about, "n_train": images, "n_test": n, "seed": cfg.seed, "lr": cfg.lr,
-                     "epochs": cfg.epochs, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+                     "epochs": cfg.epochs})
+    return append_rows(rows, cfg)
+
+
+def append_rows(rows, cfg):
+    """Append rows to probe.jsonl, with the date, and return them."""
+    path, date = results_folder(cfg.run) / "probe.jsonl", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    rows = [{**row, "date": date} for row in rows]
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"appended to {path}")
@@ -1153,8 +1166,8 @@ def save_features(model, config, places, first, cfg):
     if isinstance(data, ImageFolder):
         files = [shown(data.paths[i].relative_to(data.root).as_posix()) for i in files]
     if first:
-        numpy.savez(f"{cfg.save}.new.npz", features=x, labels=labels, files=numpy.array(files, str))
-        os.replace(f"{cfg.save}.new.npz", cfg.save)                     # whole or not there
+        arrays = {"features": x, "labels": labels, "files": numpy.array(files, str)}
+        write_file(pathlib.Path(cfg.save), lambda file: numpy.savez(file, **arrays))
     place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool}"
     print(f"features {x.shape} of {place}: {cfg.save}; images without a label: {(labels < 0).sum()}, "
           f"left out as unreadable: {len(index) - len(kept)}\n"
@@ -1198,21 +1211,134 @@ def print_drawn(title, x):
     print(f"{ratio:6.1%} +- {standard_error(ratio, len(x)):.1%} of {len(x)} {title} are drawings: {kinds}")
 
 
-def judge_samples(model, config, cfg):
-    """--samples: how many are drawings, beside test images and what the tokenizer keeps of them."""
-    try:
-        x = torch.from_numpy(numpy.load(cfg.samples)["arr_0"]).movedim(-1, 1)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile):
-        x = torch.zeros(0)
-    test = shapes(False, model.image_size)[0][:500]
-    fits = (x.dtype, x.shape[1:]) == (test.dtype, test.shape[1:]) and len(x)
-    if config.get("dataset") != "shapes" or not fits:
-        raise UserError(f"--samples takes what sample.py --npz made of a run on shapes, not {cfg.samples}")
+def judge_drawings(model, x, test):
+    """Print how many are drawings of x, of test images, and of what the tokenizer keeps of these."""
     print_drawn("samples", x)
-    print_drawn("test images", test)
+    print_drawn("test images", test.cpu())
     if model.tokenizer:
         y = unified.to_uint8(model.reconstruct(test / 255)[0])
         print_drawn("test images through the tokenizer", torch.from_numpy(y).movedim(-1, 1))
+
+
+# Samples of any data set with classes. FD-local is the Frechet distance of FID, in the features of a small
+# classifier trained here on the set's own training images: it compares models of one data set, and no FID.
+
+CLASSIFIER = dict(images=200_000, batch_size=128, lr=4e-3, seed=0)      # images: repetitions count, too
+
+
+def new_classifier(classes, size):
+    """Images (B, 3, size, size), seen at 64 x 64 at most -> features (B, 256), from [0] -> logits."""
+    layers, widths = [nn.AdaptiveAvgPool2d(min(size, 64))], (3, 32, 64, 128, 256)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(CLASSIFIER["seed"])
+        for inp, out in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+                       nn.MaxPool2d(2, ceil_mode=True)]
+        body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(body, nn.Linear(out, classes)).to(memory_format=torch.channels_last)
+
+
+def classifier_of(name, train_set, test_set, cfg):
+    """The data set's classifier, from its file beside the runs or trained now; its test accuracy."""
+    net = new_classifier(len(train_set.classes), train_set.size).to(cfg.device)
+    folder, mark = results_folder(results_folder(cfg.run).parent), fingerprint(net, train_set, CLASSIFIER)
+    path = folder / f"{pathlib.Path(name).resolve().name}-classifier.pt"
+    with contextlib.suppress(UserError):                                # missing or damaged: it is made anew
+        state = unified.load_checkpoint(path)
+        if state.get("fingerprint") == mark:
+            return unified.load_strictly(net, state["model"], path).eval(), state["top1"]
+    train_classifier(net, train_set, cfg)
+    n, right = count_right(lambda x: [net.eval()(x)], 1, lambda x, names: x, test_set, cfg).tolist()
+    state = {"fingerprint": mark, "model": net.state_dict(), "top1": right / n}
+    write_file(path, lambda file: torch.save(state, file))
+    return net, state["top1"]
+
+
+def train_classifier(net, data, cfg):
+    """Train on random crops and flips of a data set; net is changed."""
+    images, batch, lr, seed = CLASSIFIER.values()
+    index = shuffled(len(data), seed)[:images]
+    batch, epochs = min(batch, len(index)), round(images / len(index))
+    cfg = dataclasses.replace(cfg, augment=True, batch_size=batch, epochs=epochs, lr=lr, seed=seed)
+    optimizer = torch.optim.AdamW(net.train().parameters(), lr=0.0)
+    train([(lambda x, y: F.cross_entropy(net(x["x"]), y), optimizer)],
+          fresh_batches(lambda x, names: {"x": x}, data, index, cfg), len(index) // batch, "classifier", cfg)
+
+
+def frechet_distance(x, y):
+    """|mean_x - mean_y|^2 + tr(cov_x + cov_y - 2 (cov_x^1/2 cov_y cov_x^1/2)^1/2) of features x (N, C) and
+    y (M, C), in float64."""
+    x, y = x.double(), y.double()
+    cov_x, cov_y = x.T.cov(), y.T.cov()
+    values, vectors = torch.linalg.eigh(cov_x)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + (cov_x + cov_y).trace() - 2 * overlap).item()
+
+
+def precision_and_recall(x, y, k=3):
+    """Ratio of samples x (N, C) in the manifold of the reference y (M, C), and of y in that of x. A manifold
+    is a ball around each point, up to its k-th nearest other [Kynkaanniemi et al. 2019, 1904.06991]."""
+    x, y = x.double(), y.double()
+    radii_x, radii_y = (torch.cat([torch.cdist(part, v).kthvalue(k + 1).values for part in v.split(500)])
+                        for v in (x, y))                                # the nearest is the point itself
+    precise, recalled = [], torch.zeros(len(y), dtype=torch.bool)
+    for part, radii in zip(x.split(500), radii_x.split(500)):
+        distance = torch.cdist(part, y)                                                         # (500, M)
+        precise.append((distance <= radii_y).any(1))
+        recalled |= (distance <= radii[:, None]).any(0)
+    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
+
+
+def measure_samples(body, model, x, train_set, test_set, cfg):
+    """{title: (FD-local, precision, recall)} of samples x uint8 (N, 3, S, S) and of anchors, n images each,
+    in features body(images); n; the number of training images."""
+    n, generator = min(len(x), len(train_set), len(test_set)), torch.Generator().manual_seed(0)
+    noise = torch.randint(256, x[:n].shape, generator=generator).byte()
+    own, noise = (ImageTensor(v, torch.zeros(len(v)).long(), [], (1, 1), cfg.device) for v in (x, noise))
+
+    def features(title, data, count=n, change=torch.clone):
+        return map_images(lambda x: body(change(x)), data, count, cfg.workers, cfg.device, title)[0]
+    reference, found = features("training images", train_set, 50_000), {}
+    found["samples"], found["test images"] = features("samples", own), features("test images", test_set)
+    if model.tokenizer:
+        title = "test images through the tokenizer"
+        found[title] = features(title, test_set, change=lambda x: model.reconstruct(x)[0])
+    found["noise"] = features("noise", noise)
+    near = reference[shuffled(len(reference), 0)[:n]]
+    with progress_bar(len(found), "distances", "set") as bar:
+        for title, z in found.items():
+            found[title] = (frechet_distance(z, reference), *precision_and_recall(z, near))
+            bar.update()
+    return found, n, len(reference)
+
+
+def judge_samples(model, config, cfg):
+    """--samples: FD-local, precision and recall beside their anchors; of shapes first how many are drawings.
+    Returns the row of probe.jsonl, in a list."""
+    started, x, size = time.time(), torch.zeros(0), model.image_size
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError, IndexError,
+                             zipfile.BadZipFile):
+        x = torch.from_numpy(numpy.load(cfg.samples)["arr_0"]).movedim(-1, 1)
+    if x.dtype != torch.uint8 or x.shape[1:] != (3, size, size) or len(x) < 4:
+        raise UserError("--samples takes what sample.py --npz made, 4 images or more of "
+                        f"{size} x {size} pixels, not {cfg.samples}")
+    name, train_set, test_set = open_sets(model.to(cfg.device), config, cfg)
+    if len(test_set) < 4:
+        raise UserError(f"{name} has {len(test_set)} images to test on, and --samples needs 4")
+    if name == "shapes":
+        judge_drawings(model, x, test_set.images[:500])
+    net, top1 = classifier_of(name, train_set, test_set, cfg)
+    results, n, n_train = measure_samples(net[0], model, x, train_set, test_set, cfg)
+    print(f"{n} images of each against {n_train} training images of {name} (precision and recall: {n}); "
+          f"the classifier has {top1:.1%} on the test set")
+    print_columns([["", "FD-local", "precision", "recall"]] + [
+        [title, f"{distance:.4g}", f"{precision:.1%}", f"{recall:.1%}"]
+        for title, (distance, precision, recall) in results.items()])
+    rows = {title: dict(zip(("fd_local", "precision", "recall"), v)) for title, v in results.items()}
+    return append_rows([{"head": "samples", **rows.pop("samples"), "anchors": rows, "classifier_top1": top1,
+                         "n": n, "n_train": n_train, "samples": cfg.samples, "run": cfg.run, "dataset": name,
+                         "model": config["arch"]["model"], "seconds": round(time.time() - started, 1)}], cfg)
 
 
 # Settings.
@@ -1334,7 +1460,8 @@ def open_sets(model, config, cfg):
     name, folder = data_of(config, cfg)
     if cfg.head == "segment":
         return name, *open_masks(name, folder, model.image_size, cfg)
-    crop = 0.64 if cfg.augment and cfg.sgd else 0.2             # DiffSSL keeps at least 0.8 of the sides
+    # DiffSSL keeps at least 0.8 of the sides, and so does the short training for --samples.
+    crop = 0.64 if cfg.augment and cfg.sgd or cfg.samples else 0.2
     train_set, test_set = (
         open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images, crop)
         for part in (True, False))
@@ -1675,6 +1802,18 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, (unified.Block, unified.ResBlock, unified.ADMBlock)):
             module.compile(dynamic=module in dynamic)
+
+
+def write_file(path, write):
+    """write(file) under a name of this process's own, then rename: path is whole or not there."""
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(new, "wb") as file:
+            write(file)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def distinct(values):
@@ -2136,6 +2275,28 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     return data
 
 
+def fingerprint(net, data, about):
+    """What ids, or the weights of a classifier, depend on, as one hexadecimal word: a network, the images
+    (of files name, size and time of change), their crops, and what else there is to say about it."""
+    digest = hashlib.sha256(repr((about, data.size, data.scale, len(data))).encode())
+    if isinstance(data, ImageFolder):
+        images = map(functools.partial(file_mark, data.root), data.paths)
+    else:
+        images = (part.cpu().numpy().tobytes() for part in data.images.split(1000))
+    weights = (p.detach().cpu().numpy().tobytes() for p in net.parameters())
+    for part in itertools.chain(weights, images, [data.labels.numpy().tobytes()]):
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def file_mark(root, path):
+    """Bytes that tell a file from another one, and from itself after a change."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return b"%s %d %d\n" % (os.fsencode(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)
+    return os.fsencode(path.relative_to(root))          # a link to nowhere, say
+
+
 # Images with masks, in which the value of a pixel is its class. All masks are checked before any work.
 
 MASKS = {                       # layout: images and masks of a part, the parts, first class, their names
@@ -2201,7 +2362,8 @@ def find_masks(root):
     images, masks, names, first, classes = MASKS[layout]
     for path in (root / "classes.txt", root / "objectInfo150.txt"):
         if path.exists():                                               # ADE20K's begins with titles
-            classes = [line.split("\t")[-1] for line in path.read_text().splitlines()[first:]]
+            lines = path.read_text().splitlines()[path.name != "classes.txt":]
+            classes = [line.split("\t")[-1] for line in lines]
     parts = []
     for name in names:
         folder, listed = root / images.format(name), root / f"ImageSets/Segmentation/{name}.txt"

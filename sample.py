@@ -32,8 +32,8 @@ import torch
 import torch.distributed
 
 import unified
-from probe import compile_blocks, image_files, is_image, progress_bar, results_folder
-from train import writable, write_file
+from probe import compile_blocks, image_files, is_image, progress_bar, results_folder, write_file
+from train import writable
 from unified import UserError, flag
 
 

@@ -814,6 +814,12 @@ def golden_step():
     return g, model, *masking(model, g.inputs["image"], g.inputs["mask_rate"], g.inputs["noise"])
 
 
+def ids_predicted(model, x, vocab_size=None):
+    """What the head of MAGE or ADDP makes of its decoder's output: logits of the codes, or of more ids."""
+    weight = getattr(model.token_emb, "word_embeddings", model.token_emb).weight
+    return model.mlm_layer(model.decoder_norm(x), weight[:vocab_size or model.codes])
+
+
 def test_golden_ids_and_masks():
     g, model, ids, mask, ids_keep = golden_step()
     dropped, read = torch.ones_like(mask).scatter(1, ids_keep, False), model.input_ids(ids, mask)
@@ -829,7 +835,7 @@ def test_golden_latent_and_logits():
     x = model.decoder_input(latent, mask, ids_keep)
     for block in model.decoder_blocks:
         x = block(x)
-    everything = model.predict_ids(x, g.config["vocab_size"])           # the whole vocabulary, all positions
+    everything = ids_predicted(model, x, g.config["vocab_size"])        # the whole vocabulary, all positions
     codes = model.decode(latent, mask, ids_keep)
     assert_close(codes, everything[:, 1:, :model.codes], 1e-5)
     assert_outputs(g.outputs, dict(
@@ -938,18 +944,18 @@ def test_guidance_exaggerates_what_the_label_changes():
     ids, mask, labels = some_ids(model, 2), torch.ones(2, 16, dtype=torch.bool), torch.tensor([0, 2])
     u, c = model.logits(ids, mask), model.logits(ids, mask, labels)
     assert (u - c).abs().amax((1, 2)).min() > 1e-2
-    assert_close(model.logits(ids, mask, labels, guidance=3.0), u + 3 * (c - u), 1e-5)
+    guided = model.guided_logits(unified.Decoding(ids, mask), mask.sum(1), labels, 3.0)
+    assert_close(guided, u + 3 * (c - u), 1e-5)
 
 
 def test_guidance_grows_linearly_over_the_steps():
     model, used = mage(classes=3), []
-    logits = model.logits
+    guided_logits = model.guided_logits
 
-    def spy(*args, **more):
-        given = inspect.signature(logits).bind(*args, **more).arguments
-        used.append(given["guidance"])
-        return logits(*args, **more)
-    model.logits = spy
+    def spy(state, masked, labels, w, guide):
+        used.append(w)
+        return guided_logits(state, masked, labels, w, guide)
+    model.guided_logits = spy
     model.sample(1, steps=4, guidance=3.0, labels=torch.tensor([1]))
     assert used == [1.5, 2.0, 2.5, 3.0]
 
@@ -1191,7 +1197,7 @@ def test_mages_layers_are_the_encoders_and_the_decoders_and_the_head_reads_the_l
     assert [model.mirror(b) for b in model.layers] == [4, 3, 2, 1]
     [last] = model.features(ids, 0.5, layers=[max(model.layers)], noise=noise)
     logits = model.logits(ids, unified.rank_in_row(noise) < 8)
-    assert_close(model.predict_ids(last.flatten(2).mT), logits, 1e-5)
+    assert_close(ids_predicted(model, last.flatten(2).mT), logits, 1e-5)
 
 
 def test_t_is_the_ratio_of_ids_that_are_masked():
@@ -1480,7 +1486,7 @@ def test_golden_addp_training_step_piece_by_piece(case):
     for block in model.decoder_blocks:
         x = block(x)
     # the whole vocabulary, appended tokens too
-    everything = model.predict_ids(x, len(model.token_emb.weight))
+    everything = ids_predicted(model, x, len(model.token_emb.weight))
     assert_outputs(theirs, dict(
         token_ids=ids, mask_t=mask, mask_t_next=earlier, z0=code_map(model, codes[ids]),
         soft_tokens=code_map(model, r.softmax(-1) @ codes), target=code_map(model, q.softmax(-1)),
@@ -1655,7 +1661,7 @@ def test_addp_features_are_of_pixels():
     assert model.embed(ids).equal(model.embed(decoded)) and not model.embed(ids).allclose(model.embed(x))
     # the decoder's maps: all is visible
     logits = model.decode(model.encode(x), ids, torch.zeros(4, 16, dtype=torch.bool), 16)
-    assert_close(model.predict_ids(model.features(x, layers=[4])[0].flatten(2).mT), logits, 1e-5)
+    assert_close(ids_predicted(model, model.features(x, layers=[4])[0].flatten(2).mT), logits, 1e-5)
     with pytest.raises(ValueError, match="0.5"):
         model.features(x, t=0.5)
 
@@ -4251,10 +4257,63 @@ def test_drawings_are_found_among_images_and_nothing_else_is(tmp_path, capsys):
         cfg = probe.Config(run=["out/x"], samples=str(tmp_path / name))
         with pytest.raises(unified.UserError, match="--npz"):
             probe.judge_samples(model, {"dataset": "shapes"}, cfg)
-    numpy.savez(tmp_path / "good.npz", numpy.zeros((3, 32, 32, 3), numpy.uint8))
-    with pytest.raises(unified.UserError, match="of a run on shapes"):
-        good = dataclasses.replace(cfg, samples=str(tmp_path / "good.npz"))
-        probe.judge_samples(model, {"dataset": "cifar10"}, good)
+
+
+def gaussian_features(n, seed=0):
+    """Float (n, 5), with a mean and correlations that the seed decides."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing, mean = torch.randn(5, 5, generator=generator), torch.randn(5, generator=generator)
+    return torch.randn(n, 5, generator=generator) @ mixing + mean
+
+
+def test_the_frechet_distance_is_that_of_two_normal_distributions():
+    x, y = gaussian_features(200, 0).double(), gaussian_features(300, 1).double()
+    assert probe.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    moved = x * 3 + torch.arange(5)                                             # the covariances commute
+    expected = (moved.mean(0) - x.mean(0)).square().sum() + 4 * x.var(0).sum()
+    assert probe.frechet_distance(x, moved) == pytest.approx(expected.item(), rel=1e-9)
+    cov, cov_y = numpy.cov(x.T), numpy.cov(y.T)
+    overlap = numpy.linalg.eigvals(cov @ cov_y).real.clip(0) ** 0.5             # of the product as it is
+    expected = (x.mean(0) - y.mean(0)).square().sum() + numpy.trace(cov + cov_y) - 2 * overlap.sum()
+    for pair in ((x, y), (y, x), (x.flip(0), y[torch.randperm(300)])):          # either way, in any order
+        assert probe.frechet_distance(*pair) == pytest.approx(expected.item(), rel=1e-9)
+    assert 0 < probe.frechet_distance(x[:4], y) < math.inf                      # singular
+
+
+def test_precision_and_recall_count_who_is_nearer_to_another_than_its_third_neighbour():
+    x, y = gaussian_features(60, 0).double(), gaussian_features(700, 1).double()
+
+    def covered(points, others):
+        radii = [(others - other).norm(dim=1).sort().values[3] for other in others]
+        return sum(any((point - other).norm() <= r for other, r in zip(others, radii))
+                   for point in points) / len(points)
+    assert probe.precision_and_recall(x, y[:40]) == (covered(x, y[:40]), covered(y[:40], x))
+    assert probe.precision_and_recall(x, y) == probe.precision_and_recall(y, x)[::-1]
+    assert probe.precision_and_recall(x, y) == probe.precision_and_recall(x.flip(0), y.flip(0))
+    assert min(probe.precision_and_recall(y[:350], y[350:])) > 0.8
+    assert probe.precision_and_recall(y + 100, y) == (0, 0)
+    precision, recall = probe.precision_and_recall(y[:1] + 1e-6 * torch.randn(200, 5), y)  # always one
+    assert precision == 1 and recall < 0.1
+
+
+def figures(monkeypatch, x, at_once=64):
+    """What measure_samples() says of x against shapes, by a classifier with the weights it begins with."""
+    cfg = probe.Config(run=["out/x"], device="cpu", workers=0)
+    train_set, test_set = (probe.ImageTensor(*unified.draw_shapes(seeds, 16), list(unified.SHAPES), (1, 1))
+                           for seeds in (torch.arange(300), torch.arange(1000, 1120)))
+    monkeypatch.setattr(probe, "images_at_once", lambda data, device: at_once)
+    return probe.measure_samples(probe.new_classifier(8, 16).eval()[0], small("umd"), x, train_set, test_set,
+                                 cfg)
+
+
+def test_samples_are_measured_the_same_in_any_order_and_in_batches_of_any_size(monkeypatch):
+    x, _ = unified.draw_shapes(torch.arange(2000, 2100), 16)
+    (results, *sizes), (others, *_) = figures(monkeypatch, x), figures(monkeypatch, x.flip(0), 7)
+    assert list(results) == ["samples", "test images", "noise"] and sizes == [100, 300]
+    for title in results:
+        assert results[title] == pytest.approx(others[title], rel=1e-4)
+    samples, test, noise = results.values()
+    assert samples[0] < 2 * test[0] and 10 * test[0] < noise[0] and test[1] > 0.5 > noise[1]
 
 
 def test_training_and_test_shapes_are_different_images(monkeypatch):
@@ -4910,7 +4969,8 @@ def test_mage_c_trains_on_two_views_of_a_shared_tokenizer(photos, finished, tmp_
 
 
 def test_mage_e_trains_on_one_cached_view_of_a_shared_tokenizer(photos, finished, tmp_path):
-    printed = script("train.py", *flags(photos, tmp_path, "--model", "mage-e", "--tokenizer", finished[0],
+    tokenizer = finished[0] / "tokenizer.pt"                            # a file: the ids stay in this run
+    printed = script("train.py", *flags(photos, tmp_path, "--model", "mage-e", "--tokenizer", tokenizer,
                                         "--micro-batch", 4, "--views", 1))
     assert "contrastive term compares 4 of the 8" in printed
     assert '"contrast"' in (tmp_path / "log.jsonl").read_text()
@@ -5258,6 +5318,79 @@ def test_a_users_mistake_ends_in_one_sentence_and_exit_code_2(args, words, finis
               **{what: broken_tree(tmp_path / what, what) for what in ("empty", "classes", "corrupt")}}
     printed = script("train.py", "--out-dir", tmp_path / "run", *(a.format(**places) for a in args), expect=2)
     assert words in printed and "Traceback" not in printed
+
+
+@pytest.fixture
+def sampled(finished, tmp_path, monkeypatch):
+    """A copy of a run in a folder of its own, and the samples to measure it by."""
+    monkeypatch.setitem(probe.CLASSIFIER, "images", 96)
+    shutil.copytree(finished[0], tmp_path / "out/run")
+    x = torch.randint(256, (10, 32, 32, 3), generator=torch.Generator().manual_seed(0))
+    numpy.savez(tmp_path / "x.npz", arr_0=x.byte().numpy())
+    return tmp_path / "out/run", "--samples", tmp_path / "x.npz", "--workers", 0, "--device", "cpu"
+
+
+def test_fd_local_has_anchors_and_a_classifier_that_is_trained_once(sampled, photos, monkeypatch):
+    run, printed = sampled[0], script("probe.py", *sampled)
+    path = run.parent / f"{photos.name}-classifier.pt"
+    for words in ("FD-local", "precision", "test images through the tokenizer", "noise", "on the test set",
+                  "10 images of each against 48 training images"):
+        assert words in printed
+    row = json.loads((run / "probe.jsonl").read_text().splitlines()[-1])
+    assert row["n"] == 10 and row["head"] == "samples" and len(row["anchors"]) == 3 and row["date"]
+    first = path.read_bytes()
+    assert unified.load_checkpoint(path)["top1"] == row["classifier_top1"]
+    monkeypatch.setattr(probe, "train_classifier", forbidden)
+    assert "appended" in script("probe.py", *sampled) and path.read_bytes() == first
+    again = json.loads((run / "probe.jsonl").read_text().splitlines()[-1])
+    assert {**row, "seconds": 0, "date": 0} == {**again, "seconds": 0, "date": 0}
+
+
+@pytest.mark.parametrize("spoil", ["damaged", "of other images"])
+def test_a_classifier_that_does_not_fit_is_trained_anew(sampled, photos, monkeypatch, spoil):
+    path = sampled[0].parent / f"{photos.name}-classifier.pt"
+    script("probe.py", *sampled)
+    right = path.read_bytes()
+    if spoil == "damaged":
+        path.write_bytes(right[:1000])
+    else:
+        torch.save({**torch.load(path), "fingerprint": "another"}, path)
+    script("probe.py", *sampled)
+    assert all(v.equal(w) for v, w in zip(torch.load(path)["model"].values(),
+                                          torch.load(io.BytesIO(right))["model"].values()))
+
+
+def test_a_data_set_with_three_test_images_is_too_small_to_measure_samples(sampled, monkeypatch):
+    monkeypatch.setattr(probe, "open_data", lambda *args: image_set(48 if args[3] else 3, 32))
+    assert "3 images to test on" in script("probe.py", *sampled, "--dataset", "any", expect=2)
+
+
+def test_of_several_processes_the_first_measures_samples_as_if_alone(sampled, photos, monkeypatch):
+    rows = []
+    for rank in (None, "0"):
+        if rank:
+            monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", rank)
+        script("probe.py", *sampled)
+        (sampled[0].parent / f"{photos.name}-classifier.pt").unlink()
+        rows.append(json.loads((sampled[0] / "probe.jsonl").read_text().splitlines()[-1]))
+    assert {**rows[0], "seconds": 0, "date": 0} == {**rows[1], "seconds": 0, "date": 0}
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setattr(probe, "judge_samples", forbidden)
+    assert not script("probe.py", *sampled)
+
+
+def test_ctrl_c_stops_the_classifier_and_leaves_nothing_behind(sampled, photos, monkeypatch):
+    def interrupted(*args):
+        for features, y in batches(*args)(0):
+            yield features, y
+            signal.raise_signal(signal.SIGINT)
+    batches = probe.fresh_batches
+    monkeypatch.setattr(probe, "fresh_batches", lambda *args: lambda epoch: interrupted(*args))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert "stopped" in script("probe.py", *sampled, expect=130)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert {p.name for p in sampled[0].parent.iterdir()} == {"run"}
 
 
 @pytest.mark.parametrize("name", ["sample.py", "probe.py"])
@@ -6957,7 +7090,7 @@ def test_the_tutorials_probe_finds_classes_where_they_are_and_nowhere_else():
 @pytest.mark.parametrize("method", ["mage", "addp", "umd", "adm"])
 def test_the_tutorial_runs_and_writes_its_samples(method, tmp_path, monkeypatch, capsys):
     sample = unified.Model.sample
-    monkeypatch.setattr(unified.Model, "sample", lambda model, n: sample(model, n, steps=2))
+    monkeypatch.setattr(unified.Model, "sample", lambda model, n, steps: sample(model, n, steps=2))
     monkeypatch.setattr(unified, "linear_probe", lambda *_: 0.5)
     unified.main(method, tokenizer_steps=8, steps=8, out=tmp_path / "shapes.png")
     printed = capsys.readouterr().out.splitlines()

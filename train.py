@@ -16,7 +16,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -42,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import probe
 import unified
-from probe import Stopped
+from probe import Stopped, fingerprint, write_file
 from unified import UserError, flag
 
 try:
@@ -784,18 +783,6 @@ def writable(path, flag, folder=False):
     return path
 
 
-def write_file(path, write):
-    """write(file) under a name of this process's own, then rename: path is whole or not there."""
-    path.parent.mkdir(exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(new, "wb") as file:
-            write(file)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def open_folder(cfg, train_set, lock):
     """Make or check the run's folder, and lock it against a second process, until the ExitStack `lock`
     is closed."""
@@ -905,28 +892,6 @@ def until_asked(items):
 # what it depends on.
 
 SHARD = 2048                                            # images
-
-
-def fingerprint(vqgan, data, views):
-    """What ids depend on, as one hexadecimal word: the tokenizer, the images (of files name, size and
-    time of change), their crops."""
-    digest = hashlib.sha256(repr((views, data.size, data.scale, len(data))).encode())
-    if isinstance(data, probe.ImageFolder):
-        images = map(functools.partial(file_mark, data.root), data.paths)
-    else:
-        images = (part.cpu().numpy().tobytes() for part in data.images.split(1000))
-    weights = (p.detach().cpu().numpy().tobytes() for p in vqgan.parameters())
-    for part in itertools.chain(weights, images, [data.labels.numpy().tobytes()]):
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def file_mark(root, path):
-    """Bytes that tell a file from another one, and from itself after a change."""
-    with contextlib.suppress(OSError):
-        stat = path.stat()
-        return b"%s %d %d\n" % (os.fsencode(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)
-    return os.fsencode(path.relative_to(root))          # a link to nowhere, say
 
 
 def read_shard(path):

@@ -485,62 +485,20 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# On a first reading these four lines are enough: go on to section 4. The class below is the whole contract,
-# since the scripts read nothing else off a model. Denoiser, at the end of section 12, fulfils it in thirty
-# lines, as an example for a method of your own.
-
-
-class Denoising(typing.NamedTuple):
-    """Images on the way from noise: x (n, 3, S, S), clean ones in [-1, 1]."""
-    x: torch.Tensor
+# Model, their base class, has what they share, and defaults for what the scripts ask of a model. Section 12
+# says what each of these means, beside an example for a method of your own.
 
 
 class Model(nn.Module):
-    """What the scripts use. A subclass defines the four methods below, and in its __init__ sets
+    """A module that generates by sample_steps(), which a subclass defines, and which yields a state after
+    each step."""
 
-    image_size    S
-    layers        {layer: (channels, h, w)} of all blocks, counted from 1
-    best_layer    the layer whose features the authors probe
-
-    Arguments of these methods are checked by name before they run. The names are listed in section 14, FORMS:
-    there each has one meaning, in all models. Any other name is yours, and not checked.
-    """
-
-    best_t = 0                          # the t at which the authors probe best_layer
-    t_range = (0, 0, "always 0")        # min and max of t, and what it is; int for a timestep. It is what t
-                                        # is checked against, in forward(), too
-    pools = ("mean",)                   # poolings that embed() knows, the authors' first
-    length = 0                          # tokens of an image, if there are any
-    codes = 0                           # entries of the codebook, if ids are predicted
-    alpha_bar = None                    # the noise schedule, if there is one
-    classes = 0                         # labels that it is conditioned on
-    takes_labels = False                # the class can be built with classes > 0. Parameters that only such a
-                                        # model has are called label_embed: --init lets them start afresh
-    reads_ids = False                   # given ids instead of pixels, training and probing lose nothing
-    generates = True                    # it can start from nothing
-    reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-    max_steps = math.inf                # more sampling steps than these are not possible
-
-    def forward(self, x, labels=None):
-        """Training: images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms."""
-        raise NotImplementedError
-
-    def sample_steps(self, n, steps=None, seeds=None):
-        """Generation: yields a Denoising after each step, or whatever your render() takes, without gradient.
-
-        n, steps   images; steps, None: num_steps()          seeds  see image_seeds in section 4
-        It may also take temperature, eta, guidance, guidance_interval, guide, labels, known and mask, with
-        the meaning they have in MAGE and UMD."""
-        raise NotImplementedError
-
-    def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
-        """Representation: [map (B, C, h, w) for each of layers] of images x at corruption t, see MAGE.
-        add, which only DifFeed passes, and finetune may be ignored."""
-        raise NotImplementedError
-
-    def embed(self, x, noise=None, pool="mean"):
-        """Representation: a vector for each image, (B, C). pool is one of pools."""
-        raise NotImplementedError
+    best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)
+    length = codes = classes = 0
+    takes_labels = reads_ids = reconstructs = False
+    generates, max_steps, alpha_bar = True, math.inf, None
+    stem = dynamic_blocks = ()
+    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
@@ -554,7 +512,7 @@ class Model(nn.Module):
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
-        """A state of sample_steps -> pixels (n, 3, S, S) in [0, 1]."""
+        """A state of sample_steps -> pixels (n, 3, S, S) in [0, 1]. Here its x is in [-1, 1]."""
         return ((state.x + 1) / 2).clamp(0, 1)
 
     def noise(self, seeds, draw=0):
@@ -567,30 +525,21 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # The rest is for train.py and probe.py. Leave it alone in a first method.
-
-    stem = ()                           # names of what comes before the first of `blocks`, which are found by
-                                        # --init-encoder and by layer decay
-    dynamic_blocks = ()                 # blocks whose number of tokens differs from call to call
-    # Fine-tuning of a ViT-B and of a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
-    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
-
     def micro_batch_args(self, first, count):
-        """More arguments of forward() for images first .. first + count - 1 of a batch that does not fit into
-        memory at once (gradient accumulation): what must differ between its parts."""
+        """What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that
+        does not fit into memory at once: what must differ between its parts."""
         return {}
 
     def after_step(self):
-        """Called after each optimizer step of training, for what follows the weights without a gradient."""
+        """What train.py calls after each step of the optimizer."""
 
     def mirror(self, layer):
-        """The layer at equal distance from the other end, where DifFeed, a head of probe.py, feeds back what
-        it found at this one."""
+        """The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back."""
         return len(self.layers) + 1 - layer
 
     def __init_subclass__(cls):
-        """Put the check of arguments before the public methods. It is there for its error messages alone: a
-        correct call gives the same without it, if labels and seeds are on the model's device."""
+        """Check arguments before the public methods run. That is for the error messages alone: a correct call
+        gives the same without it, if labels and seeds are on the model's device."""
         public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
         for name in vars(cls).keys() & public:
             setattr(cls, name, guarded(vars(cls)[name]))
@@ -612,8 +561,8 @@ def guarded(method):
 # At r = 0.5 half of the image is visible, and the network learns to represent it. Near r = 1 hardly anything
 # is, and it learns to generate. Which tokens are masked is decided by sorting random numbers.
 #
-# As in MAE, the encoder is spared most masked tokens: half of all tokens, masked ones, are dropped before it.
-# The number is fixed, whatever r is, so that shapes are static. The other masked tokens enter as [MASK]:
+# As in MAE, most masked tokens never enter the encoder. A fixed half of all tokens, all of them masked, is
+# dropped before it, whatever r is, so that shapes are static. The other masked tokens enter as [MASK]:
 #
 #     L = 256 tokens, r = 0.55, sorted by their random numbers; later each goes back to its place
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
@@ -663,26 +612,33 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     confidence   -.1 -1.6   inf -.9   inf       log p + temperature (1 - t/T) Gumbel
 #     ids            c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
-# The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0.
+# The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0. The
+# temperature, 6 for 16 x 16 tokens, scales this noise only: ids are always sampled from p itself.
 
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
 
-def num_masked(initial, count, step, steps, schedule="cosine", round_up=False):
+def num_masked(initial, masked, step, steps, schedule="cosine", round_up=False):
     """How many tokens of each image stay masked after a step: int (n,) -> int (n,).
 
-    initial, count   how many were masked at the start, and before this step
+    initial, masked  how many were masked at the start, and before this step
     step, steps      t - 1, counted from 0; and T
     schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
-    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(count - 1)
-    return wanted.clamp(min=1).minimum(count)
+    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(masked - 1)
+    return wanted.clamp(min=1).minimum(masked)
 
 
-# All random numbers of an image follow from its seed: hashed_uniform(seeds, draw, L), in section 14, has L of
-# them in (0, 1) for each seed.
+# All random numbers of an image follow from its seed, so it is the same alone or among a thousand. Read
+# hashed_uniform(seeds, draw, L) of section 14 as torch.rand(n, L), with a row for each seed, and another one
+# for each draw.
+
+
+def decoding_noise(seeds, step, L):
+    """Two uniform numbers for each token in a step of decoding: float (n, L) in (0, 1) each."""
+    return hashed_uniform(seeds, 2 * step, L), hashed_uniform(seeds, 2 * step + 1, L)
 
 
 def image_seeds(seeds, n, device):
@@ -722,6 +678,25 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     return ids, rank_in_row(confidence) < to_device(count, ids.device)[:, None]
 
 
+def parallel_decoding(predict, ids, mask, masked, steps, temperature, seeds, schedule="cosine", order=None,
+                      round_up=False):
+    """The loop: yields ids, mask (n, L) and logits (n, L, K) after each step [MaskGIT, 3.2]. In the last mask
+    one token is left, whose id was sampled like the others.
+
+    predict      function (step, ids, mask, masked) -> logits (n, L, K); step = t - 1
+    ids, mask    (n, L) to begin with: from nothing, all True         masked  how many that is, int (n,)
+    temperature  of the Gumbel noise           schedule, round_up  see num_masked         order  see unmask
+    """
+    initial = masked
+    for step in range(steps):
+        logits = predict(step, ids, mask, masked)
+        masked = num_masked(initial, masked, step, steps, schedule, round_up)           # after this step
+        u, v = decoding_noise(seeds, step, ids.size(1))
+        gumbel = temperature * (1 - (step + 1) / steps) * to_gumbel(v)                  # (n, L)
+        ids, mask = unmask(logits, ids, mask, masked, u, gumbel, order)
+        yield ids, mask, logits
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 5. MAGE: predict the masked ids
 #
@@ -749,15 +724,9 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
 #     logits = logits(fake class) + w_t (logits(c) - logits(fake class))             w = 1: as trained
 #     w_t    = 1 + (w - 1) t / T                                                     in step t of T
 #
-# Generation is, in short, of one image:
-#
-#     ids, mask = zeros (L,), all True
-#     for t in 1 ... T:
-#         p         = softmax(decode(encode(class id and ids, [MASK] where masked), mask))              (L, K)
-#         ids, mask = unmask(p, ids, mask), which leaves num_masked(t) tokens masked
-#     return D(codes of ids)
-#
-# sample_steps() below adds seeds, guidance, and inpainting.
+# Generation is parallel_decoding() of section 4, with logits = decode(encode(class id and masked ids), mask).
+# At its end the tokenizer decodes the ids. Nothing is dropped in it: dropping saves time in training, and at
+# a masked place the decoder reads z0 in either case.
 
 
 class TokenEmbedding(nn.Module):
@@ -931,14 +900,13 @@ class MAGE(Model):
         return self.norm(x)
 
     def decode(self, latent, mask, ids_keep=None):
-        """Latent (B, 1 + M, C) -> logits (B, L, K). mask, ids_keep: see random_masking."""
-        return self.predict_ids(self.run_decoder(self.decoder_input(latent, mask, ids_keep)))
-
-    def run_decoder(self, x):
-        """Decoder input (B, 1 + L ..., C') -> its output at the L tokens (B, L, C')."""
+        """Latent (B, 1 + M, C) -> logits (B, L, K) of the codes, which come first in the vocabulary; labels,
+        fake class and [MASK] are never masked. mask, ids_keep: see random_masking."""
+        x = self.decoder_input(latent, mask, ids_keep)                                      # (B, 1 + L, C')
         for block in self.decoder_blocks:
             x = block(x)
-        return x[:, 1:1 + self.length]
+        x = self.decoder_norm(x[:, 1:])                                                     # (B, L, C')
+        return self.mlm_layer(x, self.token_emb.word_embeddings.weight[:self.codes])
 
     def decoder_input(self, latent, mask, ids_keep=None):
         """Encoder outputs back at their places, the output at position 0 wherever a token is masked:
@@ -948,13 +916,6 @@ class MAGE(Model):
         visible = x[:, 1:] if ids_keep is None else scatter_tokens(summary, ids_keep, x[:, 1:])
         x = torch.cat([x[:, :1], torch.where(mask[..., None], summary, visible)], 1)
         return x + self.decoder_pos_embed_learned
-
-    def predict_ids(self, x, vocab_size=None):
-        """Decoder output (B, L, C') -> logits (B, L, K) of the codes, which come first in the vocabulary:
-        labels, fake class and [MASK] are never masked. Or of the first vocab_size ids."""
-        return self.mlm_layer(self.decoder_norm(x), self.token_weights[:vocab_size or self.codes])
-
-    token_weights = property(lambda self: self.token_emb.word_embeddings.weight)            # (vocab_size, C)
 
     # ---- generation
 
@@ -968,7 +929,7 @@ class MAGE(Model):
     @torch.no_grad()
     def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None,
                      seeds=None, schedule="cosine", order=None, guidance_interval=(0.0, 1.0), guide=None):
-        """Parallel decoding, section 4 [MaskGIT, 3.2].
+        """Parallel decoding, with guidance, from nothing or into known pixels.
 
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
         temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, less for fewer (ours)
@@ -985,19 +946,16 @@ class MAGE(Model):
         steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
         state = self.initial_state(n, known, mask)
-        # How many tokens are masked: int (n,), on the CPU.
-        initial = count = torch.full((n,), self.length) if known is None else state.token_mask.sum(1).cpu()
-        for step in range(steps):
-            progress = (step + 1) / steps
-            w = guidance_at(step / steps, 1 + (guidance - 1) * progress, guidance_interval)
-            logits = self.guided_logits(state, count, labels, w, guide)                         # (n, L, K)
-            count = num_masked(initial, count, step, steps, schedule, self.round_up)    # after this step
-            u = hashed_uniform(seeds, 2 * step, self.length)                                # (n, L)
-            gumbel = to_gumbel(hashed_uniform(seeds, 2 * step + 1, self.length))            # (n, L)
-            gumbel = temperature * (1 - progress) * gumbel
-            ids, token_mask = unmask(logits, state.ids, state.token_mask, count, u, gumbel, order)
+        masked = torch.full((n,), self.length) if known is None else state.token_mask.sum(1).cpu()
+
+        def predict(step, ids, token_mask, masked):
+            w = guidance_at(step / steps, 1 + (guidance - 1) * (step + 1) / steps, guidance_interval)
+            return self.guided_logits(state, masked, labels, w, guide)
+        loop = parallel_decoding(predict, state.ids, state.token_mask, masked, steps, temperature, seeds,
+                                 schedule, order, self.round_up)
+        for step, (ids, token_mask, logits) in enumerate(loop, 1):
             state = self.advance(state, ids, token_mask, logits)
-            if step + 1 == steps:                               # num_masked() leaves one token: it is kept
+            if step == steps:                                   # num_masked() leaves one token: it is kept
                 state = state._replace(token_mask=torch.zeros_like(token_mask))
             yield state
 
@@ -1005,30 +963,25 @@ class MAGE(Model):
         """20, or one for each token, unless said otherwise."""
         return steps or min(20, self.length)
 
-    def guided_logits(self, state, count, labels, guidance, guide=None):
-        """step_logits, moved away from those of the guide or, without one, of the fake class."""
-        if guide is None or guidance == 1:
-            return self.step_logits(state, count, labels, guidance)
-        reference = guide.step_logits(state, count, labels, 1.0)
-        return reference + guidance * (self.step_logits(state, count, labels, 1.0) - reference)
+    def guided_logits(self, state, masked, labels, w, guide=None):
+        """step_logits, moved away from those of the guide or, without one, of the fake class: (n, L, K)."""
+        wanted = self.step_logits(state, masked, labels)
+        if w == 1 or labels is None and guide is None:
+            return wanted
+        other = (guide or self).step_logits(state, masked, labels if guide else None)
+        return other + w * (wanted - other)
 
-    def step_logits(self, state, count, labels, guidance):
-        """Logits (n, L, K) for a state in which count int (n,) tokens are masked; count is for ADDP."""
-        return self.logits(state.ids, state.token_mask, labels, guidance)
+    def step_logits(self, state, masked, labels=None):
+        """Logits (n, L, K) for a state in which masked int (n,) tokens are masked, which ADDP asks for."""
+        return self.logits(state.ids, state.token_mask, labels)
 
     def advance(self, state, ids, token_mask, logits):
         """The next state; ADDP adds an image to it."""
         return state._replace(ids=ids, token_mask=token_mask)
 
-    def logits(self, ids, mask, labels=None, guidance=1.0):
-        """Logits (n, L, K) of masked ids (n, L), with classifier-free guidance. Nothing is dropped here: the
-        encoder reads every [MASK]."""
-        def conditional(labels):
-            return self.decode(self.encode(self.input_ids(ids, mask, labels)), mask)
-        if labels is None or guidance == 1:
-            return conditional(labels)
-        unconditional = conditional(None)                                                   # the fake class
-        return unconditional + guidance * (conditional(labels) - unconditional)
+    def logits(self, ids, mask, labels=None):
+        """Logits (n, L, K) of masked ids (n, L). Nothing is dropped: the encoder reads every [MASK]."""
+        return self.decode(self.encode(self.input_ids(ids, mask, labels)), mask)
 
     @torch.no_grad()
     def render(self, state):
@@ -1212,7 +1165,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
     for labelled, before in untrained.items():
         after = linear_probe(model.eval(), labelled)
         print(f"linear probe with {labelled} labels: {after:.1%}, before training {before:.1%}")
-    image_grid(model.sample(64)).save(out)
+    image_grid(model.sample(64, steps=16 if model.tokenizer else 50)).save(out)
     print(f"wrote {out}")
 
 
@@ -1420,9 +1373,9 @@ class ADDP(MAGE):
     """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py,
     models_vit.py).
 
-    From MAGE: the blocks and norms, decoder_embed, decoder_pos_embed_learned, run_decoder, predict_ids, and
-    the loop, sample_steps. Replaced: token_emb (only the decoder reads ids), mlm_layer, encode (of pixels),
-    decode, decoder_input, step_logits, advance, render, features, embed.
+    From MAGE: the blocks and norms, decoder_embed, decoder_pos_embed_learned, and sample_steps. Replaced:
+    token_emb (only the decoder reads ids), mlm_layer, encode (of pixels), decode, decoder_input, step_logits,
+    advance, render, features, embed.
 
     predictor       a trained MAGE, frozen; its tokenizer is this model's. Not needed to generate from nothing
     image_size      S, which must be the predictor's, else ValueError
@@ -1485,7 +1438,9 @@ class ADDP(MAGE):
             both = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([mask_earlier, mask]))
             logits_earlier, logits_now = both.chunk(2)                                      # (B, L, K) each
             xt = self.next_image(ids, mask, logits_earlier)                                 # (B, 3, S, S)
-        logits = self.decode(self.encode(xt), ids, mask, visible, vocab_size=len(self.token_weights))
+        # Over the whole vocabulary, as in the official code: labels and [MASK] have the target 0. In
+        # generation the softmax is over codes alone.
+        logits = self.decode(self.encode(xt), ids, mask, visible, vocab_size=len(self.token_emb.weight))
         q = logits_now.softmax(-1)
         target = F.pad(q, (0, logits.size(2) - self.codes))                             # (B, L, vocab_size)
         loss = masked_cross_entropy(logits, target, mask)
@@ -1539,7 +1494,11 @@ class ADDP(MAGE):
     def decode(self, latent, ids, mask, visible, vocab_size=None):
         """Latent (B, 1 + L, C) -> logits (B, L, K), or over the first vocab_size ids. visible: how many ids
         are, the same number in each image."""
-        return self.predict_ids(self.run_decoder(self.decoder_input(latent, ids, mask, visible)), vocab_size)
+        x = self.decoder_input(latent, ids, mask, visible)                    # (B, 1 + L + visible, C)
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = self.decoder_norm(x[:, 1:1 + self.length])                                      # (B, L, C)
+        return self.mlm_layer(x, self.token_emb.weight[:vocab_size or self.codes])
 
     def decoder_input(self, latent, ids, mask, visible):
         """Latent (B, 1 + L, C) -> (B, 1 + L + visible, C). The mask token stands where an id is masked and,
@@ -1553,7 +1512,6 @@ class ADDP(MAGE):
         ids_visible = mask.int().argsort(stable=True, dim=1)[:, :visible]            # (B, visible), ascending
         return torch.cat([x, gather_tokens(id_tokens, ids_visible)], 1)
 
-    token_weights = property(lambda self: self.token_emb.weight)
     dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
 
     # ---- generation
@@ -1570,23 +1528,23 @@ class ADDP(MAGE):
 
     round_up = True
 
-    def step_logits(self, state, count, labels=None, guidance=1.0):
+    def step_logits(self, state, masked, labels=None):
         """Logits (n, L, K) from the image so far, state.x, and the visible ids.
 
         If all tokens are masked the decoder reads mask tokens only, and the encoder is skipped. Inpainting
         begins without an image: its first one is made from the predictor's logits.
         """
         ids, mask, x = state.ids, state.token_mask, state.x
-        if count.min() == self.length:
+        if masked.min() == self.length:
             latent = self.norm.weight.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel())
         else:
             if x is None:
                 x = self.next_image(ids, mask, self.token_predictor.logits(ids, mask))
             latent = self.encode(x)
         logits = torch.empty(*ids.shape, self.codes, device=ids.device)
-        for masked, images in groups_of_equal_length(count):
+        for count, images in groups_of_equal_length(masked):
             i = to_device(images, ids.device)
-            logits[i] = self.decode(latent[i], ids[i], mask[i], self.length - masked)
+            logits[i] = self.decode(latent[i], ids[i], mask[i], self.length - count)
         return logits
 
     def advance(self, state, ids, token_mask, logits):
@@ -1658,9 +1616,11 @@ class ADDP(MAGE):
 #
 #     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 alpha_bar / alpha_bar_next / (1 - alpha_bar)
 #
-# and the factor of xt becomes sqrt(alpha_bar / alpha_bar_next) (1 - alpha_bar_next) / (1 - alpha_bar).
+# Then the factor of xt is sqrt(alpha_bar / alpha_bar_next) (1 - alpha_bar_next) / (1 - alpha_bar), and that
+# of x0' is sqrt(alpha_bar_next) (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar), as in DDPM's mean.
 #
-# In this section pixels are in [-1, 1], and alpha_bar is a float64 tensor (B,) or (), on the CPU.
+# In this section pixels are in [-1, 1], but for those to be inpainted, and alpha_bar is a float64 tensor (B,)
+# or (), on the CPU.
 
 
 def noise_schedule(name, steps=1000):
@@ -1706,8 +1666,8 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """One step from xt at alpha_bar to alpha_bar_next, given a prediction of x0: the equation above.
 
     noise  standard normal, like xt
-    std    None: the added noise has the deviation sigma. Else like xt: it has this one, which ADM learns; the
-           mean, the first two terms, is the same either way
+    std    standard deviation of the added noise. None: sigma. ADM passes the one that it has learned, like
+           xt. The mean, that is the first two terms, has sigma in both cases
 
     With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of
     removing it.
@@ -1720,6 +1680,11 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
         std = std * per_image(torch.as_tensor(alpha_bar_next < 1), xt)                      # no noise in x0
     direction = per_image((1 - alpha_bar_next - variance).sqrt(), xt) * eps
     return per_image(alpha_bar_next.sqrt(), xt) * x0 + direction + std * noise
+
+
+class Denoising(typing.NamedTuple):
+    """Images on the way from noise: x (n, 3, S, S), clean ones in [-1, 1]."""
+    x: torch.Tensor
 
 
 def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
@@ -1757,38 +1722,40 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 # A token is now a patch of pixels. A batch has two parts, with a loss on each:
 #
-#     clean part, B - N images:     t = 0, mask ratio r_0
+#     clean part, B - N images:     t = 0, mask ratio r_clean
 #         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
-#     noised part, N images:        t = 1 ... T, mask ratio r_t
+#     noised part, N images:        t uniform in 1 ... T, mask ratio r_noised, the same at every t
 #         L_x0    = mean over masked pixels of (x0 - x0')^2
-#         L_eps   = mean over visible pixels of (eps - eps')^2           (at r_t = 0 both over all pixels)
+#         L_eps   = mean over visible pixels of (eps - eps')^2      (at r_noised = 0 both over all pixels)
 #
 #     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                [UMD, section 3]
 #
 # Masking patches teaches the large structure of images, removing noise every scale of detail. The noise on a
 # masked patch cannot be known, only what is behind it: so x0 is predicted there, and eps where xt is visible.
 #
-#     8 patches            1    _    3    4    _    6    _    8     3 are masked, as in the noised part
-#     encode   c c c c    z1        z3   z4        z6        z8     4 class tokens and the visible patches
-#     decode      c'      z1    m   z3   z4    m   z6    m   z8     c': mean of the 4, m: mask token
-#     loss, noised part  eps   x0  eps  eps   x0  eps   x0  eps     both are predicted for every patch
-#     loss, clean part     -   x0    -    -   x0    -   x0    -     where 6 are masked
+#     noised part            1    _    3    4    _    6    _    8     3 of 8 patches are masked
+#     encode   c c c c      z1        z3   z4        z6        z8     4 class tokens and the visible patches
+#     decode      c'        z1    m   z3   z4    m   z6    m   z8     c': mean of the 4, m: mask token
+#     loss                 eps   x0  eps  eps   x0  eps   x0  eps     both are predicted for every patch
+#
+#     clean part             1    _    _    _    _    6    _    _     6 of 8 patches are masked
+#     loss                   -   x0   x0   x0   x0    -   x0   x0
 #
 # The class tokens start equal and have no positions, so they stay equal: in effect one token with four times
-# the weight in attention, kept for the authors' checkpoints.
+# the weight in attention, kept as in the authors' code.
 #
 # Every block is told the timestep t: 0 for clean images, where alpha_bar_0 = 1, so that q_sample covers both
 # parts. Three numbers make four methods of it:
 #
 #              clean_ratio   mask_ratio_clean   mask_ratio_noised   loss
-#              (B - N) / B         r_0                r_t
+#              (B - N) / B       r_clean            r_noised
 #     UMD          0.5             0.75              0.375          (L_x0 + L_eps) / 4 + L_clean / 2
 #     MAE          1               0.75                -            L_clean
 #     MaskDiT      0                -                 0.5           (L_x0 + L_eps) / 2
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #
 # Labels condition the noised part only, as in the official code. As a rule they are learned last, by tuning a
-# trained model with r_t = 0 and few clean images (section 12).
+# trained model with r_noised = 0 and few clean images (section 12).
 #
 # These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets
 # normalised patch by patch; the published DiT reads latents, has no decoder, predicts the noise alone and
@@ -2016,18 +1983,19 @@ class UMD(Model):
     # ---- generation
 
     def guided(self, x, t, labels=None, guidance=1.0, guide=None):
-        """predict() with guidance, as in MAGE; here "no label" is an embedding of its own."""
+        """predict() with guidance, eps(no label) + w (eps(label) - eps(no label)), or with a guide's eps in
+        place of eps(no label), which is an embedding of its own here. The same for x0, which is not used."""
         if guidance == 1 or labels is None and guide is None:
             return self.predict(x, t, labels)
         reference = self.predict(x, t) if guide is None else guide.predict(x, t, labels)
         return tuple(u + guidance * (c - u) for c, u in zip(self.predict(x, t, labels), reference))
 
     def num_steps(self, steps=None, eta=None):
-        """One for each of timesteps(), so one more than asked for: 126 as published. MAE: 1."""
+        """One for each of timesteps(): 126 as published, for 125. MAE: 1."""
         return len(self.timesteps(steps)) if self.generates else 1
 
     def timesteps(self, steps=None):
-        """T, T - 8, ..., 8 as published, which is `steps` strides of T / steps, rounded up; and then 1."""
+        """T, T - 8, ..., 8 as published: strides of T / steps, rounded up. And then 1."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -2068,8 +2036,8 @@ class UMD(Model):
 
     @torch.no_grad()
     def reconstruct(self, x, mask_noise=None):
-        """Pixels (B, 3, S, S) -> the same with r_0 of the patches masked, and with the predictions there, as
-        MAE is looked at."""
+        """Pixels (B, 3, S, S) -> the same with r_clean of the patches masked, and with the predictions there,
+        as the authors of MAE show them."""
         mask_noise = torch.rand(len(x), self.length, device=x.device) if mask_noise is None else mask_noise
         ids_keep = self.visible_patches(mask_noise, self.mask_ratio_clean)
         mask, t = self.pixel_mask(ids_keep), torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -2608,15 +2576,53 @@ def build(config):
     return model(*frozen, **rest)
 
 
-# A method of your own takes three things:
+# A method of your own takes a class like Denoiser below; behind it, in this file, a row of MODELS,
 #
-#     1. a class like the one below: __init__, which sets image_size, layers and best_layer; forward,
-#        sample_steps, features and embed. All else that Model lists has defaults; t_range is needed where t
-#        can be other than 0
-#     2. a row of MODELS, below the class. This one is left out, so that it is no choice of train.py:
-#        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
-#     3. python train.py --model denoiser. Then sample.py draws it, probe.py reads it, and the tests of all
-#        methods are its tests
+#     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
+#
+# and `python train.py --model denoiser`. (The row is left out, so that the example is no choice of train.py.)
+# sample.py draws the result, probe.py reads it, and the tests of all methods are its tests.
+#
+# The class is a Model. Its __init__ sets
+#
+#     image_size      S
+#     layers          {layer: (channels, h, w)} of all blocks, counted from 1
+#     best_layer      the layer whose features the authors probe
+#
+# and it defines
+#
+#     forward(x, labels=None)
+#         images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms
+#     sample_steps(n, steps=None, seeds=None)
+#         yields a Denoising after each step, or what its own render() takes, without gradient. It may also
+#         take temperature, eta, guidance, guidance_interval, guide, labels, known, mask, as MAGE and UMD do
+#     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
+#         -> [map (B, C, h, w) for each of layers], of x at corruption t, as in MAGE. add, which only DifFeed
+#         passes, and finetune may be ignored
+#     embed(x, noise=None, pool="mean")
+#         -> a vector for each image, (B, C)
+#
+# These have defaults:
+#
+#     best_t          the t at which the authors probe best_layer
+#     t_range         min and max of t, and what it is; int for a timestep. forward(t=) is checked, too
+#     pools           poolings that embed() knows, the authors' first
+#     length          tokens of an image, if there are any
+#     codes           entries of the codebook, if ids are predicted
+#     alpha_bar       the noise schedule, if there is one
+#     classes         labels that it is conditioned on
+#     takes_labels    the class can be built with classes > 0. Parameters that only such a model has are
+#                     called label_embed: --init lets them start afresh
+#     reads_ids       given ids instead of pixels, training and probing lose nothing
+#     generates       it can start from nothing
+#     reconstructs    it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
+#     max_steps       more sampling steps than these are not possible
+#     stem            names of what comes before `blocks`, for --init-encoder and layer decay
+#     dynamic_blocks  blocks whose number of tokens differs from call to call
+#     finetuning      of a ViT-B, of a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up
+#
+# Arguments are checked by name before these methods run. The names stand in FORMS of section 14: there each
+# has one meaning, in all models. Any other name is yours, and not checked.
 
 
 class Denoiser(Model):
