@@ -7,7 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + which image an echo belongs to
+    MAGE-E   token ids           the same                                + that its guess shows the same image
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -493,11 +493,11 @@ class Model(nn.Module):
     """A module that generates by sample_steps(), which a subclass defines, and which yields a state after
     each step."""
 
-    best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)
-    length = codes = classes = 0
-    takes_labels = reads_ids = reconstructs = False
-    generates, max_steps, alpha_bar = True, math.inf, None
-    stem = dynamic_blocks = ()
+    best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)               # where features are read
+    length = codes = classes = 0                                            # sizes; 0: there is no such thing
+    takes_labels = reads_ids = reconstructs = False                         # what it can do
+    generates, max_steps, alpha_bar = True, math.inf, None                  # how it generates
+    stem = dynamic_blocks = ()                                              # names and blocks, for train.py
     finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
 
     def sample(self, n, **options):
@@ -600,14 +600,14 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 # Generation starts with all tokens masked. Step t of T predicts every masked token, keeps the predictions
 # that are most confident, and masks the others again. Their number falls along a cosine [MaskGIT, 3.2]:
 #
-#     num_masked(t) = floor(n0 cos(pi t / 2T))           n0 = tokens masked at the start
+#     num_masked(t) = floor(n0 cos(pi t / 2T)), or one fewer than before           n0 = masked at the start
 #
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
 # It is never below 1, as in the official codes. Every masked id is sampled in every step, so after step T the
-# last one has an id, too, and the loop calls it visible.
+# last one has an id, too, and sample_steps() of section 5 calls it visible.
 #
-#     ids            _    _    a    _    b        _ is [MASK]; tokens that are visible stay
+#     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    .    e    .        sampled from p, for every masked token
 #     confidence   -.1 -1.6   inf -.9   inf       log p + temperature (1 - t/T) Gumbel
 #     ids            c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
@@ -666,8 +666,8 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many stay masked
     u (n, L)     in (0, 1), samples the ids           gumbel (n, L)    is added to the confidence
     order        None, or a function: noisy confidence (n, L) -> priority (n, L); of the masked tokens those
-                 with the highest are kept, visible ones stay. Row by row, say:
-                 lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c)
+                 with the highest are kept, visible ones stay. In raster order, say:
+                 model.sample(8, order=lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c))
     returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
@@ -683,13 +683,13 @@ def parallel_decoding(predict, ids, mask, masked, steps, temperature, seeds, sch
     """The loop: yields ids, mask (n, L) and logits (n, L, K) after each step [MaskGIT, 3.2]. In the last mask
     one token is left, whose id was sampled like the others.
 
-    predict      function (step, ids, mask, masked) -> logits (n, L, K); step = t - 1
+    predict      function (step, masked) -> logits (n, L, K), from what was yielded last; step = t - 1
     ids, mask    (n, L) to begin with: from nothing, all True         masked  how many that is, int (n,)
     temperature  of the Gumbel noise           schedule, round_up  see num_masked         order  see unmask
     """
     initial = masked
     for step in range(steps):
-        logits = predict(step, ids, mask, masked)
+        logits = predict(step, masked)
         masked = num_masked(initial, masked, step, steps, schedule, round_up)           # after this step
         u, v = decoding_noise(seeds, step, ids.size(1))
         gumbel = temperature * (1 - (step + 1) / steps) * to_gumbel(v)                  # (n, L)
@@ -703,8 +703,8 @@ def parallel_decoding(predict, ids, mask, masked, steps, temperature, seeds, sch
 #     loss = - mean over masked i of  log p(id_i | visible ids)     with label smoothing 0.1     [MAGE, eq. 1]
 #
 # An encoder reads the visible ids. Its output at position 0, the class token, comes to summarise the image.
-# A decoder gets every encoder output back at its place and this summary at every masked place, and predicts
-# the ids there:
+# A decoder gets the outputs of visible ids back at their places and this summary at every masked place, and
+# predicts the ids there:
 #
 #     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
 #     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
@@ -823,8 +823,9 @@ class MAGE(Model):
         self.classes, self.contrastive = classes, contrastive
         self.codes, self.length = vqgan.quantize.embedding.num_embeddings, self.grid ** 2   # K, L
         self.max_steps = self.length
-        self.fake_id = self.codes + (classes if fake_class is None else fake_class)
-        self.mask_id = self.codes + classes + (fake_class is None)
+        own = fake_class is None                                # the fake class has an id of its own
+        self.fake_id = self.codes + (classes if own else fake_class)
+        self.mask_id = self.codes + classes + (1 if own else 0)
         vocab_size = self.mask_id + 1
 
         self.token_emb = TokenEmbedding(vocab_size, 1 + self.length, width, dropout)
@@ -857,7 +858,7 @@ class MAGE(Model):
         returns     scalar loss, dict of its terms
         """
         two_crops = x.dim() == (5 if x.is_floating_point() else 3)
-        if two_crops:
+        if two_crops:                                                       # B is 2B from here on
             x, labels = x.flatten(0, 1), None if labels is None else labels.repeat_interleave(2)
         ids = self.to_ids(x)                                                                # (B, L)
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
@@ -948,7 +949,7 @@ class MAGE(Model):
         state = self.initial_state(n, known, mask)
         masked = torch.full((n,), self.length) if known is None else state.token_mask.sum(1).cpu()
 
-        def predict(step, ids, token_mask, masked):
+        def predict(step, masked):                          # from the state that the loop below has reached
             w = guidance_at(step / steps, 1 + (guidance - 1) * (step + 1) / steps, guidance_interval)
             return self.guided_logits(state, masked, labels, w, guide)
         loop = parallel_decoding(predict, state.ids, state.token_mask, masked, steps, temperature, seeds,
@@ -1023,7 +1024,7 @@ class MAGE(Model):
         t         mask ratio in [0, 1]; noise (B, L): forward's mask_noise, the smallest are masked, drawn if
                   None
         layers    numbers of blocks, encoder first; [best_layer] if None
-        add       {layer: map (B, C, h, w)} added to the output of that layer
+        add       {layer: map (B, C, h, w)} added to the output of that layer, by DifFeed in probe.py
         finetune  changes nothing here: MAGE is fine-tuned as it was trained
         returns   [map (B, C, h, w) for each of layers]
         """
@@ -1094,15 +1095,15 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # 6. A training loop
 #
 # The story so far, on drawn shapes and a CPU: `python unified.py` trains a tokenizer, then MAGE on its ids,
-# in two minutes. train.py has the same loop, and what a long run needs: ids that are computed once, averaged
-# weights, evaluation, checkpoints, many GPUs. Seed 0, torch 2.13 on a CPU, printed:
+# in two minutes on two cores. train.py has the same loop, and what a long run needs: ids that are computed
+# once, averaged weights, evaluation, checkpoints, many GPUs. Seed 0, torch 2.13 on a CPU, printed:
 #
 #     TokenizerTraining step   600   loss 0.022          a blurred copy of each image
 #     MAGE              step   100   loss 4.9            as good as guessing: ln 128 = 4.85
 #     MAGE              step   900   loss 2.264          it varies with the mask ratio of the batch
 #
 # `python unified.py umd` trains one of the methods to come. What a linear probe then finds in the embeddings,
-# with few labels and with many, before -> after training (before, the tokenizer is trained, too):
+# with few labels and with many, before -> after its training (that of the tokenizer has come before both):
 #
 #     method   CPU minutes    40 labels        1,000 labels     64 samples, shapes.png
 #     mage     3              41.4 -> 63.2 %   88.7 -> 92.6 %   most are shapes, in two colours: all that the
@@ -1280,10 +1281,11 @@ def of_all_processes(z):
 
 
 class EchoMAGE(MAGE):
-    """MAGE-E. Arguments as for MAGE. A training loop of your own must call after_step()."""
+    """MAGE-E. Arguments as for MAGE; the weight of the contrast is 0.1, or another above 0. A training loop
+    of your own must call after_step()."""
 
-    def __init__(self, *sizes, **options):
-        super().__init__(*sizes, **options)
+    def __init__(self, *sizes, contrastive=0.1, **options):
+        super().__init__(*sizes, contrastive=contrastive, **options)
         self.prediction = nn.Sequential(nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 256))
         self.prediction.apply(init_weights)
         encoder = nn.Sequential(self.token_emb, *self.blocks, self.norm)
@@ -1347,10 +1349,11 @@ class EchoMAGE(MAGE):
 #
 # Training has no previous step whose p could make x_t. So a frozen MAGE supplies it: from the ids of an
 # earlier step, where more is masked, it predicts p'. From the visible ids of this step it predicts q, which
-# is the target:
+# is the target: it says more than the one true id, namely all that could stand there.
 #
 #     x_t  = D(z),  z_i = e_(id_i) where visible,  sum over k of p'_i(k) e_k where masked
 #     loss = - mean over masked i of  sum over k of q_i(k) log p_i(k | x_t, visible ids)      [ADDP, figure 4]
+#            with label smoothing 0.1, and p over the whole vocabulary
 #
 #     ids, mask of an earlier step -- MAGE --> p' ----+
 #     ids, mask of this step -------------------------+-- D --> x_t --> encoder --> decoder --> p
@@ -1610,16 +1613,16 @@ class ADDP(MAGE):
 # A step predicts x0, and with it eps, and mixes them anew:
 #
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
-#     sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)     [DDIM, 16]
+#     sigma^2 = eta^2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next) [DDIM, 16]
 #
 # eta = 0 adds no noise: DDIM. eta = 1 is DDPM's ancestral sampling. For then sigma^2 is the variance of the
 # posterior q(x_next | xt, x0), and the rest is its mean [DDPM, eq. 7]. To see it, put
 # eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into the second term, whose root goes away:
 #
-#     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 alpha_bar / alpha_bar_next / (1 - alpha_bar)
+#     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 * (alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 #
-# Then the factor of xt is sqrt(alpha_bar / alpha_bar_next) (1 - alpha_bar_next) / (1 - alpha_bar), and that
-# of x0' is sqrt(alpha_bar_next) (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar), as in DDPM's mean.
+# Then the factor of xt is sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar), that of
+# x0' is sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar), as in DDPM's mean.
 #
 # In this section pixels are in [-1, 1], but for those to be inpainted, and alpha_bar is a float64 tensor (B,)
 # or (), on the CPU.
@@ -1692,7 +1695,7 @@ class Denoising(typing.NamedTuple):
 def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
     """From noise to images: yields a Denoising after each step; the last one is clean.
 
-    predict_x0   function (x, step) -> x0 in [-1, 1], and std of ddim_step or None
+    predict_x0   function (x, step) -> x0, clamped to [-1, 1], since pixels lie there; and std of ddim_step
     draw_noise   function k -> standard normal (n, 3, S, S). k = 0 is the start; step s adds number 2 s + 1
     alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
     known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the
@@ -1730,7 +1733,7 @@ def timestep_embedding(t, dim, denominator, layout):
 #         L_x0    = mean over masked pixels of (x0 - x0')^2
 #         L_eps   = mean over visible pixels of (eps - eps')^2      (at r_noised = 0 both over all pixels)
 #
-#     loss = N / B (L_x0 + L_eps) / 2  +  (B - N) / B L_clean                                [UMD, section 3]
+#     loss = (N / B) (L_x0 + L_eps) / 2  +  ((B - N) / B) L_clean                            [UMD, section 3]
 #
 # Masking patches teaches the large structure of images, removing noise every scale of detail. The noise on a
 # masked patch cannot be known, only what is behind it: so x0 is predicted there, and eps where xt is visible.
@@ -1756,8 +1759,10 @@ def timestep_embedding(t, dim, denominator, layout):
 #     MaskDiT      0                -                 0.5           (L_x0 + L_eps) / 2
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #
-# Labels condition the noised part only, as in the official code. As a rule they are learned last, by tuning a
-# trained model with r_noised = 0 and few clean images (section 12).
+# Generation uses the prediction of eps alone, with nothing masked, as DDPM does. Labels condition the noised
+# part only, as in the official code, and are hidden in one image of ten. As a rule they are learned last, by
+# tuning a trained model with r_noised = 0 and few clean images (section 12). Guidance is MAGE's, with the
+# same w in all steps: eps = eps(no label) + w (eps(label) - eps(no label)).
 #
 # These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets
 # normalised patch by patch; the published DiT reads latents, has no decoder, predicts the noise alone and
@@ -1985,8 +1990,7 @@ class UMD(Model):
     # ---- generation
 
     def guided(self, x, t, labels=None, guidance=1.0, guide=None):
-        """predict() with guidance, eps(no label) + w (eps(label) - eps(no label)), or with a guide's eps in
-        place of eps(no label), which is an embedding of its own here. The same for x0, which is not used."""
+        """predict() with guidance. A guide's prediction takes the place of the one without a label."""
         if guidance == 1 or labels is None and guide is None:
             return self.predict(x, t, labels)
         reference = self.predict(x, t) if guide is None else guide.predict(x, t, labels)
@@ -2382,7 +2386,7 @@ class ADM(Model):
             t = torch.full((n,), kept[i], device=x.device)
             eps, v = self.predict(x, t).chunk(2, 1)
             w = guidance_at(1 - (kept[i] + 1) / self.max_steps, guidance, guidance_interval)
-            if w != 1:
+            if w != 1:                                          # then there is a guide: ADM knows no labels
                 reference, _ = guide.predict(x, t).chunk(2, 1)
                 eps = reference + w * (eps - reference)
             std = (0.5 * learned_log_variance(v, i, alpha_bar)).exp() if eta == 1 else None
@@ -2653,8 +2657,8 @@ class Denoiser(Model):
     def sample_steps(self, n, steps=None, seeds=None):
         x = 0.5 + 0.5 * self.noise(image_seeds(seeds, n, self.pos_embed.device))            # (n, 3, S, S)
         for _ in range(self.num_steps(steps)):
-            y = self.to_pixels(self.features(x)[0])
-            x = (y + 1) / 2
+            y = self.to_pixels(self.features(x)[0])                                         # in [-1, 1]
+            x = (y + 1) / 2                                                                 # in [0, 1]
             yield Denoising(y)
 
     def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
