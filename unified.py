@@ -1099,7 +1099,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # once, averaged weights, evaluation, checkpoints, many GPUs. Seed 0, torch 2.13 on a CPU, printed:
 #
 #     TokenizerTraining step   600   loss 0.022          a blurred copy of each image
-#     MAGE              step   100   loss 4.9            as good as guessing: ln 128 = 4.85
+#     MAGE              step   100   loss 4.963          as good as guessing: ln 128 = 4.85
 #     MAGE              step   900   loss 2.264          it varies with the mask ratio of the batch
 #
 # `python unified.py umd` trains one of the methods to come. What a linear probe then finds in the embeddings,
