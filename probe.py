@@ -1375,8 +1375,9 @@ def check_flags(cfg):
         raise UserError("--samples is about images, of one run; leave --head, --sweep and --save out")
     if cfg.save and (not cfg.save.endswith(".npz") or os.path.exists(cfg.save)
                      or not os.access(os.path.dirname(cfg.save) or ".", os.W_OK)):
-        raise UserError(f"--save {cfg.save} cannot be written; give a new name that ends in .npz, "
-                        "in a folder that is there")
+        fault = "is there already" if os.path.exists(cfg.save) else "cannot be written"
+        raise UserError(f"--save {cfg.save} {fault}; give a new name that ends in .npz, in a folder that is "
+                        "there")
     parse_numbers(cfg.hidden, int, "--hidden", low=1, high=2**16)
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; "

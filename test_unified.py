@@ -4946,6 +4946,22 @@ def finished(photos, tmp_path_factory):
     return folder, script("train.py", *flags(photos, folder, "--labels"))
 
 
+@pytest.mark.parametrize("count", [1, 5, 8, 13, 40])
+def test_reconstructions_stand_below_their_images_however_few_these_are(count, tmp_path, monkeypatch):
+    x = some_images(count, 32)
+    monkeypatch.setattr(probe, "map_images", lambda function, data, n, **_: (x[:n], None))
+    cfg = types.SimpleNamespace(out_dir=tmp_path, workers=0, device="cpu", dtype="float32")
+    sheets = []
+    monkeypatch.setattr(unified, "image_grid", lambda *args, **more: sheets.append((args, more)) or
+                        PIL.Image.new("RGB", (8, 8)))
+    train.draw_reconstructions(cfg, lambda x: (1 - x,), None)
+    (tiles, columns), names = sheets[0][0], sheets[0][1]["rows"]
+    rows = list(tiles.split(columns))
+    assert len(rows) == len(names) and all(len(row) == columns for row in rows)
+    for above, below, *pair in zip(rows[::2], rows[1::2], names[::2], names[1::2]):
+        assert below.equal(1 - above) and pair == ["input", "output"]
+
+
 def test_a_run_leaves_images_figures_and_the_next_commands(finished):
     folder, printed = finished
     for name in ("samples.png", "reconstructions.png", "loss.png"):

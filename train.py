@@ -172,7 +172,8 @@ def resumed(given):
     wrong = [f"--{name.replace('_', '-')} {config[name]}, not {given[name]}" for name in sorted(fixed)
              if config[name] != given[name]]
     if wrong:
-        raise UserError(f"{folder} was made with {'; '.join(wrong)}: leave that out, or start another run")
+        raise UserError(f"{folder} was made with {'; '.join(wrong)}: leave that out, or start another run "
+                        "with --out-dir")
     length = {"steps", "epochs"} if given.keys() & {"steps", "epochs"} else set()
     kept = vars(Config()).keys() & config.keys() - length - {"device", "workers", "resume", "report"}
     return {**{name: config[name] for name in kept}, **given}
@@ -296,8 +297,9 @@ def open_data(cfg):
     first *= unified.MODELS[cfg.model].tokenizer
     print_once(f"{cfg.image_size} pixels; {first}{cfg.model} {cfg.size}: {steps} of {cfg.batch_size} images")
     if len(train_set) < 1000:
-        print_once(f"{len(train_set)} images are few: the model will know them by heart; take thousands, or "
-                   "--tokenizer-steps 300 --steps 300 for a first look")
+        look = "--tokenizer-steps 300 " * bool(first) + "--steps 300 --image-size 32 --out-dir out/look"
+        remedy = f"; take thousands or, for a first look, {look}" * (cfg.steps is None or cfg.steps > 300)
+        print_once(f"{len(train_set)} images are few: the model will know them by heart{remedy}")
     if len(test_set) < 100 and test_set.unseen:
         print_once(f"{len(test_set)} test images are few: one is {1 / len(test_set):.1%} of an accuracy")
     if cfg.labels and not train_set.classes:
@@ -1012,7 +1014,8 @@ def draw_reconstructions(cfg, reconstruct, data):
     rows = [part for rows in zip(*(c.split(8) for c in columns)) if len(rows[0]) == min(8, len(x))
             for part in rows]
     names = (["input"] + ["masked"] * (len(columns) - 2) + ["output"]) * (len(rows) // len(columns))
-    unified.image_grid(torch.cat(rows), rows=names).save(pathlib.Path(cfg.out_dir, "reconstructions.png"))
+    sheet = unified.image_grid(torch.cat(rows), min(8, len(x)), rows=names)
+    sheet.save(pathlib.Path(cfg.out_dir, "reconstructions.png"))
 
 
 def ticks(low, high, logarithmic):
@@ -1098,8 +1101,10 @@ def report(cfg, model, ema, train_set, test_set):
         print_once(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test_set)} test images, "
                    f"{figures['codes_used']:.0%} of the codes used")
         if figures["codes_used"] < 0.1 or figures["psnr"] < floor:
-            print_once("            it has learned little, give it more --tokenizer-steps: the mean colour "
-                       f"of each token's square would reach {floor:.2f} dB")
+            remedy = "knows little of these images, leave --tokenizer out" if cfg.tokenizer else \
+                "has learned little, give it more --tokenizer-steps"
+            print_once(f"            it {remedy}: the mean colour of each token's square would reach "
+                       f"{floor:.2f} dB")
     images = [folder / f"{name}.png" for name in ("samples", "reconstructions", "loss")]
     print_once(f"images      {', '.join(str(path) for path in images if path.exists())}")
     if top1:
