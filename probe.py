@@ -1105,10 +1105,10 @@ def report(places, titles, results, about, cfg):
         row = {"head": head, "layer": layers if layers[1:] else layers[0], "t": ts if ts[1:] else ts[0],
                "pool": places[0].pool, "k": cfg.k, metric: None, "untrained": None, "pixels": None}
         for name, values in accuracies.items():
-            p = sum(values) / len(values)
+            p = round(sum(values) / len(values), 4)             # as it stands in probe.jsonl and in tables
             draws = f", {statistics.stdev(values):.1%} from draw to draw" if len(values) > 1 else ""
             print(f"    {with_error(p, n, head)}  {titles[name]}{draws}")
-            row[metric if name == "model" else name] = round(p, 4)
+            row[metric if name == "model" else name] = p
         row |= dict(*more) or {"standard_error": round(standard_error(row["top1"], n), 4)}
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)

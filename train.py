@@ -300,7 +300,7 @@ def open_data(cfg):
         look = "--tokenizer-steps 300 " * bool(first) + "--steps 300 --image-size 32 --out-dir out/look"
         remedy = f"; take thousands or, for a first look, {look}" * (cfg.steps is None or cfg.steps > 300)
         print_once(f"{len(train_set)} images are few: the model will know them by heart{remedy}")
-    if len(test_set) < 100 and test_set.unseen:
+    if len(test_set) < 100 and test_set.unseen and test_set.classes:
         print_once(f"{len(test_set)} test images are few: one is {1 / len(test_set):.1%} of an accuracy")
     if cfg.labels and not train_set.classes:
         raise UserError(f"--labels: {probe.shown(train_set.root)} has no class folders")
@@ -797,7 +797,7 @@ def open_folder(cfg, train_set, lock):
     except OSError:
         raise UserError(f"{folder} is in use by another train.py; take another --out-dir")
     if cfg.resume is None and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UserError(f"{folder} is not empty; --resume {folder} goes on with it, --out-dir takes another "
+        raise UserError(f"{folder} is not empty; --resume {folder} goes on with it and its flags, --out-dir takes another "
                         "place")
     for path in (folder / "model.pt", folder / "tokenizer.pt"):
         if path.exists():
