@@ -797,8 +797,8 @@ def open_folder(cfg, train_set, lock):
     except OSError:
         raise UserError(f"{folder} is in use by another train.py; take another --out-dir")
     if cfg.resume is None and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UserError(f"{folder} is not empty; --resume {folder} goes on with it and its flags, --out-dir takes another "
-                        "place")
+        raise UserError(f"{folder} is not empty; --resume {folder} goes on with it and its flags, "
+                        "--out-dir takes another place")
     for path in (folder / "model.pt", folder / "tokenizer.pt"):
         if path.exists():
             return check_same_run(cfg, unified.load_checkpoint(path)["config"], train_set)
