@@ -1098,8 +1098,8 @@ def report(places, titles, results, about, cfg):
     for head, images, n, accuracies, *more in results:
         print(f"{head} on {about['dataset']}"
               + f", of a model trained on {own}" * (own not in (None, about["dataset"]))
-              + f": layer {', '.join(map(str, layers))}, t {', '.join(f'{t:g}' for t in ts)}, "
-              + places[0].pool + f", k {cfg.k}" * (head == "knn")
+              + f": layer {', '.join(map(str, layers))}, t {', '.join(f'{t:g}' for t in ts)}"
+              + f", {places[0].pool}" * (head != "segment") + f", k {cfg.k}" * (head == "knn")
               + f", {images} training images, {n} test images; "
               + ("mIoU" if head == "segment" else "+- one standard error"))
         row = {"head": head, "layer": layers if layers[1:] else layers[0], "t": ts if ts[1:] else ts[0],
