@@ -562,6 +562,12 @@ def train_heads(heads, batches, steps, dims, cfg):
     train(learners, batches, steps, cfg.head, cfg)
 
 
+def finetuning_of(model):
+    """Learning rate for 256 images, layer decay and warm-up published for the model's size: its encoder's
+    depth tells a ViT-L from smaller ones."""
+    return model.finetuning[model.best_layer >= 24]
+
+
 def finetune(net, data, index, test, decay, title, cfg):
     """Train net, which is changed, on the images index (N,) of data; score_heads() on the data set test.
 
@@ -574,7 +580,7 @@ def finetune(net, data, index, test, decay, title, cfg):
     optimizer = torch.optim.AdamW(layer_groups(head, decay), lr=0.0, betas=(0.9, 0.999))
     batches = fresh_batches(lambda x, names: {"x": x}, data, index, cfg)
     train([(lambda features, y: mixup_loss(head, features["x"], y), optimizer)],
-          batches, len(index) // cfg.batch_size, title, cfg, net.finetuning[net.best_layer >= 24][2])
+          batches, len(index) // cfg.batch_size, title, cfg, finetuning_of(net)[2])
     return score_heads({"model": head}, lambda x, names: {("model", ""): x}, test, [None], cfg)
 
 
@@ -995,7 +1001,7 @@ def run(cfg, first):
     print(train_set.summary or f"{dataset}: {len(train_set)} images to train on, {len(test_set)} to test on")
     index = images_to_train_on(train_set, cfg)
     if cfg.head in RECIPES:
-        cfg = fit_recipe(cfg, len(index), model.finetuning[model.best_layer >= 24])
+        cfg = fit_recipe(cfg, len(index), finetuning_of(model))
     if cfg.head in ONE_PLACE:
         places = [choose(model, places, train_set, index, cfg)]
     if cfg.head in ON_MAPS:
@@ -1059,7 +1065,7 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
 
 def compare_finetuned(nets, train_set, index, test_set, cfg):
     """compare() for fine-tuning, with the layer decay published for the model's size, none from scratch."""
-    decay = nets["model"].finetuning[nets["model"].best_layer >= 24][1]
+    decay = finetuning_of(nets["model"])[1]
     n, tuned = finetune(nets["model"], train_set, index, test_set, decay, "fine-tuning", cfg)
     n, fresh = finetune(nets["untrained"], train_set, index, test_set, 1.0, "from scratch", cfg)
     return [("finetune", len(index), n, {"model": tuned["model"], "untrained": fresh["model"]})]

@@ -482,26 +482,14 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
     """
     (rank, world), steps, micro = unified.rank_and_world(), recipe["steps"], recipe["micro_batch"]
     accumulate = recipe["batch_size"] // (micro * world)  # micro-batches of this process in a step
-    weights = trainable(model.to(cfg.device))
-    optimizer = recipe.get("optimizer", adamw)(weights, recipe)
-    ema = {k: p.detach().clone() for k, p in weights.items()} if recipe["ema"] else {}
-    step = load_checkpoint(cfg, name, model, optimizer, ema)            # 0 if there is none
-    if cfg.compile:
-        probe.compile_blocks(model)
-    unused = name == "tokenizer" or bool(cfg.init)
-    net = DistributedDataParallel(model, find_unused_parameters=unused) if world > 1 else model
+    net, weights, optimizer, ema, step = set_up(cfg, name, model, recipe)
     batches = read(plan(len(data), cfg.seed, recipe, step, steps))
     log = Log(cfg, name, recipe, step, lambda step: images_to_blame(cfg, model, recipe, data, read, step))
+    config = {**dataclasses.asdict(cfg), **arch, **probe.describe_data(data)}
     model.train()
 
     def save():
-        if rank > 0:
-            return
-        config = {**dataclasses.asdict(cfg), **arch, **probe.describe_data(data)}
-        save_checkpoint(pathlib.Path(cfg.out_dir, f"{name}.pt"), {
-            "model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(),
-            "stage": name, "step": step, "config": config})
-
+        save_stage(cfg, name, model, optimizer, ema, step, config)
     while step < steps:
         for i in range(accumulate):
             try:
@@ -526,8 +514,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
         if step % cfg.log_every == 0 or step == steps:
             log.write(step, stats)
         if cfg.eval_every and (step % cfg.eval_every == 0 or step == steps):
-            if rank == 0:
-                write_evaluation(cfg, name, step, model, ema, evaluate)
+            write_evaluation(cfg, name, step, model, ema, evaluate)
             log.restart_clock(step)
         stop = probe.asked_to_stop()
         if step % cfg.save_every == 0 or step == steps or stop:
@@ -537,6 +524,20 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
             raise Stopped(f"at step {step} of the {name}")
     model.eval()
     return ema
+
+
+def set_up(cfg, name, model, recipe):
+    """The network to call, which on several devices averages gradients; the trainable weights {name:
+    parameter}, their optimizer and averages; and the step: as NAME.pt has them, or at the start."""
+    weights = trainable(model.to(cfg.device))
+    optimizer = recipe.get("optimizer", adamw)(weights, recipe)
+    ema = {k: p.detach().clone() for k, p in weights.items()} if recipe["ema"] else {}
+    step = load_checkpoint(cfg, name, model, optimizer, ema)            # 0 if there is none
+    if cfg.compile:
+        probe.compile_blocks(model)
+    unused, several = name == "tokenizer" or bool(cfg.init), unified.rank_and_world()[1] > 1
+    net = DistributedDataParallel(model, find_unused_parameters=unused) if several else model
+    return net, weights, optimizer, ema, step
 
 
 def update(optimizer, weights, ema, recipe, step):
@@ -746,7 +747,10 @@ class Log:
 
 
 def write_evaluation(cfg, name, step, model, ema, evaluate):
-    """A row of held-out figures of the averaged weights, unless a signal asks for the end meanwhile."""
+    """A row of held-out figures of the averaged weights, by the first process alone, unless a signal asks for
+    the end meanwhile."""
+    if unified.rank_and_world()[0] > 0:
+        return
     model.eval()
     with contextlib.suppress(Stopped), averaged(model, ema):
         write_row(cfg, stage=name, step=step, **evaluate())
@@ -812,6 +816,14 @@ def check_same_run(cfg, config, train_set):
         raise UserError(f"this run has {'; '.join(wrong)}: --resume {cfg.out_dir} alone repeats its flags, "
                         "and --out-dir takes another place")
     probe.check_same_data(config, train_set, cfg.out_dir, "put them back, or take another --out-dir")
+
+
+def save_stage(cfg, name, model, optimizer, ema, step, config):
+    """NAME.pt of the run, by the first process alone."""
+    if unified.rank_and_world()[0] == 0:
+        save_checkpoint(pathlib.Path(cfg.out_dir, f"{name}.pt"), {
+            "model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(),
+            "stage": name, "step": step, "config": config})
 
 
 def save_checkpoint(path, state):

@@ -498,7 +498,7 @@ class Model(nn.Module):
     takes_labels = reads_ids = reconstructs = False                         # what it can do
     generates, max_steps, alpha_bar = True, math.inf, None                  # how it generates
     stem = dynamic_blocks = ()                                              # names and blocks, for train.py
-    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
+    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)                  # for probe.py
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
@@ -2627,6 +2627,8 @@ def build(config):
 #     stem            names of what comes before `blocks`, for --init-encoder and layer decay
 #     dynamic_blocks  blocks whose number of tokens differs from call to call
 #     finetuning      of a ViT-B, of a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up
+#
+# And so have Model's methods of section 3: num_steps, render, noise, micro_batch_args, after_step, mirror.
 #
 # Arguments are checked by name before these methods run. The names stand in FORMS of section 14: there each
 # has one meaning, in all models. Any other name is yours, and not checked.
