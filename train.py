@@ -485,10 +485,10 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
     net, weights, optimizer, ema, step = set_up(cfg, name, model, recipe)
     batches = read(plan(len(data), cfg.seed, recipe, step, steps))
     log = Log(cfg, name, recipe, step, lambda step: images_to_blame(cfg, model, recipe, data, read, step))
-    config = {**dataclasses.asdict(cfg), **arch, **probe.describe_data(data)}
     model.train()
 
     def save():
+        config = {**dataclasses.asdict(cfg), **arch, **probe.describe_data(data)}
         save_stage(cfg, name, model, optimizer, ema, step, config)
     while step < steps:
         for i in range(accumulate):
