@@ -152,7 +152,7 @@ def generate(model, config, cfg, labels):
             collections.deque(batches, 0)                       # helps to make them, keeps none
     if cfg.gif and first:
         [(_, states)] = state_batches(model, cfg, [every[:GRID]], labels)
-        write_film(film_path(cfg), [model.render(state).cpu() for state in thinned(list(states))])
+        write_film(film_path(cfg), frames(model, cfg, states))
 
 
 def inpaint(model, cfg, labels):
@@ -162,15 +162,14 @@ def inpaint(model, cfg, labels):
     inpainting = {"known": x.repeat_interleave(cfg.n, 0), "mask": mask.repeat_interleave(cfg.n, 0)}
     batches, films = torch.arange(len(x) * cfg.n).split(cfg.batch), []
     for _, states in state_batches(model, cfg, batches, labels, **inpainting):
-        states = thinned(list(states)) if cfg.gif else [*states][-1:]
-        films.append(torch.stack([model.render(state).cpu() for state in states]))      # (steps, B, 3, S, S)
+        films.append(torch.stack(frames(model, cfg, states, 25 if cfg.gif else 1)))     # (steps, B, 3, S, S)
     film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                    # (steps, images, n, 3, S, S)
     given = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()       # (images, 2, 3, S, S)
-    frames = [torch.cat([given, frame], 1).flatten(0, 1) for frame in film]
+    sheets = [torch.cat([given, frame], 1).flatten(0, 1) for frame in film]
     names = ["input", "mask"] + ["sample"] * cfg.n
-    unified.image_grid(frames[-1], names=names).save(cfg.out)
+    unified.image_grid(sheets[-1], names=names).save(cfg.out)
     if cfg.gif:
-        write_film(film_path(cfg), frames, names)
+        write_film(film_path(cfg), sheets, names)
 
 
 def reconstruct(model, cfg):
@@ -260,10 +259,11 @@ def write_film(path, frames, names=()):
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=duration, loop=0)
 
 
-def thinned(states):
-    """At most 25 of them, evenly spread, the last one included."""
-    stride = math.ceil(len(states) / 25)
-    return states[(len(states) - 1) % stride::stride]
+def frames(model, cfg, states, most=25):
+    """Images (n, 3, S, S) of the states, at most so many, evenly spread, the last one included."""
+    steps = model.num_steps(cfg.steps, cfg.eta)
+    stride = math.ceil(steps / most)
+    return [model.render(state).cpu() for i, state in enumerate(states, 1) if (steps - i) % stride == 0]
 
 
 def write_npz(path, batches, shape):

@@ -723,6 +723,11 @@ def test_unmask_keeps_known_ids_and_masks_the_least_confident():
     assert mask.nonzero().tolist() == [[0, 0], [1, 0]]
 
 
+def still_masked(state):
+    """bool (n, L): the tokens without an id that counts."""
+    return state.token_mask & (not state.last)
+
+
 @pytest.mark.parametrize("name", DECODES_IDS)
 def test_decoding_never_changes_a_known_id_and_ends_with_none_masked(name):
     model = small(name).eval()
@@ -730,7 +735,7 @@ def test_decoding_never_changes_a_known_id_and_ends_with_none_masked(name):
     for state in model.sample_steps(3, steps=8):
         assert not (state.token_mask & ~mask).any()                           # once known, known for good
         assert state.ids[~mask].equal(ids[~mask]) and (state.ids < model.codes).all()
-        ids, mask = state.ids, state.token_mask
+        ids, mask = state.ids, still_masked(state)
     assert not mask.any()
 
 
@@ -740,13 +745,13 @@ def test_a_schedule_and_an_order_of_ones_own_decide_which_tokens_stay_masked(nam
         return -torch.arange(confidence.size(1), device=confidence.device).expand_as(confidence)
     states = small(name).eval().sample_steps(2, steps=4, schedule=lambda t, T: 1 - t / T, order=row_by_row)
     for state, visible in zip(states, (4, 8, 12, 16), strict=True):
-        assert state.token_mask.equal((torch.arange(16) >= visible).expand(2, -1))
+        assert still_masked(state).equal((torch.arange(16) >= visible).expand(2, -1))
 
 
 @pytest.mark.parametrize("name", DECODES_IDS)
 def test_a_linear_schedule_ends_with_one_by_one(name):
     states = small(name).eval().sample_steps(1, steps=16, schedule="linear")
-    assert [state.token_mask.sum().item() for state in states] == [*range(15, 0, -1), 0]
+    assert [still_masked(state).sum().item() for state in states] == [*range(15, 0, -1), 0]
 
 
 @pytest.mark.parametrize("name", DECODES_IDS)
@@ -1122,7 +1127,7 @@ def test_golden_decoding_ends_with_the_image(decoding):
 def test_a_film_shows_fewer_masked_ids_in_every_frame():
     model = mage(sharp=True)
     states = list(model.sample_steps(2, steps=5))
-    counts = torch.stack([s.token_mask.sum(1) for s in states])
+    counts = torch.stack([still_masked(s).sum(1) for s in states])
     assert (counts.diff(dim=0) < 0).all()
     dark = torch.stack([(model.render(s) == 0.2).all(1).sum((1, 2)) for s in states])  # masked ids are dark
     assert dark.equal(counts * model.vqgan.stride ** 2)
@@ -1145,7 +1150,7 @@ def test_the_ids_that_an_inpainting_mask_touches_are_masked_and_a_ring_of_one(na
     x = model.render(states[-1])
     assert x.movedim(1, -1)[~mask].equal(known.movedim(1, -1)[~mask])
     if name == "mage":
-        left = torch.stack([state.token_mask.sum(1) for state in states]).T.tolist()
+        left = torch.stack([still_masked(state).sum(1) for state in states]).T.tolist()
         assert left[:3] == [c[:-1] + [0] for c in counts_of(counts[:3], 4)] and left[3] == [0] * 4
 
 
@@ -1523,15 +1528,19 @@ def test_golden_addp_decoding(case, monkeypatch):
     steps, rounds = replayed(monkeypatch, given["sampled_ids"], given["gumbel"]), int(given["num_iter"])
     n, temperature = given["gumbel"].size(1), given["choice_temperature"].item()
     options = dict(temperature=temperature, schedule=given["schedule"])
-    states, z = recorded(model.vqgan.decoder, lambda: list(model.sample_steps(n, rounds, **options)))
+    states, read = recorded(model.vqgan.decoder, lambda: list(model.sample_steps(n, rounds, **options)))
+    images, z = recorded(model.vqgan.decoder,
+                         lambda: [model.next_image(s.ids, s.token_mask, s.logits) for s in states])
+    nothing_kept = sum(bool(state.token_mask.all()) for state in states)    # such steps read no image
+    assert [*map(torch.equal, read, z[nothing_kept:-1])] == [True] * (rounds - 1 - nothing_kept)
     assert len(states) == len(steps) == len(z) == rounds
     for i, (step, state) in enumerate(zip(steps, states)):
         official = {k: theirs[k][i] for k in ("mask_in", "mask_next", "logits", "tokens", "z_q", "images")}
         assert_outputs(official, dict(mask_in=step.mask, mask_next=step.again, logits=step.logits,
-                                      tokens=step.sampled, z_q=z[i], images=state.x), assert_near)
+                                      tokens=step.sampled, z_q=z[i], images=images[i]), assert_near)
         assert state.ids.equal(step.sampled)
         assert_near(step.noise, given["gumbel"][i].float() * temperature * (1 - (i + 1) / rounds))
-    assert states[-1].ids.equal(theirs["final_tokens"]) and not states[-1].token_mask.any()
+    assert states[-1].ids.equal(theirs["final_tokens"]) and states[-1].last
     assert_near(model.render(states[-1]), theirs["final_image"].clamp(0, 1))
 
 
@@ -1643,9 +1652,9 @@ def test_addp_generates_without_its_predictor_but_inpainting_begins_with_its_pre
     model, known, (mask, _) = addp(32, sharp=True), some_images(4, 32), inpainting_masks()
     state = model.initial_state(4, known, mask)
     mask = state.token_mask
-    image = model.next_image(state.ids, mask, model.token_predictor.logits(state.ids, mask))
-    first, same, other = (model.step_logits(state._replace(x=x), state.token_mask.sum(1))
-                          for x in (None, image, known))
+    logits = model.token_predictor.logits(state.ids, mask)
+    first, same, other = (model.step_logits(state._replace(logits=given), state.token_mask.sum(1))
+                          for given in (None, logits, -logits))
     assert first.equal(same) and not first.allclose(other)
     model.token_predictor.logits = forbidden
     assert len(list(model.sample_steps(3, steps=6))) == 6

@@ -683,13 +683,14 @@ def parallel_decoding(predict, ids, mask, masked, steps, temperature, seeds, sch
     """The loop: yields ids, mask (n, L) and logits (n, L, K) after each step [MaskGIT, 3.2]. In the last mask
     one token is left, whose id was sampled like the others.
 
-    predict      function (step, masked) -> logits (n, L, K), from what was yielded last; step = t - 1
+    predict      function (step, ids, mask, masked, logits) -> logits (n, L, K) of this step, whose number is
+                 t - 1; the arguments are what the last step made of them, its logits None at first
     ids, mask    (n, L) to begin with: from nothing, all True         masked  how many that is, int (n,)
     temperature  of the Gumbel noise           schedule, round_up  see num_masked         order  see unmask
     """
-    initial = masked
+    initial, logits = masked, None
     for step in range(steps):
-        logits = predict(step, masked)
+        logits = predict(step, ids, mask, masked, logits)
         masked = num_masked(initial, masked, step, steps, schedule, round_up)           # after this step
         u, v = decoding_noise(seeds, step, ids.size(1))
         gumbel = temperature * (1 - (step + 1) / steps) * to_gumbel(v)                  # (n, L)
@@ -771,10 +772,11 @@ def masked_cross_entropy(logits, target, mask):
 class Decoding(typing.NamedTuple):
     """Images while they are decoded."""
     ids: torch.Tensor                   # (n, L)
-    token_mask: torch.Tensor            # bool (n, L), True = still masked
+    token_mask: torch.Tensor            # bool (n, L), True = masked before the next step
+    logits: torch.Tensor = None         # (n, L, K) of the last step, None before the first
     known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
     inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
-    x: torch.Tensor = None              # the images so far (n, 3, S, S), where the model reads them (ADDP)
+    last: bool = False                  # there is no next step: the id of the token left in the mask counts
 
     def with_known(self, x):
         """Pixels x (n, 3, S, S), with the known ones put back."""
@@ -942,23 +944,20 @@ class MAGE(Model):
         order         see unmask; by confidence if None
         guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high, where it begins
         guide         None, or a model that can_guide() this one; it sees the same labels
-        yields        a Decoding after each step; nothing is masked in the last one
+        yields        a Decoding after each step
         """
         steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
-        state = self.initial_state(n, known, mask)
-        masked = torch.full((n,), self.length) if known is None else state.token_mask.sum(1).cpu()
+        start = self.initial_state(n, known, mask)
+        masked = torch.full((n,), self.length) if known is None else start.token_mask.sum(1).cpu()
 
-        def predict(step, masked):                          # from the state that the loop below has reached
+        def predict(step, ids, token_mask, masked, logits):
             w = guidance_at(step / steps, 1 + (guidance - 1) * (step + 1) / steps, guidance_interval)
-            return self.guided_logits(state, masked, labels, w, guide)
-        loop = parallel_decoding(predict, state.ids, state.token_mask, masked, steps, temperature, seeds,
+            return self.guided_logits(Decoding(ids, token_mask, logits), masked, labels, w, guide)
+        loop = parallel_decoding(predict, start.ids, start.token_mask, masked, steps, temperature, seeds,
                                  schedule, order, self.round_up)
         for step, (ids, token_mask, logits) in enumerate(loop, 1):
-            state = self.advance(state, ids, token_mask, logits)
-            if step == steps:                                   # num_masked() leaves one token: it is kept
-                state = state._replace(token_mask=torch.zeros_like(token_mask))
-            yield state
+            yield Decoding(ids, token_mask, logits, known, mask, last=step == steps)
 
     def num_steps(self, steps=None, eta=None):
         """20, or one for each token, unless said otherwise."""
@@ -976,10 +975,6 @@ class MAGE(Model):
         """Logits (n, L, K) for a state in which masked int (n,) tokens are masked, which ADDP asks for."""
         return self.logits(state.ids, state.token_mask, labels)
 
-    def advance(self, state, ids, token_mask, logits):
-        """The next state; ADDP adds an image to it."""
-        return state._replace(ids=ids, token_mask=token_mask)
-
     def logits(self, ids, mask, labels=None):
         """Logits (n, L, K) of masked ids (n, L). Nothing is dropped: the encoder reads every [MASK]."""
         return self.decode(self.encode(self.input_ids(ids, mask, labels)), mask)
@@ -988,7 +983,8 @@ class MAGE(Model):
     def render(self, state):
         """Decoding -> pixels (n, 3, S, S) in [0, 1]: dark where tokens are masked, known pixels kept."""
         x = self.vqgan.decode(state.ids.unflatten(1, (self.grid, self.grid))).clamp(0, 1)
-        mask = state.token_mask.unflatten(1, (1, self.grid, self.grid)).float()
+        mask = state.token_mask & (not state.last)                                          # (n, L)
+        mask = mask.unflatten(1, (1, self.grid, self.grid)).float()
         mask = F.interpolate(mask, scale_factor=float(self.vqgan.stride)) > 0               # (n, 1, S, S)
         return state.with_known(torch.where(mask, 0.2, x))
 
@@ -1004,7 +1000,7 @@ class MAGE(Model):
                             torch.ones(n, self.length, dtype=torch.bool, device=device))
         unknown = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)                    # (n, 1, h, w)
         masked = F.max_pool2d(unknown, 3, 1, 1).flatten(1) > 0                              # (n, L)
-        return Decoding(self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked, known, mask)
+        return Decoding(self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked)
 
     def reconstruct(self, x):
         """Pixels (B, 3, S, S) -> what the ids keep of them, in a tuple of one."""
@@ -1381,7 +1377,7 @@ class ADDP(MAGE):
 
     From MAGE: the blocks and norms, decoder_embed, decoder_pos_embed_learned, and sample_steps. Replaced:
     token_emb (only the decoder reads ids), mlm_layer, encode (of pixels), decode, decoder_input, step_logits,
-    advance, render, features, embed.
+    render, features, embed.
 
     predictor       a trained MAGE, frozen; its tokenizer is this model's. Not needed to generate from nothing
     image_size      S, which must be the predictor's, else ValueError
@@ -1524,9 +1520,9 @@ class ADDP(MAGE):
 
     # MAGE's loop, sample_steps(), in which a step now is
     #
+    #     x         = D(codes of ids where visible, p @ codes where masked)         next_image
     #     p         = softmax(decode(encode(x), ids, mask))                         step_logits
     #     ids, mask = unmask(p, ids, mask)                                          as in MAGE
-    #     x         = D(codes of ids where visible, p @ codes where masked)         advance, and render
     #
     # The count is rounded up, so that of many steps the first may keep nothing. In the last x one token, see
     # section 4, is still a mean of codes, as in the official code. ViT-L was also run with 256 steps and
@@ -1535,31 +1531,27 @@ class ADDP(MAGE):
     round_up = True
 
     def step_logits(self, state, masked, labels=None):
-        """Logits (n, L, K) from the image so far, state.x, and the visible ids.
+        """Logits (n, L, K) from the image so far and the visible ids.
 
         If all tokens are masked the decoder reads mask tokens only, and the encoder is skipped. Inpainting
-        begins without an image: its first one is made from the predictor's logits.
+        has no step before its first one: there the image is made from the predictor's logits.
         """
-        ids, mask, x = state.ids, state.token_mask, state.x
+        ids, mask, last = state.ids, state.token_mask, state.logits
         if masked.min() == self.length:
             latent = self.norm.weight.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel())
         else:
-            if x is None:
-                x = self.next_image(ids, mask, self.token_predictor.logits(ids, mask))
-            latent = self.encode(x)
+            last = self.token_predictor.logits(ids, mask) if last is None else last
+            latent = self.encode(self.next_image(ids, mask, last))
         logits = torch.empty(*ids.shape, self.codes, device=ids.device)
         for count, images in groups_of_equal_length(masked):
             i = to_device(images, ids.device)
             logits[i] = self.decode(latent[i], ids[i], mask[i], self.length - count)
         return logits
 
-    def advance(self, state, ids, token_mask, logits):
-        """The next state, with the image that the next step reads."""
-        return state._replace(ids=ids, token_mask=token_mask, x=self.next_image(ids, token_mask, logits))
-
+    @torch.no_grad()
     def render(self, state):
         """Decoding -> pixels (n, 3, S, S) in [0, 1]: the image so far."""
-        return state.with_known(state.x.clamp(0, 1))
+        return state.with_known(self.next_image(state.ids, state.token_mask, state.logits).clamp(0, 1))
 
     # ---- representation
 
