@@ -698,6 +698,131 @@ def parallel_decoding(predict, ids, mask, masked, steps, temperature, seeds, sch
         yield ids, mask, logits
 
 
+# A network that was trained with labels, and without one now and then, knows images of a class c and images of
+# no class in particular. Generation can go beyond what the label asks for: classifier-free guidance with
+# weight w [CFG],
+#
+#     logits = logits(no label) + w_t (logits(c) - logits(no label))                 w = 1: as trained
+#     w_t    = 1 + (w - 1) t / T                                                     in step t of T
+#
+# Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval [Interval].
+# And in place of the network without a label a guide, a weaker one such as an earlier checkpoint, can say
+# what to move away from: it errs where the network errs, only more so, with or without labels
+# [Autoguidance].
+
+
+def guidance_at(way, guidance, interval):
+    """w at a point of the way from 0, all noise or masked, to 1: guidance if low <= way < high, else 1."""
+    low, high = interval
+    return guidance if low <= way < high else 1.0
+
+
+class Decoding(typing.NamedTuple):
+    """Images while they are decoded."""
+    ids: torch.Tensor                   # (n, L)
+    token_mask: torch.Tensor            # bool (n, L), True = masked before the next step
+    logits: torch.Tensor = None         # (n, L, K) of the last step, None before the first
+    known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
+    inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
+    last: bool = False                  # there is no next step: the id of the token left in the mask counts
+
+    def with_known(self, x):
+        """Pixels x (n, 3, S, S), with the known ones put back."""
+        return x if self.known is None else torch.where(self.inpaint_mask[:, None], x, self.known)
+
+
+class TokenModel(Model):
+    """A network that predicts ids, of which MAGE and ADDP are two: sizes, and generation by parallel
+    decoding.
+
+    vqgan       the frozen tokenizer
+    image_size  S, a multiple of the tokenizer's stride, else ValueError
+
+    A subclass defines step_logits(state, masked, labels=None) -> logits (n, L, K) of the next step, for a
+    Decoding in which int (n,) tokens are masked; and render(state).
+    """
+
+    reconstructs, pools = True, ("mean", "class")
+    round_up = False                                            # of num_masked
+
+    def __init__(self, vqgan, image_size):
+        super().__init__()
+        if image_size % vqgan.stride:
+            raise ValueError(f"image size {image_size} is not a multiple of the stride {vqgan.stride}")
+        self.image_size, self.grid = image_size, image_size // vqgan.stride
+        self.codes, self.length = vqgan.quantize.embedding.num_embeddings, self.grid ** 2   # K, L
+        self.max_steps = self.length
+
+    @torch.no_grad()
+    def to_ids(self, x):
+        """Pixels (B, 3, S, S) -> ids (B, L), row by row. Ids stay ids."""
+        return self.vqgan.encode(x).flatten(1) if x.is_floating_point() else x.long()
+
+    def reconstruct(self, x):
+        """Pixels (B, 3, S, S) -> what the ids keep of them, in a tuple of one."""
+        return self.vqgan.reconstruct(x)[:1]
+
+    @torch.no_grad()
+    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None,
+                     seeds=None, schedule="cosine", order=None, guidance_interval=(0.0, 1.0), guide=None):
+        """Parallel decoding, with guidance, from nothing or into known pixels.
+
+        n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
+        temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, less for fewer (ours)
+        labels        int (n,), or None
+        guidance      w of classifier-free guidance; w_t grows to it linearly
+        known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
+        seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
+        schedule      see num_masked
+        order         see unmask; by confidence if None
+        guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high, where it begins
+        guide         None, or a model that can_guide() this one; it sees the same labels
+        yields        a Decoding after each step
+        """
+        steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
+        temperature = 6.0 * self.grid / 16 if temperature is None else temperature
+        start = self.initial_state(n, known, mask)
+        masked = torch.full((n,), self.length) if known is None else start.token_mask.sum(1).cpu()
+
+        def predict(step, ids, token_mask, masked, logits):
+            w = guidance_at(step / steps, 1 + (guidance - 1) * (step + 1) / steps, guidance_interval)
+            return self.guided_logits(Decoding(ids, token_mask, logits), masked, labels, w, guide)
+        loop = parallel_decoding(predict, start.ids, start.token_mask, masked, steps, temperature, seeds,
+                                 schedule, order, self.round_up)
+        for step, (ids, token_mask, logits) in enumerate(loop, 1):
+            yield Decoding(ids, token_mask, logits, known, mask, last=step == steps)
+
+    def num_steps(self, steps=None, eta=None):
+        """20, or one for each token, unless said otherwise."""
+        return steps or min(20, self.length)
+
+    def guided_logits(self, state, masked, labels, w, guide=None):
+        """step_logits, moved away from those of the guide or, without one, of the fake class: (n, L, K)."""
+        wanted = self.step_logits(state, masked, labels)
+        if w == 1 or labels is None and guide is None:
+            return wanted
+        other = (guide or self).step_logits(state, masked, labels if guide else None)
+        return other + w * (wanted - other)
+
+    def initial_state(self, n, known=None, mask=None):
+        """The Decoding to begin with. All tokens are masked, unless pixels are known.
+
+        Inpainting: pixels that are to be generated are set to 0 before the image is tokenised, since ids
+        nearby would leak what was there. Tokens that contain such pixels are masked, and so are their
+        neighbours, whose ids may describe the 0."""
+        device = self.norm.weight.device
+        if known is None:
+            return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
+                            torch.ones(n, self.length, dtype=torch.bool, device=device))
+        unknown = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)                    # (n, 1, h, w)
+        masked = F.max_pool2d(unknown, 3, 1, 1).flatten(1) > 0                              # (n, L)
+        return Decoding(self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked)
+
+    def noise(self, seeds):
+        """What features(noise=) takes, decided by each image's seed: int64 (B,) -> (B, L) in (0, 1)."""
+        return hashed_uniform(seeds, 0, self.length)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 5. MAGE: predict the masked ids
 #
@@ -718,16 +843,11 @@ def parallel_decoding(predict, ids, mask, masked, steps, temperature, seeds, sch
 #
 #     0 ... K-1 codes  |  K ... labels  |  fake class  |  [MASK]
 #
-# In training one label in ten is replaced by the fake class, so the network also knows images of no class in
-# particular. Generation can then go beyond what the label c asks for, by classifier-free guidance with weight
-# w [CFG]:
+# In training one label in ten is replaced by the fake class.
 #
-#     logits = logits(fake class) + w_t (logits(c) - logits(fake class))             w = 1: as trained
-#     w_t    = 1 + (w - 1) t / T                                                     in step t of T
-#
-# Generation is parallel_decoding() of section 4, with logits = decode(encode(class id and masked ids), mask).
-# At its end the tokenizer decodes the ids. Nothing is dropped in it: dropping saves time in training, and at
-# a masked place the decoder reads z0 in either case.
+# Generation is that of TokenModel in section 4, with logits = decode(encode(class id and masked ids), mask).
+# Nothing is dropped in it: dropping saves time in training, and at a masked place the decoder reads z0 in
+# either case.
 
 
 class TokenEmbedding(nn.Module):
@@ -769,20 +889,6 @@ def masked_cross_entropy(logits, target, mask):
     return (nll * mask.flatten()).sum() / mask.sum()
 
 
-class Decoding(typing.NamedTuple):
-    """Images while they are decoded."""
-    ids: torch.Tensor                   # (n, L)
-    token_mask: torch.Tensor            # bool (n, L), True = masked before the next step
-    logits: torch.Tensor = None         # (n, L, K) of the last step, None before the first
-    known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
-    inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
-    last: bool = False                  # there is no next step: the id of the token left in the mask counts
-
-    def with_known(self, x):
-        """Pixels x (n, 3, S, S), with the known ones put back."""
-        return x if self.known is None else torch.where(self.inpaint_mask[:, None], x, self.known)
-
-
 def learned_tokens(length, dim):
     """A learned parameter (1, length, dim), initialised like an embedding."""
     return nn.Parameter(torch.randn(1, length, dim) * 0.02 * (768 / dim) ** 0.5)
@@ -799,7 +905,7 @@ def init_weights(module):
         nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
 
 
-class MAGE(Model):
+class MAGE(TokenModel):
     """Masked generative encoder (official files: models_mage.py, models_vit_mage.py, gen_img_uncond.py).
 
     vqgan           the frozen tokenizer, part of this module and of its checkpoint
@@ -811,20 +917,14 @@ class MAGE(Model):
     contrastive     weight of the contrastive loss of section 7; 0 for plain MAGE
     """
 
-    takes_labels = reads_ids = reconstructs = True
+    takes_labels = reads_ids = True
     echo_contrast = None                                        # EchoMAGE has one
-    t_range, best_t = (0.0, 1.0, "the mask ratio"), 0.0
-    pools, stem = ("mean", "class"), ("token_emb",)
+    t_range, best_t, stem = (0.0, 1.0, "the mask ratio"), 0.0, ("token_emb",)
 
     def __init__(self, vqgan, image_size, width, depth, heads, decoder_width, decoder_depth, decoder_heads,
                  classes=0, fake_class=None, contrastive=0.0, dropout=0.1):
-        super().__init__()
-        if image_size % vqgan.stride:
-            raise ValueError(f"image size {image_size} is not a multiple of the stride {vqgan.stride}")
-        self.image_size, self.grid = image_size, image_size // vqgan.stride
+        super().__init__(vqgan, image_size)
         self.classes, self.contrastive = classes, contrastive
-        self.codes, self.length = vqgan.quantize.embedding.num_embeddings, self.grid ** 2   # K, L
-        self.max_steps = self.length
         own = fake_class is None                                # the fake class has an id of its own
         self.fake_id = self.codes + (classes if own else fake_class)
         self.mask_id = self.codes + classes + (1 if own else 0)
@@ -877,11 +977,6 @@ class MAGE(Model):
             loss = loss + self.contrastive * logs["contrast"]
         return loss, logs
 
-    @torch.no_grad()
-    def to_ids(self, x):
-        """Pixels (B, 3, S, S) -> ids (B, L), row by row. Ids stay ids."""
-        return self.vqgan.encode(x).flatten(1) if x.is_floating_point() else x.long()
-
     def input_ids(self, ids, mask, labels=None, keep_label=None):
         """Ids (B, L) -> what the encoder reads (B, 1 + L): the class id first, [MASK] where masked. Where
         keep_label is False the fake class replaces the label; if None, for one in ten in training."""
@@ -922,57 +1017,8 @@ class MAGE(Model):
 
     # ---- generation
 
-    # Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval
-    # [Interval]. And in place of the fake class a guide, a weaker model such as an earlier checkpoint, can
-    # say what to move away from: it errs where the model errs, only more so, with or without labels
-    # [Autoguidance].
-
-    round_up = False                                            # of num_masked
-
-    @torch.no_grad()
-    def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None,
-                     seeds=None, schedule="cosine", order=None, guidance_interval=(0.0, 1.0), guide=None):
-        """Parallel decoding, with guidance, from nothing or into known pixels.
-
-        n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
-        temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, less for fewer (ours)
-        labels        int (n,), or None
-        guidance      w of classifier-free guidance; w_t grows to it linearly
-        known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
-        seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
-        schedule      see num_masked
-        order         see unmask; by confidence if None
-        guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high, where it begins
-        guide         None, or a model that can_guide() this one; it sees the same labels
-        yields        a Decoding after each step
-        """
-        steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
-        temperature = 6.0 * self.grid / 16 if temperature is None else temperature
-        start = self.initial_state(n, known, mask)
-        masked = torch.full((n,), self.length) if known is None else start.token_mask.sum(1).cpu()
-
-        def predict(step, ids, token_mask, masked, logits):
-            w = guidance_at(step / steps, 1 + (guidance - 1) * (step + 1) / steps, guidance_interval)
-            return self.guided_logits(Decoding(ids, token_mask, logits), masked, labels, w, guide)
-        loop = parallel_decoding(predict, start.ids, start.token_mask, masked, steps, temperature, seeds,
-                                 schedule, order, self.round_up)
-        for step, (ids, token_mask, logits) in enumerate(loop, 1):
-            yield Decoding(ids, token_mask, logits, known, mask, last=step == steps)
-
-    def num_steps(self, steps=None, eta=None):
-        """20, or one for each token, unless said otherwise."""
-        return steps or min(20, self.length)
-
-    def guided_logits(self, state, masked, labels, w, guide=None):
-        """step_logits, moved away from those of the guide or, without one, of the fake class: (n, L, K)."""
-        wanted = self.step_logits(state, masked, labels)
-        if w == 1 or labels is None and guide is None:
-            return wanted
-        other = (guide or self).step_logits(state, masked, labels if guide else None)
-        return other + w * (wanted - other)
-
     def step_logits(self, state, masked, labels=None):
-        """Logits (n, L, K) for a state in which masked int (n,) tokens are masked, which ADDP asks for."""
+        """See TokenModel; how many are masked changes nothing here."""
         return self.logits(state.ids, state.token_mask, labels)
 
     def logits(self, ids, mask, labels=None):
@@ -988,29 +1034,7 @@ class MAGE(Model):
         mask = F.interpolate(mask, scale_factor=float(self.vqgan.stride)) > 0               # (n, 1, S, S)
         return state.with_known(torch.where(mask, 0.2, x))
 
-    def initial_state(self, n, known=None, mask=None):
-        """The Decoding to begin with. All tokens are masked, unless pixels are known.
-
-        Inpainting: pixels that are to be generated are set to 0 before the image is tokenised, since ids
-        nearby would leak what was there. Tokens that contain such pixels are masked, and so are their
-        neighbours, whose ids may describe the 0."""
-        device = self.norm.weight.device
-        if known is None:
-            return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
-                            torch.ones(n, self.length, dtype=torch.bool, device=device))
-        unknown = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)                    # (n, 1, h, w)
-        masked = F.max_pool2d(unknown, 3, 1, 1).flatten(1) > 0                              # (n, L)
-        return Decoding(self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked)
-
-    def reconstruct(self, x):
-        """Pixels (B, 3, S, S) -> what the ids keep of them, in a tuple of one."""
-        return self.vqgan.reconstruct(x)[:1]
-
     # ---- representation
-
-    def noise(self, seeds):
-        """What features(noise=) takes, decided by each image's seed: int64 (B,) -> (B, L) in (0, 1)."""
-        return hashed_uniform(seeds, 0, self.length)
 
     def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
         """Outputs of blocks as feature maps, before the final norm and without the class token. Blocks after
@@ -1040,12 +1064,6 @@ class MAGE(Model):
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
-
-
-def guidance_at(way, guidance, interval):
-    """w at a point of the way from 0, all noise or masked, to 1: guidance if low <= way < high, else 1."""
-    low, high = interval
-    return guidance if low <= way < high else 1.0
 
 
 # features() needs outputs from the middle of the network. So it does not call encode(), but runs the same
@@ -1371,13 +1389,9 @@ def nested_mask_ratios():
     return ratio, weight / weight.sum()
 
 
-class ADDP(MAGE):
+class ADDP(TokenModel):
     """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py,
     models_vit.py).
-
-    From MAGE: the blocks and norms, decoder_embed, decoder_pos_embed_learned, and sample_steps. Replaced:
-    token_emb (only the decoder reads ids), mlm_layer, encode (of pixels), decode, decoder_input, step_logits,
-    render, features, embed.
 
     predictor       a trained MAGE, frozen; its tokenizer is this model's. Not needed to generate from nothing
     image_size      S, which must be the predictor's, else ValueError
@@ -1390,7 +1404,7 @@ class ADDP(MAGE):
       ones, not from exactly one step before.
     """
 
-    takes_labels = reads_ids = False                            # decoded ids are not the original image
+    # reads_ids stays False: decoded ids are not the original image.
     t_range, best_t = (0, 0, "always 0, since no timestep enters the network"), 0
     stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
     finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
@@ -1398,12 +1412,17 @@ class ADDP(MAGE):
     def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
         if image_size != predictor.image_size:
             raise ValueError(f"image size {image_size} is not the predictor's {predictor.image_size}")
-        super().__init__(predictor.vqgan, image_size, width, depth, heads,
-                         width, decoder_depth, decoder_heads, dropout=dropout)
-        vocab_size, patch = predictor.mask_id + 1, self.vqgan.stride
-        self.token_emb, self.mlm_layer = nn.Embedding(vocab_size, width), Head(width, width, vocab_size)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})  # one patch for each id
-        self.token_emb.apply(init_weights), self.mlm_layer.apply(init_weights)
+        super().__init__(predictor.vqgan, image_size)
+        vocab_size, patch = predictor.mask_id + 1, predictor.vqgan.stride           # one patch for each id
+        self.token_emb = nn.Embedding(vocab_size, width)                        # only the decoder reads ids
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.norm, self.decoder_embed = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width)
+        self.decoder_pos_embed_learned = learned_tokens(1 + self.length, width)
+        self.decoder_blocks = nn.ModuleList(Block(width, decoder_heads, dropout)
+                                            for _ in range(decoder_depth))
+        self.decoder_norm, self.mlm_layer = nn.LayerNorm(width, eps=1e-6), Head(width, width, vocab_size)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
+        self.apply(init_weights)
         # It is a linear layer on patches, and initialised like one.
         nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))
         self.cls_token, self.mask_token = learned_tokens(1, width), learned_tokens(1, width)
@@ -1414,7 +1433,9 @@ class ADDP(MAGE):
         # Mean and standard deviation of ImageNet's pixels.
         for name, values in (("color_mean", (0.485, 0.456, 0.406)), ("color_std", (0.229, 0.224, 0.225))):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self.token_predictor = predictor.requires_grad_(False)
+        self.vqgan, self.token_predictor = predictor.vqgan, predictor.requires_grad_(False)
+        self.best_layer = depth                                 # the encoder's last
+        self.layers = dict.fromkeys(range(1, depth + decoder_depth + 1), (width, self.grid, self.grid))
 
     def train(self, mode=True):
         """The predictor stays in eval mode. In the official training it did not: its predictions, which are
@@ -1518,7 +1539,7 @@ class ADDP(MAGE):
 
     # ---- generation
 
-    # MAGE's loop, sample_steps(), in which a step now is
+    # The loop of TokenModel, in which a step now is
     #
     #     x         = D(codes of ids where visible, p @ codes where masked)         next_image
     #     p         = softmax(decode(encode(x), ids, mask))                         step_logits
@@ -2847,7 +2868,7 @@ FORMS = {                               # by [class.][method.]argument; decoders
     "t": "{time} in [{m.t_range[0]}, {m.t_range[1]}]",
     "forward.t": "{time} ({N}) in [{m.t_range[0]}, {m.t_range[1]}]",
     "ADM.features.t": "int in [0, {m.t_range[1]}] or int ({B}) in [0, {m.t_range[1]}]",
-    "noise": "float ({N}, 3, {S}, {S})", "MAGE.noise": "float ({N}, {m.length})",
+    "noise": "float ({N}, 3, {S}, {S})", "TokenModel.noise": "float ({N}, {m.length})",
     "n": "int in [1, inf]", "steps": "int in [1, inf]", "temperature": "float in [0, inf]",
     "eta": "float in [0, 1]", "guidance": "float in [-1e9, 1e9]", "guidance_interval": "pair in [0, 1]",
     "schedule": "function or among {schedules}", "order": "function",
