@@ -343,9 +343,10 @@ def get_tokenizer(cfg, train_set, test_set):
 def load_predictor(cfg):
     """The trained MAGE that ADDP learns from, and its config."""
     predictor, config = unified.load_model(cfg.predictor, tell=print_once)
-    if type(predictor) is not unified.MAGE or predictor.image_size != cfg.image_size:
+    wanted = unified.MODELS[cfg.model].predictor
+    if not isinstance(predictor, unified.MODELS[wanted].model) or predictor.image_size != cfg.image_size:
         raise UserError(f"--predictor {cfg.predictor} holds {config['arch']['model']} at --image-size "
-                        f"{predictor.image_size}; {cfg.model} needs mage at --image-size {cfg.image_size}")
+                        f"{predictor.image_size}; {cfg.model} needs {wanted} at --image-size {cfg.image_size}")
     return predictor, config["arch"]
 
 

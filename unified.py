@@ -31,7 +31,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     1  Attention and blocks        every token attends to every other token
     2  The VQ tokenizer            image -> token ids -> image
     3  What every model offers     loss, samples, embeddings, feature maps
-    4  Masking and unmasking       how many tokens are masked, and which, in training and in generation
+    4  Masking and unmasking       which tokens are masked in training; parallel decoding, guided
     5  MAGE                        predict the masked ids
     6  A training loop             all of this, run: `python unified.py`, two minutes on a CPU
     7  MAGE-C, MAGE-E              and tell which two crops, or echoes, belong to the same image
@@ -623,7 +623,8 @@ def num_masked(initial, masked, step, steps, schedule="cosine", round_up=False):
 
     initial, masked  how many were masked at the start, and before this step
     step, steps      t - 1, counted from 0; and T
-    schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked
+    schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked, such as
+                     lambda t, T: 1 - (t / T) ** 2
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
@@ -698,17 +699,15 @@ def parallel_decoding(predict, ids, mask, masked, steps, temperature, seeds, sch
         yield ids, mask, logits
 
 
-# A network that was trained with labels, and without one now and then, knows images of a class c and images of
-# no class in particular. Generation can go beyond what the label asks for: classifier-free guidance with
-# weight w [CFG],
+# Labels. In training a network is told the class c of an image, but of one image in ten it is not. So it can
+# predict with and without a label. Classifier-free guidance goes beyond what the label changes [CFG]:
 #
 #     logits = logits(no label) + w_t (logits(c) - logits(no label))                 w = 1: as trained
 #     w_t    = 1 + (w - 1) t / T                                                     in step t of T
 #
-# Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval [Interval].
-# And in place of the network without a label a guide, a weaker one such as an earlier checkpoint, can say
-# what to move away from: it errs where the network errs, only more so, with or without labels
-# [Autoguidance].
+# Two variants. Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval
+# [Interval]. And a guide, a weaker network such as an earlier checkpoint, can take the place of the one
+# without a label: it errs where the network errs, only more so. That needs no labels [Autoguidance].
 
 
 def guidance_at(way, guidance, interval):
@@ -762,6 +761,28 @@ class TokenModel(Model):
         """Pixels (B, 3, S, S) -> what the ids keep of them, in a tuple of one."""
         return self.vqgan.reconstruct(x)[:1]
 
+    def noise(self, seeds):
+        """What features(noise=) takes, decided by each image's seed: int64 (B,) -> (B, L) in (0, 1)."""
+        return hashed_uniform(seeds, 0, self.length)
+
+    def initial_state(self, n, known=None, mask=None):
+        """The Decoding to begin with. All tokens are masked, unless pixels are known.
+
+        Inpainting: pixels that are to be generated are set to 0 before the image is tokenised, since ids
+        nearby would leak what was there. Tokens that contain such pixels are masked, and so are their
+        neighbours, whose ids may describe the 0."""
+        device = self.norm.weight.device
+        if known is None:
+            return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
+                            torch.ones(n, self.length, dtype=torch.bool, device=device))
+        unknown = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)                    # (n, 1, h, w)
+        masked = F.max_pool2d(unknown, 3, 1, 1).flatten(1) > 0                              # (n, L)
+        return Decoding(self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked)
+
+    def num_steps(self, steps=None, eta=None):
+        """20, or one for each token, unless said otherwise."""
+        return steps or min(20, self.length)
+
     @torch.no_grad()
     def sample_steps(self, n, steps=None, temperature=None, guidance=1.0, labels=None, known=None, mask=None,
                      seeds=None, schedule="cosine", order=None, guidance_interval=(0.0, 1.0), guide=None):
@@ -792,35 +813,14 @@ class TokenModel(Model):
         for step, (ids, token_mask, logits) in enumerate(loop, 1):
             yield Decoding(ids, token_mask, logits, known, mask, last=step == steps)
 
-    def num_steps(self, steps=None, eta=None):
-        """20, or one for each token, unless said otherwise."""
-        return steps or min(20, self.length)
-
     def guided_logits(self, state, masked, labels, w, guide=None):
-        """step_logits, moved away from those of the guide or, without one, of the fake class: (n, L, K)."""
+        """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K)."""
         wanted = self.step_logits(state, masked, labels)
         if w == 1 or labels is None and guide is None:
             return wanted
         other = (guide or self).step_logits(state, masked, labels if guide else None)
         return other + w * (wanted - other)
 
-    def initial_state(self, n, known=None, mask=None):
-        """The Decoding to begin with. All tokens are masked, unless pixels are known.
-
-        Inpainting: pixels that are to be generated are set to 0 before the image is tokenised, since ids
-        nearby would leak what was there. Tokens that contain such pixels are masked, and so are their
-        neighbours, whose ids may describe the 0."""
-        device = self.norm.weight.device
-        if known is None:
-            return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
-                            torch.ones(n, self.length, dtype=torch.bool, device=device))
-        unknown = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)                    # (n, 1, h, w)
-        masked = F.max_pool2d(unknown, 3, 1, 1).flatten(1) > 0                              # (n, L)
-        return Decoding(self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked)
-
-    def noise(self, seeds):
-        """What features(noise=) takes, decided by each image's seed: int64 (B,) -> (B, L) in (0, 1)."""
-        return hashed_uniform(seeds, 0, self.length)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -914,18 +914,15 @@ class MAGE(TokenModel):
     classes         0, or the number of labels it can be conditioned on
     fake_class      None: the fake class has an id of its own; c: it shares that of class c
                     (published files: 76)
-    contrastive     weight of the contrastive loss of section 7; 0 for plain MAGE
     """
 
     takes_labels = reads_ids = True
-    echo_contrast = None                                        # EchoMAGE has one
     t_range, best_t, stem = (0.0, 1.0, "the mask ratio"), 0.0, ("token_emb",)
 
     def __init__(self, vqgan, image_size, width, depth, heads, decoder_width, decoder_depth, decoder_heads,
-                 classes=0, fake_class=None, contrastive=0.0, dropout=0.1):
+                 classes=0, fake_class=None, dropout=0.1):
         super().__init__(vqgan, image_size)
-        self.classes, self.contrastive = classes, contrastive
-        own = fake_class is None                                # the fake class has an id of its own
+        own, self.classes = fake_class is None, classes         # own: the fake class has an id of its own
         self.fake_id = self.codes + (classes if own else fake_class)
         self.mask_id = self.codes + classes + (1 if own else 0)
         vocab_size = self.mask_id + 1
@@ -939,8 +936,6 @@ class MAGE(TokenModel):
                                             for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.mlm_layer = Head(decoder_width, width, vocab_size)
-        if contrastive:
-            self.projection = nn.Sequential(nn.Linear(width, 4096), nn.ReLU(), nn.Linear(4096, 256))
         self.apply(init_weights)
         self.vqgan = vqgan.requires_grad_(False)                # after apply(): it keeps its weights
         widths = [width] * depth + [decoder_width] * decoder_depth
@@ -952,30 +947,25 @@ class MAGE(TokenModel):
     def forward(self, x, labels=None, *, mask_ratio=None, mask_noise=None, keep_label=None):
         """Loss of one batch.
 
-        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L); of two crops: (B, 2, 3, S, S) or (B, 2, L)
+        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L)
         labels      int (B,) in [0, classes), or None
-        mask_ratio  in [0.5, 1]        mask_noise  (B, L), or (2B, L) of two crops, see random_masking
-        keep_label  bool (B,), or (2B,): False replaces the label by the fake class. All three are drawn if
-                    None
+        mask_ratio  in [0.5, 1]        mask_noise  (B, L), see random_masking
+        keep_label  bool (B,): False replaces the label by the fake class. All three are drawn if None
         returns     scalar loss, dict of its terms
         """
-        two_crops = x.dim() == (5 if x.is_floating_point() else 3)
-        if two_crops:                                                       # B is 2B from here on
-            x, labels = x.flatten(0, 1), None if labels is None else labels.repeat_interleave(2)
         ids = self.to_ids(x)                                                                # (B, L)
+        mask, latent, logits = self.mask_and_predict(ids, labels, mask_ratio, mask_noise, keep_label)
+        loss = masked_cross_entropy(logits, ids, mask)
+        return loss, {"masked": loss}
+
+    def mask_and_predict(self, ids, labels=None, mask_ratio=None, mask_noise=None, keep_label=None):
+        """Ids (B, L) -> mask (B, L), latent (B, 1 + L/2, C), logits (B, L, K). Arguments as for forward."""
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
         mask_ratio = truncated_normal(torch.rand(())) if mask_ratio is None else mask_ratio
         mask, ids_keep = random_masking(mask_noise, mask_ratio)
         latent = self.encode(self.input_ids(ids, mask, labels, keep_label), ids_keep)       # (B, 1 + L/2, C)
         logits = self.decode(latent, mask, ids_keep)                                        # (B, L, K)
-        loss = masked_cross_entropy(logits, ids, mask)
-        logs = {"masked": loss}
-        if self.contrastive and (two_crops or self.echo_contrast):          # MAGE-C or MAGE-E, section 7
-            z = self.projection(latent[:, 1:].mean(1))                                      # (B, 256)
-            logs["contrast"] = (self.echo_contrast(z, logits, ids, mask) if self.echo_contrast else
-                                info_nce(F.normalize(z, dim=-1).unflatten(0, (-1, 2))))     # (B / 2, 2, 256)
-            loss = loss + self.contrastive * logs["contrast"]
-        return loss, logs
+        return mask, latent, logits
 
     def input_ids(self, ids, mask, labels=None, keep_label=None):
         """Ids (B, L) -> what the encoder reads (B, 1 + L): the class id first, [MASK] where masked. Where
@@ -1183,7 +1173,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
     for labelled, before in untrained.items():
         after = linear_probe(model.eval(), labelled)
         print(f"linear probe with {labelled} labels: {after:.1%}, before training {before:.1%}")
-    image_grid(model.sample(64, steps=16 if model.tokenizer else 50)).save(out)
+    image_grid(model.sample(64, steps=8 if model.tokenizer else 50)).save(out)
     print(f"wrote {out}")
 
 
@@ -1253,8 +1243,8 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
 # Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's normed
 # outputs, of visible tokens and of [MASK] but not of the class token, goes through Linear(C, 4096), ReLU and
 # Linear(4096, 256) to a unit vector z. It must be closer to that of the other crop than to those of all other
-# images. The weight beside the masked loss is 0.1 [MAGE, 3.3]. MAGE.forward above calls it. The authors
-# released no training code for it: the layers' sizes and tau = 0.2 are ours.
+# images. The weight beside the masked loss is 0.1 [MAGE, 3.3]. The authors released no training code for it:
+# the layers' sizes and tau = 0.2 are ours.
 
 
 def info_nce(z, temperature=0.2):
@@ -1278,38 +1268,74 @@ def of_all_processes(z):
     return everyone, torch.arange(first, first + len(z), device=z.device)
 
 
-# MAGE-E needs no second crop, so ids that were made once will do: the decoder draws the other view [Sorcen].
+class ContrastiveMAGE(MAGE):
+    """MAGE-C. Arguments as for MAGE, and contrastive, the weight of the contrastive loss."""
+
+    def __init__(self, *sizes, contrastive=0.1, **options):
+        super().__init__(*sizes, **options)
+        self.contrastive, width = contrastive, self.norm.weight.numel()
+        self.projection = nn.Sequential(nn.Linear(width, 4096), nn.ReLU(), nn.Linear(4096, 256))
+        self.projection.apply(init_weights)
+
+    def forward(self, x, labels=None, *, mask_ratio=None, mask_noise=None, keep_label=None):
+        """Loss of two crops of each image, pixels (B, 2, 3, S, S) or ids (B, 2, L). Otherwise as
+        MAGE.forward, with mask_noise (2B, L) and keep_label (2B,). Of one crop it is MAGE's."""
+        if x.dim() == (4 if x.is_floating_point() else 2):
+            return super().forward(x, labels, mask_ratio=mask_ratio, mask_noise=mask_noise,
+                                   keep_label=keep_label)
+        ids = self.to_ids(x.flatten(0, 1))                                                  # (2B, L)
+        labels = None if labels is None else labels.repeat_interleave(2)                    # (2B,)
+        mask, latent, logits = self.mask_and_predict(ids, labels, mask_ratio, mask_noise, keep_label)
+        z = F.normalize(self.projection(latent[:, 1:].mean(1)), dim=-1)                     # (2B, 256)
+        masked, contrast = masked_cross_entropy(logits, ids, mask), info_nce(z.unflatten(0, (-1, 2)))
+        return masked + self.contrastive * contrast, {"masked": masked, "contrast": contrast}
+
+
+# MAGE-E needs no second crop, so ids that were made once will do. The decoder draws the other view, the echo,
+# from the logits that it has predicted for the masked loss anyway [Sorcen]:
 #
 #     ids     a  b  c  d     b is visible
-#     drawn   e  b  f  g     from the decoder's 16 best codes but the first: alike, not the same
+#     drawn   e  b  f  g     of the 16 best codes, but never the best: alike, not the same
 #     echo    _  b  f  _     outside a random square all is [MASK]
 #
 #     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_c exp(e_a . z_c / tau) )       tau = 0.3
 #
-# z_a is made as above, and by two more layers. e_a is what a teacher makes of the echo: an average of encoder
-# and projection over some 250 steps. No gradient flows there, so the price is one more pass of the encoder.
+# z_a comes from the masked ids of image a: encoder, mean and projection as above, then two more layers, the
+# prediction. e_a comes from its echo: encoder, mean and projection of a teacher. The teacher is not trained.
+# After each step its weights move 0.4 % of the way to the model's, an average over some 250 steps. No
+# gradient flows through it, so the price of the echo is one more pass of the encoder.
 #
-# The official teacher (models_lease_tk_1600.py) starts from random weights of its own, has dropout, and its
-# projection is trained besides; ours is an average, no more. Visible ids stay: the official code draws them,
-# too, though no loss teaches the decoder what they are. Left out: batch norm after the encoder, a term of
-# weight 0.01 that keeps images apart, true ids as the first echoes, an average that lengthens during the run.
+# Where this differs from the official code (models_lease_tk_1600.py): its teacher starts from random weights,
+# has dropout, and its projection is trained besides; it draws visible ids, too, though no loss teaches the
+# decoder what they are. Left out are batch norm after the encoder, a term of weight 0.01 that keeps images
+# apart, true ids as the first echoes, and an average that lengthens during the run.
 
 
-class EchoMAGE(MAGE):
-    """MAGE-E. Arguments as for MAGE; the weight of the contrast is 0.1, or another above 0. A training loop
-    of your own must call after_step()."""
+def echo_nce(z, e, temperature=0.3):
+    """The loss above of unit vectors z, and e of their echoes, (B, P) each; the other images' z, those of all
+    processes, are negatives."""
+    everyone, me = of_all_processes(z)
+    return F.cross_entropy(e @ everyone.T / temperature, me)
 
-    def __init__(self, *sizes, contrastive=0.1, **options):
-        super().__init__(*sizes, contrastive=contrastive, **options)
+
+class EchoMAGE(ContrastiveMAGE):
+    """MAGE-E. Arguments as for ContrastiveMAGE. A training loop of your own must call after_step()."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
         self.prediction = nn.Sequential(nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 256))
         self.prediction.apply(init_weights)
         encoder = nn.Sequential(self.token_emb, *self.blocks, self.norm)
         self.teacher = copy.deepcopy(nn.ModuleList([encoder, self.projection])).requires_grad_(False)
 
-    def echo_contrast(self, z, logits, ids, mask):
-        """The loss above of projections z (B, 256), logits (B, L, K), ids and mask (B, L)."""
-        everyone, me = of_all_processes(F.normalize(self.prediction(z), dim=-1))
-        return F.cross_entropy(self.echo(logits, ids, mask) @ everyone.T / 0.3, me)
+    def forward(self, x, labels=None, *, mask_ratio=None, mask_noise=None, keep_label=None):
+        """As MAGE.forward."""
+        ids = self.to_ids(x)                                                                # (B, L)
+        mask, latent, logits = self.mask_and_predict(ids, labels, mask_ratio, mask_noise, keep_label)
+        z = self.prediction(self.projection(latent[:, 1:].mean(1)))                         # (B, 256)
+        masked = masked_cross_entropy(logits, ids, mask)
+        contrast = echo_nce(F.normalize(z, dim=-1), self.echo(logits, ids, mask))
+        return masked + self.contrastive * contrast, {"masked": masked, "contrast": contrast}
 
     @torch.no_grad()
     def echo(self, logits, ids, mask):
@@ -2295,7 +2321,7 @@ class ADM(Model):
         def attend(width, level):
             return [ADMAttention(width, head, groups, heads, order)] if 2 ** level in attention else []
         width, bottom = widths[0], len(widths) - 1
-        # (channels, level) of the outputs that wait to be read on the way up.
+        # Down. skips: (channels, level) of each block's output, which a block on the way up will read.
         downs, skips = [ADMBlock(nn.Conv2d(3, width, 3, padding=1))], [(width, 0)]
         for level, out in enumerate(widths):
             if level:
@@ -2308,7 +2334,9 @@ class ADM(Model):
         self.input_blocks = nn.ModuleList(downs)
         self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order),
                                      residual(width, width))
-        outputs, ups = [*skips, (width, bottom)], []                            # outputs of all blocks
+        # Up. A level has one residual block more than on the way down, for there the block that halves the
+        # side (or, at full size, the first convolution) leaves an output, too. The last one doubles the side.
+        outputs, ups = [*skips, (width, bottom)], []            # outputs: (channels, level) of all blocks
         for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
                 double = level > 0 and j == blocks
@@ -2541,7 +2569,7 @@ def umd_method(clean_ratio, mask_ratio_clean, mask_ratio_noised):
 
 MODELS = {
     "mage":    Method(MAGE, MAGE_SIZES, MAGE_RECIPE),
-    "mage-c":  Method(MAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}, views=2),
+    "mage-c":  Method(ContrastiveMAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}, views=2),
     "mage-e":  Method(EchoMAGE, MAGE_SIZES, MAGE_RECIPE, {"contrastive": 0.1}),
     "addp":    Method(ADDP, ADDP_SIZES, ADDP_RECIPE, predictor="mage"),
     "umd":     umd_method(0.5, 0.75, 0.375),
@@ -2857,8 +2885,9 @@ def groups_of_equal_length(counts):
 PIXELS, IDS = "float (B, 3, {S}, {S})", "int (B, {m.length}) in [0, {m.codes})"
 FORMS = {                               # by [class.][method.]argument; decoders overshoot [0, 1] a little
     "x": PIXELS, "embed.x": PIXELS + " in [-0.5, 1.5]", "reconstruct.x": PIXELS + " in [-0.5, 1.5]",
-    "MAGE.forward.x": f"{PIXELS} or {IDS} or float (B, 2, 3, {{S}}, {{S}}) or "
-                      "int (B, 2, {m.length}) in [0, {m.codes})",
+    "ContrastiveMAGE.forward.x": f"{PIXELS} or {IDS} or float (B, 2, 3, {{S}}, {{S}}) or "
+                                 "int (B, 2, {m.length}) in [0, {m.codes})",
+    "EchoMAGE.forward.x": PIXELS,
     "ADDP.forward.x": PIXELS, "ADDP.embed.x": PIXELS,
     "VQGAN.x": PIXELS + " in [-0.5, 1.5]", "VQGAN.ids": "int (B, h, w) in [0, {m.codes})",
     "labels": "int ({B}) in [0, {m.classes})", "keep_label": "bool ({N})",
