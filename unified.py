@@ -1100,21 +1100,21 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #
 # The story so far, on drawn shapes and a CPU: `python unified.py` trains a tokenizer, then MAGE on its ids,
 # in two minutes on two cores. train.py has the same loop, and what a long run needs: ids that are computed
-# once, averaged weights, evaluation, checkpoints, many GPUs. Seed 0, torch 2.13 on a CPU, printed:
+# once, averaged weights, evaluation, checkpoints, many GPUs. Seed 0, torch 2.13 on two threads, printed:
 #
-#     TokenizerTraining step   600   loss 0.022          a blurred copy of each image
-#     MAGE              step   100   loss 4.963          as good as guessing: ln 128 = 4.85
-#     MAGE              step   900   loss 2.264          it varies with the mask ratio of the batch
+#     TokenizerTraining step   600   loss 0.031          a blurred copy of each image
+#     MAGE              step   100   loss 4.920          as good as guessing: ln 128 = 4.85
+#     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch
 #
 # `python unified.py umd` trains one of the methods to come. What a linear probe then finds in the embeddings,
 # with few labels and with many, before -> after its training (that of the tokenizer has come before both):
 #
 #     method   CPU minutes    40 labels        1,000 labels     64 samples, shapes.png
-#     mage     3              41.4 -> 63.2 %   88.7 -> 92.6 %   most are shapes, in two colours: all that the
+#     mage     3              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
 #                                                               tokenizer tells apart so far
-#     addp     5              33.9 -> 49.8 %   78.3 -> 82.1 %   shapes of the same colours, rounder
-#     umd      3              12.3 -> 51.8 %   14.5 -> 86.9 %   flat colours: it needs more steps to generate
-#     adm      5              12.7 -> 37.6 %   11.4 -> 82.7 %   blobs with sharp edges, in all colours
+#     addp     5              31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
+#     umd      4              14.5 -> 50.3 %   14.5 -> 86.8 %   flat colours: it needs more steps to generate
+#     adm      5              13.5 -> 39.6 %   12.1 -> 83.4 %   blobs with sharp edges, in all colours
 
 
 def fit(net, steps, batch_size, peak_lr):
