@@ -89,10 +89,12 @@ class Config:
     save: str = flag("", "no probe: keep features, labels and file names of all images in this new .npz")
     seed: int = flag(0, "random seed", min=0, max=2**32 - 1)
 
-    dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders [the run's own]",
+    dataset: str = flag("", "shapes, cifar10, imagenet, or a folder of class folders; with --save any folder "
+                            "of images [the run's own]",
                         group="data")
     data_dir: str = flag("", "dataset folder, if not data/<dataset>")
-    limit: int = flag(None, "training images used at most; a tenth of them is held out", min=20)
+    limit: int = flag(None, "use at most so many training images; a tenth of them chooses penalty and place",
+                      min=20)
     labels: float = flag(None, "fraction of the training images, such as 0.01: equally many of each class, "
                                "the same for every model", min=1e-9, max=1)
     subset: str = flag("", "file of the training images, NAME or CLASS/NAME a line, as SimCLR's 1percent.txt")
@@ -1156,7 +1158,9 @@ def table_cells(rows, heads, kind):
     """A line of the table behind its title, from the rows of one run."""
     n, images = rows[0]["n_test"], ", ".join(distinct(str(row["n_train"]) for row in rows))
     cells = {row["head"]: with_error(row[kind], n, row["head"]).strip() for row in rows}
-    place = [str(rows[0][key]) * (kind != "pixels") for key in ("layer", "t", "pool")]
+    layer, t, pool = (rows[0][key] for key in ("layer", "t", "pool"))
+    t = f"{t:g}" if isinstance(t, float) else t                    # "0", as of timesteps
+    place = [str(cell) * (kind != "pixels") for cell in (layer, t, pool)]
     return *(cells.get(head, "") for head in heads), *place, images, str(n)
 
 

@@ -5205,7 +5205,7 @@ def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(finishe
     assert lines[0] == ["layer", "t", "pool", "train", "test"]
     for line, name, row in zip(lines[1:], ("run", "umd", "twin"), rows):
         accuracy = f"{row['top1']:.1%} +- {row['standard_error']:.1%}"
-        assert line == [name, accuracy, str(row["layer"]), str(row["t"]), row["pool"], "48", "16"]
+        assert line == [name, accuracy, str(row["layer"]), f"{row['t']:g}", row["pool"], "48", "16"]
     assert [line[0] for line in lines[4:7]] == ["untrained (run, twin)", "untrained (umd)", "raw pixels"]
     assert [line[1].split("%")[0] for line in lines[4:7]] == \
         [f"{100 * v:.1f}" for v in (rows[0]["untrained"], rows[1]["untrained"], rows[0]["pixels"])]

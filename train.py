@@ -1106,7 +1106,7 @@ def report(cfg, model, ema, train_set, test_set):
     stack_images(list(loss_charts(folder))).save(folder / "loss.png")
     no_probe = probe.no_probe(train_set, test_set)
     top1 = {} if no_probe else probe_features(cfg, model, ema, train_set, test_set)
-    write_row(cfg, stage="report", step=0, **figures, probe=top1)
+    write_row(cfg, stage="report", step=0, **figures, probe=top1, cpu_minutes=time.process_time() / 60)
     for data, fate in ((train_set, "another took its place"), (test_set, "left out")):
         if data.unreadable:
             print_once(f"{len(data.unreadable)} images of {probe.shown(data.root)} cannot be read: {fate}")

@@ -44,9 +44,9 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     14 Behind the methods          random numbers by seed, checked arguments
     15 For the scripts             mistakes, flags, checkpoints, images, processes
 
-Sizes    B images; n, when they are generated           N of B images that are noised
+Sizes    B images; n, when they are generated           N of B images that are noised; or any number of rows
          L tokens of an image, on a grid of h x w       M of them that enter an encoder
-         C channels of a token                          S pixels on a side of an image
+         C channels of a token, C' in a decoder         S pixels on a side of an image
          K entries of the codebook                      V of the vocabulary: codes, labels and [MASK]
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding
@@ -211,7 +211,7 @@ def group_norm(channels, groups=32):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (B, inp, h, w) -> (B, out, h, w)."""
+    """Two 3x3 convolutions and, where the width stays, a shortcut: (B, inp, h, w) -> (B, out, h, w)."""
 
     def __init__(self, inp, out, groups):
         super().__init__()
@@ -493,6 +493,7 @@ class Model(nn.Module):
     """A module that generates by sample_steps(), which a subclass defines, and which yields a state after
     each step."""
 
+    # Only the scripts read these; skip them at first. Section 12 says what each means.
     best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)               # where features are read
     length = codes = classes = 0                                            # sizes; 0: there is no such thing
     takes_labels = reads_ids = reconstructs = False                         # what it can do
@@ -517,7 +518,7 @@ class Model(nn.Module):
 
     def noise(self, seeds, draw=0):
         """What features(noise=) takes, from each image's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
-        S = self.image_size
+        S = self.image_size                             # hashed_uniform: torch.rand with a row for each seed
         return to_normal(hashed_uniform(seeds, draw, 3 * S * S)).view(-1, 3, S, S)
 
     @property
@@ -597,15 +598,16 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
     return mask, ids_keep.sort(1).values
 
 
-# Generation starts with all tokens masked. Step t of T predicts every masked token, keeps the predictions
-# that are most confident, and masks the others again. Their number falls along a cosine [MaskGIT, 3.2]:
+# Generation starts with all n0 = L tokens masked. Step t of T predicts every masked token, keeps the
+# predictions that are most confident, and masks the others again. How many stay masked falls along a cosine
+# [MaskGIT, 3.2], by at least one in each step, but not below 1, as in the official codes:
 #
-#     num_masked(t) = floor(n0 cos(pi t / 2T)), or one fewer than before           n0 = masked at the start
+#     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1))
 #
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
-# It is never below 1, as in the official codes. Every masked id is sampled in every step, so after step T the
-# last one has an id, too, and sample_steps() of section 5 calls it visible.
+# Every masked token is given an id in every step. So the one that is still in the mask after step T has one,
+# too, and the image is complete.
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    .    e    .        sampled from p, for every masked token
@@ -723,7 +725,7 @@ class Decoding(typing.NamedTuple):
     logits: torch.Tensor = None         # (n, L, K) of the last step, None before the first
     known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
     inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
-    last: bool = False                  # there is no next step: the id of the token left in the mask counts
+    last: bool = False                  # after step T: the id of the token left in the mask counts, too
 
     def with_known(self, x):
         """Pixels x (n, 3, S, S), with the known ones put back."""
@@ -820,7 +822,6 @@ class TokenModel(Model):
             return wanted
         other = (guide or self).step_logits(state, masked, labels if guide else None)
         return other + w * (wanted - other)
-
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1034,7 +1035,7 @@ class MAGE(TokenModel):
         t         mask ratio in [0, 1]; noise (B, L): forward's mask_noise, the smallest are masked, drawn if
                   None
         layers    numbers of blocks, encoder first; [best_layer] if None
-        add       {layer: map (B, C, h, w)} added to the output of that layer, by DifFeed in probe.py
+        add       {layer: map (B, C, h, w)} added to the output of that layer; for DifFeed alone, section 11
         finetune  changes nothing here: MAGE is fine-tuned as it was trained
         returns   [map (B, C, h, w) for each of layers]
         """
@@ -1109,12 +1110,12 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # `python unified.py umd` trains one of the methods to come. What a linear probe then finds in the embeddings,
 # with few labels and with many, before -> after its training (that of the tokenizer has come before both):
 #
-#     method   CPU minutes    40 labels        1,000 labels     64 samples, shapes.png
-#     mage     3              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
+#     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
+#     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
 #                                                               tokenizer tells apart so far
-#     addp     5              31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
-#     umd      4              14.5 -> 50.3 %   14.5 -> 86.8 %   flat colours: it needs more steps to generate
-#     adm      5              13.5 -> 39.6 %   12.1 -> 83.4 %   blobs with sharp edges, in all colours
+#     addp     3              31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
+#     umd      2              14.5 -> 50.3 %   14.5 -> 86.8 %   flat colours: it needs more steps to generate
+#     adm      3              13.5 -> 39.6 %   12.1 -> 83.4 %   blobs with sharp edges, in all colours
 
 
 def fit(net, steps, batch_size, peak_lr):
@@ -1305,10 +1306,11 @@ class ContrastiveMAGE(MAGE):
 # After each step its weights move 0.4 % of the way to the model's, an average over some 250 steps. No
 # gradient flows through it, so the price of the echo is one more pass of the encoder.
 #
-# Where this differs from the official code (models_lease_tk_1600.py): its teacher starts from random weights,
-# has dropout, and its projection is trained besides; it draws visible ids, too, though no loss teaches the
-# decoder what they are. Left out are batch norm after the encoder, a term of weight 0.01 that keeps images
-# apart, true ids as the first echoes, and an average that lengthens during the run.
+# MAGE-E is our name; Sorcen's files are called LEASE. Where this differs from them (models_lease_tk_1600.py):
+# their teacher starts from random weights, has dropout, and its projection is trained besides; they draw
+# visible ids, too, though no loss teaches the decoder what those are. Left out are batch norm after the
+# encoder, a term of weight 0.01 that keeps images apart, true ids as the first echoes, and an average that
+# lengthens during the run.
 
 
 def echo_nce(z, e, temperature=0.3):
@@ -1365,12 +1367,13 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
 # ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces. A step
+# has ids, their mask, and p of the last step, a distribution over codes at every masked token. It
 #
-#     1. encodes the image so far, x_t,
-#     2. predicts from it p, a distribution over codes at every masked token,
-#     3. samples ids from p and keeps the most confident, as MAGE does (section 4),
-#     4. decodes the next x_t with the frozen tokenizer, from the codes of visible ids and, where tokens are
-#        masked, from the mean code under p. So what is undecided is blurred:
+#     1. decodes the image so far, x_t, with D, the frozen tokenizer's decoder: from the codes of visible ids
+#        and, where tokens are masked, from the mean code under p. So what is undecided is blurred,
+#     2. encodes x_t,
+#     3. predicts a new p, with a decoder of ids that also reads the visible ids,
+#     4. samples ids from p and keeps the most confident, as MAGE does (section 4):
 #
 #     ids --> z: codes where visible,     -- D --> image x_t --> encoder --> decoder --> p --> unmask --> ids
 #             mean codes under p if masked                                      ^
@@ -1388,9 +1391,9 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # At first all is masked: there is no image, the encoder is skipped, and the decoder reads mask tokens alone.
 #
-# Training has no previous step whose p could make x_t. So a frozen MAGE supplies it: from the ids of an
-# earlier step, where more is masked, it predicts p'. From the visible ids of this step it predicts q, which
-# is the target: it says more than the one true id, namely all that could stand there.
+# Training has no last step whose p could make x_t. A frozen MAGE stands in for it: from the visible ids of an
+# earlier step, where more is masked, it predicts p', and p' makes x_t. From the visible ids of this step the
+# same MAGE predicts q, the target: it says more than the one true id, namely all that could stand there.
 #
 #     x_t  = D(z),  z_i = e_(id_i) where visible,  sum over k of p'_i(k) e_k where masked
 #     loss = - mean over masked i of  sum over k of q_i(k) log p_i(k | x_t, visible ids)      [ADDP, figure 4]
@@ -1401,8 +1404,8 @@ class EchoMAGE(ContrastiveMAGE):
 #     ids, mask of this step -- MAGE --> q -------------------------------------------------> loss
 #
 # The mask ratio of this step is one of the cosine's values in [0.5, 1), 74.5 % on average. The earlier mask
-# contains this one, and lies 1 to 5 hundredths of the schedule before it. No timestep enters the network: it
-# can see how much of the image is decided.
+# contains this one. It lies 1 to 5 hundredths of the schedule before it, but not before its first value. No
+# timestep enters the network: it can see how much of the image is decided.
 
 
 def nested_mask_ratios():
@@ -1649,8 +1652,8 @@ class ADDP(TokenModel):
 # and the loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. Against that of x0 it counts noisy
 # timesteps less.
 #
-# The way back goes to ever larger alpha_bar. "next" is the next timestep on this way, t - 1 or a smaller one.
-# A step predicts x0, and with it eps, and mixes them anew:
+# The way back goes to ever larger alpha_bar. "next" is next on this way, and so less noisy: t - 1, or a
+# smaller timestep if some are skipped. A step predicts x0, and with it eps, and mixes them anew:
 #
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
 #     sigma^2 = eta^2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next) [DDIM, 16]
@@ -1865,7 +1868,8 @@ class UMD(Model):
         self.alpha_bar = torch.cat([torch.ones(1).double(), noise_schedule("cosine")])  # (1 + T,), no buffer
         self.max_steps = len(self.alpha_bar) - 1
         self.t_range = (0, self.max_steps, "the timestep, 0 for no noise")
-        self.best_t = 0 if clean_ratio else 51                  # official: 51, where no image was clean
+        # As in the official code: a network that never saw a clean image reads slightly noised ones.
+        self.best_t = 0 if clean_ratio else 51
         self.generates, self.reconstructs = clean_ratio < 1, mask_ratio_clean > 0
 
         patch = image_size // grid
@@ -1956,8 +1960,9 @@ class UMD(Model):
         return masked_mse(x0_hat, x0, mask), masked_mse(eps_hat, eps, ~mask)
 
     def visible_patches(self, mask_noise, mask_ratio):
-        """Patches that enter the encoder: int (B, M), in any order, since each has a position embedding. The
-        smallest are masked. The number of visible ones is rounded down, as in the official code."""
+        """Patches that enter the encoder: int (B, M), in any order, since each has a position embedding.
+        Those of the smallest mask_noise are masked. The number of visible ones is rounded down, as in the
+        official code."""
         return mask_noise.argsort(dim=1, stable=True)[:, self.length - int(self.length * (1 - mask_ratio)):]
 
     def pixel_mask(self, ids_keep):
@@ -2037,11 +2042,12 @@ class UMD(Model):
         return tuple(u + guidance * (c - u) for c, u in zip(self.predict(x, t, labels), reference))
 
     def num_steps(self, steps=None, eta=None):
-        """One for each of timesteps(): 126 as published, for 125. MAE: 1."""
+        """One for each of timesteps(). MAE: 1."""
         return len(self.timesteps(steps)) if self.generates else 1
 
     def timesteps(self, steps=None):
-        """T, T - 8, ..., 8 as published: strides of T / steps, rounded up. And then 1."""
+        """Strides of T / steps, rounded up, and then 1. As published, for None, 125: 1000, 992, ..., 8 and 1,
+        which makes 126."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -2118,7 +2124,7 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# L_vb trains the variance of the steps back, nothing else; it is explained behind the U-Net.
+# L_vb trains the variance of the steps back; it is explained before the class ADM.
 #
 # A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
 # maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
@@ -2213,8 +2219,9 @@ class ADMBlock(nn.Sequential):
 #     L_vb = KL( q(x_next | xt, x0) || p(x_next | xt) )        in all steps but the last
 #     L_vb = - log p(x0 | xt)                                  in the last, to x0               [DDPM, eq. 5]
 #
-# In L_vb eps' is detached, so it trains v alone. The paper adds 0.001 times its sum over all t: with T = 1000
-# the mean, which one random t estimates. So the weight is 1.
+# In L_vb eps' is detached, so this loss does not pull at the prediction of eps, but through v at the U-Net
+# that both share. The paper adds 0.001 times its sum over all t: with T = 1000 the mean, which one random t
+# estimates. So the weight is 1.
 
 
 def log_variances(alpha_bar):
@@ -2664,7 +2671,7 @@ def build(config):
 #     reads_ids       given ids instead of pixels, training and probing lose nothing
 #     generates       it can start from nothing
 #     reconstructs    it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-#     max_steps       more sampling steps than these are not possible
+#     max_steps       sample.py takes no more sampling steps than these
 #     stem            names of what comes before `blocks`, for --init-encoder and layer decay
 #     dynamic_blocks  blocks whose number of tokens differs from call to call
 #     finetuning      of a ViT-B, of a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up
