@@ -1,0 +1,98 @@
+"""The README's table and loss curves of CIFAR-10, made of the logs in this folder:
+
+    python assets/runs/table.py                     the table in Markdown; draws losses.png
+    python assets/runs/table.py out/cifar10-mage    first takes the logs of this run, or of several, thinned
+"""
+import json
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import PIL.Image                                                                                # noqa: E402
+
+import train                                                                                    # noqa: E402
+
+ORDER = ["mage", "mage-c", "mage-e", "addp", "umd", "mae", "maskdit", "dit", "adm"]
+# Title of a column: how its figures are written.
+COLUMNS = {"CPU minutes": "{:.0f}", "features": "{:.1%}", "untrained": "{:.1%}", "best layer": "{:.1%}",
+           "20-NN": "{:.1%}", "linear": "{:.1%}", "FD-local": "{:.1f}", "precision": "{:.1%}", "recall": "{:.1%}",
+           "images/s": "{:.0f}"}
+
+
+def read(path):
+    """Rows of a .jsonl file, [] if there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def rounded(v):
+    """A row with five digits of every float."""
+    if isinstance(v, dict):
+        return {k: rounded(w) for k, w in v.items()}
+    return float(f"{v:.5g}") if isinstance(v, float) else v
+
+
+def thinned(rows):
+    """At most 40 of them, the last one included."""
+    return rows[::-1][::-(-len(rows) // 40) or 1][::-1]
+
+
+def take(run):
+    """Put some rows of each stage of a run's log.jsonl here, and all of its reports and probes."""
+    rows = read(run / "log.jsonl")
+    losses = [row for stage in ("tokenizer", "model") for kind in ("loss", "held_out")
+              for row in thinned([r for r in rows if r["stage"] == stage and kind in r])]
+    names = ("stage", "step", "loss", "masked", "held_out", "images_per_second")
+    kept = [{k: row[k] for k in names if k in row} for row in losses]
+    kept += [row for row in rows if row["stage"] == "report"] + read(run / "probe.jsonl")
+    (HERE / f"{run.name}.jsonl").write_text("".join(json.dumps(rounded(row)) + "\n" for row in kept))
+
+
+def figures(rows):
+    """{title of a column: figure} of a run's rows; of several figures the last."""
+    rates = sorted(row["images_per_second"] for row in rows if row.get("stage") == "model" and "loss" in row)
+    found = {"images/s": rates[len(rates) // 2]}
+    for row in rows:
+        if row.get("stage") == "report":
+            found |= {"CPU minutes": row["cpu_minutes"], "features": row["probe"]["features"],
+                      "untrained": row["probe"]["the same network untrained"]}
+        elif row.get("head") == "samples":
+            found |= {"FD-local": row["fd_local"], "precision": row["precision"], "recall": row["recall"]}
+        elif title := {"ridge": "best layer", "knn": "20-NN", "linear": "linear"}.get(row.get("head")):
+            found[title] = row["top1"]                          # ridge: of the place that --sweep has chosen
+    return found
+
+
+def table(logs):
+    """Lines of the table in Markdown, a row for each of logs: {method: rows}."""
+    yield "| CIFAR-10 | " + " | ".join(COLUMNS) + " |"
+    yield "|" + "---|" * (1 + len(COLUMNS))
+    for name, rows in logs.items():
+        found = figures(rows)
+        cells = [form.format(found[title]) if title in found else "" for title, form in COLUMNS.items()]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def draw(logs):
+    """losses.png: training and held-out loss of every method by step."""
+    sheet = PIL.Image.new("RGB", (1800, 340 * -(-len(logs) // 3)), "white")
+    for i, (name, rows) in enumerate(logs.items()):
+        curves = {kind: [(r["step"], r.get("masked", r[kind])) for r in rows if r.get("stage") == "model" and kind in r]
+                  for kind in ("loss", "held_out")}
+        chart = train.line_chart({kind: curve for kind, curve in curves.items() if curve}, name, (600, 340))
+        sheet.paste(chart, (i % 3 * 600, i // 3 * 340))
+    sheet.save(HERE / "losses.png")
+
+
+def all_logs():
+    """{method: rows} of the logs in this folder."""
+    logs = {name: read(HERE / f"cifar10-{name}.jsonl") for name in ORDER}
+    return {name: rows for name, rows in logs.items() if rows}
+
+
+if __name__ == "__main__":
+    for run in sys.argv[1:]:
+        take(pathlib.Path(run))
+    print("\n".join(table(all_logs())))
+    draw(all_logs())
