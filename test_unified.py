@@ -484,14 +484,15 @@ def test_grain_is_for_flat_images_only_and_below_a_grey_level():
 
 
 @EVERY
-def test_sampling_takes_as_many_steps_as_it_says_and_ends_with_what_sample_returns(name):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_sampling_takes_as_many_steps_as_it_says_and_ends_with_what_sample_returns(steps, name):
     model = small(name).eval()
     for options in ways_to_sample(model):
-        states = list(model.sample_steps(4, steps=3, **options))
+        states = list(model.sample_steps(4, steps=steps, **options))
         frames = torch.stack([model.render(state) for state in states])
-        assert len(states) == model.num_steps(3) and frames.shape[1:] == (4, 3, 32, 32)
+        assert len(states) == model.num_steps(steps) and frames.shape[1:] == (4, 3, 32, 32)
         assert frames.dtype == torch.float32 and frames.min() >= 0 and frames.max() <= 1
-        assert model.sample(4, steps=3, **options).equal(frames[-1])
+        assert model.sample(4, steps=steps, **options).equal(frames[-1])
         assert all(not a.equal(b) for a, b in zip(frames, frames[1:]))
 
 
@@ -957,7 +958,7 @@ def test_guidance_exaggerates_what_the_label_changes():
     ids, mask, labels = some_ids(model, 2), torch.ones(2, 16, dtype=torch.bool), torch.tensor([0, 2])
     u, c = model.logits(ids, mask), model.logits(ids, mask, labels)
     assert (u - c).abs().amax((1, 2)).min() > 1e-2
-    guided = model.guided_logits(unified.Decoding(ids, mask), mask.sum(1), labels, 3.0)
+    guided = model.guided_logits(unified.Decoding(ids, mask, mask.sum(1)), labels, 3.0)
     assert_close(guided, u + 3 * (c - u), 1e-5)
 
 
@@ -965,9 +966,9 @@ def test_guidance_grows_linearly_over_the_steps():
     model, used = mage(classes=3), []
     guided_logits = model.guided_logits
 
-    def spy(state, masked, labels, w, guide):
+    def spy(state, labels, w, guide):
         used.append(w)
-        return guided_logits(state, masked, labels, w, guide)
+        return guided_logits(state, labels, w, guide)
     model.guided_logits = spy
     model.sample(1, steps=4, guidance=3.0, labels=torch.tensor([1]))
     assert used == [1.5, 2.0, 2.5, 3.0]
@@ -1642,7 +1643,7 @@ def test_addp_learns_most_of_what_its_predictor_can_teach():
 def test_while_all_is_masked_no_image_is_read_and_none_would_matter():
     model, ids = addp(sharp=True), some_ids(addp())
     mask = torch.ones_like(ids, dtype=torch.bool)
-    skipped = model.step_logits(unified.Decoding(ids, mask), mask.sum(1))
+    skipped = model.step_logits(unified.Decoding(ids, mask, mask.sum(1)))
     for x in (some_images(), torch.zeros(4, 3, 16, 16)):
         assert_close(model.decode(model.encode(x), ids, mask, 0), skipped, 1e-6)
     model.encode = forbidden
@@ -1658,8 +1659,7 @@ def test_addp_generates_without_its_predictor_but_inpainting_begins_with_its_pre
     state = model.initial_state(4, known, mask)
     mask = state.token_mask
     logits = model.token_predictor.logits(state.ids, mask)
-    first, same, other = (model.step_logits(state._replace(logits=given), state.token_mask.sum(1))
-                          for given in (None, logits, -logits))
+    first, same, other = (model.step_logits(state._replace(logits=v)) for v in (None, logits, -logits))
     assert first.equal(same) and not first.allclose(other)
     model.token_predictor.logits = forbidden
     assert len(list(model.sample_steps(3, steps=6))) == 6

@@ -44,6 +44,8 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     14 Behind the methods          random numbers by seed, checked arguments
     15 For the scripts             mistakes, flags, checkpoints, images, processes
 
+Look these up when you meet them.
+
 Sizes    B images; n, when they are generated           N of B images that are noised; or any number of rows
          L tokens of an image, on a grid of h x w       M of them that enter an encoder
          C channels of a token, C' in a decoder         S pixels on a side of an image
@@ -51,7 +53,7 @@ Sizes    B images; n, when they are generated           N of B images that are n
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding
          x0, eps, xt clean pixels, noise, and their mixture at timestep t
-         alpha_bar the part of xt's variance that is x0's
+         alpha_bar how much of x0 is left in xt: the square of its factor
          t of T: a timestep, where more is noise; in decoding a step, where less is masked. features(t=) takes
            the degree of corruption: MAGE's mask ratio, or a timestep
 
@@ -357,7 +359,8 @@ class VQGAN(nn.Module):
 
 
 # Training the tokenizer. The loss is a weighted sum of these terms, where sg is stop-gradient and
-# p = softmax(-distances / 0.01). All are means, over pixels, channels or positions:
+# p = softmax(-distances / 0.01) over the K codes, H its entropy. All are means, over pixels, channels or
+# positions:
 #
 #     term        weight                               trains
 #     l1           3.0   |x' - x|                      decoder and encoder
@@ -373,7 +376,7 @@ class VQGAN(nn.Module):
 #     generator      0.8   -g d(x')                    decoder and encoder
 #     discriminator  1.0   hinge(d(x), d(sg(x')))      d alone
 #
-# The factor g makes its gradient at the decoder's last layer as long as that of l1 + l2.
+# The factor g makes the generator term's gradient at the decoder's last layer as long as that of l1 + l2.
 #
 # Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
 # goes straight through to the encoder. VQ-VAE's terms alone leave most codes unused. MaskGIT's perceptual
@@ -493,8 +496,8 @@ class Model(nn.Module):
     """A module that generates by sample_steps(), which a subclass defines, and which yields a state after
     each step."""
 
-    # Only the scripts read these; skip them at first. Section 12 says what each means.
-    best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)               # where features are read
+    # Skip these at first. The scripts read them, and section 12 says what each means.
+    best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)               # where embed() reads; allowed t
     length = codes = classes = 0                                            # sizes; 0: there is no such thing
     takes_labels = reads_ids = reconstructs = False                         # what it can do
     generates, max_steps, alpha_bar = True, math.inf, None                  # how it generates
@@ -539,8 +542,8 @@ class Model(nn.Module):
         return len(self.layers) + 1 - layer
 
     def __init_subclass__(cls):
-        """Check arguments before the public methods run. That is for the error messages alone: a correct call
-        gives the same without it, if labels and seeds are on the model's device."""
+        """Put a check of arguments before the public methods. Read on as if it were not there: it is for the
+        error messages alone, and moves labels and seeds to the model's device."""
         public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
         for name in vars(cls).keys() & public:
             setattr(cls, name, guarded(vars(cls)[name]))
@@ -620,18 +623,18 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
 
-def num_masked(initial, masked, step, steps, schedule="cosine", round_up=False):
+def num_masked(initial, count, step, steps, schedule="cosine", round_up=False):
     """How many tokens of each image stay masked after a step: int (n,) -> int (n,).
 
-    initial, masked  how many were masked at the start, and before this step
-    step, steps      t - 1, counted from 0; and T
-    schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked, such as
-                     lambda t, T: 1 - (t / T) ** 2
-    round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
+    initial, count  how many were masked at the start, and before this step
+    step, steps     t - 1, counted from 0; and T
+    schedule        a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
+                    t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
+    round_up        as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
-    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(masked - 1)
-    return wanted.clamp(min=1).minimum(masked)
+    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(count - 1)
+    return wanted.clamp(min=1).minimum(count)
 
 
 # All random numbers of an image follow from its seed, so it is the same alone or among a thousand. Read
@@ -681,30 +684,44 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     return ids, rank_in_row(confidence) < to_device(count, ids.device)[:, None]
 
 
-def parallel_decoding(predict, ids, mask, masked, steps, temperature, seeds, schedule="cosine", order=None,
+class Decoding(typing.NamedTuple):
+    """Images while they are decoded."""
+    ids: torch.Tensor                   # (n, L)
+    token_mask: torch.Tensor            # bool (n, L), True = masked before the next step
+    count: torch.Tensor                 # int (n,), on the CPU: how many that are
+    logits: torch.Tensor = None         # (n, L, K) of the last step; ADDP makes its next image from them
+    known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
+    inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
+    last: bool = False                  # after step T: the id of the token left in the mask counts, too
+
+    def with_known(self, x):
+        """Pixels x (n, 3, S, S), with the known ones put back."""
+        return x if self.known is None else torch.where(self.inpaint_mask[:, None], x, self.known)
+
+
+def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosine", order=None,
                       round_up=False):
-    """The loop: yields ids, mask (n, L) and logits (n, L, K) after each step [MaskGIT, 3.2]. In the last mask
-    one token is left, whose id was sampled like the others.
+    """The loop: yields a Decoding after each step [MaskGIT, 3.2].
 
-    predict      function (step, ids, mask, masked, logits) -> logits (n, L, K) of this step, whose number is
-                 t - 1; the arguments are what the last step made of them, its logits None at first
-    ids, mask    (n, L) to begin with: from nothing, all True         masked  how many that is, int (n,)
-    temperature  of the Gumbel noise           schedule, round_up  see num_masked         order  see unmask
+    predict      function (step, state) -> logits (n, L, K); step = t - 1
+    state        the Decoding to begin with            seeds  int64 (n,)
+    temperature  of the Gumbel noise        schedule, round_up  see num_masked        order  see unmask
     """
-    initial, logits = masked, None
+    initial = state.count
     for step in range(steps):
-        logits = predict(step, ids, mask, masked, logits)
-        masked = num_masked(initial, masked, step, steps, schedule, round_up)           # after this step
-        u, v = decoding_noise(seeds, step, ids.size(1))
+        logits = predict(step, state)
+        count = num_masked(initial, state.count, step, steps, schedule, round_up)       # after this step
+        u, v = decoding_noise(seeds, step, state.ids.size(1))
         gumbel = temperature * (1 - (step + 1) / steps) * to_gumbel(v)                  # (n, L)
-        ids, mask = unmask(logits, ids, mask, masked, u, gumbel, order)
-        yield ids, mask, logits
+        ids, mask = unmask(logits, state.ids, state.token_mask, count, u, gumbel, order)
+        state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=step + 1 == steps)
+        yield state
 
 
-# Labels. In training a network is told the class c of an image, but of one image in ten it is not. So it can
+# Labels. In training a network is told the label y of an image, but of one image in ten it is not. So it can
 # predict with and without a label. Classifier-free guidance goes beyond what the label changes [CFG]:
 #
-#     logits = logits(no label) + w_t (logits(c) - logits(no label))                 w = 1: as trained
+#     logits = logits(no label) + w_t (logits(y) - logits(no label))                 w = 1: as trained
 #     w_t    = 1 + (w - 1) t / T                                                     in step t of T
 #
 # Two variants. Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval
@@ -718,29 +735,15 @@ def guidance_at(way, guidance, interval):
     return guidance if low <= way < high else 1.0
 
 
-class Decoding(typing.NamedTuple):
-    """Images while they are decoded."""
-    ids: torch.Tensor                   # (n, L)
-    token_mask: torch.Tensor            # bool (n, L), True = masked before the next step
-    logits: torch.Tensor = None         # (n, L, K) of the last step, None before the first
-    known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
-    inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
-    last: bool = False                  # after step T: the id of the token left in the mask counts, too
-
-    def with_known(self, x):
-        """Pixels x (n, 3, S, S), with the known ones put back."""
-        return x if self.known is None else torch.where(self.inpaint_mask[:, None], x, self.known)
-
-
 class TokenModel(Model):
     """A network that predicts ids, of which MAGE and ADDP are two: sizes, and generation by parallel
     decoding.
 
-    vqgan       the frozen tokenizer
+    vqgan       the frozen tokenizer, which gives the sizes here
     image_size  S, a multiple of the tokenizer's stride, else ValueError
 
-    A subclass defines step_logits(state, masked, labels=None) -> logits (n, L, K) of the next step, for a
-    Decoding in which int (n,) tokens are masked; and render(state).
+    A subclass sets self.vqgan and self.norm, and defines step_logits(state, labels=None) -> logits (n, L, K)
+    of the next step after a Decoding, and render(state).
     """
 
     reconstructs, pools = True, ("mean", "class")
@@ -776,10 +779,12 @@ class TokenModel(Model):
         device = self.norm.weight.device
         if known is None:
             return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
-                            torch.ones(n, self.length, dtype=torch.bool, device=device))
+                            torch.ones(n, self.length, dtype=torch.bool, device=device),
+                            torch.full((n,), self.length))
         unknown = F.max_pool2d(mask[:, None].float(), self.vqgan.stride)                    # (n, 1, h, w)
-        masked = F.max_pool2d(unknown, 3, 1, 1).flatten(1) > 0                              # (n, L)
-        return Decoding(self.to_ids(known.masked_fill(mask[:, None], 0.0)), masked)
+        token_mask = F.max_pool2d(unknown, 3, 1, 1).flatten(1) > 0                          # (n, L)
+        ids = self.to_ids(known.masked_fill(mask[:, None], 0.0))                            # (n, L)
+        return Decoding(ids, token_mask, token_mask.sum(1).cpu(), known=known, inpaint_mask=mask)
 
     def num_steps(self, steps=None, eta=None):
         """20, or one for each token, unless said otherwise."""
@@ -804,23 +809,19 @@ class TokenModel(Model):
         """
         steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
-        start = self.initial_state(n, known, mask)
-        masked = torch.full((n,), self.length) if known is None else start.token_mask.sum(1).cpu()
 
-        def predict(step, ids, token_mask, masked, logits):
+        def predict(step, state):
             w = guidance_at(step / steps, 1 + (guidance - 1) * (step + 1) / steps, guidance_interval)
-            return self.guided_logits(Decoding(ids, token_mask, logits), masked, labels, w, guide)
-        loop = parallel_decoding(predict, start.ids, start.token_mask, masked, steps, temperature, seeds,
-                                 schedule, order, self.round_up)
-        for step, (ids, token_mask, logits) in enumerate(loop, 1):
-            yield Decoding(ids, token_mask, logits, known, mask, last=step == steps)
+            return self.guided_logits(state, labels, w, guide)
+        yield from parallel_decoding(predict, self.initial_state(n, known, mask), steps, temperature, seeds,
+                                     schedule, order, self.round_up)
 
-    def guided_logits(self, state, masked, labels, w, guide=None):
+    def guided_logits(self, state, labels, w, guide=None):
         """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K)."""
-        wanted = self.step_logits(state, masked, labels)
+        wanted = self.step_logits(state, labels)
         if w == 1 or labels is None and guide is None:
             return wanted
-        other = (guide or self).step_logits(state, masked, labels if guide else None)
+        other = (guide or self).step_logits(state, labels if guide else None)
         return other + w * (wanted - other)
 
 
@@ -1008,8 +1009,8 @@ class MAGE(TokenModel):
 
     # ---- generation
 
-    def step_logits(self, state, masked, labels=None):
-        """See TokenModel; how many are masked changes nothing here."""
+    def step_logits(self, state, labels=None):
+        """What the next step predicts, (n, L, K); see TokenModel."""
         return self.logits(state.ids, state.token_mask, labels)
 
     def logits(self, ids, mask, labels=None):
@@ -1237,7 +1238,7 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
 # ------------------------------------------------------------------------------------------------------------
 # 7. MAGE-C and MAGE-E: which two views show the same image?
 #
-#     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(c != a) exp(z_a . z_c / tau) )
+#     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
 #     b: the other view of a's image                                                         [SimCLR, eq. 1]
 #
@@ -1257,8 +1258,8 @@ def info_nce(z, temperature=0.2):
     views = z.flatten(0, 1)                                                                 # (2B, P)
     everyone, me = of_all_processes(views)
     similarity = views @ everyone.T / temperature                                       # (2B, 2B * processes)
-    similarity = similarity.scatter(1, me[:, None], -math.inf)                              # c != a
-    return F.cross_entropy(similarity, me ^ 1)                           # views 2i and 2i + 1 belong together
+    similarity = similarity.scatter(1, me[:, None], -math.inf)                              # v != a
+    return F.cross_entropy(similarity, me ^ 1)          # the other view: XOR 1 turns 2i into 2i + 1 and back
 
 
 def of_all_processes(z):
@@ -1296,15 +1297,15 @@ class ContrastiveMAGE(MAGE):
 # from the logits that it has predicted for the masked loss anyway [Sorcen]:
 #
 #     ids     a  b  c  d     b is visible
-#     drawn   e  b  f  g     of the 16 best codes, but never the best: alike, not the same
+#     drawn   e  b  f  g     masked ids: each from its 2nd to 16th best code, so alike, not the same
 #     echo    _  b  f  _     outside a random square all is [MASK]
 #
-#     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_c exp(e_a . z_c / tau) )       tau = 0.3
+#     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_i exp(e_a . z_i / tau) )       tau = 0.3
 #
 # z_a comes from the masked ids of image a: encoder, mean and projection as above, then two more layers, the
 # prediction. e_a comes from its echo: encoder, mean and projection of a teacher. The teacher is not trained.
 # After each step its weights move 0.4 % of the way to the model's, an average over some 250 steps. No
-# gradient flows through it, so the price of the echo is one more pass of the encoder.
+# gradient flows through it, so the price of the echo is one more pass of the encoder, over all tokens.
 #
 # MAGE-E is our name; Sorcen's files are called LEASE. Where this differs from them (models_lease_tk_1600.py):
 # their teacher starts from random weights, has dropout, and its projection is trained besides; they draw
@@ -1346,7 +1347,7 @@ class EchoMAGE(ContrastiveMAGE):
         drawn = sample_categorical(logits.softmax(-1), torch.rand(ids.shape, device=ids.device))
         ids = torch.where(mask, codes.gather(-1, drawn[..., None]).squeeze(-1), ids)        # (B, L)
         h = self.grid
-        side = int(torch.randint((h + 1) // 2, h + 1, ()))                      # 8 ... 16, one for the batch
+        side = int(torch.randint((h + 1) // 2, h + 1, ()))                      # one for the batch
         corner = torch.rand(len(ids), 2, 1, device=ids.device) * (h - side + 1)
         place = torch.arange(h, device=ids.device) - corner.long()                # (B, 2, h) from the corner
         rows, columns = ((place >= 0) & (place < side)).unbind(1)                           # (B, h) each
@@ -1391,9 +1392,10 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # At first all is masked: there is no image, the encoder is skipped, and the decoder reads mask tokens alone.
 #
-# Training has no last step whose p could make x_t. A frozen MAGE stands in for it: from the visible ids of an
-# earlier step, where more is masked, it predicts p', and p' makes x_t. From the visible ids of this step the
-# same MAGE predicts q, the target: it says more than the one true id, namely all that could stand there.
+# In generation p of the step before makes x_t. Training has no steps, so a step before is imitated: more of
+# the image is masked, and a frozen, trained MAGE predicts p' from what is left. Then p' makes x_t. From the
+# ids that are visible in this step the same MAGE predicts q, the target: it says more than the one true id,
+# namely all that could stand there.
 #
 #     x_t  = D(z),  z_i = e_(id_i) where visible,  sum over k of p'_i(k) e_k where masked
 #     loss = - mean over masked i of  sum over k of q_i(k) log p_i(k | x_t, visible ids)      [ADDP, figure 4]
@@ -1403,9 +1405,9 @@ class EchoMAGE(ContrastiveMAGE):
 #     ids, mask of this step -------------------------+-- D --> x_t --> encoder --> decoder --> p
 #     ids, mask of this step -- MAGE --> q -------------------------------------------------> loss
 #
-# The mask ratio of this step is one of the cosine's values in [0.5, 1), 74.5 % on average. The earlier mask
-# contains this one. It lies 1 to 5 hundredths of the schedule before it, but not before its first value. No
-# timestep enters the network: it can see how much of the image is decided.
+# Mask ratios: cut the cosine into 100 steps. This step is one of those with a ratio in [0.5, 1), 74.5 % on
+# average. The earlier one, whose mask contains this one, comes 1 to 5 steps before it, or is the first of
+# them. No timestep enters the network: it can see how much of the image is decided.
 
 
 def nested_mask_ratios():
@@ -1574,26 +1576,26 @@ class ADDP(TokenModel):
     #     p         = softmax(decode(encode(x), ids, mask))                         step_logits
     #     ids, mask = unmask(p, ids, mask)                                          as in MAGE
     #
-    # The count is rounded up, so that of many steps the first may keep nothing. In the last x one token, see
-    # section 4, is still a mean of codes, as in the official code. ViT-L was also run with 256 steps and
-    # schedule="linear".
+    # The count is rounded up: of 20 steps with 256 tokens the first keeps nothing, ceil(256 cos(pi / 40))
+    # being 256, and the second begins without an image, too. In the last x one token, see section 4, is still
+    # a mean of codes, as in the official code. ViT-L was also run with 256 steps and schedule="linear".
 
     round_up = True
 
-    def step_logits(self, state, masked, labels=None):
+    def step_logits(self, state, labels=None):
         """Logits (n, L, K) from the image so far and the visible ids.
 
         If all tokens are masked the decoder reads mask tokens only, and the encoder is skipped. Inpainting
         has no step before its first one: there the image is made from the predictor's logits.
         """
         ids, mask, last = state.ids, state.token_mask, state.logits
-        if masked.min() == self.length:
+        if state.count.min() == self.length:
             latent = self.norm.weight.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel())
         else:
             last = self.token_predictor.logits(ids, mask) if last is None else last
             latent = self.encode(self.next_image(ids, mask, last))
         logits = torch.empty(*ids.shape, self.codes, device=ids.device)
-        for count, images in groups_of_equal_length(masked):
+        for count, images in groups_of_equal_length(state.count):
             i = to_device(images, ids.device)
             logits[i] = self.decode(latent[i], ids[i], mask[i], self.length - count)
         return logits
@@ -1641,8 +1643,10 @@ class ADDP(TokenModel):
 #     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, 1)                  [DDPM, eq. 4]
 #
 # and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps. They are counted in
-# two ways: from 0 to T - 1, with a little noise at 0 (here and in ADM), or from 1 to T, with alpha_bar_0 = 1
-# for a clean image put in front (UMD).
+# two ways:
+#
+#     here and in ADM    t = 0 ... T-1      at 0 a little noise
+#     UMD                t = 0 ... T        at 0 none: alpha_bar_0 = 1 is put in front, for clean images
 #
 # Predicting eps is predicting x0: solve the equation for either. An error of one is an error of the other,
 # times a weight,
@@ -1739,7 +1743,8 @@ def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
     """From noise to images: yields a Denoising after each step; the last one is clean.
 
     predict_x0   function (x, step) -> x0, clamped to [-1, 1], since pixels lie there; and std of ddim_step
-    draw_noise   function k -> standard normal (n, 3, S, S). k = 0 is the start; step s adds number 2 s + 1
+    draw_noise   function k -> draw number k of each image, standard normal (n, 3, S, S): 0 is the start,
+                 2 s + 1 the noise that step s = 0, 1, ... adds
     alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
     known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the
                  known pixels are put back, with as much noise (number 2 s + 2) as x has then [RePaint,
@@ -1782,8 +1787,8 @@ def timestep_embedding(t, dim, denominator, layout):
 # masked patch cannot be known, only what is behind it: so x0 is predicted there, and eps where xt is visible.
 #
 #     noised part            1    _    3    4    _    6    _    8     3 of 8 patches are masked
-#     encode   c c c c      z1        z3   z4        z6        z8     4 class tokens and the visible patches
-#     decode      c'        z1    m   z3   z4    m   z6    m   z8     c': mean of the 4, m: mask token
+#     encode   k k k k      z1        z3   z4        z6        z8     4 class tokens and the visible patches
+#     decode      k'        z1    m   z3   z4    m   z6    m   z8     k': mean of the 4, m: mask token
 #     loss                 eps   x0  eps  eps   x0  eps   x0  eps     both are predicted for every patch
 #
 #     clean part             1    _    _    _    _    6    _    _     6 of 8 patches are masked
@@ -2057,7 +2062,8 @@ class UMD(Model):
 
         n, steps      images; see num_steps
         eta           1 as published: DDPM; 0: DDIM, which adds no noise on the way
-        labels, guidance, known, mask, seeds, guide        as for MAGE.sample_steps; guidance does not grow
+        labels, guidance, known, mask, seeds, guide    as for TokenModel.sample_steps, but guidance does not
+                      grow
         guidance_interval    (low, high): a step at timestep t is guided if low <= 1 - t / T < high
 
         A model that saw clean images only (MAE) cannot start from nothing. It inpaints, in one step.
@@ -2213,23 +2219,25 @@ class ADMBlock(nn.Sequential):
 #
 #     log variance = (1 + v) / 2 log beta  +  (1 - v) / 2 log beta~
 #
-# Sampling with eta = 1 is ddim_step() with its noise scaled by this deviation; the mean is the same for any
-# v. With eta < 1 v is not used. It is learned from the variational bound, in bits per pixel and channel:
+# Sampling with eta = 1 is ddim_step() with the root of this variance in place of sigma in front of its noise;
+# the mean is the same for any v. With eta < 1 v is not used. It is learned from the variational bound, in
+# bits per pixel and channel:
 #
 #     L_vb = KL( q(x_next | xt, x0) || p(x_next | xt) )        in all steps but the last
 #     L_vb = - log p(x0 | xt)                                  in the last, to x0               [DDPM, eq. 5]
 #
 # In L_vb eps' is detached, so this loss does not pull at the prediction of eps, but through v at the U-Net
 # that both share. The paper adds 0.001 times its sum over all t: with T = 1000 the mean, which one random t
-# estimates. So the weight is 1.
+# estimates. So the weight is 1 (the official code, too, keeps it for another T).
 
 
 def log_variances(alpha_bar):
     """log beta~ and log beta of all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0, so its
-    logarithm is replaced by that of t = 1."""
+    logarithm is replaced by that of t = 1 (if T = 1, of beta)."""
     alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
-    small = posterior_variance(alpha_bar, alpha_bar_next)
-    return torch.cat([small[1:2], small[1:]]).log(), (1 - alpha_bar / alpha_bar_next).log()
+    small, large = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
+    first = small[1:2] if len(small) > 1 else large
+    return torch.cat([first, small[1:]]).log(), large.log()
 
 
 def learned_log_variance(v, t, alpha_bar):
@@ -2256,10 +2264,10 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     t    int (B,), on the CPU: timesteps of the process alpha_bar (T,)
     """
     eps_hat, v = out.chunk(2, 1)
-    now, following = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]               # of t and of t - 1
+    now, before = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]                  # of t and of t - 1
     # At eta = 1 and without noise a DDIM step is the mean of DDPM's posterior, see section 9.
-    posterior_mean = ddim_step(xt, x0, now, following, eta=1.0)
-    model_mean = ddim_step(xt, x0_from_eps(xt, now, eps_hat.detach()), now, following, eta=1.0)
+    posterior_mean = ddim_step(xt, x0, now, before, eta=1.0)
+    model_mean = ddim_step(xt, x0_from_eps(xt, now, eps_hat.detach()), now, before, eta=1.0)
     log_var = learned_log_variance(v, t, alpha_bar)
     log_posterior = per_image(log_variances(alpha_bar)[0][t], v)
     kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp()
@@ -2424,7 +2432,7 @@ class ADM(Model):
         n, steps      images; see num_steps
         eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, which
                       ignores it
-        known, mask, seeds        as for MAGE.sample_steps
+        known, mask, seeds        as for TokenModel.sample_steps
         guidance, guidance_interval, guide        as for UMD.sample_steps; the variance is not guided
         """
         kept = self.timesteps(steps, eta)
@@ -2434,7 +2442,7 @@ class ADM(Model):
             i = len(kept) - 1 - step                            # the timestep of the shortened process
             t = torch.full((n,), kept[i], device=x.device)
             eps, v = self.predict(x, t).chunk(2, 1)
-            w = guidance_at(1 - (kept[i] + 1) / self.max_steps, guidance, guidance_interval)
+            w = guidance_at(1 - (kept[i] + 1) / self.max_steps, guidance, guidance_interval)    # 0 is noisy
             if w != 1:                                          # then there is a guide: ADM knows no labels
                 reference, _ = guide.predict(x, t).chunk(2, 1)
                 eps = reference + w * (eps - reference)
@@ -2631,11 +2639,14 @@ def build(config):
     return model(*frozen, **rest)
 
 
-# A method of your own takes a class like Denoiser below; behind it, in this file, a row of MODELS,
+# A method of your own takes three things:
 #
-#     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
+#     1. a class, such as Denoiser below
+#     2. after it, in this file, a row
+#        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
+#        (which is left out here, so that the example is no choice of train.py)
+#     3. python train.py --model denoiser
 #
-# and `python train.py --model denoiser`. (The row is left out, so that the example is no choice of train.py.)
 # sample.py draws the result, probe.py reads it, and the tests of all methods are its tests.
 #
 # The class is a Model. Its __init__ sets
