@@ -5499,6 +5499,21 @@ def test_help_tells_every_default_that_depends_on_the_data_set(table):
     assert missing == []
 
 
+@pytest.mark.parametrize("args, ids", [
+    (dict(dataset="photos"), 256), (dict(dataset="photos", size="small"), 64), (dict(), 64),
+    (dict(dataset="photos", image_size=128), 256), (dict(dataset="imagenet"), 256),
+    (dict(dataset="photos", model="mage"), 64), (dict(dataset="photos", model="adm"), 64)])
+def test_64_patches_become_256_where_a_token_could_not_carry_their_values(args, ids):
+    assert train.defaults(train.Config(**{"device": "cpu", "model": "umd", **args}))["ids"] == ids
+
+
+@pytest.mark.parametrize("ids, told", [(16, True), (64, False)])
+def test_patches_whose_noise_cannot_pass_are_told_of(ids, told, tmp_path):
+    said = script("train.py", "--model", "umd", "--ids", ids, "--steps", 1, "--batch-size", 4, "--no-report",
+                  "--eval-every", 0, "--device", "cpu", "--out-dir", tmp_path / "run")
+    assert ("samples will stay noisy: a patch has 192 values" in said) == told
+
+
 NO_SHAPES = {"views": "cifar10 and folders 4", "codes": "else 1024", "steps": "cifar10 and folders 4000",
              "tokenizer_steps": "cifar10 and folders 4500", "ids": "else 64"}
 

@@ -68,7 +68,8 @@ class Config:
                            "and folders in base or large, are trained as published",
                      choices=["tiny", "small", "base", "large"])
     ids: int = flag(None, "tokens per image: ids, or patches of pixels [shapes 16, of pixels 64; else 64 "
-                          "below 128 pixels, 256 below 256, then one for 16 x 16]", min=4, max=2**20)
+                          "below 128 pixels, 256 below 256, then one for 16 x 16; 256 patches also where 64 "
+                          "would have more values than the model is wide]", min=4, max=2**20)
     labels: bool = flag(False, "condition on class labels, so that sample.py --label works")
     init: str = flag("", "start from this run of the same model and size; with --labels, to teach it the "
                          "classes", metavar="RUN")
@@ -149,11 +150,19 @@ def defaults(cfg):
     if side >= 256:
         values["ids"] = (side // 16) ** 2
     values["ids"] = values["ids"] or (64 if side < 128 else 256)
+    coarse = method.tokens == "patches" and not noise_fits(cfg, cfg.size or values["size"], side, 64)
+    values["ids"] = 256 if values["ids"] == 64 and coarse and side % 16 == 0 else values["ids"]
     values["adversarial"] = 0.8 if side >= 256 else 0.0
     values.setdefault("tokenizer_batch_size", 256 if cuda else 16)      # a CPU takes minutes for 256
     values["tokenizer_size"] = values["tokenizer_size"] or cfg.size or values["size"]
     values["compile"] = cuda
     return values
+
+
+def noise_fits(cfg, size, side, ids):
+    """Whether a token is as wide as its patch has values: else most of the noise in a patch cannot pass the
+    network, which then cannot predict it, and samples stay noise."""
+    return 3 * side ** 2 / ids <= unified.MODELS[cfg.model].sizes[size].get("width", math.inf)
 
 
 def resumed(given):
@@ -441,6 +450,11 @@ def train_model(cfg, model, arch, train_set, test_set):
                f"{model.length or 'no'} tokens an image, {steps} steps of {batch} ({micro} at once), "
                f"learning rate {lr:.2g}" + (f"; the loss starts near ln {model.codes} = "
                                             f"{math.log(model.codes):.2f}" if method.tokenizer else ""))
+    if method.tokens == "patches" and model.generates and \
+            not noise_fits(cfg, cfg.size, cfg.image_size, cfg.ids):
+        values = 3 * cfg.image_size ** 2 // cfg.ids
+        print_once(f"its samples will stay noisy: a patch has {values} values, more than a token can carry; "
+                   f"--ids {4 * cfg.ids} makes patches smaller")
     if method.options.get("contrastive") and (at_once := micro * unified.rank_and_world()[1]) < batch:
         print_once(f"the contrastive term compares {at_once} of the {batch} images with each other: those "
                    "computed at once")
