@@ -4075,7 +4075,7 @@ class Linear(nn.Module):
         return self.inner(x).square().mean(), {}
 
 
-def poisoned_steps(folder, bad, images=range(8)):
+def poisoned_steps(folder, bad, images=range(8), **recipe):
     """Twelve steps of four of 8 images, whose gradient is not finite in the steps of bad: [weight before each
     step], rows of the log. Alone, only these images have no finite gradient."""
     model, seen = Linear(), []
@@ -4087,12 +4087,18 @@ def poisoned_steps(folder, bad, images=range(8)):
             else:
                 seen.append(model.inner.weight.detach().clone())
                 yield torch.full((4, 3), math.nan if len(seen) - 1 in bad else 1.0), torch.zeros(4)
-    recipe = dict(ema=0.5, batch_size=4, lr=1e-2)
+    recipe = dict(recipe, ema=0.5, batch_size=4, lr=1e-2)
     return seen, trained(folder, model, recipe, batches, 12, data=image_set(8, 8), log_every=100)
 
 
-def test_a_step_whose_gradient_is_not_finite_moves_nothing_and_is_told(tmp_path, capsys):
-    seen, rows = poisoned_steps(tmp_path, {3, 7})
+def momentum(weights, recipe):
+    """An optimizer of a fork's own, which is not fused."""
+    return torch.optim.SGD(weights.values(), 0.1, 0.9, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("recipe", [{}, {"optimizer": momentum}])
+def test_a_step_whose_gradient_is_not_finite_moves_nothing_and_is_told(recipe, tmp_path, capsys):
+    seen, rows = poisoned_steps(tmp_path, {3, 7}, **recipe)
     assert all(w.isfinite().all() for w in seen)
     assert [i for i in range(11) if seen[i + 1].equal(seen[i])] == [3, 7]
     assert math.isfinite(rows[-1]["loss"])
@@ -5447,9 +5453,16 @@ def test_a_run_of_another_optimizer_is_refused_in_a_sentence(tmp_path):
     train.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "step": 3, "ema": {},
                                                   "optimizer": sgd.state_dict()})
     cfg, recipe = train.Config(out_dir=str(tmp_path)), dict(unified.MAGE_RECIPE, lr=1.0)
-    with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
-        train.load_checkpoint(cfg, "model", model, train.adamw(weights, recipe), {})
+    adam, one_group = train.adamw(weights, recipe), torch.optim.AdamW(weights.values())
+    for other in (adam, one_group):                                     # as many groups, or not
+        with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
+            train.load_checkpoint(cfg, "model", model, other, {})
     assert train.load_checkpoint(cfg, "model", model, sgd, {}) == 3
+    train.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "step": 3, "ema": {},
+                                                  "optimizer": one_group.state_dict()})
+    with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
+        train.load_checkpoint(cfg, "model", model, sgd, {})
+    assert train.load_checkpoint(cfg, "model", model, one_group, {}) == 3
 
 
 def test_resume_needs_the_run_alone_and_names_all_flags_that_contradict_it(photos, finished, tmp_path):
@@ -6606,13 +6619,26 @@ def test_elsewhere_refuses_what_it_should():
         assert x.cpu() is i and (x + torch.ones((), dtype=torch.float64)).is_meta
 
 
+def fused_elsewhere(weights, recipe):
+    """AdamW as if it were fused: "meta" has no fused one."""
+    optimizer = train.adamw(weights, recipe, fused=None)
+    optimizer.defaults["fused"], step = True, optimizer.step
+
+    def step_as_if():
+        assert optimizer.found_inf.is_meta
+        del optimizer.found_inf, optimizer.grad_scale
+        step()
+    optimizer.step = step_as_if
+    return optimizer
+
+
 def train_watched(folder, model, method, device, watches, size=32, **cfg):
     """Train on 8 images a step as train.py does, from cached ids or a set on the device: a step in each of
     the contexts `watches`, which begins with the step's batch and ends before the next one."""
     views, recipe = (method.views, method.recipe) if method else (1, train.TOKENIZER_RECIPE)
     recipe = {**recipe, "views": views, "batch_size": 8, "lr": 1e-4}
     if device == "meta":
-        recipe["optimizer"] = functools.partial(train.adamw, fused=None)
+        recipe["optimizer"] = fused_elsewhere
     y, x = torch.arange(32) % 3, torch.randint(256, (32, 3, size, size), dtype=torch.uint8)
     data = probe.ImageTensor(x, y, [], (0.8, 1.0), device)
     ids = torch.randint(model.codes, (32, 4, model.length),

@@ -563,9 +563,11 @@ def update(optimizer, weights, ema, recipe, step):
                              recipe["min_lr"] * recipe["lr"])
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if optimizer.defaults.get("fused"):         # as torch's GradScaler says that no weight is to move
+    fused = optimizer.defaults.get("fused")
+    if fused:                                   # as torch's GradScaler says that no weight is to move
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
-    optimizer.step()
+    if fused or norm.isfinite():                # for an optimizer that is not fused the GPU is waited for
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if ema:                                             # at first faster, or it would show the start
         decay = min(recipe["ema"], (2 + step) / (11 + step))
@@ -880,6 +882,9 @@ def load_checkpoint(cfg, name, model, optimizer, ema):
         state = unified.load_checkpoint(path)
         unified.load_strictly(model, state["model"], path)
         with unified.reading(path, "a state of this method's optimizer: put that back, or start another run"):
+            foreign = state["optimizer"]["param_groups"][0].keys() - optimizer.param_groups[0].keys()
+            if foreign - {"decoupled_weight_decay"}:            # which AdamW has since torch 2.7
+                raise ValueError(f"it has {', '.join(sorted(foreign))}")
             optimizer.load_state_dict(state["optimizer"])
         for key, average in ema.items():
             average.copy_(state["ema"][key])

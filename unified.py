@@ -49,7 +49,7 @@ Look these up when you meet them.
 Sizes    B images; n, when they are generated           N of B images that are noised; or any number of rows
          L tokens of an image, on a grid of h x w       M of them that enter an encoder
          C channels of a token, C' in a decoder         S pixels on a side of an image
-         K entries of the codebook                      V of the vocabulary: codes, labels and [MASK]
+         K entries of the codebook                      V of the vocabulary, or of a part of it
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding
          x0, eps, xt clean pixels, noise, and their mixture at timestep t
@@ -114,7 +114,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 #     x --+-- LayerNorm -- attention --+--+-- LayerNorm -- MLP --+--
 #         |____________________________|  |______________________|
 #
-# Both branches only add to x, so gradients reach the first block undiminished [ViT].
+# Both branches only add to x, so that, as in a ResNet, a path reaches the first block undiminished [ViT].
 
 
 class Attention(nn.Module):
@@ -367,11 +367,11 @@ class VQGAN(nn.Module):
 #     l2          10.0   (x' - x)^2                    decoder and encoder
 #     commitment   0.25  ||z - sg(e_id)||^2            encoder: z moves to its code           [VQ-VAE, eq. 3]
 #     codebook     1.0   ||sg(z) - e_id||^2            codes: each moves to its z             [VQ-VAE, eq. 3]
-#     coverage     0.5   ||e_k - sg(nearest z)||^2     codes, unused ones too: to where z are          [ours]
+#     coverage     0.5   ||e_k - sg(z next to it)||^2  codes, unused ones too: to where z are          [ours]
 #     entropy      0.03  mean H(p) - H(mean p)         codes and encoder: positions are sure of their code,
 #                                                      and all codes are used                       [MaskGIT]
 #
-# From 256 pixels on, a patch discriminator d joins, for sharper textures [VQGAN, eq. 7]:
+# From 256 pixels on train.py lets a patch discriminator d join, for sharper textures [VQGAN, eq. 7]:
 #
 #     generator      0.8   -g d(x')                    decoder and encoder
 #     discriminator  1.0   hinge(d(x), d(sg(x')))      d alone
@@ -512,7 +512,7 @@ class Model(nn.Module):
         return self.render(state)
 
     def num_steps(self, steps=None, eta=None):
-        """How many steps sample_steps takes, when asked for so many or, None, for the authors' number."""
+        """How many steps sample_steps takes, when asked for so many or, None, for its usual number."""
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
@@ -718,7 +718,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-# Labels. In training a network is told the label y of an image, but of one image in ten it is not. So it can
+# Labels. In training a network is told the label y of an image, but for one image in ten it is not. So it can
 # predict with and without a label. Classifier-free guidance goes beyond what the label changes [CFG]:
 #
 #     logits = logits(no label) + w_t (logits(y) - logits(no label))                 w = 1: as trained
@@ -803,7 +803,8 @@ class TokenModel(Model):
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked
         order         see unmask; by confidence if None
-        guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high, where it begins
+        guidance_interval    (low, high): step t of T begins at (t - 1) / T of the way, and is guided if
+                      low <= (t - 1) / T < high
         guide         None, or a model that can_guide() this one; it sees the same labels
         yields        a Decoding after each step
         """
@@ -830,7 +831,8 @@ class TokenModel(Model):
 #
 #     loss = - mean over masked i of  log p(id_i | visible ids)     with label smoothing 0.1     [MAGE, eq. 1]
 #
-# An encoder reads the visible ids. Its output at position 0, the class token, comes to summarise the image.
+# An encoder reads the visible ids, and those [MASK] that were not dropped, which only fill up the batch. Its
+# output at position 0, the class token, comes to summarise the image.
 # A decoder gets the outputs of visible ids back at their places and this summary at every masked place, and
 # predicts the ids there:
 #
@@ -1657,7 +1659,8 @@ class ADDP(TokenModel):
 # timesteps less.
 #
 # The way back goes to ever larger alpha_bar. "next" is next on this way, and so less noisy: t - 1, or a
-# smaller timestep if some are skipped. A step predicts x0, and with it eps, and mixes them anew:
+# smaller timestep if some are skipped. A step solves the predicted eps for x0, clamps it to [-1, 1], where
+# pixels lie, takes the eps' that belongs to it, and mixes both anew:
 #
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
 #     sigma^2 = eta^2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next) [DDIM, 16]
@@ -1719,7 +1722,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
 
     noise  standard normal, like xt
     std    standard deviation of the added noise. None: sigma. ADM passes the one that it has learned, like
-           xt. The mean, that is the first two terms, has sigma in both cases
+           xt. It replaces sigma in the last term only, not in the root
 
     With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of
     removing it.
@@ -2453,10 +2456,6 @@ class ADM(Model):
 
     # ---- representation
 
-    def mirror(self, layer):
-        """The block on the other side of the U, whose output joins this one's input."""
-        return 2 * len(self.input_blocks) + 2 - layer
-
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
         """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, int or int (B,),
         and noise like x."""
@@ -2533,7 +2532,11 @@ def umd_no_decay(name, p):
 #                            a batch of B images has B / 256 of it
 #     tiny                   flags of train.py that suit tiny models: ids, the patches of an image; lr, of 256
 #                            images, too: 0.018 is 0.00225 for a batch of 32
-#     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer
+#     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
+#                            get the schedule's learning rate
+#
+# Others are made of MAGE_RECIPE, the tokenizer's in train.py, too. To change one method, give its row a dict
+# of its own.
 
 MAGE_RECIPE = dict(
     betas=(0.9, 0.95), weight_decay=0.05, no_decay=mae_no_decay, grad_clip=3.0, warmup=0.025, min_lr=0.0,
