@@ -7,7 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + that its guess shows the same image
+    MAGE-E   token ids           the same                                + which guess belongs to which image
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -603,7 +603,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 
 # Generation starts with all n0 = L tokens masked. Step t of T predicts every masked token, keeps the
 # predictions that are most confident, and masks the others again. How many stay masked falls along a cosine
-# [MaskGIT, 3.2], by at least one in each step, but not below 1, as in the official codes:
+# [MaskGIT, 3.2], in MAGE by at least one in each step, but not below 1, as in the official codes:
 #
 #     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1))
 #
@@ -689,7 +689,7 @@ class Decoding(typing.NamedTuple):
     ids: torch.Tensor                   # (n, L)
     token_mask: torch.Tensor            # bool (n, L), True = masked before the next step
     count: torch.Tensor                 # int (n,), on the CPU: how many that are
-    logits: torch.Tensor = None         # (n, L, K) of the last step; ADDP makes its next image from them
+    logits: torch.Tensor = None         # (n, L, K) of the previous step; ADDP makes its image from them
     known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
     inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
     last: bool = False                  # after step T: the id of the token left in the mask counts, too
@@ -1295,8 +1295,8 @@ class ContrastiveMAGE(MAGE):
         return masked + self.contrastive * contrast, {"masked": masked, "contrast": contrast}
 
 
-# MAGE-E needs no second crop, so ids that were made once will do. The decoder draws the other view, the echo,
-# from the logits that it has predicted for the masked loss anyway [Sorcen]:
+# MAGE-E needs no second crop, so each image can be tokenised once, before training. The other view, the echo,
+# is drawn from the logits that the decoder predicts for the masked loss anyway [Sorcen]:
 #
 #     ids     a  b  c  d     b is visible
 #     drawn   e  b  f  g     masked ids: each from its 2nd to 16th best code, so alike, not the same
@@ -1370,13 +1370,14 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
 # ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces. A step
-# has ids, their mask, and p of the last step, a distribution over codes at every masked token. It
+# takes ids, their mask, and p, the distribution over codes that the previous step predicted at every masked
+# token. (In code a Decoding has all three; p is the softmax of its logits.) The step
 #
 #     1. decodes the image so far, x_t, with D, the frozen tokenizer's decoder: from the codes of visible ids
 #        and, where tokens are masked, from the mean code under p. So what is undecided is blurred,
 #     2. encodes x_t,
 #     3. predicts a new p, with a decoder of ids that also reads the visible ids,
-#     4. samples ids from p and keeps the most confident, as MAGE does (section 4):
+#     4. samples ids from the new p and keeps the most confident, as MAGE does (section 4):
 #
 #     ids --> z: codes where visible,     -- D --> image x_t --> encoder --> decoder --> p --> unmask --> ids
 #             mean codes under p if masked                                      ^
@@ -1392,23 +1393,23 @@ class EchoMAGE(ContrastiveMAGE):
 # z0, z1, z3 and z4 are thrown away: what the blur of masked places shows reaches the decoder only through the
 # outputs of visible patches, here z2, which have attended to it.
 #
-# At first all is masked: there is no image, the encoder is skipped, and the decoder reads mask tokens alone.
+# While all is masked there is no image: the encoder is skipped, and the decoder reads mask tokens alone.
 #
-# In generation p of the step before makes x_t. Training has no steps, so a step before is imitated: more of
-# the image is masked, and a frozen, trained MAGE predicts p' from what is left. Then p' makes x_t. From the
-# ids that are visible in this step the same MAGE predicts q, the target: it says more than the one true id,
-# namely all that could stand there.
+# Training starts from the ids of an image, of which some are masked. It has no previous step whose p could
+# make x_t, so one is imitated: more ids are masked, and a frozen, trained MAGE predicts p' from the others.
+# Then p' makes x_t. The target, q, is what the same MAGE predicts when no more are masked than in this step:
+# it says more than the one true id, namely all that could stand there.
 #
 #     x_t  = D(z),  z_i = e_(id_i) where visible,  sum over k of p'_i(k) e_k where masked
 #     loss = - mean over masked i of  sum over k of q_i(k) log p_i(k | x_t, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary
 #
-#     ids, mask of an earlier step -- MAGE --> p' ----+
+#     ids, more of them masked ------ MAGE --> p' ----+
 #     ids, mask of this step -------------------------+-- D --> x_t --> encoder --> decoder --> p
 #     ids, mask of this step -- MAGE --> q -------------------------------------------------> loss
 #
 # Mask ratios: cut the cosine into 100 steps. This step is one of those with a ratio in [0.5, 1), 74.5 % on
-# average. The earlier one, whose mask contains this one, comes 1 to 5 steps before it, or is the first of
+# average. The imitated one, whose mask contains this one, comes 1 to 5 steps before it, or is the first of
 # them. No timestep enters the network: it can see how much of the image is decided.
 
 
@@ -1482,7 +1483,7 @@ class ADDP(TokenModel):
     def forward(self, x, labels=None, *, index=None, gap=None, mask_noise=None):
         """Loss of one batch.
 
-        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). Labels are not used
+        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). labels: None, since ADDP takes none
         index, gap  mask ratios, one pair for the batch (as in the official code): number index of
                     nested_mask_ratios(), 0 ... 65, is masked; p' comes from number index + gap, gap 1 ... 5
         mask_noise  (B, L): the smallest are masked. All three are drawn if None
@@ -1590,12 +1591,12 @@ class ADDP(TokenModel):
         If all tokens are masked the decoder reads mask tokens only, and the encoder is skipped. Inpainting
         has no step before its first one: there the image is made from the predictor's logits.
         """
-        ids, mask, last = state.ids, state.token_mask, state.logits
+        ids, mask, previous = state.ids, state.token_mask, state.logits
         if state.count.min() == self.length:
             latent = self.norm.weight.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel())
         else:
-            last = self.token_predictor.logits(ids, mask) if last is None else last
-            latent = self.encode(self.next_image(ids, mask, last))
+            previous = self.token_predictor.logits(ids, mask) if previous is None else previous
+            latent = self.encode(self.next_image(ids, mask, previous))
         logits = torch.empty(*ids.shape, self.codes, device=ids.device)
         for count, images in groups_of_equal_length(state.count):
             i = to_device(images, ids.device)
@@ -2436,7 +2437,8 @@ class ADM(Model):
         eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, which
                       ignores it
         known, mask, seeds        as for TokenModel.sample_steps
-        guidance, guidance_interval, guide        as for UMD.sample_steps; the variance is not guided
+        guidance, guidance_interval, guide        as for UMD.sample_steps, with 1 - (t + 1) / T of the way, as
+                      t = 0 is noisy here; the variance is not guided
         """
         kept = self.timesteps(steps, eta)
         alpha_bar = self.alpha_bar[kept]
@@ -2445,7 +2447,7 @@ class ADM(Model):
             i = len(kept) - 1 - step                            # the timestep of the shortened process
             t = torch.full((n,), kept[i], device=x.device)
             eps, v = self.predict(x, t).chunk(2, 1)
-            w = guidance_at(1 - (kept[i] + 1) / self.max_steps, guidance, guidance_interval)    # 0 is noisy
+            w = guidance_at(1 - (kept[i] + 1) / self.max_steps, guidance, guidance_interval)
             if w != 1:                                          # then there is a guide: ADM knows no labels
                 reference, _ = guide.predict(x, t).chunk(2, 1)
                 eps = reference + w * (eps - reference)
