@@ -355,7 +355,8 @@ def load_predictor(cfg):
     wanted = unified.MODELS[cfg.model].predictor
     if not isinstance(predictor, unified.MODELS[wanted].model) or predictor.image_size != cfg.image_size:
         raise UserError(f"--predictor {cfg.predictor} holds {config['arch']['model']} at --image-size "
-                        f"{predictor.image_size}; {cfg.model} needs {wanted} at {cfg.image_size}")
+                        f"{predictor.image_size}; {cfg.model} needs {wanted} at --image-size "
+                        f"{cfg.image_size}")
     return predictor, config["arch"]
 
 
