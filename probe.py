@@ -1380,7 +1380,8 @@ def check_flags(cfg):
             raise UserError(f"--{key.replace('_', '-')} belongs to --head {', '.join(heads)}, not {cfg.head}")
     if cfg.save and (cfg.head != "ridge" or cfg.sweep or cfg.labels or cfg.subset or len(cfg.run) > 1
                      or "," in cfg.layers + cfg.t + cfg.pool):
-        raise UserError("--save reads one place of one run and probes nothing; leave --head and --sweep out")
+        raise UserError("--save reads one place of one run and probes nothing; name one run, the images with "
+                        "--dataset, and leave --head and --sweep out")
     if cfg.samples and (cfg.save or cfg.head != "ridge" or cfg.sweep or len(cfg.run) > 1):
         raise UserError("--samples is about images, of one run; leave --head, --sweep and --save out")
     if cfg.save and (not cfg.save.endswith(".npz") or os.path.exists(cfg.save)

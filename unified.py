@@ -3217,7 +3217,9 @@ def load_checkpoint(path):
     path, previous = pathlib.Path(path), pathlib.Path(f"{path}.prev")
     path = previous if previous.exists() and not path.exists() else path            # killed between the two
     if not path.exists():
-        raise UserError(f"there is no checkpoint {path}; python train.py makes one")
+        published = path.suffix in (".pth", ".ckpt")
+        mend = "README.md says where it is published" if published else "python train.py makes one"
+        raise UserError(f"there is no checkpoint {path}; {mend}")
     with reading(path, "a checkpoint"), open(path, "rb") as file:
         if file.read(2) == b"PK" and (bad := zipfile.ZipFile(file).testzip()):          # torch does not check
             raise ValueError(f"wrong checksum of {bad}")
