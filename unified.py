@@ -2617,6 +2617,9 @@ def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, t
     tune       True: starting from a trained model
     """
     method = MODELS[name]
+    if method.tokens not in ("ids", "patches", "none") or size not in method.sizes:
+        raise ValueError(f"the row of {name} in MODELS has no size {size}, or its tokens, {method.tokens!r}, "
+                         "are none of 'ids', 'patches' and 'none'")
     if not method.predictor:
         source = {"ids": {"tokenizer": tokenizer}, "patches": {"grid": grid}, "none": {}}[method.tokens]
     elif "model" in tokenizer:
@@ -2641,7 +2644,15 @@ def build(config):
     model = MODELS[config["model"]].model
     if not model.takes_labels and rest.pop("classes", 0):
         raise ValueError(f"{config['model']} takes no labels")
-    return model(*frozen, **rest)
+    return complete(model(*frozen, **rest))
+
+
+def complete(model):
+    """The model, if its class is as section 12 asks of a method; else a TypeError names what it lacks."""
+    wanted = {"image_size", "layers", "best_layer", "sample_steps", "features", "embed"}
+    if missing := sorted(name for name in wanted if not hasattr(model, name)):
+        raise TypeError(f"{type(model).__name__} lacks {', '.join(missing)}; section 12 says what each is")
+    return model
 
 
 # A method of your own takes three things:
