@@ -1,6 +1,6 @@
-"""What features without any training of a network reach on CIFAR-10: 256 filters of 6 x 6 pixels, drawn from a normal
-distribution or cut out of training images, on whitened patches; both signs, averaged over four quarters; then the
-ridge regression of train.py.
+"""What features without any training of a network reach on CIFAR-10: 256 filters of 6 x 6 pixels, drawn from
+a normal distribution or cut out of training images, on whitened patches; both signs, averaged over four
+quarters; then the ridge regression of train.py.
 
     python assets/runs/ladder.py data/cifar10
 """
@@ -13,12 +13,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-import probe                                                                                    # noqa: E402
+import probe
 
 
 def read(folder, names):
     """Pixels (N, 3, 32, 32) in [0, 1] and labels (N,) of the archive's batches."""
-    parts = [pickle.loads((folder / "cifar-10-batches-py" / name).read_bytes(), encoding="bytes") for name in names]
+    files = [folder / "cifar-10-batches-py" / name for name in names]
+    parts = [pickle.loads(file.read_bytes(), encoding="bytes") for file in files]
     x = torch.cat([torch.from_numpy(part[b"data"]).view(-1, 3, 32, 32) for part in parts])
     return x.float() / 255, torch.tensor([label for part in parts for label in part[b"labels"]])
 
@@ -31,7 +32,7 @@ def patches(x):
 
 def features(x, mean, whiten, filters):
     """Pixels (B, 3, 32, 32) -> (B, 8 * filters)."""
-    a = ((patches(x) - mean) @ whiten @ filters.T).mT.unflatten(2, (27, 27))                # (B, filters, 27, 27)
+    a = ((patches(x) - mean) @ whiten @ filters.T).mT.unflatten(2, (27, 27))        # (B, filters, 27, 27)
     return F.adaptive_avg_pool2d(torch.cat([F.relu(a - 0.25), F.relu(-a - 0.25)], 1), 2).flatten(1)
 
 

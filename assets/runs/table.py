@@ -10,15 +10,15 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import PIL.Image                                                                                # noqa: E402
+import PIL.Image
 
-import train                                                                                    # noqa: E402
+import train
 
 ORDER = ["mage", "mage-c", "mage-e", "addp", "umd", "mae", "maskdit", "dit", "adm"]
 # Title of a column: how its figures are written.
 COLUMNS = {"CPU minutes": "{:.0f}", "features": "{:.1%}", "untrained": "{:.1%}", "best layer": "{:.1%}",
-           "20-NN": "{:.1%}", "linear": "{:.1%}", "FD-local": "{:.1f}", "precision": "{:.1%}", "recall": "{:.1%}",
-           "images/s": "{:.0f}"}
+           "20-NN": "{:.1%}", "linear": "{:.1%}", "FD-local": "{:.1f}", "precision": "{:.1%}",
+           "recall": "{:.1%}", "images/s": "{:.0f}"}
 
 
 def read(path):
@@ -78,7 +78,8 @@ def draw(logs):
     """losses.png: training and held-out loss of every method by step."""
     sheet = PIL.Image.new("RGB", (1800, 340 * -(-len(logs) // 3)), "white")
     for i, (name, rows) in enumerate(logs.items()):
-        curves = {kind: [(r["step"], r.get("masked", r[kind])) for r in rows if r.get("stage") == "model" and kind in r]
+        steps = [r for r in rows if r.get("stage") == "model"]
+        curves = {kind: [(r["step"], r.get("masked", r[kind])) for r in steps if kind in r]
                   for kind in ("loss", "held_out")}
         chart = train.line_chart({kind: curve for kind, curve in curves.items() if curve}, name, (600, 340))
         sheet.paste(chart, (i % 3 * 600, i // 3 * 340))
