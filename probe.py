@@ -1478,7 +1478,8 @@ def open_sets(model, config, cfg):
         open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images, crop)
         for part in (True, False))
     if reason := no_probe(train_set, test_set):
-        raise UserError(f"{name} cannot be probed, {reason}: {train_set.summary}")
+        raise UserError(f"{name} cannot be probed, {reason}: {train_set.summary}; --save FILE.npz takes "
+                        "features all the same, and --dataset cifar10 or shapes lends classes")
     if not cfg.dataset:
         check_same_data(config, train_set, cfg.run, f"put them back, or say --dataset {name} to probe these")
     return name, train_set, test_set
@@ -2193,6 +2194,13 @@ def is_held_out(files, labels):
     return [held and c in left for held, c in zip(picked, labels)]
 
 
+def check_folder(root):
+    """UserError if there is no such folder."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {shown(root)}; --dataset takes shapes, cifar10, imagenet or a "
+                        "folder, --data-dir the place where imagenet or cifar10 lies")
+
+
 def find_images(root):
     """(layout, classes, {True: files and labels to train on, False: to test on}, lines on what was found) of
     a folder. UserError if there is nothing, or if the classes of its parts differ."""
@@ -2271,6 +2279,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
         if not data_dir:
             download_cifar10(root)
         return ImageTensor(*cifar10(root, train), (crop, 1.0), device)
+    check_folder(root)
     if train is None:
         files, labels = image_files(root, []), {}
         with contextlib.suppress(*[UserError] * bool(files)):           # of a layout that no training takes
@@ -2351,6 +2360,7 @@ def open_masks(dataset, data_dir, size, cfg):
         return [ImageTensor(images[:4000], labels[:4000], ["ground", *names], (0.5, 1.0), cfg.device)
                 for images, labels, names in sets]
     root, sets, highest = pathlib.Path(data_dir or dataset), [], 2
+    check_folder(root)
     layout, first, classes, parts = find_masks(root)
     rule = first, [255, *range(first), *void], first + len(classes) - 1 if classes else 254
     with progress_bar(sum(map(len, parts)), "masks", "masks") as bar:

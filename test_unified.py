@@ -4217,7 +4217,7 @@ def test_sets_as_small_as_people_start_with_are_trained_on(names, tmp_path):
     train, test = both_parts(tmp_path / "few")
     assert len(train) >= 1 and len(test) >= 1
     printed = script("train.py", *flags(tmp_path / "few", tmp_path / "run", "--eval-every", 3))
-    assert "no probe" in printed and "python sample.py" in printed
+    assert "no probe" in printed and "python sample.py" in printed and "--save features.npz" in printed
     if len(train) == len(names):
         assert not test.unseen and "too few to hold any out" in printed
 
@@ -4233,9 +4233,10 @@ def test_what_cannot_be_a_data_set_is_refused_with_the_tree_that_is_expected(tre
         path.rename(tree / "val" / f"{path.parent.name}-{path.name}")   # flat, as in ImageNet's archive
     with pytest.raises(unified.UserError, match="(?s)differ in their classes.*n01440764"):
         both_parts(tree)
-    for root in (tree / "nowhere", tree / "train/empty"):
-        with pytest.raises(unified.UserError, match="(?s)no image in.*n01440764"):
-            both_parts(root)
+    with pytest.raises(unified.UserError, match="there is no folder .*nowhere"):
+        both_parts(tree / "nowhere")
+    with pytest.raises(unified.UserError, match="(?s)no image in.*n01440764"):
+        both_parts(tree / "train/empty")
     shutil.rmtree(tree / "train")
     with pytest.raises(unified.UserError, match="no image in .*train"):
         both_parts(tree)
@@ -5298,6 +5299,7 @@ def test_features_of_ten_photos_in_a_flat_folder_are_kept(finished, tmp_path):
     assert save(finished[0], tmp_path / "one", tmp_path / "o.npz")[1]["features"].shape == (1, 128)
     (tmp_path / "none").mkdir()
     none = ("--dataset", tmp_path / "none", "--save", tmp_path / "n.npz")
+    assert "there is no folder" in script("probe.py", finished[0], "--dataset", tmp_path / "no", expect=2)
     assert "no image in" in script("probe.py", finished[0], *none, expect=2)
     (tmp_path / "none/a.png").write_bytes(b"not an image")
     assert "none of 1 images can be read" in script("probe.py", finished[0], *none, expect=2)
@@ -5362,6 +5364,8 @@ def broken_tree(root, what):
     (["--ids", "17"], "--ids 17"),
     (["--image-size", "36", "--tokenizer", "{tokenizer}"], "36"),
     (["--colour"], "--colour"),
+    (["--out", "x"], "--out-dir"),
+    (["--dataset", "{tmp}/nowhere"], "there is no folder"),
     (["--tokenizer", "{truncated}"], "truncated.pt"),
     (["--device", "cuda:77"], "cuda:77"),
 ])
@@ -5480,6 +5484,32 @@ def test_a_run_of_another_optimizer_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
         train.load_checkpoint(cfg, "model", model, sgd, {})
     assert train.load_checkpoint(cfg, "model", model, one_group, {}) == 3
+
+
+def test_a_run_that_stopped_early_says_so_wherever_it_is_loaded(finished, tmp_path, capsys):
+    unified.load_model(finished[0])
+    assert "stopped" not in capsys.readouterr().out
+    torch.save({**unified.load_checkpoint(finished[0] / "model.pt"), "step": 4}, tmp_path / "model.pt")
+    unified.load_model(tmp_path)
+    assert "training stopped at step 4 of 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("untrained, told", [(0.5, False), (0.7, True)])
+def test_features_that_training_has_made_worse_are_told_of(untrained, told, finished, tmp_path, monkeypatch,
+                                                           capsys):
+    top1 = {"features": 0.6, "the same network untrained": untrained, "raw pixels": 0.1}
+    monkeypatch.setattr(train, "probe_features", lambda *_: top1)
+    monkeypatch.setattr(train, "draw_images", lambda *_, **__: None)
+    monkeypatch.setattr(train, "measure_tokenizer", lambda *_: ({"psnr": 30.0, "codes_used": 1.0}, 20.0))
+    monkeypatch.setattr(probe, "no_probe", lambda *_: "")
+    model, config = unified.load_model(finished[0])
+    cfg = train.Config(**{k: v for k, v in config.items() if k in vars(train.Config())})
+    cfg.out_dir = str(shutil.copytree(finished[0], tmp_path / "run"))
+    data = probe.ImageTensor(torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.arange(9), [], (1, 1))
+    train.report(cfg, model, {}, data, data)
+    printed = capsys.readouterr().out
+    assert ("untrained they are better" in printed) == told
+    assert f"features of mage: layer {model.best_layer}, t 0, mean" in printed
 
 
 def test_resume_needs_the_run_alone_and_names_all_flags_that_contradict_it(photos, finished, tmp_path):
@@ -6379,6 +6409,7 @@ def test_a_tokenizer_that_learned_little_is_told_of_with_what_mean_colours_reach
     run = shutil.copytree(finished[0], tmp_path / "run")
     printed = script("train.py", "--resume", run, "--device", "cpu")
     assert ("give it more --tokenizer-steps" in printed) == warned == ("reach 20.00 dB" in printed)
+    assert "tokenizer: all 3 steps are done" in printed and "model: all 6 steps are done" in printed
 
 
 def test_what_a_tokenizer_reaches_is_measured_beside_a_mosaic_of_mean_colours():

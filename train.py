@@ -499,6 +499,8 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
     (rank, world), steps, micro = unified.rank_and_world(), recipe["steps"], recipe["micro_batch"]
     accumulate = recipe["batch_size"] // (micro * world)  # micro-batches of this process in a step
     net, weights, optimizer, ema, step = set_up(cfg, name, model, recipe)
+    if step >= steps:
+        print_once(f"{name}: all {steps} steps are done")
     batches = read(plan(len(data), cfg.seed, recipe, step, steps))
     log = Log(cfg, name, recipe, step, lambda step: images_to_blame(cfg, model, recipe, data, read, step))
     model.train()
@@ -1143,16 +1145,21 @@ def report(cfg, model, ema, train_set, test_set):
     if top1:
         print_once(f"linear probe (ridge, {min(len(train_set), 10_000)} training images), accuracy on the "
                    "test set")
-        for name, title in zip(top1, ("features of this model", "the same network untrained", "raw pixels")):
+        place = f"layer {model.best_layer}, t {model.best_t:g}, {model.pools[0]}"
+        for name, title in zip(top1, (f"features of {cfg.model}: {place}", "the same network untrained",
+                                      "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
+        if top1["features"] < top1["the same network untrained"]:
+            print_once("            untrained they are better: so few --steps have done them no good")
     else:
         print_once(f"no probe: {no_probe}")
     run = shlex.quote(str(folder))
     print_once("next")
     if model.generates:
         print_once(f"    python sample.py {run} --n 64 --gif         more images, and how they come about")
-    probes = f"    python probe.py {run} --head knn            other ways to read the features\n"
-    print_once(probes if top1 else "")
+    probes = "--head knn            other ways to read the features\n"
+    print_once(f"    python probe.py {run} " + (probes if top1 else
+                                               "--save features.npz   features of all these images\n"))
 
 
 def probe_features(cfg, model, ema, train_set, test_set):

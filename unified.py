@@ -79,6 +79,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import difflib
 import errno
 import functools
 import gc
@@ -3177,7 +3178,11 @@ def parse_flags(cls, doc, argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def refuse(message):
-        raise UserError(f"{message} ({parser.prog} -h lists the options)")
+        unknown = re.search("unrecognized arguments: (--[^ =]+)", message)
+        names = [f"--{field.name.replace('_', '-')}" for field in fields]
+        close = difflib.get_close_matches(unknown[1] if unknown else "", names, 1)
+        hint = f"; did you mean {close[0]}?" * bool(close)
+        raise UserError(f"{message}{hint} ({parser.prog} -h lists the options)")
     parser.error = refuse
     for field in fields:
         more = {k: v for k, v in field.metadata.items() if k not in ("range", "group", "positional")}
@@ -3270,6 +3275,8 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
             config = state["config"]["arch"]
             ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
             weights = {**state["model"], **(ema and state.get("ema") or {})}
+            if state.get("step", math.inf) < (steps := state["config"].get("steps") or 0):
+                tell(f"{path}: training stopped at step {state['step']} of {steps}")
             return rebuild(config, weights, path), state["config"]
         weights = published_weights(state, ema is not False)
         readers = [reader for name, reader in PUBLISHED.items() if sub_state(weights, name)]
