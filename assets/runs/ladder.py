@@ -1,9 +1,10 @@
 """What features without any training of a network reach on CIFAR-10: 256 filters of 6 x 6 pixels, drawn from
 a normal distribution or cut out of training images, on whitened patches; both signs, averaged over four
-quarters; then the ridge regression of train.py.
+quarters; then the ridge regression of train.py. Prints the accuracies and writes them to ladder.jsonl.
 
     python assets/runs/ladder.py data/cifar10
 """
+import json
 import pathlib
 import pickle
 import sys
@@ -11,7 +12,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
 
 import probe
 
@@ -45,11 +47,14 @@ def main(folder):
     seen = seen[torch.randperm(len(seen))[:100_000]]
     mean, (values, vectors) = seen.mean(0), torch.linalg.eigh(torch.cov(seen.T))
     whiten = vectors @ torch.diag((values + 0.1).rsqrt()) @ vectors.T
+    rows = []
     for name, filters in (("drawn", torch.randn(256, 108)), ("cut out", (seen[:256] - mean) @ whiten)):
         filters = F.normalize(filters, dim=1)
         z, test_z = (torch.cat([features(part, mean, whiten, filters) for part in v.split(100)])
                      for v in (x[index], test))
-        print(f"{name:8s} {probe.ridge_probe(z, y[index], test_z, test_y):.1%}")
+        rows.append({"filters": name, "top1": round(probe.ridge_probe(z, y[index], test_z, test_y), 4)})
+        print(f"{name:8s} {rows[-1]['top1']:.1%}")
+    (HERE / "ladder.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,12 @@ import train
 ORDER = ["mage", "mage-c", "mage-e", "addp", "umd", "mae", "maskdit", "dit", "adm"]
 # Title of a column: how its figures are written.
 COLUMNS = {"CPU minutes": "{:.0f}", "features": "{:.1%}", "untrained": "{:.1%}", "best layer": "{:.1%}",
-           "20-NN": "{:.1%}", "linear": "{:.1%}", "FD-local": "{:.1f}", "precision": "{:.1%}",
+           "20-NN": "{:.1%}", "linear": "{:.1%}", "fine-tuned": "{:.1%}", "FD-local": "{:.1f}", "precision": "{:.1%}",
            "recall": "{:.1%}", "images/s": "{:.0f}"}
+
+# Column of a head, with all labels or with this fraction of them.
+PROBES = {("ridge", None): "best layer", ("knn", None): "20-NN", ("linear", None): "linear",
+          ("finetune", 0.1): "fine-tuned"}
 
 
 def read(path):
@@ -59,18 +63,35 @@ def figures(rows):
                       "untrained": row["probe"]["the same network untrained"]}
         elif row.get("head") == "samples":
             found |= {"FD-local": row["fd_local"], "precision": row["precision"], "recall": row["recall"]}
-        elif title := {"ridge": "best layer", "knn": "20-NN", "linear": "linear"}.get(row.get("head")):
+        elif title := PROBES.get((row.get("head"), row.get("labels"))):
             found[title] = row["top1"]                          # ridge: of the place that --sweep has chosen
     return found
 
 
+def baselines(logs):
+    """{name: {title of a column: figure}} of raw pixels, the same for all, and of what ladder.py found."""
+    rows = next(iter(logs.values()))
+    probes = {"features": next(r["probe"]["raw pixels"] for r in rows if r.get("stage") == "report")}
+    probes |= {title: r["pixels"] for r in rows if (title := PROBES.get((r.get("head"), r.get("labels"))))
+               and title in ("20-NN", "linear")}
+    ladder = {f"untrained convolutions, filters {r['filters']}": {"features": r["top1"]}
+              for r in read(HERE / "ladder.jsonl")}
+    return {"raw pixels": probes, **ladder}
+
+
+def cell(name, found, title, form):
+    """A figure as it is written; features: those of further seeds, too."""
+    more = [figures(read(path))[title] for path in sorted(HERE.glob(f"cifar10-{name}-seed*.jsonl"))
+            if title == "features"]
+    return ", ".join(form.format(v) for v in [found[title], *more]) if title in found else ""
+
+
 def table(logs):
-    """Lines of the table in Markdown, a row for each of logs: {method: rows}."""
+    """Lines of the table in Markdown: a row for each of logs, {method: rows}, then the baselines."""
     yield "| CIFAR-10 | " + " | ".join(COLUMNS) + " |"
     yield "|" + "---|" * (1 + len(COLUMNS))
-    for name, rows in logs.items():
-        found = figures(rows)
-        cells = [form.format(found[title]) if title in found else "" for title, form in COLUMNS.items()]
+    for name, found in ({name: figures(rows) for name, rows in logs.items()} | baselines(logs)).items():
+        cells = [cell(name, found, title, form) for title, form in COLUMNS.items()]
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
