@@ -1063,16 +1063,16 @@ def ticks(low, high, logarithmic):
     return [k * unit for k in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
 
 
-def line_chart(curves, title, size=(900, 500)):
-    """Line chart of a loss by step as a PIL image. curves: {name: [(step, loss), ...]}, drawn on one scale,
-    logarithmic where the loss grows tenfold, and named where they end. Curves of few points have dots."""
+def line_chart(curves, title, size=(900, 500), axes=("step", "loss"), logarithmic=True):
+    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, on one scale, logarithmic, if it may be, where y
+    grows tenfold, and named where they end. Curves of few points have dots."""
     image, font = PIL.Image.new("RGB", size, "white"), PIL.ImageFont.load_default(14)
     draw, ends = PIL.ImageDraw.Draw(image), []          # (height, name, color) where a curve ends
     points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])] or [(1, 1)]
     left, top, right, bottom = 70, 40, size[0] - 80, size[1] - 50
     (_, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
     y1 += y1 == y0
-    scale = math.log if 0 < 10 * y0 < y1 else float
+    scale = math.log if logarithmic and 0 < 10 * y0 < y1 else float
 
     def place(x, y):
         return (left + x / x1 * (right - left),
@@ -1081,8 +1081,8 @@ def line_chart(curves, title, size=(900, 500)):
     def write(x, y, text, color="black", anchor="mm"):
         draw.text((x, y), text, color, font, anchor)
     write((left + right) / 2, 20, title)
-    write((left + right) / 2, size[1] - 12, "step")
-    write(left - 8, 20, "loss", anchor="rm")
+    write((left + right) / 2, size[1] - 12, axes[0])
+    write(left - 8, 20, axes[1], anchor="rm")
     for x in ticks(0, x1, False):
         write(place(x, y0)[0], bottom + 14, f"{x:g}")
     for y in ticks(y0, y1, scale is math.log):

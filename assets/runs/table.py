@@ -17,8 +17,8 @@ import train
 ORDER = ["mage", "mage-c", "mage-e", "addp", "umd", "mae", "maskdit", "dit", "adm"]
 # Title of a column: how its figures are written.
 COLUMNS = {"CPU minutes": "{:.0f}", "features": "{:.1%}", "untrained": "{:.1%}", "best layer": "{:.1%}",
-           "20-NN": "{:.1%}", "linear": "{:.1%}", "fine-tuned": "{:.1%}", "FD-local": "{:.1f}", "precision": "{:.1%}",
-           "recall": "{:.1%}", "images/s": "{:.0f}"}
+           "20-NN": "{:.1%}", "linear": "{:.1%}", "fine-tuned": "{:.1%}", "FD-local": "{:.1f}",
+           "precision": "{:.1%}", "recall": "{:.1%}", "images/s": "{:.0f}"}
 
 # Column of a head, with all labels or with this fraction of them.
 PROBES = {("ridge", None): "best layer", ("knn", None): "20-NN", ("linear", None): "linear",
