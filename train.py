@@ -1064,8 +1064,8 @@ def ticks(low, high, logarithmic):
 
 
 def line_chart(curves, title, size=(900, 500), axes=("step", "loss"), logarithmic=True):
-    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, on one scale, logarithmic, if it may be, where y
-    grows tenfold, and named where they end. Curves of few points have dots."""
+    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, on one scale, logarithmic, if it may be, where
+    y grows tenfold, and named where they end. Curves of few points have dots."""
     image, font = PIL.Image.new("RGB", size, "white"), PIL.ImageFont.load_default(14)
     draw, ends = PIL.ImageDraw.Draw(image), []          # (height, name, color) where a curve ends
     points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])] or [(1, 1)]
