@@ -294,9 +294,8 @@ def made_by(model, config, cfg):
     for net in filter(None, (model, guide_of(cfg))):
         for tensor in net.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
-    options = ["seed", "steps", "temperature", "eta", "label", "guidance", "dtype"]
-    # Notes of older sets lack these.
-    options += [name for name in ("schedule", "guidance_interval") if getattr(cfg, name)]
+    options = ["seed", "steps", "temperature", "eta", "label", "guidance", "dtype"]  # in notes of older sets
+    options += [name for name in (*OPTIONS, "guidance_interval") if getattr(cfg, name) is not None]
     return {"weights": digest.hexdigest(), **{name: getattr(cfg, name) for name in options}}
 
 

@@ -59,6 +59,7 @@ import torch.nn.functional as F
 import torch.utils.flop_counter
 
 import probe
+import sample
 import train
 import unified
 
@@ -5805,6 +5806,14 @@ def test_pngs_are_continued_only_by_what_made_them(finished, diffused, tmp_path,
     assert sorted(p.name for p in folder.iterdir()) == ["000000.png", "000001.png", "made-by.json"]
     (folder / "made-by.json").unlink()
     assert "--overwrite" in ask("--seed", 1, "--n", 2, expect=2)        # images of unknown origin
+
+
+def test_an_option_that_a_fork_adds_tells_sets_of_images_apart(monkeypatch):
+    monkeypatch.setattr(sample, "OPTIONS", (*sample.OPTIONS, "churn"))
+    model, config = unified.UMD(16, 4, 32, 1, 2, 1, 0.5, 0.75, 0.375), {"arch": {}}
+    notes = [sample.made_by(model, config, types.SimpleNamespace(**vars(sample.Config(run="run")), churn=churn))
+             for churn in (None, 1, 2)]
+    assert notes[0] != notes[1] != notes[2] and "churn" not in notes[0]
 
 
 def test_heads_and_order_belong_to_published_files_of_adm(finished, finished_adm):

@@ -1064,7 +1064,7 @@ def ticks(low, high, logarithmic):
 
 
 def line_chart(curves, title, size=(900, 500), axes=("step", "loss"), logarithmic=True):
-    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, on one scale, logarithmic, if it may be, where
+    """Line chart as a PIL image. curves: {name: [(x, y), ...]}, on one scale, logarithmic (if allowed) where
     y grows tenfold, and named where they end. Curves of few points have dots."""
     image, font = PIL.Image.new("RGB", size, "white"), PIL.ImageFont.load_default(14)
     draw, ends = PIL.ImageDraw.Draw(image), []          # (height, name, color) where a curve ends
