@@ -5007,7 +5007,7 @@ def test_a_run_leaves_images_figures_and_the_next_commands(finished):
     for name in ("samples.png", "reconstructions.png", "loss.png"):
         assert min(PIL.Image.open(folder / name).size) > 100
     for words in ("PSNR", "of the codes used", "untrained", "raw pixels", "python sample.py",
-                  "python probe.py", "ln 32 = 3.47"):
+                  "python probe.py", "ln 32 = 3.47", "in all: tokenizer 00:0"):
         assert words in printed
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["stage"] == "model" and "loss" in r] == [2, 4, 6]
@@ -5811,7 +5811,8 @@ def test_pngs_are_continued_only_by_what_made_them(finished, diffused, tmp_path,
 def test_an_option_that_a_fork_adds_tells_sets_of_images_apart(monkeypatch):
     monkeypatch.setattr(sample, "OPTIONS", (*sample.OPTIONS, "churn"))
     model, config = unified.UMD(16, 4, 32, 1, 2, 1, 0.5, 0.75, 0.375), {"arch": {}}
-    notes = [sample.made_by(model, config, types.SimpleNamespace(**vars(sample.Config(run="run")), churn=churn))
+    cfg = vars(sample.Config(run="run"))
+    notes = [sample.made_by(model, config, types.SimpleNamespace(**cfg, churn=churn))
              for churn in (None, 1, 2)]
     assert notes[0] != notes[1] != notes[2] and "churn" not in notes[0]
 

@@ -213,7 +213,8 @@ def check(cfg):
         raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} "
                         f"--model {teacher}, then this with --predictor {run}")
     if cfg.labels and not method.model.takes_labels and not teacher:
-        raise UserError(f"--labels: {cfg.model} takes none; --model dit or mage do")
+        takers = [name for name, other in unified.MODELS.items() if other.model.takes_labels]
+        raise UserError(f"--labels: {cfg.model} takes none; --model {', '.join(takers)} do")
     if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
         raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings "
                         "along, nor --labels go with it")
@@ -375,6 +376,8 @@ def train_tokenizer(cfg, train_set, test_set):
     views = 0 if isinstance(train_set, probe.ImageTensor) else 1  # enlarged crops of 32 pixels are all blur
     recipe = dict(TOKENIZER_RECIPE, steps=steps, batch_size=batch, micro_batch=micro, views=views,
                   lr=defaults(cfg)["tokenizer_lr"])
+    if cfg.resume is None and cfg.views and unified.rank_and_world()[1] == 1:
+        print_once(forecast(cfg, net, model_steps(cfg, train_set)))
 
     def evaluate():
         draw_reconstructions(cfg, lambda x: net.vqgan.reconstruct(x)[:1], test_set)
@@ -383,6 +386,31 @@ def train_tokenizer(cfg, train_set, test_set):
           {"tokenizer_arch": arch}, evaluate,
           lambda step, first: {"adversarial_weight": cfg.adversarial * (step >= steps // 5)})
     return net.vqgan, arch
+
+
+def forecast(cfg, net, steps):
+    """How long the training of tokenizer and model will take, from some steps of each on random data."""
+    few = 64 if cfg.size == "tiny" else 1               # images: a step of them is to be short
+    method, grid = unified.MODELS[cfg.model], math.isqrt(cfg.ids)
+    arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, grid, tokenizer_arch(cfg))
+    model = unified.build(arch)
+    x = torch.rand(min(few, cfg.tokenizer_batch_size), 3, cfg.image_size, cfg.image_size)
+    ids = torch.randint(cfg.codes, (min(few, cfg.batch_size), method.views, model.length)).squeeze(1)
+    seconds = []
+    for stage, batch, images in ((net, x, cfg.tokenizer_steps * cfg.tokenizer_batch_size),
+                                 (model, ids, steps * cfg.batch_size)):
+        stage, batch, took = stage.to(cfg.device), batch.to(cfg.device), []
+        for _ in range(3):                              # the first one is slower
+            started = time.time()
+            with probe.autocast(cfg):
+                loss, _ = stage(batch)
+            loss.backward()
+            loss.item()                                 # waits for a GPU
+            took.append(time.time() - started)
+        stage.zero_grad()
+        seconds.append(min(took) / len(batch) * images)
+    whole, first, second = map(tqdm.tqdm.format_interval, (sum(seconds), *seconds))
+    return f"about {whole} in all: tokenizer {first}, {cfg.model} {second}; then the report"
 
 
 def measure_tokenizer(cfg, vqgan, data, count):
@@ -441,11 +469,16 @@ def copy_weights(cfg, model, path, only=None):
     print_once(f"{len(state)} tensors from {path}; fresh: {names or 'none'}")
 
 
+def model_steps(cfg, train_set):
+    """Optimizer steps of the model."""
+    return cfg.steps or math.ceil(cfg.epochs * len(train_set) / cfg.batch_size)
+
+
 def train_model(cfg, model, arch, train_set, test_set):
     """Train the model, on ids that are made once if it reads ids; returns its averaged weights, {} if
     it has none."""
     method, batch, lr = unified.MODELS[cfg.model], cfg.batch_size, cfg.lr * cfg.batch_size / 256
-    steps = cfg.steps or math.ceil(cfg.epochs * len(train_set) / batch)
+    steps = model_steps(cfg, train_set)
     micro = micro_batch_size(cfg, batch, image_bytes(cfg, model))
     print_once(f"{cfg.model} {cfg.size}: {sum(p.numel() for p in trainable(model).values()):,} parameters, "
                f"{model.length or 'no'} tokens an image, {steps} steps of {batch} ({micro} at once), "
