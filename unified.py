@@ -15,7 +15,7 @@ nothing, it is generation.
 
 UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model is used:
 
-    import unified
+    import torch, unified
     vqgan = unified.build(unified.tokenizer_config("toy", stride=8, codes=128))     # a fresh tokenizer
     model = unified.MAGE(vqgan, image_size=32, **unified.MAGE_SIZES["tiny"])        # and a fresh MAGE
 
@@ -54,8 +54,8 @@ Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding
          x0, eps, xt clean pixels, noise, and their mixture at timestep t
          alpha_bar how much of x0 is left in xt: the square of its factor
-         t of T: a timestep, where more is noise; in decoding a step, where less is masked. features(t=) takes
-           the degree of corruption: MAGE's mask ratio, or a timestep
+         t of T: in diffusion a timestep, noisier as t grows; in decoding the number of a step, 1 ... T, with
+           fewer tokens masked as t grows. features(t=) takes MAGE's mask ratio, or a timestep
 
 Pixels are floats in [0, 1] wherever they enter or leave; [-1, 1] is used where noise is added. Masks are
 bool, True = masked. What is drawn at random can be passed in instead. Numbers that decide shapes or steps
@@ -214,7 +214,7 @@ def group_norm(channels, groups=32):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions and, where the width stays, a shortcut: (B, inp, h, w) -> (B, out, h, w)."""
+    """Two 3x3 convolutions and a shortcut: (B, inp, h, w) -> (B, out, h, w)."""
 
     def __init__(self, inp, out, groups):
         super().__init__()
@@ -368,14 +368,15 @@ class VQGAN(nn.Module):
 #     l2          10.0   (x' - x)^2                    decoder and encoder
 #     commitment   0.25  ||z - sg(e_id)||^2            encoder: z moves to its code           [VQ-VAE, eq. 3]
 #     codebook     1.0   ||sg(z) - e_id||^2            codes: each moves to its z             [VQ-VAE, eq. 3]
-#     coverage     0.5   ||e_k - sg(z next to it)||^2  codes, unused ones too: to where z are          [ours]
+#     coverage     0.5   ||e_k - sg(nearest z)||^2     codes, unused ones too: each moves to the z of
+#                                                      the batch nearest to it                       [ours]
 #     entropy      0.03  mean H(p) - H(mean p)         codes and encoder: positions are sure of their code,
 #                                                      and all codes are used                       [MaskGIT]
 #
 # From 256 pixels on train.py lets a patch discriminator d join, for sharper textures [VQGAN, eq. 7]:
 #
 #     generator      0.8   -g d(x')                    decoder and encoder
-#     discriminator  1.0   hinge(d(x), d(sg(x')))      d alone
+#     discriminator  1.0   hinge(d(x), d(sg(x'))) / 2  d alone
 #
 # The factor g makes the generator term's gradient at the decoder's last layer as long as that of l1 + l2.
 #
@@ -482,28 +483,21 @@ class TokenizerTraining(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # 3. What every model offers
 #
-# All models below answer the same four questions, so the scripts need not know which one they have:
+# All models below answer the same four questions. So the scripts, train.py, sample.py, and probe.py, which
+# fits linear classifiers to frozen embeddings ("linear probes"), need not know which one they have:
 #
 #     model(x, labels) -> loss, logs              training: how well is the corruption undone?
 #     model.sample(n, **options) -> images        generation, from nothing or into a hole
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# Model, their base class, has what they share, and defaults for what the scripts ask of a model. Section 12
-# says what each of these means, beside an example for a method of your own.
+# Model, their base class, has what they share. What else the scripts ask of a model, such as best_t, stands
+# in section 12 with its defaults, beside an example for a method of your own.
 
 
 class Model(nn.Module):
     """A module that generates by sample_steps(), which a subclass defines, and which yields a state after
     each step."""
-
-    # Skip these at first. The scripts read them, and section 12 says what each means.
-    best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)               # where embed() reads; allowed t
-    length = codes = classes = 0                                            # sizes; 0: there is no such thing
-    takes_labels = reads_ids = reconstructs = False                         # what it can do
-    generates, max_steps, alpha_bar = True, math.inf, None                  # how it generates
-    stem = dynamic_blocks = ()                                              # names and blocks, for train.py
-    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)                  # for probe.py
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
@@ -522,13 +516,16 @@ class Model(nn.Module):
 
     def noise(self, seeds, draw=0):
         """What features(noise=) takes, from each image's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
-        S = self.image_size                             # hashed_uniform: torch.rand with a row for each seed
+        # Read it as torch.randn(B, 3, S, S), but row i depends on seeds[i] and the number of the draw alone.
+        S = self.image_size
         return to_normal(hashed_uniform(seeds, draw, 3 * S * S)).view(-1, 3, S, S)
 
     @property
     def tokenizer(self):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
+
+    # ---- for the scripts; skip the rest of this class at first
 
     def micro_batch_args(self, first, count):
         """What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that
@@ -543,8 +540,8 @@ class Model(nn.Module):
         return len(self.layers) + 1 - layer
 
     def __init_subclass__(cls):
-        """Put a check of arguments before the public methods. Read on as if it were not there: it is for the
-        error messages alone, and moves labels and seeds to the model's device."""
+        """Put a check of arguments before the public methods, which also moves labels and seeds to the
+        model's device. Read on as if it were not there."""
         public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
         for name in vars(cls).keys() & public:
             setattr(cls, name, guarded(vars(cls)[name]))
@@ -693,7 +690,7 @@ class Decoding(typing.NamedTuple):
     logits: torch.Tensor = None         # (n, L, K) of the previous step; ADDP makes its image from them
     known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
     inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
-    last: bool = False                  # after step T: the id of the token left in the mask counts, too
+    last: bool = False                  # after step T: one token is still masked, but its id is shown, too
 
     def with_known(self, x):
         """Pixels x (n, 3, S, S), with the known ones put back."""
@@ -719,19 +716,24 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-# Labels. In training a network is told the label y of an image, but for one image in ten it is not. So it can
-# predict with and without a label. Classifier-free guidance goes beyond what the label changes [CFG]:
+# Labels. MAGE and UMD can be trained with labels. Then the network is told the label y of an image, but for
+# one image in ten it is not. So it can predict with and without a label. Classifier-free guidance goes beyond
+# what the label changes [CFG]:
 #
-#     logits = logits(no label) + w_t (logits(y) - logits(no label))                 w = 1: as trained
+#     logits = logits(no label) + w_t (logits(y) - logits(no label))
 #     w_t    = 1 + (w - 1) t / T                                                     in step t of T
 #
-# Two variants. Guidance helps on a part of the way and harms on the rest, so it can be limited to an interval
-# [Interval]. And a guide, a weaker network such as an earlier checkpoint, can take the place of the one
-# without a label: it errs where the network errs, only more so. That needs no labels [Autoguidance].
+# w = 1 is prediction as trained, for which one pass is enough; a larger w exaggerates. Two variants:
+#
+# - Guidance helps on a part of the way and harms on the rest. Call 0 its start, all noise or all masked, and
+#   1 its end, the image. Guidance can be limited to an interval of this; elsewhere w_t is 1 [Interval].
+# - A guide, a weaker network such as an earlier checkpoint, predicts in place of "no label", and sees the
+#   same labels, if there are any. It errs where the network errs, only more so [Autoguidance].
 
 
 def guidance_at(way, guidance, interval):
-    """w at a point of the way from 0, all noise or masked, to 1: guidance if low <= way < high, else 1."""
+    """w at a point of the way: guidance if low <= way < high, else 1. In step t of T the way is (t - 1) / T
+    in MAGE and ADDP; at timestep t it is 1 - t / T in UMD, 1 - (t + 1) / T in ADM."""
     low, high = interval
     return guidance if low <= way < high else 1.0
 
@@ -832,7 +834,8 @@ class TokenModel(Model):
 #
 #     loss = - mean over masked i of  log p(id_i | visible ids)     with label smoothing 0.1     [MAGE, eq. 1]
 #
-# An encoder reads the visible ids, and those [MASK] that were not dropped, which only fill up the batch. Its
+# An encoder reads the visible ids, and those [MASK] that were not dropped: as many as keep the number of
+# tokens at L / 2, whatever r is. Others attend to them, but what they become is not used. The encoder's
 # output at position 0, the class token, comes to summarise the image.
 # A decoder gets the outputs of visible ids back at their places and this summary at every masked place, and
 # predicts the ids there:
@@ -851,8 +854,8 @@ class TokenModel(Model):
 # In training one label in ten is replaced by the fake class.
 #
 # Generation is that of TokenModel in section 4, with logits = decode(encode(class id and masked ids), mask).
-# Nothing is dropped in it: dropping saves time in training, and at a masked place the decoder reads z0 in
-# either case.
+# Nothing is dropped in it, as in the official code: dropping saves time in training. So the encoder then
+# reads up to L of [MASK], in training at most L / 2; what the decoder reads at masked places is z0 in both.
 
 
 class TokenEmbedding(nn.Module):
@@ -921,7 +924,7 @@ class MAGE(TokenModel):
                     (published files: 76)
     """
 
-    takes_labels = reads_ids = True
+    takes_labels = reads_ids = True                                                     # for the scripts
     t_range, best_t, stem = (0.0, 1.0, "the mask ratio"), 0.0, ("token_emb",)
 
     def __init__(self, vqgan, image_size, width, depth, heads, decoder_width, decoder_depth, decoder_heads,
@@ -1039,7 +1042,8 @@ class MAGE(TokenModel):
         t         mask ratio in [0, 1]; noise (B, L): forward's mask_noise, the smallest are masked, drawn if
                   None
         layers    numbers of blocks, encoder first; [best_layer] if None
-        add       {layer: map (B, C, h, w)} added to the output of that layer; for DifFeed alone, section 11
+        add       {layer: map (B, C, h, w)} added to the output of that layer. Read it as empty: only DifFeed
+                  passes it, see section 11
         finetune  changes nothing here: MAGE is fine-tuned as it was trained
         returns   [map (B, C, h, w) for each of layers]
         """
@@ -1118,7 +1122,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
 #                                                               tokenizer tells apart so far
 #     addp     3              31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
-#     umd      2              14.5 -> 50.3 %   14.5 -> 86.8 %   flat colours: it needs more steps to generate
+#     umd      2              14.5 -> 50.3 %   14.5 -> 86.8 %   flat colours: it needs longer training
 #     adm      3              13.5 -> 39.6 %   12.1 -> 83.4 %   blobs with sharp edges, in all colours
 
 
@@ -1245,11 +1249,11 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
 #
 #     b: the other view of a's image                                                         [SimCLR, eq. 1]
 #
-# Two crops of each image go through MAGE, each with a mask of its own. The mean of the encoder's normed
-# outputs, of visible tokens and of [MASK] but not of the class token, goes through Linear(C, 4096), ReLU and
-# Linear(4096, 256) to a unit vector z. It must be closer to that of the other crop than to those of all other
-# images. The weight beside the masked loss is 0.1 [MAGE, 3.3]. The authors released no training code for it:
-# the layers' sizes and tau = 0.2 are ours.
+# Two crops of each image go through MAGE, masked each in its own places, but in the same ratio. The mean of
+# the encoder's normed outputs, of visible tokens and of [MASK] but not of the class token, goes through
+# Linear(C, 4096), ReLU and Linear(4096, 256) to a unit vector z. It must be closer to that of the other crop
+# than to those of all other images, in all processes. The weight beside the masked loss is 0.1 [MAGE, 3.3].
+# The authors released no training code for it: the layers' sizes and tau = 0.2 are ours.
 
 
 def info_nce(z, temperature=0.2):
@@ -1301,10 +1305,11 @@ class ContrastiveMAGE(MAGE):
 #
 #     ids     a  b  c  d     b is visible
 #     drawn   e  b  f  g     masked ids: each from its 2nd to 16th best code, so alike, not the same
-#     echo    _  b  f  _     outside a random square all is [MASK]
+#     echo    _  b  f  _     [MASK] outside a random square, whose side is half to all of the grid's
 #
 #     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_i exp(e_a . z_i / tau) )       tau = 0.3
 #
+# with weight 0.1 beside the masked loss, as in MAGE-C.
 # z_a comes from the masked ids of image a: encoder, mean and projection as above, then two more layers, the
 # prediction. e_a comes from its echo: encoder, mean and projection of a teacher. The teacher is not trained.
 # After each step its weights move 0.4 % of the way to the model's, an average over some 250 steps. No
@@ -1380,7 +1385,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     3. predicts a new p, with a decoder of ids that also reads the visible ids,
 #     4. samples ids from the new p and keeps the most confident, as MAGE does (section 4):
 #
-#     ids --> z: codes where visible,     -- D --> image x_t --> encoder --> decoder --> p --> unmask --> ids
+#     ids --> c: codes where visible,     -- D --> image x_t --> encoder --> decoder --> p --> unmask --> ids
 #             mean codes under p if masked                                      ^
 #                                                             visible ids ------+
 #
@@ -1388,30 +1393,39 @@ class EchoMAGE(ContrastiveMAGE):
 # ids, appended:
 #
 #     tokens    [class]  _   b   _   _        _ is masked
-#     encode      z0    z1  z2  z3  z4        every patch of x_t enters
-#     decode       m     m  z2   m   m   b    b is an embedded id, at the end
+#     encode      h0    h1  h2  h3  h4        every patch of x_t enters
+#     decode       m     m  h2   m   m   b    b is an embedded id, at the end
 #
-# z0, z1, z3 and z4 are thrown away: what the blur of masked places shows reaches the decoder only through the
-# outputs of visible patches, here z2, which have attended to it.
+# h0, h1, h3 and h4 are thrown away: what the blur of masked places shows reaches the decoder only through the
+# outputs of visible patches, here h2, which have attended to it.
 #
-# While all is masked there is no image: the encoder is skipped, and the decoder reads mask tokens alone.
+# While all is masked, as in the first step, there is no image: the encoder is skipped, and the decoder reads
+# mask tokens alone.
 #
-# Training starts from the ids of an image, of which some are masked. It has no previous step whose p could
-# make x_t, so one is imitated: more ids are masked, and a frozen, trained MAGE predicts p' from the others.
-# Then p' makes x_t. The target, q, is what the same MAGE predicts when no more are masked than in this step:
-# it says more than the one true id, namely all that could stand there.
+# Training starts from the ids of an image and has no previous step, whose p would make x_t. A frozen, trained
+# MAGE imitates it. There are two masks, one inside the other:
 #
-#     x_t  = D(z),  z_i = e_(id_i) where visible,  sum over k of p'_i(k) e_k where masked
-#     loss = - mean over masked i of  sum over k of q_i(k) log p_i(k | x_t, visible ids)      [ADDP, figure 4]
+#     mask            this step's. What it covers is to be predicted
+#     mask_earlier    the imitated step's, which covers more. MAGE predicts p' from the ids outside it
+#
+# x_t shows true codes outside mask, and mean codes under p' inside it. The target, q, is what the same MAGE
+# predicts when mask is all that is masked: it says more than the one true id, namely all that could stand
+# there.
+#
+#     x_t  = D(c),  c_i = e_(id_i) outside mask,  sum over k of p'_i(k) e_k inside it
+#     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | x_t, visible ids)     [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary
 #
-#     ids, more of them masked ------ MAGE --> p' ----+
-#     ids, mask of this step -------------------------+-- D --> x_t --> encoder --> decoder --> p
-#     ids, mask of this step -- MAGE --> q -------------------------------------------------> loss
+#     ids, mask_earlier --------- MAGE --> p' ----+
+#     ids, mask ----------------------------------+-- D --> x_t --> encoder --> decoder --> p
+#     ids, mask --- MAGE --> q ---------------------------------------------------------> loss
 #
-# Mask ratios: cut the cosine into 100 steps. This step is one of those with a ratio in [0.5, 1), 74.5 % on
-# average. The imitated one, whose mask contains this one, comes 1 to 5 steps before it, or is the first of
-# them. No timestep enters the network: it can see how much of the image is decided.
+# Mask ratios: cut the cosine into 100 steps; 66 of them have a ratio in [0.5, 1). That of mask is one of
+# these, drawn with MAGE's normal density as weight, 74.5 % on average. That of mask_earlier is 1 to 5 places
+# nearer to 1, or the largest if there are not so many. Both masks sort the same random numbers, so one
+# contains the other. Counts are rounded up: with 256 tokens, the five largest ratios mask everything, and so
+# teach the first step of generation. No timestep enters the network: it can see how much of the image is
+# decided.
 
 
 def nested_mask_ratios():
@@ -1496,8 +1510,8 @@ class ADDP(TokenModel):
             both = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([mask_earlier, mask]))
             logits_earlier, logits_now = both.chunk(2)                                      # (B, L, K) each
             xt = self.next_image(ids, mask, logits_earlier)                                 # (B, 3, S, S)
-        # Over the whole vocabulary, as in the official code: labels and [MASK] have the target 0. In
-        # generation the softmax is over codes alone.
+        # Over the whole vocabulary, as in the official code: what is no code has the target 0 (and its share
+        # of the label smoothing). In generation the softmax is over codes alone.
         logits = self.decode(self.encode(xt), ids, mask, visible, vocab_size=len(self.token_emb.weight))
         q = logits_now.softmax(-1)
         target = F.pad(q, (0, logits.size(2) - self.codes))                             # (B, L, vocab_size)
@@ -1521,12 +1535,12 @@ class ADDP(TokenModel):
         """x_t (n, 3, S, S), not clamped: decoded from the codes of visible ids and, where masked, from mean
         codes under softmax(logits)."""
         codes = self.vqgan.quantize.embedding.weight                                        # (K, dim)
-        z = torch.where(mask[..., None], logits.softmax(-1) @ codes, codes[ids])            # (n, L, dim)
-        return self.vqgan.decode_codes(z.mT.unflatten(2, (self.grid, self.grid)))
+        c = torch.where(mask[..., None], logits.softmax(-1) @ codes, codes[ids])            # (n, L, dim)
+        return self.vqgan.decode_codes(c.mT.unflatten(2, (self.grid, self.grid)))
 
     def patches(self, x, finetune=False):
-        """Pixels (B, 3, S, S) -> input of the encoder's blocks (B, 1 + L, C). Fine-tuning skips the clamp and
-        tokenizer_norm."""
+        """Pixels (B, 3, S, S) -> input of the encoder's blocks (B, 1 + L, C). Fine-tuning skips the clamp,
+        tokenizer_norm and dropout."""
         x = ((x if finetune else x.clamp(0, 1)) - self.color_mean) / self.color_std
         x = self.patch_embed["proj"](x)                                                     # (B, C, h, w)
         cls_token = self.cls_token.expand(len(x), -1, -1)
@@ -1574,15 +1588,17 @@ class ADDP(TokenModel):
 
     # ---- generation
 
-    # The loop of TokenModel, in which a step now is
+    # The loop of TokenModel, in which a step is
     #
-    #     x         = D(codes of ids where visible, p @ codes where masked)         next_image
-    #     p         = softmax(decode(encode(x), ids, mask))                         step_logits
-    #     ids, mask = unmask(p, ids, mask)                                          as in MAGE
+    #     logits    = of the previous step                                          state.logits
+    #     x         = D(codes of ids where visible, softmax(logits) @ codes where masked)     next_image
+    #     logits    = decode(encode(x), ids, mask)                                  step_logits
+    #     ids, mask = unmask(logits, ids, mask)                                     as in MAGE
     #
-    # The count is rounded up: of 20 steps with 256 tokens the first keeps nothing, ceil(256 cos(pi / 40))
-    # being 256, and the second begins without an image, too. In the last x one token, see section 4, is still
-    # a mean of codes, as in the official code. ViT-L was also run with 256 steps and schedule="linear".
+    # Counts are rounded up, in MAGE down. So of 20 steps with 256 tokens the first keeps nothing, for
+    # ceil(256 cos(pi / 40)) = 256, and the second begins without an image, too. The last step leaves one
+    # token masked: in the final image it is a mean of codes, as in the official code. ViT-L was also run with
+    # 256 steps and schedule="linear".
 
     round_up = True
 
@@ -1599,6 +1615,7 @@ class ADDP(TokenModel):
             previous = self.token_predictor.logits(ids, mask) if previous is None else previous
             latent = self.encode(self.next_image(ids, mask, previous))
         logits = torch.empty(*ids.shape, self.codes, device=ids.device)
+        # Inpainted images may have different numbers of visible ids, and a batch needs one number.
         for count, images in groups_of_equal_length(state.count):
             i = to_device(images, ids.device)
             logits[i] = self.decode(latent[i], ids[i], mask[i], self.length - count)
@@ -1657,12 +1674,15 @@ class ADDP(TokenModel):
 #
 #     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2
 #
-# and the loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. Against that of x0 it counts noisy
-# timesteps less.
+# and the loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. It is the error of x0 with the weight
+# alpha_bar_t / (1 - alpha_bar_t), which is small where there is much noise.
 #
 # The way back goes to ever larger alpha_bar. "next" is next on this way, and so less noisy: t - 1, or a
-# smaller timestep if some are skipped. A step solves the predicted eps for x0, clamps it to [-1, 1], where
-# pixels lie, takes the eps' that belongs to it, and mixes both anew:
+# smaller timestep if some are skipped. A step
+#
+#     1. solves the predicted eps for x0', and clamps it to [-1, 1], where pixels lie,
+#     2. computes the eps' for which xt is the mixture of x0' and eps',
+#     3. mixes both anew:
 #
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
 #     sigma^2 = eta^2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next) [DDIM, 16]
@@ -1676,8 +1696,8 @@ class ADDP(TokenModel):
 # Then the factor of xt is sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar), that of
 # x0' is sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar), as in DDPM's mean.
 #
-# In this section pixels are in [-1, 1], but for those to be inpainted, and alpha_bar is a float64 tensor (B,)
-# or (), on the CPU.
+# In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
+# tensor (B,) or (), on the CPU.
 
 
 def noise_schedule(name, steps=1000):
@@ -1723,11 +1743,11 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """One step from xt at alpha_bar to alpha_bar_next, given a prediction of x0: the equation above.
 
     noise  standard normal, like xt
-    std    standard deviation of the added noise. None: sigma. ADM passes the one that it has learned, like
-           xt. It replaces sigma in the last term only, not in the root
+    std    standard deviation of the added noise. None: sigma. ADM passes its learned one, a tensor like xt.
+           It replaces sigma in the last term only, not in the root
 
-    With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step adds noise instead of
-    removing it.
+    With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step leads back to noise,
+    along the predicted eps.
     """
     eps = (per_image(alpha_bar.rsqrt(), xt) * xt - x0) / per_image((1 / alpha_bar - 1).sqrt(), xt)
     variance = eta ** 2 * posterior_variance(alpha_bar, alpha_bar_next)
@@ -1784,7 +1804,8 @@ def timestep_embedding(t, dim, denominator, layout):
 #         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
 #     noised part, N images:        t uniform in 1 ... T, mask ratio r_noised, the same at every t
 #         L_x0    = mean over masked pixels of (x0 - x0')^2
-#         L_eps   = mean over visible pixels of (eps - eps')^2      (at r_noised = 0 both over all pixels)
+#         L_eps   = mean over visible pixels of (eps - eps')^2
+#     if nothing is masked, as in DiT, both are means over all pixels
 #
 #     loss = (N / B) (L_x0 + L_eps) / 2  +  ((B - N) / B) L_clean                            [UMD, section 3]
 #
@@ -1814,8 +1835,8 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 # Generation uses the prediction of eps alone, with nothing masked, as DDPM does. Labels condition the noised
 # part only, as in the official code, and are hidden in one image of ten. As a rule they are learned last, by
-# tuning a trained model with r_noised = 0 and few clean images (section 12). Guidance is MAGE's, with the
-# same w in all steps: eps = eps(no label) + w (eps(label) - eps(no label)).
+# tuning a trained model with r_noised = 0 and few clean images (section 12). Guidance is as in MAGE, but w
+# does not grow: eps = eps(no label) + w (eps(label) - eps(no label)).
 #
 # These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets
 # normalised patch by patch; the published DiT reads latents, has no decoder, predicts the noise alone and
@@ -2225,15 +2246,18 @@ class ADMBlock(nn.Sequential):
 #     log variance = (1 + v) / 2 log beta  +  (1 - v) / 2 log beta~
 #
 # Sampling with eta = 1 is ddim_step() with the root of this variance in place of sigma in front of its noise;
-# the mean is the same for any v. With eta < 1 v is not used. It is learned from the variational bound, in
-# bits per pixel and channel:
+# the mean is the same for any v. With eta < 1 v is not used. What trains v is the variational bound, in bits
+# per pixel and channel:
 #
 #     L_vb = KL( q(x_next | xt, x0) || p(x_next | xt) )        in all steps but the last
 #     L_vb = - log p(x0 | xt)                                  in the last, to x0               [DDPM, eq. 5]
 #
-# In L_vb eps' is detached, so this loss does not pull at the prediction of eps, but through v at the U-Net
-# that both share. The paper adds 0.001 times its sum over all t: with T = 1000 the mean, which one random t
-# estimates. So the weight is 1 (the official code, too, keeps it for another T).
+# Both are normal distributions, with the mean of section 9: ddim_step() with eta = 1, without its noise. q
+# has that of the true x0, and the variance beta~; p has that of the x0' which eps' gives, and the variance
+# above. In L_vb eps' is detached. So its gradient enters the network through v alone: it does change the
+# layers that v and eps' share, but never asks for another eps'. The paper adds 0.001 times the sum of L_vb
+# over all t: with T = 1000 that is the mean, which one random t estimates. So the weight is 1, also for
+# another T (the official code's default).
 
 
 def log_variances(alpha_bar):
@@ -2269,10 +2293,9 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     t    int (B,), on the CPU: timesteps of the process alpha_bar (T,)
     """
     eps_hat, v = out.chunk(2, 1)
-    now, before = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]                  # of t and of t - 1
-    # At eta = 1 and without noise a DDIM step is the mean of DDPM's posterior, see section 9.
-    posterior_mean = ddim_step(xt, x0, now, before, eta=1.0)
-    model_mean = ddim_step(xt, x0_from_eps(xt, now, eps_hat.detach()), now, before, eta=1.0)
+    a, a_next = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]    # of t; of t - 1, where the step leads
+    posterior_mean = ddim_step(xt, x0, a, a_next, eta=1.0)                                  # of q
+    model_mean = ddim_step(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next, eta=1.0)    # of p
     log_var = learned_log_variance(v, t, alpha_bar)
     log_posterior = per_image(log_variances(alpha_bar)[0][t], v)
     kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp()
@@ -2310,7 +2333,7 @@ def strided_timesteps(steps, count):
 class ADM(Model):
     """Diffusion U-Net without labels.
 
-    image_size           S; a multiple of 2 ** (levels - 1), else ValueError
+    image_size           S; a multiple of 2 ** (len(ch_mult) - 1), else ValueError
     ch, ch_mult, blocks  level i has ch * ch_mult[i] channels; residual blocks per level,
                          one more on the way up
     attention            strides of the maps that get attention: (8, 16) for maps of S / 8 and S / 16. The
@@ -2533,13 +2556,13 @@ def umd_no_decay(name, p):
 #     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
 #     paper                  the papers' epochs and batch size on ImageNet, and lr, the peak for 256 images:
 #                            a batch of B images has B / 256 of it
-#     tiny                   flags of train.py that suit tiny models: ids, the patches of an image; lr, of 256
-#                            images, too: 0.018 is 0.00225 for a batch of 32
+#     tiny                   flags of train.py that suit tiny models: ids, the patches of an image; lr, again
+#                            for 256 images: 0.018 is 0.018 * 32 / 256 = 0.00225 for a batch of 32
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
 #                            get the schedule's learning rate
 #
-# Others are made of MAGE_RECIPE, the tokenizer's in train.py, too. To change one method, give its row a dict
-# of its own.
+# The MAGEs share MAGE_RECIPE, and ADDP's and, in train.py, the tokenizer's are made of it. To change one
+# method, give its row a dict of its own: dict(MAGE_RECIPE, weight_decay=0.1), say.
 
 MAGE_RECIPE = dict(
     betas=(0.9, 0.95), weight_decay=0.05, no_decay=mae_no_decay, grad_clip=3.0, warmup=0.025, min_lr=0.0,
@@ -2661,7 +2684,8 @@ def complete(model):
 #     1. a class, such as Denoiser below
 #     2. after it, in this file, a row
 #        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
-#        (which is left out here, so that the example is no choice of train.py)
+#        (which is left out here, so that the example is no choice of train.py). As its tokens are patches, it
+#        is built as Denoiser(image_size=..., grid=..., **sizes["tiny"])
 #     3. python train.py --model denoiser
 #
 # sample.py draws the result, probe.py reads it, and the tests of all methods are its tests.
@@ -2685,34 +2709,35 @@ def complete(model):
 #     embed(x, noise=None, pool="mean")
 #         -> a vector for each image, (B, C)
 #
-# These have defaults:
-#
-#     best_t          the t at which the authors probe best_layer
-#     t_range         min and max of t, and what it is; int for a timestep. forward(t=) is checked, too
-#     pools           poolings that embed() knows, the authors' first
-#     length          tokens of an image, if there are any
-#     codes           entries of the codebook, if ids are predicted
-#     alpha_bar       the noise schedule, if there is one
-#     classes         labels that it is conditioned on
-#     takes_labels    the class can be built with classes > 0. Parameters that only such a model has are
-#                     called label_embed: --init lets them start afresh
-#     reads_ids       given ids instead of pixels, training and probing lose nothing
-#     generates       it can start from nothing
-#     reconstructs    it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-#     max_steps       sample.py takes no more sampling steps than these
-#     stem            names of what comes before `blocks`, for --init-encoder and layer decay
-#     dynamic_blocks  blocks whose number of tokens differs from call to call
-#     finetuning      of a ViT-B, of a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up
-#
-# And so have Model's methods of section 3: num_steps, render, noise, micro_batch_args, after_step, mirror.
-#
 # Arguments are checked by name before these methods run. The names stand in FORMS of section 14: there each
-# has one meaning, in all models. Any other name is yours, and not checked.
+# has one meaning, in all models; a mask_ratio below 0.5, say, is refused in any. Other names are yours, and
+# not checked.
+#
+# What follows has defaults, which a class overrides where it differs, as it may override the methods of Model
+# in section 3: num_steps, render, noise, micro_batch_args, after_step, mirror.
+
+Model.best_t = 0                        # the t at which the authors probe best_layer
+Model.t_range = (0, 0, "always 0")      # min, max and meaning of t, of forward(t=), too; int: a timestep
+Model.pools = ("mean",)                 # poolings that embed() knows, the authors' first
+Model.length = 0                        # tokens of an image, if there are any
+Model.codes = 0                         # entries of the codebook, if ids are predicted
+Model.alpha_bar = None                  # the noise schedule, if there is one
+Model.classes = 0                       # labels that it is conditioned on
+Model.takes_labels = False              # the class can be built with classes > 0. Parameters that only such a
+#                                         model has are called label_embed: --init lets them start afresh
+Model.reads_ids = False                 # given ids instead of pixels, training and probing lose nothing
+Model.generates = True                  # it can start from nothing
+Model.reconstructs = False              # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
+Model.max_steps = math.inf              # sample.py takes no more sampling steps than these
+Model.stem = ()                         # names of what comes before `blocks`, for --init-encoder, layer decay
+Model.dynamic_blocks = ()               # blocks whose number of tokens differs from call to call
+Model.finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)        # of a ViT-B, of a ViT-L: learning rate
+#                                         for 256 images, layer decay, fraction of warm-up
 
 
 class Denoiser(Model):
     """Transformer on patches that removes noise of one strength, at once. Generates by being fed its own
-    output: too simple to be good, but complete.
+    output, and is probed without noise: too simple to be good, but complete.
 
     image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
     """
