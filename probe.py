@@ -1117,6 +1117,8 @@ def report(places, titles, results, about, cfg):
             draws = f", {statistics.stdev(values):.1%} from draw to draw" if len(values) > 1 else ""
             print(f"    {with_error(p, n, head)}  {titles[name]}{draws}")
             row[metric if name == "model" else name] = p
+        if cfg.head != "finetune" and accuracies["untrained"][0] > accuracies["model"][0]:
+            print("             untrained it is better: so little training has done these features no good")
         row |= dict(*more) or {"standard_error": round(standard_error(row["top1"], n), 4)}
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)

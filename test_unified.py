@@ -5513,6 +5513,21 @@ def test_features_that_training_has_made_worse_are_told_of(untrained, told, fini
     assert f"features of mage: layer {model.best_layer}, t 0, mean" in printed
 
 
+@pytest.mark.parametrize("count, told", [(1, True), (2, False)])
+def test_codes_that_so_few_images_cannot_use_are_no_fault_of_the_tokenizer(count, told, finished, tmp_path,
+                                                                           monkeypatch, capsys):
+    monkeypatch.setattr(train, "draw_images", lambda *_, **__: None)
+    monkeypatch.setattr(train, "measure_tokenizer", lambda *_: ({"psnr": 30.0, "codes_used": 0.06}, 20.0))
+    model, config = unified.load_model(finished[0])
+    cfg = train.Config(**{k: v for k, v in config.items() if k in vars(train.Config())})
+    cfg.out_dir = str(shutil.copytree(finished[0], tmp_path / "run"))
+    data = probe.ImageTensor(torch.zeros(count, 3, 32, 32, dtype=torch.uint8), torch.zeros(count), [], (1, 1))
+    train.report(cfg, model, {}, data, data)                            # 16 ids an image, of 32 codes
+    printed = capsys.readouterr().out
+    assert ("(so few images use 50% at most)" in printed) == told
+    assert ("has learned little" in printed) != told
+
+
 def test_resume_needs_the_run_alone_and_names_all_flags_that_contradict_it(photos, finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "copy")
     wrong = script("train.py", "--resume", run, "--codes", 64, "--batch-size", 16, "--dataset", "shapes",

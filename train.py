@@ -1166,11 +1166,13 @@ def report(cfg, model, ema, train_set, test_set):
         if data.unreadable:
             print_once(f"{len(data.unreadable)} images of {probe.shown(data.root)} cannot be read: {fate}")
     if vqgan:
+        possible = min(1, len(test_set) * model.length / model.codes)           # an id uses one code
         print_once(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test_set)} test images, "
-                   f"{figures['codes_used']:.0%} of the codes used")
-        if figures["codes_used"] < 0.1 or figures["psnr"] < floor:
+                   f"{figures['codes_used']:.0%} of the codes used"
+                   + f" (so few images use {possible:.0%} at most)" * (possible < 1))
+        if figures["codes_used"] < 0.1 * possible or figures["psnr"] < floor:
             remedy = "knows little of these images, leave --tokenizer out" if cfg.tokenizer else \
-                "has learned little, give it more --tokenizer-steps"
+                f"has learned little, give it more --tokenizer-steps than {cfg.tokenizer_steps}"
             print_once(f"            it {remedy}: the mean colour of each token's square would reach "
                        f"{floor:.2f} dB")
     images = [folder / f"{name}.png" for name in ("samples", "reconstructions", "loss")]
@@ -1183,7 +1185,7 @@ def report(cfg, model, ema, train_set, test_set):
                                       "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
         if top1["features"] < top1["the same network untrained"]:
-            print_once("            untrained they are better: so few --steps have done them no good")
+            print_once("             untrained they are better: so little training has done them no good")
     else:
         print_once(f"no probe: {no_probe}")
     run = shlex.quote(str(folder))

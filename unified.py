@@ -3206,7 +3206,7 @@ def parse_flags(cls, doc, argv=None):
         unknown = re.search("unrecognized arguments: (--[^ =]+)", message)
         names = [f"--{field.name.replace('_', '-')}" for field in fields]
         close = difflib.get_close_matches(unknown[1] if unknown else "", names, 1)
-        hint = f"; did you mean {close[0]}?" * bool(close)
+        hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{message}{hint} ({parser.prog} -h lists the options)")
     parser.error = refuse
     for field in fields:
