@@ -11,7 +11,7 @@ nothing, it is generation.
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
-    ADM      pixels              noise added                             the noise, and its variance
+    ADM      pixels              noise added                             the noise; variance of a step back
 
 UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model is used:
 
@@ -360,8 +360,8 @@ class VQGAN(nn.Module):
 
 
 # Training the tokenizer. The loss is a weighted sum of these terms, where sg is stop-gradient and
-# p = softmax(-distances / 0.01) over the K codes, H its entropy. All are means, over pixels, channels or
-# positions:
+# p = softmax(-distances / 0.01) over the K codes, H its entropy. All are means, over pixels, channels,
+# positions or codes:
 #
 #     term        weight                               trains
 #     l1           3.0   |x' - x|                      decoder and encoder
@@ -381,7 +381,8 @@ class VQGAN(nn.Module):
 # The factor g makes the generator term's gradient at the decoder's last layer as long as that of l1 + l2.
 #
 # Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
-# goes straight through to the encoder. VQ-VAE's terms alone leave most codes unused. MaskGIT's perceptual
+# goes straight through to the encoder. VQ-VAE's terms alone leave most codes unused, since a code that is
+# nobody's nearest gets no gradient: coverage and entropy prevent that. MaskGIT's perceptual
 # loss needs a pretrained network, which we do without. The price is texture: expect a clearly higher
 # reconstruction FID than the 2 to 3 of released tokenizers.
 
@@ -599,9 +600,10 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
     return mask, ids_keep.sort(1).values
 
 
-# Generation starts with all n0 = L tokens masked. Step t of T predicts every masked token, keeps the
-# predictions that are most confident, and masks the others again. How many stay masked falls along a cosine
-# [MaskGIT, 3.2], in MAGE by at least one in each step, but not below 1, as in the official codes:
+# Generation starts with n0 masked tokens: all L, or the unknown ones of inpainting. Step t of T predicts
+# every masked token, keeps the predictions that are most confident, and masks the others again. How many stay
+# masked falls along a cosine [MaskGIT, 3.2], in MAGE by at least one in each step, but not below 1, as in the
+# official codes:
 #
 #     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1))
 #
@@ -1056,8 +1058,8 @@ class MAGE(TokenModel):
         return encoder_decoder_features(self, x, lambda latent: self.decoder_input(latent, mask), layers, add)
 
     def embed(self, x, noise=None, pool="mean"):
-        """The vector that the paper probes: (B, C). 'mean': outputs of the last block, averaged over the
-        image, then normalised; 'class': the normed class token. Nothing is masked."""
+        """The vector that the paper probes: (B, C). 'mean': outputs of the encoder's last block, averaged
+        over the image, then normalised; 'class': the normed class token. Nothing is masked."""
         if pool == "mean":
             mean = self.features(x)[0].mean((2, 3))                                         # (B, C)
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
@@ -1306,6 +1308,7 @@ class ContrastiveMAGE(MAGE):
 #     ids     a  b  c  d     b is visible
 #     drawn   e  b  f  g     masked ids: each from its 2nd to 16th best code, so alike, not the same
 #     echo    _  b  f  _     [MASK] outside a random square, whose side is half to all of the grid's
+#                            (this is one row of the grid, and the square covers its middle)
 #
 #     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_i exp(e_a . z_i / tau) )       tau = 0.3
 #
@@ -1399,8 +1402,8 @@ class EchoMAGE(ContrastiveMAGE):
 # h0, h1, h3 and h4 are thrown away: what the blur of masked places shows reaches the decoder only through the
 # outputs of visible patches, here h2, which have attended to it.
 #
-# While all is masked, as in the first step, there is no image: the encoder is skipped, and the decoder reads
-# mask tokens alone.
+# While all is masked, as in the first step of generation, there is no image: the encoder is skipped, and the
+# decoder reads mask tokens alone. (In training it runs even then, and nothing of it is read.)
 #
 # Training starts from the ids of an image and has no previous step, whose p would make x_t. A frozen, trained
 # MAGE imitates it. There are two masks, one inside the other:
@@ -1519,8 +1522,8 @@ class ADDP(TokenModel):
         return loss, {"masked": loss}
 
     def nested_masks(self, ids, index=None, gap=None, mask_noise=None):
-        """Masks of this step and of an earlier one, which contains it: bool (B, L) each; and how many tokens
-        are visible: int."""
+        """Masks of this step and of an earlier one, which contains or equals it: bool (B, L) each; and how
+        many tokens are visible: int."""
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
         ratio, weight = nested_mask_ratios()
         if index is None:
@@ -2261,8 +2264,9 @@ class ADMBlock(nn.Sequential):
 
 
 def log_variances(alpha_bar):
-    """log beta~ and log beta of all timesteps: float64 (T,) -> (T,) each. At t = 0 beta~ is 0, so its
-    logarithm is replaced by that of t = 1 (if T = 1, of beta)."""
+    """log beta~ and log beta of all timesteps, or of those that sampling visits, which count as a process of
+    their own: alpha_bar float64 (T,) -> (T,) each. At t = 0 beta~ is 0, so its logarithm is replaced by that
+    of t = 1 (if T = 1, of beta)."""
     alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
     small, large = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
     first = small[1:2] if len(small) > 1 else large
