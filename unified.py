@@ -381,10 +381,13 @@ class VQGAN(nn.Module):
 # The factor g makes the generator term's gradient at the decoder's last layer as long as that of l1 + l2.
 #
 # Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
-# goes straight through to the encoder. VQ-VAE's terms alone leave most codes unused, since a code that is
-# nobody's nearest gets no gradient: coverage and entropy prevent that. MaskGIT's perceptual
-# loss needs a pretrained network, which we do without. The price is texture: expect a clearly higher
-# reconstruction FID than the 2 to 3 of released tokenizers.
+# goes straight through to the encoder.
+#
+# VQ-VAE's terms alone leave most codes unused, since a code that is nobody's nearest gets no gradient:
+# coverage gives one to every code, and entropy rewards the use of all.
+#
+# MaskGIT's perceptual loss needs a pretrained network, which we do without. The price is texture: expect a
+# clearly higher reconstruction FID than the 2 to 3 of released tokenizers.
 
 
 def straight_through(z, codes):
@@ -393,8 +396,8 @@ def straight_through(z, codes):
 
 
 def entropy_loss(distances, temperature=0.01):
-    """Mean entropy per position minus entropy of the mean distribution: (N, K) -> scalar in [-ln K, 0].
-    Temperature as MaskGIT's."""
+    """Mean entropy per position minus entropy of the mean distribution: (N, K) -> scalar, from -ln K to about
+    0. Temperature as MaskGIT's."""
     logits = distances / -temperature
     p, log_p = logits.softmax(1), logits.log_softmax(1)                                     # (N, K)
     mean = p.mean(0)                                                                        # (K,)
@@ -492,8 +495,8 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# Model, their base class, has what they share. What else the scripts ask of a model, such as best_t, stands
-# in section 12 with its defaults, beside an example for a method of your own.
+# Model, their base class, has what they share and, at its end, defaults for what else the scripts ask of a
+# model. Section 12 has an example for a method of your own.
 
 
 class Model(nn.Module):
@@ -527,6 +530,25 @@ class Model(nn.Module):
         return self._modules.get("vqgan")
 
     # ---- for the scripts; skip the rest of this class at first
+
+    best_t = 0                              # the t at which the authors probe best_layer
+    t_range = (0, 0, "always 0")            # min, max and meaning of t, of forward(t=), too; int: a timestep
+    pools = ("mean",)                       # poolings that embed() knows, the authors' first
+    length = 0                              # tokens of an image, if there are any
+    codes = 0                               # entries of the codebook, if ids are predicted
+    alpha_bar = None                        # the noise schedule, if there is one
+    classes = 0                             # labels that it is conditioned on
+    takes_labels = False                    # the class can be built with classes > 0. Parameters that only
+    #                                         such a model has are called label_embed: --init skips them
+    reads_ids = False                       # given ids instead of pixels, training and probing lose nothing
+    generates = True                        # it can start from nothing
+    reconstructs = False                    # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
+    max_steps = math.inf                    # sample.py takes no more sampling steps than these
+    stem = ()                               # names of what comes before `blocks`, for --init-encoder and
+    #                                         layer decay
+    dynamic_blocks = ()                     # blocks whose number of tokens differs from call to call
+    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)      # of a ViT-B, of a ViT-L: learning rate for
+    #                                         256 images, layer decay, fraction of warm-up
 
     def micro_batch_args(self, first, count):
         """What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that
@@ -562,7 +584,8 @@ def guarded(method):
 #     r ~ N(0.55, 0.25^2) restricted to [0.5, 1]          mean 0.69
 #
 # At r = 0.5 half of the image is visible, and the network learns to represent it. Near r = 1 hardly anything
-# is, and it learns to generate. Which tokens are masked is decided by sorting random numbers.
+# is, and it learns to generate. Which tokens are masked is decided by sorting random numbers, one for each:
+# mask_noise, or in features() noise. They only rank the tokens; nothing is added to the image.
 #
 # As in MAE, most masked tokens never enter the encoder. A fixed half of all tokens, all of them masked, is
 # dropped before it, whatever r is, so that shapes are static. The other masked tokens enter as [MASK]:
@@ -613,9 +636,9 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 # too, and the image is complete.
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
-#     prediction     c    d    .    e    .        sampled from p, for every masked token
+#     prediction     c    d    a    e    b        sampled from p at masked tokens only
 #     confidence   -.1 -1.6   inf -.9   inf       log p + temperature (1 - t/T) Gumbel
-#     ids            c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
+#     next           c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
 # The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0. The
 # temperature, 6 for 16 x 16 tokens, scales this noise only: ids are always sampled from p itself.
@@ -734,8 +757,8 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 
 
 def guidance_at(way, guidance, interval):
-    """w at a point of the way: guidance if low <= way < high, else 1. In step t of T the way is (t - 1) / T
-    in MAGE and ADDP; at timestep t it is 1 - t / T in UMD, 1 - (t + 1) / T in ADM."""
+    """w at a point of the way: guidance if low <= way < high, else 1. In step t of T the way is (t - 1) / T;
+    sections 10 and 11 measure it by the timestep."""
     low, high = interval
     return guidance if low <= way < high else 1.0
 
@@ -751,8 +774,8 @@ class TokenModel(Model):
     of the next step after a Decoding, and render(state).
     """
 
-    reconstructs, pools = True, ("mean", "class")
     round_up = False                                            # of num_masked
+    reconstructs, pools = True, ("mean", "class")               # for the scripts (see the end of Model)
 
     def __init__(self, vqgan, image_size):
         super().__init__()
@@ -836,9 +859,9 @@ class TokenModel(Model):
 #
 #     loss = - mean over masked i of  log p(id_i | visible ids)     with label smoothing 0.1     [MAGE, eq. 1]
 #
-# An encoder reads the visible ids, and those [MASK] that were not dropped: as many as keep the number of
-# tokens at L / 2, whatever r is. Others attend to them, but what they become is not used. The encoder's
-# output at position 0, the class token, comes to summarise the image.
+# An encoder reads the visible ids, filled up with [MASK] to L / 2 tokens. Others attend to these [MASK], but
+# their own outputs are not used. The encoder's output at position 0, the class token, comes to summarise the
+# image.
 # A decoder gets the outputs of visible ids back at their places and this summary at every masked place, and
 # predicts the ids there:
 #
@@ -925,9 +948,6 @@ class MAGE(TokenModel):
     fake_class      None: the fake class has an id of its own; c: it shares that of class c
                     (published files: 76)
     """
-
-    takes_labels = reads_ids = True                                                     # for the scripts
-    t_range, best_t, stem = (0.0, 1.0, "the mask ratio"), 0.0, ("token_emb",)
 
     def __init__(self, vqgan, image_size, width, depth, heads, decoder_width, decoder_depth, decoder_heads,
                  classes=0, fake_class=None, dropout=0.1):
@@ -1065,6 +1085,11 @@ class MAGE(TokenModel):
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
+
+    # ---- for the scripts (see the end of class Model)
+
+    takes_labels = reads_ids = True
+    t_range, best_t, stem = (0.0, 1.0, "the mask ratio"), 0.0, ("token_emb",)
 
 
 # features() needs outputs from the middle of the network. So it does not call encode(), but runs the same
@@ -1247,15 +1272,17 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
 # ------------------------------------------------------------------------------------------------------------
 # 7. MAGE-C and MAGE-E: which two views show the same image?
 #
+# Two crops of each image, its views, go through MAGE, masked each in its own places, but in the same ratio.
+# The mean of the encoder's normed outputs, of visible tokens and of [MASK] but not of the class token, goes
+# through Linear(C, 4096), ReLU and Linear(4096, 256) to a unit vector z. It must be closer to that of the
+# other crop than to those of all other images, in all processes:
+#
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
 #     b: the other view of a's image                                                         [SimCLR, eq. 1]
 #
-# Two crops of each image go through MAGE, masked each in its own places, but in the same ratio. The mean of
-# the encoder's normed outputs, of visible tokens and of [MASK] but not of the class token, goes through
-# Linear(C, 4096), ReLU and Linear(4096, 256) to a unit vector z. It must be closer to that of the other crop
-# than to those of all other images, in all processes. The weight beside the masked loss is 0.1 [MAGE, 3.3].
-# The authors released no training code for it: the layers' sizes and tau = 0.2 are ours.
+# The weight beside the masked loss is 0.1 [MAGE, 3.3]. The authors released no training code for it: the
+# layers' sizes and tau = 0.2 are ours.
 
 
 def info_nce(z, temperature=0.2):
@@ -1310,13 +1337,15 @@ class ContrastiveMAGE(MAGE):
 #     echo    _  b  f  _     [MASK] outside a random square, whose side is half to all of the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
+#     z_a     of the masked ids of image a: encoder, mean and projection as above, then two more layers, the
+#             prediction
+#     e_a     of its echo: encoder, mean and projection of a teacher, without gradient
+#
 #     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_i exp(e_a . z_i / tau) )       tau = 0.3
 #
-# with weight 0.1 beside the masked loss, as in MAGE-C.
-# z_a comes from the masked ids of image a: encoder, mean and projection as above, then two more layers, the
-# prediction. e_a comes from its echo: encoder, mean and projection of a teacher. The teacher is not trained.
-# After each step its weights move 0.4 % of the way to the model's, an average over some 250 steps. No
-# gradient flows through it, so the price of the echo is one more pass of the encoder, over all tokens.
+# with weight 0.1 beside the masked loss, as in MAGE-C. The teacher is not trained. After each step its
+# weights move 0.4 % of the way to the model's: they are an average over some 250 steps. So the price of the
+# echo is one more pass of the encoder, over all tokens, without a backward pass.
 #
 # MAGE-E is our name; Sorcen's files are called LEASE. Where this differs from them (models_lease_tk_1600.py):
 # their teacher starts from random weights, has dropout, and its projection is trained besides; they draw
@@ -1405,15 +1434,16 @@ class EchoMAGE(ContrastiveMAGE):
 # While all is masked, as in the first step of generation, there is no image: the encoder is skipped, and the
 # decoder reads mask tokens alone. (In training it runs even then, and nothing of it is read.)
 #
-# Training starts from the ids of an image and has no previous step, whose p would make x_t. A frozen, trained
-# MAGE imitates it. There are two masks, one inside the other:
+# Training starts from the ids of an image. In generation x_t is made of the previous step's p; here there is
+# no previous step, so a frozen, trained MAGE plays it. There are two masks, one inside the other:
 #
-#     mask            this step's. What it covers is to be predicted
-#     mask_earlier    the imitated step's, which covers more. MAGE predicts p' from the ids outside it
+#     mask_earlier    the played step's. MAGE predicts p' from the ids outside it
+#     mask            this step's, inside the former. What is between the two counts as found, and ADDP has to
+#                     predict what is inside
 #
-# x_t shows true codes outside mask, and mean codes under p' inside it. The target, q, is what the same MAGE
-# predicts when mask is all that is masked: it says more than the one true id, namely all that could stand
-# there.
+# So x_t shows true codes outside mask, and mean codes under p' inside it. The target, q, is what the same
+# MAGE predicts when mask is all that is masked: it says more than the one true id, namely all that could
+# stand there.
 #
 #     x_t  = D(c),  c_i = e_(id_i) outside mask,  sum over k of p'_i(k) e_k inside it
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | x_t, visible ids)     [ADDP, figure 4]
@@ -1455,11 +1485,6 @@ class ADDP(TokenModel):
     - x_t comes from a mask that is 1 to 5 entries of nested_mask_ratios() larger, if there are as many larger
       ones, not from exactly one step before.
     """
-
-    # reads_ids stays False: decoded ids are not the original image.
-    t_range, best_t = (0, 0, "always 0, since no timestep enters the network"), 0
-    stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
-    finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
 
     def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
         if image_size != predictor.image_size:
@@ -1587,8 +1612,6 @@ class ADDP(TokenModel):
         ids_visible = mask.int().argsort(stable=True, dim=1)[:, :visible]            # (B, visible), ascending
         return torch.cat([x, gather_tokens(id_tokens, ids_visible)], 1)
 
-    dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
-
     # ---- generation
 
     # The loop of TokenModel, in which a step is
@@ -1658,6 +1681,14 @@ class ADDP(TokenModel):
         latent = self.encode(self.to_pixels(x))                                             # (B, 1 + L, C)
         return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
 
+    # ---- for the scripts (see the end of class Model)
+
+    # reads_ids stays False: decoded ids are not the original image.
+    t_range, best_t = (0, 0, "always 0, since no timestep enters the network"), 0
+    stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
+    dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
+    finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 9. Noise
@@ -1670,7 +1701,8 @@ class ADDP(TokenModel):
 # two ways:
 #
 #     here and in ADM    t = 0 ... T-1      at 0 a little noise
-#     UMD                t = 0 ... T        at 0 none: alpha_bar_0 = 1 is put in front, for clean images
+#     UMD                t = 0 ... T        at 0 none: alpha_bar_0 = 1 is put in front, for clean images, so
+#                                           that UMD's alpha_bar[t] is alpha_bar[t - 1] here
 #
 # Predicting eps is predicting x0: solve the equation for either. An error of one is an error of the other,
 # times a weight,
@@ -1805,7 +1837,7 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 #     clean part, B - N images:     t = 0, mask ratio r_clean
 #         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
-#     noised part, N images:        t uniform in 1 ... T, mask ratio r_noised, the same at every t
+#     noised part, N images:        t uniform in 1 ... T, mask ratio r_noised, whatever t is
 #         L_x0    = mean over masked pixels of (x0 - x0')^2
 #         L_eps   = mean over visible pixels of (eps - eps')^2
 #     if nothing is masked, as in DiT, both are means over all pixels
@@ -1887,9 +1919,6 @@ class UMD(Model):
 
     The timestep t is 0 for clean images, and 1 ... T for noised ones.
     """
-
-    takes_labels = True
-    pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
 
     def __init__(self, image_size, grid, width, depth, heads, decoder_depth, clean_ratio, mask_ratio_clean,
                  mask_ratio_noised, classes=0, class_tokens=4):
@@ -2153,6 +2182,11 @@ class UMD(Model):
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         return self.encode(*self.noised(x, self.best_t, noise))[:, :self.cls_token.size(1)].mean(1)
 
+    # ---- for the scripts (see the end of class Model)
+
+    takes_labels = True
+    pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 11. ADM: predict the noise with a U-Net
@@ -2255,12 +2289,12 @@ class ADMBlock(nn.Sequential):
 #     L_vb = KL( q(x_next | xt, x0) || p(x_next | xt) )        in all steps but the last
 #     L_vb = - log p(x0 | xt)                                  in the last, to x0               [DDPM, eq. 5]
 #
-# Both are normal distributions, with the mean of section 9: ddim_step() with eta = 1, without its noise. q
-# has that of the true x0, and the variance beta~; p has that of the x0' which eps' gives, and the variance
-# above. In L_vb eps' is detached. So its gradient enters the network through v alone: it does change the
-# layers that v and eps' share, but never asks for another eps'. The paper adds 0.001 times the sum of L_vb
-# over all t: with T = 1000 that is the mean, which one random t estimates. So the weight is 1, also for
-# another T (the official code's default).
+# q and p are normal distributions. Their mean is what ddim_step() with eta = 1 gives before it adds noise
+# (section 9): for q from the true x0, for p from the x0' that eps' gives, here not clamped. The variance of q
+# is beta~, that of p the one above. In L_vb eps' is detached. So its gradient enters the network through v
+# alone: it does change the layers that v and eps' share, but never asks for another eps'. The paper adds
+# 0.001 times the sum of L_vb over all t: with T = 1000 that is the mean, which one random t estimates. So the
+# weight is 1, also for another T (the official code's default).
 
 
 def log_variances(alpha_bar):
@@ -2717,26 +2751,9 @@ def complete(model):
 # has one meaning, in all models; a mask_ratio below 0.5, say, is refused in any. Other names are yours, and
 # not checked.
 #
-# What follows has defaults, which a class overrides where it differs, as it may override the methods of Model
-# in section 3: num_steps, render, noise, micro_batch_args, after_step, mirror.
-
-Model.best_t = 0                        # the t at which the authors probe best_layer
-Model.t_range = (0, 0, "always 0")      # min, max and meaning of t, of forward(t=), too; int: a timestep
-Model.pools = ("mean",)                 # poolings that embed() knows, the authors' first
-Model.length = 0                        # tokens of an image, if there are any
-Model.codes = 0                         # entries of the codebook, if ids are predicted
-Model.alpha_bar = None                  # the noise schedule, if there is one
-Model.classes = 0                       # labels that it is conditioned on
-Model.takes_labels = False              # the class can be built with classes > 0. Parameters that only such a
-#                                         model has are called label_embed: --init lets them start afresh
-Model.reads_ids = False                 # given ids instead of pixels, training and probing lose nothing
-Model.generates = True                  # it can start from nothing
-Model.reconstructs = False              # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-Model.max_steps = math.inf              # sample.py takes no more sampling steps than these
-Model.stem = ()                         # names of what comes before `blocks`, for --init-encoder, layer decay
-Model.dynamic_blocks = ()               # blocks whose number of tokens differs from call to call
-Model.finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)        # of a ViT-B, of a ViT-L: learning rate
-#                                         for 256 images, layer decay, fraction of warm-up
+# What else the scripts ask of a model stands at the end of class Model in section 3, with its meaning and a
+# default, which a class overrides where it differs. So do Model's methods: num_steps, render, noise,
+# micro_batch_args, after_step, mirror.
 
 
 class Denoiser(Model):
