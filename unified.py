@@ -52,7 +52,7 @@ Sizes    B images; n, when they are generated           N of B images that are n
          K entries of the codebook                      V of the vocabulary, or of a part of it
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding
-         x0, eps, xt clean pixels, noise, and their mixture at timestep t
+         x0, eps, xt clean pixels, noise, and their mixture at timestep t; in ADDP the image decoded so far
          alpha_bar how much of x0 is left in xt: the square of its factor
          t of T: in diffusion a timestep, noisier as t grows; in decoding the number of a step, 1 ... T, with
            fewer tokens masked as t grows. features(t=) takes MAGE's mask ratio, or a timestep
@@ -146,7 +146,7 @@ class Attention(nn.Module):
 
 
 def fused_is_faster(q, dropout):
-    """On a GPU always. A CPU's kernel lacks dropout, and is slow in bfloat16."""
+    """On a GPU always; on a CPU only in float32 and without dropout, which its kernel lacks."""
     return q.device.type != "cpu" or q.dtype == torch.float32 and dropout == 0
 
 
@@ -361,7 +361,7 @@ class VQGAN(nn.Module):
 
 # Training the tokenizer. The loss is a weighted sum of these terms, where sg is stop-gradient and
 # p = softmax(-distances / 0.01) over the K codes, H its entropy. All are means, over pixels, channels,
-# positions or codes:
+# positions or codes; only the distances are sums over channels, as above:
 #
 #     term        weight                               trains
 #     l1           3.0   |x' - x|                      decoder and encoder
@@ -378,7 +378,8 @@ class VQGAN(nn.Module):
 #     generator      0.8   -g d(x')                    decoder and encoder
 #     discriminator  1.0   hinge(d(x), d(sg(x'))) / 2  d alone
 #
-# The factor g makes the generator term's gradient at the decoder's last layer as long as that of l1 + l2.
+# where hinge(a, b) = max(0, 1 - a) + max(0, 1 + b). The factor g makes the generator term's gradient at the
+# decoder's last layer as long as that of l1 + l2.
 #
 # Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
 # goes straight through to the encoder.
@@ -563,8 +564,8 @@ class Model(nn.Module):
         return len(self.layers) + 1 - layer
 
     def __init_subclass__(cls):
-        """Put a check of arguments before the public methods, which also moves labels and seeds to the
-        model's device. Read on as if it were not there."""
+        """Check the arguments of public methods (section 14), and move labels and seeds to the model's
+        device. Read on as if this were not there."""
         public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
         for name in vars(cls).keys() & public:
             setattr(cls, name, guarded(vars(cls)[name]))
@@ -587,8 +588,8 @@ def guarded(method):
 # is, and it learns to generate. Which tokens are masked is decided by sorting random numbers, one for each:
 # mask_noise, or in features() noise. They only rank the tokens; nothing is added to the image.
 #
-# As in MAE, most masked tokens never enter the encoder. A fixed half of all tokens, all of them masked, is
-# dropped before it, whatever r is, so that shapes are static. The other masked tokens enter as [MASK]:
+# As in MAE, the encoder is spared masked tokens: a fixed half of all tokens, all of them masked, is dropped
+# before it, whatever r is, so that shapes are static. The other masked tokens enter as [MASK]:
 #
 #     L = 256 tokens, r = 0.55, sorted by their random numbers; later each goes back to its place
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
@@ -715,7 +716,7 @@ class Decoding(typing.NamedTuple):
     logits: torch.Tensor = None         # (n, L, K) of the previous step; ADDP makes its image from them
     known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
     inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
-    last: bool = False                  # after step T: one token is still masked, but its id is shown, too
+    last: bool = False                  # after step T: one token is still masked, but MAGE shows its id, too
 
     def with_known(self, x):
         """Pixels x (n, 3, S, S), with the known ones put back."""
@@ -746,7 +747,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 # what the label changes [CFG]:
 #
 #     logits = logits(no label) + w_t (logits(y) - logits(no label))
-#     w_t    = 1 + (w - 1) t / T                                                     in step t of T
+#     w_t    = 1 + (w - 1) t / T            in step t of T: it grows. In UMD and ADM (sections 10, 11) w_t = w
 #
 # w = 1 is prediction as trained, for which one pass is enough; a larger w exaggerates. Two variants:
 #
@@ -824,7 +825,7 @@ class TokenModel(Model):
         """Parallel decoding, with guidance, from nothing or into known pixels.
 
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
-        temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, less for fewer (ours)
+        temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, less for fewer, more for more (ours)
         labels        int (n,), or None
         guidance      w of classifier-free guidance; w_t grows to it linearly
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
@@ -859,11 +860,10 @@ class TokenModel(Model):
 #
 #     loss = - mean over masked i of  log p(id_i | visible ids)     with label smoothing 0.1     [MAGE, eq. 1]
 #
-# An encoder reads the visible ids, filled up with [MASK] to L / 2 tokens. Others attend to these [MASK], but
-# their own outputs are not used. The encoder's output at position 0, the class token, comes to summarise the
-# image.
-# A decoder gets the outputs of visible ids back at their places and this summary at every masked place, and
-# predicts the ids there:
+# An encoder reads the visible ids, filled up with [MASK] to L / 2 tokens. The others attend to them, but
+# the decoder does not use the outputs of [MASK]. The encoder's output at position 0, the class token, comes
+# to summarise the image. A decoder gets the outputs of visible ids back at their places and this summary at
+# every masked place, and predicts the ids there:
 #
 #     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
 #     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
@@ -1064,8 +1064,8 @@ class MAGE(TokenModel):
         t         mask ratio in [0, 1]; noise (B, L): forward's mask_noise, the smallest are masked, drawn if
                   None
         layers    numbers of blocks, encoder first; [best_layer] if None
-        add       {layer: map (B, C, h, w)} added to the output of that layer. Read it as empty: only DifFeed
-                  passes it, see section 11
+        add       {layer: map (B, C, h, w)} added to the output of that layer. Read it as empty: only DifFeed,
+                  a probe that runs the network twice, passes it (section 11)
         finetune  changes nothing here: MAGE is fine-tuned as it was trained
         returns   [map (B, C, h, w) for each of layers]
         """
@@ -1295,7 +1295,7 @@ def info_nce(z, temperature=0.2):
     everyone, me = of_all_processes(views)
     similarity = views @ everyone.T / temperature                                       # (2B, 2B * processes)
     similarity = similarity.scatter(1, me[:, None], -math.inf)                              # v != a
-    return F.cross_entropy(similarity, me ^ 1)          # the other view: XOR 1 turns 2i into 2i + 1 and back
+    return F.cross_entropy(similarity, me ^ 1)          # XOR 1 turns 2i into 2i + 1 and back: the other view
 
 
 def of_all_processes(z):
@@ -1337,9 +1337,9 @@ class ContrastiveMAGE(MAGE):
 #     echo    _  b  f  _     [MASK] outside a random square, whose side is half to all of the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
-#     z_a     of the masked ids of image a: encoder, mean and projection as above, then two more layers, the
-#             prediction
-#     e_a     of its echo: encoder, mean and projection of a teacher, without gradient
+#     z_a     of image a, partly masked as in MAGE: encoder, mean and projection as above, then two more
+#             layers, the prediction
+#     e_a     of its echo, with the fake class: encoder, mean and projection of a teacher, without gradient
 #
 #     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_i exp(e_a . z_i / tau) )       tau = 0.3
 #
@@ -1421,8 +1421,8 @@ class EchoMAGE(ContrastiveMAGE):
 #             mean codes under p if masked                                      ^
 #                                                             visible ids ------+
 #
-# The decoder reads what the encoder made of visible tokens, the mask token m at masked ones, and the visible
-# ids, appended:
+# The decoder reads what the encoder made of visible tokens, the mask token m at masked ones and at position 0
+# (where MAGE has its summary), and the visible ids, appended:
 #
 #     tokens    [class]  _   b   _   _        _ is masked
 #     encode      h0    h1  h2  h3  h4        every patch of x_t enters
@@ -1432,14 +1432,15 @@ class EchoMAGE(ContrastiveMAGE):
 # outputs of visible patches, here h2, which have attended to it.
 #
 # While all is masked, as in the first step of generation, there is no image: the encoder is skipped, and the
-# decoder reads mask tokens alone. (In training it runs even then, and nothing of it is read.)
+# decoder reads mask tokens alone. (In training it runs even then, and nothing of it is read.) With 256 tokens
+# and 20 steps these are the first two steps, for counts are rounded up, and the first step keeps nothing.
 #
 # Training starts from the ids of an image. In generation x_t is made of the previous step's p; here there is
-# no previous step, so a frozen, trained MAGE plays it. There are two masks, one inside the other:
+# no previous step, so a frozen, trained MAGE stands in for it. There are two masks, one inside the other:
 #
-#     mask_earlier    the played step's. MAGE predicts p' from the ids outside it
-#     mask            this step's, inside the former. What is between the two counts as found, and ADDP has to
-#                     predict what is inside
+#     mask_earlier    what was masked before that earlier step. MAGE predicts p' from the ids outside
+#     mask            what is still masked after it, and ADDP has to predict. Tokens between the two count as
+#                     found by the earlier step
 #
 # So x_t shows true codes outside mask, and mean codes under p' inside it. The target, q, is what the same
 # MAGE predicts when mask is all that is masked: it says more than the one true id, namely all that could
@@ -1451,13 +1452,14 @@ class EchoMAGE(ContrastiveMAGE):
 #
 #     ids, mask_earlier --------- MAGE --> p' ----+
 #     ids, mask ----------------------------------+-- D --> x_t --> encoder --> decoder --> p
+#     visible ids --------------------------------------------------------------^           |
 #     ids, mask --- MAGE --> q ---------------------------------------------------------> loss
 #
 # Mask ratios: cut the cosine into 100 steps; 66 of them have a ratio in [0.5, 1). That of mask is one of
 # these, drawn with MAGE's normal density as weight, 74.5 % on average. That of mask_earlier is 1 to 5 places
 # nearer to 1, or the largest if there are not so many. Both masks sort the same random numbers, so one
 # contains the other. Counts are rounded up: with 256 tokens, the five largest ratios mask everything, and so
-# teach the first step of generation. No timestep enters the network: it can see how much of the image is
+# teach the first steps of generation. No timestep enters the network: it can see how much of the image is
 # decided.
 
 
@@ -1482,7 +1484,7 @@ class ADDP(TokenModel):
     It differs from the paper's figure 4, as the official code does:
     - the loss has label smoothing, and its softmax runs over the whole vocabulary;
     - visible ids enter the decoder as tokens, beside the encoder's output;
-    - x_t comes from a mask that is 1 to 5 entries of nested_mask_ratios() larger, if there are as many larger
+    - p' comes from a mask that is 1 to 5 entries of nested_mask_ratios() larger, if there are as many larger
       ones, not from exactly one step before.
     """
 
@@ -1621,10 +1623,9 @@ class ADDP(TokenModel):
     #     logits    = decode(encode(x), ids, mask)                                  step_logits
     #     ids, mask = unmask(logits, ids, mask)                                     as in MAGE
     #
-    # Counts are rounded up, in MAGE down. So of 20 steps with 256 tokens the first keeps nothing, for
-    # ceil(256 cos(pi / 40)) = 256, and the second begins without an image, too. The last step leaves one
-    # token masked: in the final image it is a mean of codes, as in the official code. ViT-L was also run with
-    # 256 steps and schedule="linear".
+    # Counts are rounded up, in MAGE down: ceil(256 cos(pi / 40)) = 256 after the first of 20 steps. The last
+    # step leaves one token masked: in the final image it is a mean of codes, as in the official code. ViT-L
+    # was also run with 256 steps and schedule="linear".
 
     round_up = True
 
@@ -1868,10 +1869,11 @@ def timestep_embedding(t, dim, denominator, layout):
 #     MaskDiT      0                -                 0.5           (L_x0 + L_eps) / 2
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #
-# Generation uses the prediction of eps alone, with nothing masked, as DDPM does. Labels condition the noised
-# part only, as in the official code, and are hidden in one image of ten. As a rule they are learned last, by
-# tuning a trained model with r_noised = 0 and few clean images (section 12). Guidance is as in MAGE, but w
-# does not grow: eps = eps(no label) + w (eps(label) - eps(no label)).
+# Generation uses the prediction of eps alone, as DDPM does, with nothing masked: a patch is embedded by
+# itself, and attention takes any number of them. Labels condition the noised part only, as in the official
+# code, and are hidden in one image of ten. As a rule they are learned last, by tuning a trained model with
+# r_noised = 0 and few clean images (section 12). Guidance is as in MAGE, but w does not grow: eps = eps(no
+# label) + w (eps(label) - eps(no label)).
 #
 # These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets
 # normalised patch by patch; the published DiT reads latents, has no decoder, predicts the noise alone and
@@ -2291,10 +2293,13 @@ class ADMBlock(nn.Sequential):
 #
 # q and p are normal distributions. Their mean is what ddim_step() with eta = 1 gives before it adds noise
 # (section 9): for q from the true x0, for p from the x0' that eps' gives, here not clamped. The variance of q
-# is beta~, that of p the one above. In L_vb eps' is detached. So its gradient enters the network through v
-# alone: it does change the layers that v and eps' share, but never asks for another eps'. The paper adds
-# 0.001 times the sum of L_vb over all t: with T = 1000 that is the mean, which one random t estimates. So the
-# weight is 1, also for another T (the official code's default).
+# is beta~, that of p the one above. In the last step x0 is a byte, whose
+# probability is the mass of p within half a grey level of it.
+#
+# In p's mean eps' is detached. So L_vb trains v. It moves the layers that v and eps' share, too, but no
+# gradient reaches the output eps'. The paper adds 0.001 times the sum of L_vb over all t: with T = 1000 that
+# is the mean, which one random t estimates. So the weight is 1, also for another T (the official code's
+# default).
 
 
 def log_variances(alpha_bar):
@@ -2623,7 +2628,7 @@ class Method(typing.NamedTuple):
     """A row of MODELS."""
     model: type
     sizes: dict                         # {"tiny": constructor arguments, ...}, at least one
-    recipe: dict                        # with all the keys above
+    recipe: dict                        # with all the keys above but optimizer, which it may have
     options: dict = {}                  # constructor arguments that make it this method
     # What its tokens are, and so what its constructor takes besides: "ids": vqgan (or predictor) first, and
     # image_size; "patches" of pixels: image_size and grid; "none": image_size.
