@@ -825,7 +825,7 @@ class TokenModel(Model):
         """Parallel decoding, with guidance, from nothing or into known pixels.
 
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
-        temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, less for fewer, more for more (ours)
+        temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, else 6 / 16 of the side (ours)
         labels        int (n,), or None
         guidance      w of classifier-free guidance; w_t grows to it linearly
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
@@ -2293,8 +2293,8 @@ class ADMBlock(nn.Sequential):
 #
 # q and p are normal distributions. Their mean is what ddim_step() with eta = 1 gives before it adds noise
 # (section 9): for q from the true x0, for p from the x0' that eps' gives, here not clamped. The variance of q
-# is beta~, that of p the one above. In the last step x0 is a byte, whose
-# probability is the mass of p within half a grey level of it.
+# is beta~, that of p the one above. In the last step x0 is a byte, whose probability is the mass of p within
+# half a grey level of it.
 #
 # In p's mean eps' is detached. So L_vb trains v. It moves the layers that v and eps' share, too, but no
 # gradient reaches the output eps'. The paper adds 0.001 times the sum of L_vb over all t: with T = 1000 that
