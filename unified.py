@@ -458,6 +458,7 @@ class TokenizerTraining(nn.Module):
         z = self.vqgan.encoder(x)                                                           # (B, dim, h, w)
         distances = self.vqgan.quantize.distances(z)                                        # (B * h * w, K)
         codes = self.vqgan.quantize.lookup(distances.argmin(1).view(-1, *z.shape[2:]))      # (B, dim, h, w)
+        # For each code the position whose z is nearest.
         nearest_z = z.detach().movedim(1, -1).flatten(0, -2)[distances.min(0).indices]      # (K, dim)
         y = self.vqgan.decoder(straight_through(z, codes))                                  # (B, 3, S, S)
         logs = {"l1": (y - x).abs().mean(),
@@ -531,6 +532,9 @@ class Model(nn.Module):
         return self._modules.get("vqgan")
 
     # ---- for the scripts; skip the rest of this class at first
+
+    # Each __init__ sets image_size, layers = {number of a block: (channels, h, w)}, and best_layer, the block
+    # whose output embed() reads.
 
     best_t = 0                              # the t at which the authors probe best_layer
     t_range = (0, 0, "always 0")            # min, max and meaning of t, of forward(t=), too; int: a timestep
@@ -1455,12 +1459,11 @@ class EchoMAGE(ContrastiveMAGE):
 #     visible ids --------------------------------------------------------------^           |
 #     ids, mask --- MAGE --> q ---------------------------------------------------------> loss
 #
-# Mask ratios: cut the cosine into 100 steps; 66 of them have a ratio in [0.5, 1). That of mask is one of
-# these, drawn with MAGE's normal density as weight, 74.5 % on average. That of mask_earlier is 1 to 5 places
-# nearer to 1, or the largest if there are not so many. Both masks sort the same random numbers, so one
-# contains the other. Counts are rounded up: with 256 tokens, the five largest ratios mask everything, and so
-# teach the first steps of generation. No timestep enters the network: it can see how much of the image is
-# decided.
+# Mask ratios: cos(pi / 2 * j / 100) for j = 1 ... 66 are those in [0.5, 1). That of mask is one of these,
+# drawn with MAGE's normal density as weight, 74.5 % on average. That of mask_earlier has a j that is 1 to 5
+# smaller, but not below 1. Both masks sort the same random numbers, so one contains the other. Counts are
+# rounded up: with 256 tokens, the five largest ratios mask everything, and so teach the first steps of
+# generation. No timestep enters the network: it can see how much of the image is decided.
 
 
 def nested_mask_ratios():
@@ -1733,7 +1736,7 @@ class ADDP(TokenModel):
 # x0' is sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar), as in DDPM's mean.
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
-# tensor (B,) or (), on the CPU.
+# tensor on the CPU: (B,), () or, of several timesteps, (T,).
 
 
 def noise_schedule(name, steps=1000):
