@@ -1118,7 +1118,7 @@ def report(places, titles, results, about, cfg):
             print(f"    {with_error(p, n, head)}  {titles[name]}{draws}")
             row[metric if name == "model" else name] = p
         if cfg.head != "finetune" and accuracies["untrained"][0] > accuracies["model"][0]:
-            print("             untrained it is better: so little training has done these features no good")
+            print("             untrained it is no worse: so little training has done these features no good")
         row |= dict(*more) or {"standard_error": round(standard_error(row["top1"], n), 4)}
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
@@ -2223,7 +2223,8 @@ def find_images(root):
     if second:
         how, train, test = f"{second}/", (files, labels), rest[0]
     else:
-        how, held = "a tenth of each class, by a hash of the file's name", is_held_out(files, labels)
+        each = " of each class" * ("" not in parts[0])
+        how, held = f"a tenth{each}, by a hash of the file's name", is_held_out(files, labels)
         train, test = ([[v for v, h in zip(column, held) if h == part] for column in (files, labels)]
                        for part in (False, True))
     classes = [name for name in parts[0] if name]

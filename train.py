@@ -309,7 +309,8 @@ def open_data(cfg):
     if len(train_set) < 1000:
         look = "--tokenizer-steps 300 " * bool(first) + "--steps 300 --image-size 32 --out-dir out/look"
         remedy = f"; take thousands or, for a first look, {look}" * (cfg.steps is None or cfg.steps > 300)
-        print_once(f"{len(train_set)} images are few: the model will know them by heart{remedy}")
+        print_once(f"{len(train_set)} images are few: trained for long, the model will know them by heart"
+                   + remedy)
     if len(test_set) < 100 and test_set.unseen and test_set.classes:
         print_once(f"{len(test_set)} test images are few: one is {1 / len(test_set):.1%} of an accuracy")
     if cfg.labels and not train_set.classes:
@@ -1185,7 +1186,7 @@ def report(cfg, model, ema, train_set, test_set):
                                       "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
         if top1["features"] < top1["the same network untrained"]:
-            print_once("             untrained they are better: so little training has done them no good")
+            print_once("             untrained they are no worse: so little training has done them no good")
     else:
         print_once(f"no probe: {no_probe}")
     run = shlex.quote(str(folder))
