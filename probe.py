@@ -1098,6 +1098,9 @@ def with_error(p, n, head):
     return f"{p:6.1%}" + f" +- {standard_error(p, n):.1%}" * (head != "segment")
 
 
+NO_GAIN = "             untrained they are no worse: so little training has done them no good"
+
+
 def report(places, titles, results, about, cfg):
     """Print the results of compare() and append them to probe.jsonl, with what is known about the run."""
     rows = []
@@ -1118,7 +1121,7 @@ def report(places, titles, results, about, cfg):
             print(f"    {with_error(p, n, head)}  {titles[name]}{draws}")
             row[metric if name == "model" else name] = p
         if cfg.head != "finetune" and accuracies["untrained"][0] > accuracies["model"][0]:
-            print("             untrained it is no worse: so little training has done these features no good")
+            print(NO_GAIN)
         row |= dict(*more) or {"standard_error": round(standard_error(row["top1"], n), 4)}
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)

@@ -397,19 +397,19 @@ def forecast(cfg, net, steps):
     model = unified.build(arch)
     x = torch.rand(min(few, cfg.tokenizer_batch_size), 3, cfg.image_size, cfg.image_size)
     ids = torch.randint(cfg.codes, (min(few, cfg.batch_size), method.views, model.length)).squeeze(1)
-    seconds = []
-    for stage, batch, images in ((net, x, cfg.tokenizer_steps * cfg.tokenizer_batch_size),
-                                 (model, ids, steps * cfg.batch_size)):
-        stage, batch, took = stage.to(cfg.device), batch.to(cfg.device), []
-        for _ in range(3):                              # the first one is slower
-            started = time.time()
+
+    def seconds_an_image(stage, batch):
+        stage, batch = stage.to(cfg.device), batch.to(cfg.device)
+
+        def step():
             with probe.autocast(cfg):
                 loss, _ = stage(batch)
             loss.backward()
-            loss.item()                                 # waits for a GPU
-            took.append(time.time() - started)
+        took = seconds_a_call(cfg, step, 0.2)
         stage.zero_grad()
-        seconds.append(min(took) / len(batch) * images)
+        return took / len(batch)
+    seconds = [seconds_an_image(net, x) * cfg.tokenizer_steps * cfg.tokenizer_batch_size,
+               seconds_an_image(model, ids) * steps * cfg.batch_size]
     whole, first, second = map(tqdm.tqdm.format_interval, (sum(seconds), *seconds))
     return f"about {whole} in all: tokenizer {first}, {cfg.model} {second}; then the report"
 
@@ -533,8 +533,6 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
     (rank, world), steps, micro = unified.rank_and_world(), recipe["steps"], recipe["micro_batch"]
     accumulate = recipe["batch_size"] // (micro * world)  # micro-batches of this process in a step
     net, weights, optimizer, ema, step = set_up(cfg, name, model, recipe)
-    if step >= steps:
-        print_once(f"{name}: all {steps} steps are done")
     batches = read(plan(len(data), cfg.seed, recipe, step, steps))
     log = Log(cfg, name, recipe, step, lambda step: images_to_blame(cfg, model, recipe, data, read, step))
     model.train()
@@ -585,6 +583,8 @@ def set_up(cfg, name, model, recipe):
     optimizer = recipe.get("optimizer", adamw)(weights, recipe)
     ema = {k: p.detach().clone() for k, p in weights.items()} if recipe["ema"] else {}
     step = load_checkpoint(cfg, name, model, optimizer, ema)            # 0 if there is none
+    if step >= recipe["steps"]:
+        print_once(f"{name}: all {recipe['steps']} steps are done")
     if cfg.compile:
         probe.compile_blocks(model)
     unused, several = name == "tokenizer" or bool(cfg.init), unified.rank_and_world()[1] > 1
@@ -1186,7 +1186,7 @@ def report(cfg, model, ema, train_set, test_set):
                                       "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
         if top1["features"] < top1["the same network untrained"]:
-            print_once("             untrained they are no worse: so little training has done them no good")
+            print_once(probe.NO_GAIN)
     else:
         print_once(f"no probe: {no_probe}")
     run = shlex.quote(str(folder))

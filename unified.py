@@ -146,7 +146,7 @@ class Attention(nn.Module):
 
 
 def fused_is_faster(q, dropout):
-    """On a GPU always; on a CPU only in float32 and without dropout, which its kernel lacks."""
+    """On a GPU always; on a CPU without dropout, which its kernel lacks, and in float32: bfloat16 is slow."""
     return q.device.type != "cpu" or q.dtype == torch.float32 and dropout == 0
 
 
@@ -489,7 +489,7 @@ class TokenizerTraining(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # 3. What every model offers
 #
-# All models below answer the same four questions. So the scripts, train.py, sample.py, and probe.py, which
+# All models below offer the same four calls. So the scripts, train.py, sample.py, and probe.py, which
 # fits linear classifiers to frozen embeddings ("linear probes"), need not know which one they have:
 #
 #     model(x, labels) -> loss, logs              training: how well is the corruption undone?
@@ -829,7 +829,7 @@ class TokenModel(Model):
         """Parallel decoding, with guidance, from nothing or into known pixels.
 
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
-        temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, else 6 / 16 of the side (ours)
+        temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, 6 * h / 16 for h x h (ours)
         labels        int (n,), or None
         guidance      w of classifier-free guidance; w_t grows to it linearly
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
@@ -1456,8 +1456,8 @@ class EchoMAGE(ContrastiveMAGE):
 #
 #     ids, mask_earlier --------- MAGE --> p' ----+
 #     ids, mask ----------------------------------+-- D --> x_t --> encoder --> decoder --> p
-#     visible ids --------------------------------------------------------------^           |
-#     ids, mask --- MAGE --> q ---------------------------------------------------------> loss
+#     visible ids -----------------------------------------------------------------^        |
+#     ids, mask --- MAGE --> q ----------------------------------------------------------> loss
 #
 # Mask ratios: cos(pi / 2 * j / 100) for j = 1 ... 66 are those in [0.5, 1). That of mask is one of these,
 # drawn with MAGE's normal density as weight, 74.5 % on average. That of mask_earlier has a j that is 1 to 5
@@ -1635,8 +1635,8 @@ class ADDP(TokenModel):
     def step_logits(self, state, labels=None):
         """Logits (n, L, K) from the image so far and the visible ids.
 
-        If all tokens are masked the decoder reads mask tokens only, and the encoder is skipped. Inpainting
-        has no step before its first one: there the image is made from the predictor's logits.
+        If all tokens of all images are masked the decoder reads mask tokens only, and the encoder is skipped.
+        Inpainting has no step before its first one: there the image is made from the predictor's logits.
         """
         ids, mask, previous = state.ids, state.token_mask, state.logits
         if state.count.min() == self.length:
@@ -1875,8 +1875,9 @@ def timestep_embedding(t, dim, denominator, layout):
 # Generation uses the prediction of eps alone, as DDPM does, with nothing masked: a patch is embedded by
 # itself, and attention takes any number of them. Labels condition the noised part only, as in the official
 # code, and are hidden in one image of ten. As a rule they are learned last, by tuning a trained model with
-# r_noised = 0 and few clean images (section 12). Guidance is as in MAGE, but w does not grow: eps = eps(no
-# label) + w (eps(label) - eps(no label)).
+# r_noised = 0 and few clean images (section 12). Guidance is as in MAGE, but w does not grow:
+#
+#     eps = eps(no label) + w (eps(label) - eps(no label))
 #
 # These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets
 # normalised patch by patch; the published DiT reads latents, has no decoder, predicts the noise alone and
@@ -1884,7 +1885,7 @@ def timestep_embedding(t, dim, denominator, layout):
 
 
 def zero_init(module):
-    """The layer with weights 0. As the last one of a branch it makes a block start as the identity."""
+    """The layer with weights 0. As the last one of a branch it makes a block start as its shortcut alone."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module

@@ -1,5 +1,6 @@
-"""1,000 samples whose tokens are kept in a quasi-random order, the Halton sequence's [Besnier et al. 2025, arXiv
-2503.17076], instead of by confidence: an example of sample(order=). Without the paper's roll of the order.
+"""1,000 samples whose tokens are kept in a quasi-random order, the Halton sequence's [Besnier et al. 2025,
+arXiv 2503.17076], instead of by confidence: an example of sample(order=). Without the paper's roll of the
+order.
 
     python assets/runs/halton.py out/cifar10-mage 0 samples.npz         run, seed, file for probe.py --samples
 """

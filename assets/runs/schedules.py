@@ -23,7 +23,7 @@ def mask_ratios():
 
 
 def masked_tokens():
-    """How many of 256 tokens are masked when each of 20 steps of decoding begins."""
+    """How many of 256 tokens are masked after each of 20 steps of decoding."""
     curves = {}
     for schedule in ("cosine", "linear"):
         initial = count = torch.tensor([256])

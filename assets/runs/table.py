@@ -79,20 +79,16 @@ def baselines(logs):
     return {"raw pixels": probes, **ladder}
 
 
-def cell(name, found, title, form):
-    """A figure as it is written; features: those of further seeds, too."""
-    more = [figures(read(path))[title] for path in sorted(HERE.glob(f"cifar10-{name}-seed*.jsonl"))
-            if title == "features"]
-    return ", ".join(form.format(v) for v in [found[title], *more]) if title in found else ""
-
-
 def table(logs):
     """Lines of the table in Markdown: a row for each of logs, {method: rows}, then the baselines."""
     yield "| CIFAR-10 | " + " | ".join(COLUMNS) + " |"
     yield "|" + "---|" * (1 + len(COLUMNS))
     for name, found in ({name: figures(rows) for name, rows in logs.items()} | baselines(logs)).items():
-        cells = [cell(name, found, title, form) for title, form in COLUMNS.items()]
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        cells = {title: form.format(found[title]) if title in found else ""
+                 for title, form in COLUMNS.items()}
+        for path in sorted(HERE.glob(f"cifar10-{name}-seed*.jsonl")):           # the same with further seeds
+            cells["features"] += ", " + COLUMNS["features"].format(figures(read(path))["features"])
+        yield f"| {name} | " + " | ".join(cells.values()) + " |"
 
 
 def draw(logs):
