@@ -51,7 +51,7 @@ Sizes    B images; n, when they are generated           N of B images that are n
          C channels of a token, C' in a decoder         S pixels on a side of an image
          K entries of the codebook                      V of the vocabulary, or of a part of it
 Symbols  x pixels                                       ids token ids
-         z output of the tokenizer's encoder, or an embedding
+         z output of the tokenizer's encoder, or an embedding; h0, h1 ... outputs of a transformer's encoder
          x0, eps, xt clean pixels, noise, and their mixture at timestep t; in ADDP the image decoded so far
          alpha_bar how much of x0 is left in xt: the square of its factor
          t of T: in diffusion a timestep, noisier as t grows; in decoding the number of a step, 1 ... T, with
@@ -761,11 +761,11 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 #   same labels, if there are any. It errs where the network errs, only more so [Autoguidance].
 
 
-def guidance_at(way, guidance, interval):
-    """w at a point of the way: guidance if low <= way < high, else 1. In step t of T the way is (t - 1) / T;
-    sections 10 and 11 measure it by the timestep."""
+def guidance_at(way, w, interval):
+    """w where low <= way < high, else 1. In step t of T the way is (t - 1) / T; sections 10 and 11 measure it
+    by the timestep."""
     low, high = interval
-    return guidance if low <= way < high else 1.0
+    return w if low <= way < high else 1.0
 
 
 class TokenModel(Model):
@@ -838,7 +838,7 @@ class TokenModel(Model):
         order         see unmask; by confidence if None
         guidance_interval    (low, high): step t of T begins at (t - 1) / T of the way, and is guided if
                       low <= (t - 1) / T < high
-        guide         None, or a model that can_guide() this one; it sees the same labels
+        guide         None, or a weaker model of this class, with the same tokenizer; it sees the same labels
         yields        a Decoding after each step
         """
         steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
@@ -871,8 +871,8 @@ class TokenModel(Model):
 #
 #     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
 #     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
-#     encode    z0    za   zm      zb                 zm, the output of [MASK], is not used by the decoder
-#     fill      z0    za   z0  z0  zb  z0  z0         z0 at every masked place
+#     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
+#     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place
 #     decode                p   p       p   p         each a softmax over the K codes
 #
 # Position 0 holds a class id: a label, or the "fake class", which stands for any image. Codes, classes,
@@ -884,7 +884,7 @@ class TokenModel(Model):
 #
 # Generation is that of TokenModel in section 4, with logits = decode(encode(class id and masked ids), mask).
 # Nothing is dropped in it, as in the official code: dropping saves time in training. So the encoder then
-# reads up to L of [MASK], in training at most L / 2; what the decoder reads at masked places is z0 in both.
+# reads up to L of [MASK], in training at most L / 2; what the decoder reads at masked places is h0 in both.
 
 
 class TokenEmbedding(nn.Module):
@@ -1538,14 +1538,14 @@ class ADDP(TokenModel):
         returns     scalar loss, dict of its terms
         """
         ids = self.to_ids(x)                                                                # (B, L)
-        mask, mask_earlier, visible = self.nested_masks(ids, index, gap, mask_noise)
+        mask, mask_earlier, num_visible = self.nested_masks(ids, index, gap, mask_noise)
         with torch.no_grad():
             both = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([mask_earlier, mask]))
             logits_earlier, logits_now = both.chunk(2)                                      # (B, L, K) each
             xt = self.next_image(ids, mask, logits_earlier)                                 # (B, 3, S, S)
         # Over the whole vocabulary, as in the official code: what is no code has the target 0 (and its share
         # of the label smoothing). In generation the softmax is over codes alone.
-        logits = self.decode(self.encode(xt), ids, mask, visible, vocab_size=len(self.token_emb.weight))
+        logits = self.decode(self.encode(xt), ids, mask, num_visible, vocab_size=len(self.token_emb.weight))
         q = logits_now.softmax(-1)
         target = F.pad(q, (0, logits.size(2) - self.codes))                             # (B, L, vocab_size)
         loss = masked_cross_entropy(logits, target, mask)
@@ -1596,26 +1596,26 @@ class ADDP(TokenModel):
             x = block(x)
         return self.norm(x)
 
-    def decode(self, latent, ids, mask, visible, vocab_size=None):
-        """Latent (B, 1 + L, C) -> logits (B, L, K), or over the first vocab_size ids. visible: how many ids
-        are, the same number in each image."""
-        x = self.decoder_input(latent, ids, mask, visible)                    # (B, 1 + L + visible, C)
+    def decode(self, latent, ids, mask, num_visible, vocab_size=None):
+        """Latent (B, 1 + L, C) -> logits (B, L, K), or over the first vocab_size ids. num_visible: how many
+        ids are visible, the same number in each image."""
+        x = self.decoder_input(latent, ids, mask, num_visible)                # (B, 1 + L + num_visible, C)
         for block in self.decoder_blocks:
             x = block(x)
         x = self.decoder_norm(x[:, 1:1 + self.length])                                      # (B, L, C)
         return self.mlm_layer(x, self.token_emb.weight[:vocab_size or self.codes])
 
-    def decoder_input(self, latent, ids, mask, visible):
-        """Latent (B, 1 + L, C) -> (B, 1 + L + visible, C). The mask token stands where an id is masked and,
-        unlike in MAGE, at position 0; the visible ids are appended. Masked places, the others, and ids have
-        position embeddings of their own."""
+    def decoder_input(self, latent, ids, mask, num_visible):
+        """Latent (B, 1 + L, C) -> (B, 1 + L + num_visible, C). The mask token stands where an id is masked
+        and, unlike in MAGE, at position 0; the visible ids are appended. Masked places, the others, and ids
+        have position embeddings of their own."""
         mask_token = self.mask_token.expand(len(ids), -1, -1)
         x = torch.cat([mask_token, self.decoder_embed(latent[:, 1:])], 1)                   # (B, 1 + L, C)
         x = x + self.decoder_pos_embed_learned
         x = torch.where(F.pad(mask, (1, 0))[..., None], self.mask_token + self.decoder_pos_mask_embed, x)
         id_tokens = self.token_emb(ids) + self.decoder_pos_token_embed[:, 1:]               # (B, L, C)
-        ids_visible = mask.int().argsort(stable=True, dim=1)[:, :visible]            # (B, visible), ascending
-        return torch.cat([x, gather_tokens(id_tokens, ids_visible)], 1)
+        visible = mask.int().argsort(stable=True, dim=1)[:, :num_visible]        # positions (B, num_visible)
+        return torch.cat([x, gather_tokens(id_tokens, visible)], 1)
 
     # ---- generation
 
@@ -1852,8 +1852,8 @@ def timestep_embedding(t, dim, denominator, layout):
 # masked patch cannot be known, only what is behind it: so x0 is predicted there, and eps where xt is visible.
 #
 #     noised part            1    _    3    4    _    6    _    8     3 of 8 patches are masked
-#     encode   k k k k      z1        z3   z4        z6        z8     4 class tokens and the visible patches
-#     decode      k'        z1    m   z3   z4    m   z6    m   z8     k': mean of the 4, m: mask token
+#     encode   k k k k      h1        h3   h4        h6        h8     4 class tokens and the visible patches
+#     decode      k'        h1    m   h3   h4    m   h6    m   h8     k': mean of the 4, m: mask token
 #     loss                 eps   x0  eps  eps   x0  eps   x0  eps     both are predicted for every patch
 #
 #     clean part             1    _    _    _    _    6    _    _     6 of 8 patches are masked
@@ -2149,11 +2149,11 @@ class UMD(Model):
         """As MAE does: patches that contain pixels to be generated are masked,
         and predicted at once from the others."""
         masked = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()  # (n, L)
-        ids_visible_first, visible = masked.argsort(stable=True, dim=1), (1 - masked).sum(1).cpu()
+        visible_first, num_visible = masked.argsort(stable=True, dim=1), (1 - masked).sum(1).cpu()
         x, x0 = 2 * known - 1, torch.empty_like(known)
-        for count, images in groups_of_equal_length(visible):
+        for count, images in groups_of_equal_length(num_visible):
             i = to_device(images, x.device)
-            x0[i], _ = self.predict(x[i], torch.zeros_like(i), ids_keep=ids_visible_first[i, :count])
+            x0[i], _ = self.predict(x[i], torch.zeros_like(i), ids_keep=visible_first[i, :count])
         return Denoising(torch.where(mask[:, None], x0.clamp(-1, 1), x))
 
     @torch.no_grad()
