@@ -970,8 +970,9 @@ def main():
     first = unified.rank_and_world()[0] == 0
     try:
         with contextlib.redirect_stdout(sys.stdout if first else None):             # all compute, one prints
-            for cfg in cfgs[1:]:
-                load(cfg)                                               # refuses, if at all, before any work
+            for cfg in cfgs[1:]:                                        # refused, if at all, before any work
+                model, config, _ = load(cfg)
+                open_sets(model, config, dataclasses.replace(cfg, device="cpu"))
             runs = [run(dataclasses.replace(cfg, device=device), first) for cfg in cfgs]
             if first and len(runs) > 1:
                 print_table(runs)
@@ -1387,8 +1388,10 @@ def check_flags(cfg):
                      or "," in cfg.layers + cfg.t + cfg.pool):
         raise UserError("--save reads one place of one run and probes nothing; name one run, the images with "
                         "--dataset, and leave --head and --sweep out")
-    if cfg.samples and (cfg.save or cfg.head != "ridge" or cfg.sweep or len(cfg.run) > 1):
-        raise UserError("--samples is about images, of one run; leave --head, --sweep and --save out")
+    about_features = (cfg.save, cfg.sweep, cfg.layers, cfg.t, cfg.pool, cfg.labels, cfg.subset, cfg.limit)
+    if cfg.samples and (cfg.head != "ridge" or len(cfg.run) > 1 or any(about_features)):
+        raise UserError("--samples is about images, of one run, beside its whole data set; leave --head, "
+                        "--layers, --t, --pool, --sweep, --labels, --subset, --limit and --save out")
     if cfg.save and (not cfg.save.endswith(".npz") or os.path.exists(cfg.save)
                      or not os.access(os.path.dirname(cfg.save) or ".", os.W_OK)):
         fault = "is there already" if os.path.exists(cfg.save) else "cannot be written"

@@ -446,6 +446,10 @@ def check_model(model, config, cfg):
                         "nor learned to predict what is masked")
     takes = inspect.signature(model.sample_steps).parameters
     asked = {name: getattr(cfg, name) for name in (*OPTIONS, "guide", "guidance_interval")}
+    idle = [name for name, value in (*asked.items(), ("label", cfg.label or None)) if value is not None]
+    if idle and (cfg.reconstruct or not model.generates):
+        raise UserError(f"--{idle[0].replace('_', '-')} changes nothing where all is predicted at once; "
+                        "leave it out")
     if cfg.image and not cfg.reconstruct:
         asked["known"] = cfg.image
     for name, value in asked.items():

@@ -5132,6 +5132,15 @@ def test_two_images_with_inpainting_masks_in_different_places_in_one_call(photos
                              tmp_path / "r.png")
 
 
+def test_an_option_that_would_change_nothing_is_refused(finished, photos, sampled):
+    file = next((photos / "val" / "cat").iterdir())
+    for more in (("--steps", 3), ("--temperature", 1), ("--label", "cat")):
+        printed = script("sample.py", finished[0], "--image", file, "--reconstruct", *more, expect=2)
+        assert f"{more[0]} changes nothing" in printed
+    for more in (("--limit", 40), ("--layers", 1), ("--labels", 0.5), ("--pool", "mean")):
+        assert more[0] in script("probe.py", *sampled, *more, expect=2)
+
+
 @pytest.fixture(scope="module")
 def diffused(photos, tmp_path_factory):
     """The folder of a finished UMD run, and what it printed."""
@@ -5192,6 +5201,9 @@ def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffus
                                         diffused[0], "--views", 1, "--eval-every", 0))
     assert "tensors from" in printed and not (tmp_path / "m" / "samples.png").exists()
     assert "start from nothing" in script("sample.py", tmp_path / "m", expect=2)
+    file = next((photos / "val" / "cat").iterdir())
+    printed = script("sample.py", tmp_path / "m", "--image", file, "--box", "0,0,9,9", "--eta", 0, expect=2)
+    assert "--eta changes nothing" in printed
     assert "does not fit" in script("train.py", *flags(photos, tmp_path / "n", "--model", "umd", "--init",
                                                        diffused[0], "--views", 1, "--ids", 64), expect=2)
 
@@ -5267,6 +5279,12 @@ def test_a_mistake_in_the_last_of_several_runs_is_told_before_the_first_is_read(
         printed = script("probe.py", finished[0], second, *more, "--workers", 0, expect=2)
         assert words in printed and "training images" not in printed
     assert "one run" in script("probe.py", finished[0], diffused[0], "--save", tmp_path / "a.npz", expect=2)
+    state = unified.load_checkpoint(finished[0] / "model.pt")
+    state["config"]["dataset"], unlabelled = str(tmp_path), tmp_path / "unlabelled.pt"
+    torch.save(state, unlabelled)
+    PIL.Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    printed = script("probe.py", finished[0], unlabelled, "--workers", 0, expect=2)
+    assert "cannot be probed" in printed and "training images," not in printed
     assert before == ((finished[0] / "probe.jsonl").read_bytes() if before else b"")
 
 
