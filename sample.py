@@ -65,6 +65,8 @@ class Config:
                             "250, or 25 at --eta 0]", group="how")
     schedule: str = flag(None, "models of ids: how the number of masked ones falls [cosine]",
                          choices=list(unified.SCHEDULES))
+    order: str = flag(None, "models of ids: which of them are kept first; halton: such as lie far apart, "
+                            "whatever their confidence [confidence]", choices=["confidence", "halton"])
     temperature: float = flag(None, "models of ids: Gumbel noise on the confidence; more is more varied, "
                                     "less is cleaner [6 for 16 x 16 ids, 3 for 8 x 8]", min=0)
     eta: float = flag(None, "models that start from noise: 1 is DDPM, as published; 0 is DDIM, which adds no "
@@ -215,12 +217,13 @@ def state_batches(model, cfg, batches, labels, **inpainting):
             yield batch, counted(decode(model, cfg, batch.to(cfg.device), labels, **of_batch))
 
 
-OPTIONS = ("steps", "schedule", "temperature", "eta")           # of sample_steps, where a model takes them
+OPTIONS = ("steps", "schedule", "order", "temperature", "eta")  # of sample_steps, where a model takes them
 
 
 def decode(model, cfg, index, labels, **inpainting):
     """The images with the numbers index (B,): yields the state after each step, see Model.sample_steps."""
-    options = {name: getattr(cfg, name) for name in OPTIONS}
+    options, seeds = {name: getattr(cfg, name) for name in OPTIONS}, (cfg.seed << 32) + index
+    options["order"] = halton_order(model.grid, seeds) if cfg.order == "halton" else None
     if labels is not None:
         options["labels"] = labels.to(cfg.device)[index % len(labels)]
     if cfg.guidance != 1:
@@ -228,7 +231,40 @@ def decode(model, cfg, index, labels, **inpainting):
     if cfg.guidance_interval:
         options["guidance_interval"] = parse_interval(cfg.guidance_interval)
     options = {name: value for name, value in options.items() if value is not None}
-    return model.sample_steps(len(index), seeds=(cfg.seed << 32) + index, **options, **inpainting)
+    return model.sample_steps(len(index), seeds=seeds, **options, **inpainting)
+
+
+# Tokens that are found in one step do not know of one another, so it helps if they lie far apart. Points of
+# the Halton sequence do: each falls into the largest gap of those before [Besnier et al. 2025, 2503.17076].
+
+
+def halton_cell(i, base, side):
+    """In which of side cells in a row the i-th point lies. Its digits are those of i, mirrored at the point:
+    i = 6, which is 110 in base 2, gives 0.011, which is 3/8."""
+    numerator, denominator = 0, 1
+    while i:
+        i, digit = divmod(i, base)
+        numerator, denominator = base * numerator + digit, base * denominator
+    return side * numerator // denominator
+
+
+@functools.cache
+def halton_cells(side):
+    """The cells of a grid, numbered row by row, in the order in which points first fall into them: rows in
+    base 2, columns in base 3, int (side * side,) (official file: halton_sampler.py)."""
+    cells = {}
+    for i in itertools.count(1):
+        cells[side * halton_cell(i, 2, side) + halton_cell(i, 3, side)] = i
+        if len(cells) == side * side:
+            return torch.tensor([*cells])
+
+
+def halton_order(side, seeds):
+    """What sample_steps takes as order=, of images with these seeds (n,): each begins at a place of its own
+    in halton_cells, and then goes round."""
+    place = halton_cells(side).argsort().to(seeds.device)                                   # (L,)
+    priority = (unified.hash_ints(seeds, side)[:, None] - place) % (side * side)            # (n, L)
+    return lambda confidence: priority
 
 
 def guide_of(cfg):

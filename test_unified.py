@@ -774,6 +774,42 @@ def test_a_schedule_and_an_order_of_ones_own_decide_which_tokens_stay_masked(nam
         assert still_masked(state).equal((torch.arange(16) >= visible).expand(2, -1))
 
 
+def test_haltons_order_is_that_of_the_official_code_on_16_x_16_ids():
+    """All 256 cells, row by row, as halton_sampler.py of valeoai/Halton-MaskGIT lists them."""
+    assert bytes(sample.halton_cells(16).tolist()).hex() == (
+        "854ac127ac63e81e9055db32b77df4098e41c62ba268ed149a5fd035ba71f70c8349ce20a66be2179d54d93fb176fc03"
+        "884dc42aaf60e51b9257dc33b97ef0068b42c82da469ef11965cd338be75fa0f8045ca21a76ce3189e50d53bb277fd04"
+        "894e26ab1d945adf30b57af2078c43c92ea066eb12975dd439bff648cd25aa6fe0159b52d73cb479fe01864bc228ad64"
+        "e91f9156b8f50a8f40c5a167ec13995e36bb720d84dab002874cc329aee658dd347ff1a56a10955bd237bc74f90e8146"
+        "cb22a86de41a9f51b378058a4fc061e71c93de7b8d44983a7047cc23a96e163dffea7cf3d173f8cfe19c53d83efbc72c"
+        "a3eebd625931082f650b82240019d6b6")
+
+
+@pytest.mark.parametrize("name", DECODES_IDS)
+def test_in_haltons_order_tokens_are_kept_along_it_from_a_place_that_the_seed_decides(name):
+    """Whatever their confidence, in any batch; where an image is inpainted, masked ones alone."""
+    model, seeds, cells = small(name).eval(), torch.arange(20), sample.halton_cells(4).tolist()
+
+    def kept(seeds, **inpainting):
+        """For each image the tokens in the order in which they are kept, one in each of 16 steps."""
+        order, before, found = sample.halton_order(4, seeds), None, [[] for _ in seeds]
+        for state in model.sample_steps(len(seeds), steps=16, schedule="linear", temperature=0.0, order=order,
+                                        seeds=seeds, **inpainting):
+            for image, now in enumerate(still_masked(state)):
+                was = torch.ones(16).bool() if before is None else before[image]
+                found[image] += (was & ~now).nonzero().flatten().tolist()
+            before = still_masked(state)
+        return found
+    found = kept(seeds)
+    starts = [cells.index(order[0]) for order in found]
+    assert found == [cells[start:] + cells[:start] for start in starts] and len(set(starts)) > 5
+    assert kept(seeds[7:9]) == found[7:9]
+    known, mask = some_noise(2, 3, 32, 32), torch.zeros(2, 32, 32).bool()
+    mask[:, :4, :4] = True                                                  # tokens 0, 1, 4 and 5 are masked
+    for order, image in zip(kept(seeds[:2], known=known, mask=mask), found):
+        assert [i for i in order if i in (0, 1, 4, 5)] == [i for i in image if i in (0, 1, 4, 5)]
+
+
 @pytest.mark.parametrize("name", DECODES_IDS)
 def test_a_linear_schedule_ends_with_one_by_one(name):
     states = small(name).eval().sample_steps(1, steps=16, schedule="linear")
