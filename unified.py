@@ -1,4 +1,4 @@
-"""Generate and represent images with one network: MAGE, MAGE-C, ADDP, UMD and ADM in one file.
+"""Generate and represent images with one network: MAGE, MAGE-C, MAGE-E, ADDP, UMD and ADM in one file.
 
 One idea runs through all of them: corrupt an image, and train a network to undo it. To undo it, the network
 has to understand the image, so its activations are a representation. Undone step by step, starting from
@@ -57,9 +57,9 @@ Symbols  x pixels                                       ids token ids
          t of T: in diffusion a timestep, noisier as t grows; in decoding the number of a step, 1 ... T, with
            fewer tokens masked as t grows. features(t=) takes MAGE's mask ratio, or a timestep
 
-Pixels are floats in [0, 1] wherever they enter or leave; [-1, 1] is used where noise is added. Masks are
-bool, True = masked. What is drawn at random can be passed in instead. Numbers that decide shapes or steps
-are kept on the CPU, since reading them off a GPU would mean waiting for it.
+Pixels are floats in [0, 1] where they enter or leave a model; [-1, 1] is used where noise is added. Masks
+are bool, True = masked. What a loss draws at random, but for dropout and MAGE-E's echoes, can be passed in
+instead. Numbers that decide shapes or steps are kept on the CPU: to read them off a GPU is to wait for it.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
          [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
@@ -124,7 +124,7 @@ class Attention(nn.Module):
     dim      width C, a multiple of heads, else ValueError
     heads    number of heads; each has d = C / heads channels
     dropout  of attention probabilities and of outputs, in training
-    fused    True: one fused kernel, and the (L, L) matrix never exists in memory.
+    fused    True: where it is faster, one fused kernel, and the (L, L) matrix never exists in memory.
              False: the equation above, to be read (test_fused_attention_is_the_equation)
     """
 
@@ -507,7 +507,7 @@ class Model(nn.Module):
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
-        how many are made at once: for first in range(0, 1000, 64): x = model.sample(64, seeds=first)."""
+        how many are made at once: for first in range(0, 1024, 64): x = model.sample(64, seeds=first)."""
         for state in self.sample_steps(n, **options):
             pass
         return self.render(state)
@@ -638,7 +638,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
 # Every masked token is given an id in every step. So the one that is still in the mask after step T has one,
-# too, and the image is complete.
+# too, and MAGE's image is complete. (ADDP shows a mean of codes there.)
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
@@ -752,19 +752,20 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 # what the label changes [CFG]:
 #
 #     logits = logits(no label) + w_t (logits(y) - logits(no label))
-#     w_t    = 1 + (w - 1) t / T            in step t of T: it grows. In UMD and ADM (sections 10, 11) w_t = w
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD (section 10) it is always w
 #
 # w = 1 is prediction as trained, for which one pass is enough; a larger w exaggerates. Two variants:
 #
-# - Guidance helps on a part of the way and harms on the rest. Call 0 its start, all noise or all masked, and
-#   1 its end, the image. Guidance can be limited to an interval of this; elsewhere w_t is 1 [Interval].
-# - A guide, a weaker network such as an earlier checkpoint, predicts in place of "no label", and sees the
-#   same labels, if there are any. It errs where the network errs, only more so [Autoguidance].
+# - An interval: guidance helps on a part of the way and harms on the rest. So it acts between two points of
+#   the way, which is 0 at its start, all noise or all masked, and 1 at the image; elsewhere w_t is 1
+#   [Interval].
+# - A guide: a weaker network, such as an earlier checkpoint, predicts in place of "no label". It errs where
+#   the network errs, only more so [Autoguidance]. Both see the same labels or, as in ADDP and ADM, none.
 
 
 def guidance_at(way, w, interval):
-    """w where low <= way < high, else 1. In step t of T the way is (t - 1) / T; sections 10 and 11 measure it
-    by the timestep."""
+    """w where low <= way < high, else 1. The way is measured where a step begins: (t - 1) / T in step t of T;
+    by the timestep in sections 10 and 11."""
     low, high = interval
     return w if low <= way < high else 1.0
 
@@ -821,7 +822,7 @@ class TokenModel(Model):
         return Decoding(ids, token_mask, token_mask.sum(1).cpu(), known=known, inpaint_mask=mask)
 
     def num_steps(self, steps=None, eta=None):
-        """20, or one for each token, unless said otherwise."""
+        """steps if given, else 20, or one for each token if these are fewer."""
         return steps or min(20, self.length)
 
     @torch.no_grad()
@@ -865,8 +866,8 @@ class TokenModel(Model):
 #
 #     loss = - mean over masked i of  log p(id_i | visible ids)     with label smoothing 0.1     [MAGE, eq. 1]
 #
-# An encoder reads the visible ids, filled up with [MASK] to L / 2 tokens. The others attend to them, but
-# the decoder does not use the outputs of [MASK]. The encoder's output at position 0, the class token, comes
+# An encoder reads the visible ids, filled up with [MASK] to L / 2 tokens. All attend to these [MASK], but
+# the decoder does not use their outputs. The encoder's output at position 0, the class token, comes
 # to summarise the image. A decoder gets the outputs of visible ids back at their places and this summary at
 # every masked place, and predicts the ids there:
 #
@@ -877,7 +878,7 @@ class TokenModel(Model):
 #     decode                p   p       p   p         each a softmax over the K codes
 #
 # Position 0 holds a class id: a label, or the "fake class", which stands for any image. Codes, classes,
-# fake class and [MASK] are one vocabulary:
+# fake class (in the authors' files one of the classes) and [MASK] are one vocabulary:
 #
 #     0 ... K-1 codes  |  K ... labels  |  fake class  |  [MASK]
 #
@@ -1104,7 +1105,7 @@ class MAGE(TokenModel):
 def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
     """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, h)}.
 
-    x          tokens (B, ., C), of which the slice patches are the h x h patches of the image, row by row
+    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's h x h, row by row
     layers     numbers of the blocks whose outputs are wanted; the first block has the number first
     add        {layer: map (B, C, h, h)} added to the output of that layer
     condition  further arguments of the blocks
@@ -1300,7 +1301,8 @@ def info_nce(z, temperature=0.2):
     everyone, me = of_all_processes(views)
     similarity = views @ everyone.T / temperature                                       # (2B, 2B * processes)
     similarity = similarity.scatter(1, me[:, None], -math.inf)                              # v != a
-    return F.cross_entropy(similarity, me ^ 1)          # XOR 1 turns 2i into 2i + 1 and back: the other view
+    # The other view: XOR 1 turns 2i into 2i + 1 and back, and each process begins at an even number.
+    return F.cross_entropy(similarity, me ^ 1)
 
 
 def of_all_processes(z):
@@ -1355,8 +1357,8 @@ class ContrastiveMAGE(MAGE):
 # MAGE-E is our name; Sorcen's files are called LEASE. Where this differs from them (models_lease_tk_1600.py):
 # their teacher starts from random weights, has dropout, and its projection is trained besides; they draw
 # visible ids, too, though no loss teaches the decoder what those are. Left out are batch norm after the
-# encoder, a term of weight 0.01 that keeps images apart, true ids as the first echoes, and an average that
-# lengthens during the run.
+# encoder, a uniformity loss of weight 0.01, a first phase in which true ids are the echoes, and that the
+# teacher moves ever more slowly.
 
 
 def echo_nce(z, e, temperature=0.3):
@@ -1416,55 +1418,56 @@ class EchoMAGE(ContrastiveMAGE):
 # takes ids, their mask, and p, the distribution over codes that the previous step predicted at every masked
 # token. (In code a Decoding has all three; p is the softmax of its logits.) The step
 #
-#     1. decodes the image so far, x_t, with D, the frozen tokenizer's decoder: from the codes of visible ids
+#     1. decodes the image so far, xt, with D, the frozen tokenizer's decoder: from the codes of visible ids
 #        and, where tokens are masked, from the mean code under p. So what is undecided is blurred,
-#     2. encodes x_t,
+#     2. encodes xt,
 #     3. predicts a new p, with a decoder of ids that also reads the visible ids,
 #     4. samples ids from the new p and keeps the most confident, as MAGE does (section 4):
 #
-#     ids --> c: codes where visible,     -- D --> image x_t --> encoder --> decoder --> p --> unmask --> ids
-#             mean codes under p if masked                                      ^
-#                                                             visible ids ------+
+#     ids --> c: codes where visible,     -- D --> image xt --> encoder --> decoder --> p --> unmask --> ids
+#             mean codes under p if masked                                     ^
+#                                                            visible ids ------+
 #
 # The decoder reads what the encoder made of visible tokens, the mask token m at masked ones and at position 0
 # (where MAGE has its summary), and the visible ids, appended:
 #
 #     tokens    [class]  _   b   _   _        _ is masked
-#     encode      h0    h1  h2  h3  h4        every patch of x_t enters
+#     encode      h0    h1  h2  h3  h4        every patch of xt enters
 #     decode       m     m  h2   m   m   b    b is an embedded id, at the end
 #
 # h0, h1, h3 and h4 are thrown away: what the blur of masked places shows reaches the decoder only through the
 # outputs of visible patches, here h2, which have attended to it.
 #
 # While all is masked, as in the first step of generation, there is no image: the encoder is skipped, and the
-# decoder reads mask tokens alone. (In training it runs even then, and nothing of it is read.) With 256 tokens
-# and 20 steps these are the first two steps, for counts are rounded up, and the first step keeps nothing.
+# decoder reads mask tokens alone. So it is in the second of 20 steps, too: counts are rounded up,
+# ceil(256 cos(pi / 40)) = 256, and the first keeps nothing. (In training the encoder runs even then, but
+# nothing of its output is read.)
 #
-# Training starts from the ids of an image. In generation x_t is made of the previous step's p; here there is
-# no previous step, so a frozen, trained MAGE stands in for it. There are two masks, one inside the other:
+# Training takes an image's ids and imagines a point in the middle of its generation. There xt is made of what
+# the previous step has predicted. In training another network takes that step, a frozen, trained MAGE:
 #
-#     mask_earlier    what was masked before that earlier step. MAGE predicts p' from the ids outside
-#     mask            what is still masked after it, and ADDP has to predict. Tokens between the two count as
-#                     found by the earlier step
+#     mask_earlier    what is masked before the previous step. MAGE predicts p' there, from the ids outside
+#     mask            what is masked after it: a part of mask_earlier. The rest of mask_earlier is what that
+#                     step has kept, as if it had found the true ids
 #
-# So x_t shows true codes outside mask, and mean codes under p' inside it. The target, q, is what the same
-# MAGE predicts when mask is all that is masked: it says more than the one true id, namely all that could
-# stand there.
+# So xt shows true codes outside mask, and mean codes under p' inside. ADDP predicts the ids inside mask. Its
+# target q is no one-hot vector of the true id, but what the same MAGE predicts there from all ids outside
+# mask: all that could stand there.
 #
-#     x_t  = D(c),  c_i = e_(id_i) outside mask,  sum over k of p'_i(k) e_k inside it
-#     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | x_t, visible ids)     [ADDP, figure 4]
+#     xt   = D(c),  c_i = e_(id_i) outside mask,  sum over k of p'_i(k) e_k inside it
+#     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary
 #
 #     ids, mask_earlier --------- MAGE --> p' ----+
-#     ids, mask ----------------------------------+-- D --> x_t --> encoder --> decoder --> p
-#     visible ids -----------------------------------------------------------------^        |
-#     ids, mask --- MAGE --> q ----------------------------------------------------------> loss
+#     ids, mask ----------------------------------+-- D --> xt --> encoder --> decoder --> p
+#     visible ids ----------------------------------------------------------------^        |
+#     ids, mask --- MAGE --> q ---------------------------------------------------------> loss
 #
-# Mask ratios: cos(pi / 2 * j / 100) for j = 1 ... 66 are those in [0.5, 1). That of mask is one of these,
-# drawn with MAGE's normal density as weight, 74.5 % on average. That of mask_earlier has a j that is 1 to 5
-# smaller, but not below 1. Both masks sort the same random numbers, so one contains the other. Counts are
-# rounded up: with 256 tokens, the five largest ratios mask everything, and so teach the first steps of
-# generation. No timestep enters the network: it can see how much of the image is decided.
+# Mask ratios: the 66 of cos(pi / 2 * j / 100) that lie in [0.5, 1), ascending, from 0.509 to 0.9999. That of
+# mask is one of them, drawn with MAGE's normal density as weight, 74.5 % on average; that of mask_earlier
+# comes 1 to 5 places later, or last. Both masks sort the same random numbers, so one contains the other.
+# Counts are rounded up: with 256 tokens, the five largest ratios mask everything, and so teach the first
+# steps of generation. No timestep enters the network: it can see how much of the image is decided.
 
 
 def nested_mask_ratios():
@@ -1566,7 +1569,7 @@ class ADDP(TokenModel):
         return rank < now, rank < earlier, self.length - now
 
     def next_image(self, ids, mask, logits):
-        """x_t (n, 3, S, S), not clamped: decoded from the codes of visible ids and, where masked, from mean
+        """xt (n, 3, S, S), not clamped: decoded from the codes of visible ids and, where masked, from mean
         codes under softmax(logits)."""
         codes = self.vqgan.quantize.embedding.weight                                        # (K, dim)
         c = torch.where(mask[..., None], logits.softmax(-1) @ codes, codes[ids])            # (n, L, dim)
@@ -1709,19 +1712,19 @@ class ADDP(TokenModel):
 #     UMD                t = 0 ... T        at 0 none: alpha_bar_0 = 1 is put in front, for clean images, so
 #                                           that UMD's alpha_bar[t] is alpha_bar[t - 1] here
 #
-# Predicting eps is predicting x0: solve the equation for either. An error of one is an error of the other,
-# times a weight,
+# Predicting eps is predicting x0: solve the equation for either. So an error of one is an error of the other,
+# rescaled:
 #
 #     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2
 #
-# and the loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. It is the error of x0 with the weight
+# The loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. That is the error of x0 with the weight
 # alpha_bar_t / (1 - alpha_bar_t), which is small where there is much noise.
 #
 # The way back goes to ever larger alpha_bar. "next" is next on this way, and so less noisy: t - 1, or a
 # smaller timestep if some are skipped. A step
 #
-#     1. solves the predicted eps for x0', and clamps it to [-1, 1], where pixels lie,
-#     2. computes the eps' for which xt is the mixture of x0' and eps',
+#     1. solves the mixture for x0', given the predicted eps, and clamps it to [-1, 1], where pixels lie,
+#     2. solves it for eps', given this x0': the predicted eps again, but for what the clamp has changed,
 #     3. mixes both anew:
 #
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
@@ -1840,11 +1843,11 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 # A token is now a patch of pixels. A batch has two parts, with a loss on each:
 #
-#     clean part, B - N images:     t = 0, mask ratio r_clean
-#         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
-#     noised part, N images:        t uniform in 1 ... T, mask ratio r_noised, whatever t is
+#     noised part, the first N images:        t uniform in 1 ... T, mask ratio r_noised, whatever t is
 #         L_x0    = mean over masked pixels of (x0 - x0')^2
 #         L_eps   = mean over visible pixels of (eps - eps')^2
+#     clean part, the last B - N images:      t = 0, mask ratio r_clean
+#         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
 #     if nothing is masked, as in DiT, both are means over all pixels
 #
 #     loss = (N / B) (L_x0 + L_eps) / 2  +  ((B - N) / B) L_clean                            [UMD, section 3]
@@ -1968,7 +1971,7 @@ class UMD(Model):
     @torch.no_grad()
     def init_weights(self):
         """The authors' initialisation: Xavier-uniform matrices (q, k and v one by one); LeCun-normal
-        embeddings of patches, timestep and label."""
+        embeddings of patches, timestep and label; normal output and, almost zero, biases of MLPs."""
         for block in (*self.blocks, *self.decoder_blocks):
             attn, mlp = block.attn, block.mlp
             for weight in (*attn.qkv.weight.chunk(3), attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight):
@@ -2200,7 +2203,8 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# L_vb trains the variance of the steps back; it is explained before the class ADM.
+# L_vb, a KL divergence, trains only a second output, the variance of the steps back; it is explained before
+# the class ADM.
 #
 # A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
 # maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
@@ -2284,8 +2288,8 @@ class ADMBlock(nn.Sequential):
 
 # The network also predicts the variance of each step back. It lies between two bounds: the posterior
 # variance beta~, right if x0 were known, and beta = 1 - alpha_bar / alpha_bar_next, right if images were pure
-# noise. The network's second output v, about -1 ... 1, interpolates between them for every pixel, on a
-# logarithmic scale [iDDPM, eq. 15]:
+# noise. The network's second output v interpolates between them for every pixel, on a logarithmic scale: -1
+# is beta~, 1 is beta, and nothing keeps v between [iDDPM, eq. 15]:
 #
 #     log variance = (1 + v) / 2 log beta  +  (1 - v) / 2 log beta~
 #
@@ -2301,10 +2305,10 @@ class ADMBlock(nn.Sequential):
 # is beta~, that of p the one above. In the last step x0 is a byte, whose probability is the mass of p within
 # half a grey level of it.
 #
-# In p's mean eps' is detached. So L_vb trains v. It moves the layers that v and eps' share, too, but no
-# gradient reaches the output eps'. The paper adds 0.001 times the sum of L_vb over all t: with T = 1000 that
-# is the mean, which one random t estimates. So the weight is 1, also for another T (the official code's
-# default).
+# In p's mean eps' is detached, so the gradient of L_vb enters the network through v alone: none reaches the
+# output eps', though the layers that v and eps' share move. The paper adds 0.001 times the sum of L_vb over
+# all t: with T = 1000 that is the mean, which one random t estimates. So the weight is 1, also for another T
+# (the official code's default).
 
 
 def log_variances(alpha_bar):
@@ -2584,12 +2588,12 @@ ADM_SIZES["large"] = ADM_SIZES["base"]
 
 
 def mae_no_decay(name, p):
-    """Parameters without weight decay in MAE and MAGE: all vectors."""
+    """Parameters without weight decay, as in the published MAE: all vectors."""
     return p.dim() <= 1 or name.endswith(".bias")
 
 
 def umd_no_decay(name, p):
-    """The same in UMD: norms decay there, tokens do not."""
+    """The same in UMD's code: weights of norms decay there, tokens do not."""
     return name.endswith("bias") or name in ("cls_token", "mask_token")
 
 
