@@ -1014,8 +1014,8 @@ def run(cfg, first):
         compile_blocks(nets["untrained"])
     results = compare(nets, places, train_set, index, test_set, cfg)
     about = {"run": cfg.run, "model": config["arch"]["model"], "dataset": dataset,
-             "trained_on": config.get("dataset"), "labels": cfg.labels, "subset": cfg.subset or None,
-             "seconds": round(time.time() - started, 1)}
+             "trained_on": config.get("dataset"), "training": training_of(config), "labels": cfg.labels,
+             "subset": cfg.subset or None, "seconds": round(time.time() - started, 1)}
     rows = report(places, titles(model, cfg), results, about, cfg) if first else []
     for data, fate in ((train_set, "left out or replaced"), (test_set, "left out")):
         if data.unreadable:
@@ -1031,8 +1031,9 @@ def compare(nets, places, train_set, index, test_set, cfg):
     read = reader(nets, places, cfg)
     if cfg.head in RECIPES:
         return compare_trained(read, nets, places, train_set, index, test_set, cfg)
-    x_test, y_test = extract_features(read, test_set, torch.arange(len(test_set)), cfg, "test set")
-    x, y = extract_features(read, train_set, index, cfg, "training set")
+    whole = torch.arange(len(test_set))
+    x_test, y_test = extract_features(read, test_set, whole, cfg, f"features of {name_of(cfg.run)}, test set")
+    x, y = extract_features(read, train_set, index, cfg, f"features of {name_of(cfg.run)}, training set")
     x, x_test = ({name: v for (name, _), v in features.items()} for features in (x, x_test))
     if cfg.head == "fewshot":
         return fewshot(x, y, x_test, y_test, len(train_set.classes), cfg)
@@ -1052,7 +1053,7 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
     else:
         print(f"{cfg.head}: on features of whole images, computed once; "
               "--augment takes fresh crops in every epoch, as published")
-        x, y = extract_features(read, train_set, index, cfg, "training set")
+        x, y = extract_features(read, train_set, index, cfg, f"features of {name_of(cfg.run)}, training set")
         batches, images = cached_batches(x, y, cfg), len(y)
     width = heads["model"].linear.weight.size(1)
     dims = [2 ** k for k in range(3, 32) if 2 ** k < width] + [width] if cfg.matryoshka else [None]
@@ -1084,6 +1085,12 @@ def titles(model, cfg):
             "ceiling": "the masks themselves, averaged to the cells"}
 
 
+def training_of(config):
+    """A model and its training, for a table: 'umd, 3000 x 32' for so many steps of so many images."""
+    known = config.get("steps") and config.get("batch_size")
+    return config["arch"]["model"] + (f", {config['steps']} x {config['batch_size']}" if known else "")
+
+
 def name_of(run):
     """The name of a run's folder, or of a file of weights."""
     return pathlib.Path(run.removesuffix("model.pt")).resolve().name
@@ -1099,7 +1106,10 @@ def with_error(p, n, head):
     return f"{p:6.1%}" + f" +- {standard_error(p, n):.1%}" * (head != "segment")
 
 
-NO_GAIN = "             untrained they are no worse: so little training has done them no good"
+def no_gain(trained, untrained):
+    """A line on features that are worse than those of the untrained network, "" on others."""
+    lost = 100 * (untrained - trained)
+    return f"             untrained it has {lost:.1f} points more: training harmed the features" * (lost > 0)
 
 
 def report(places, titles, results, about, cfg):
@@ -1121,8 +1131,9 @@ def report(places, titles, results, about, cfg):
             draws = f", {statistics.stdev(values):.1%} from draw to draw" if len(values) > 1 else ""
             print(f"    {with_error(p, n, head)}  {titles[name]}{draws}")
             row[metric if name == "model" else name] = p
-        if cfg.head != "finetune" and accuracies["untrained"][0] > accuracies["model"][0]:
-            print(NO_GAIN)
+        harm = no_gain(accuracies["model"][0], accuracies["untrained"][0])
+        if harm and cfg.head != "finetune":
+            print(harm)
         row |= dict(*more) or {"standard_error": round(standard_error(row["top1"], n), 4)}
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
@@ -1152,7 +1163,7 @@ def print_table(runs):
         for name, rows in zip(names, runs):
             if rows[0].get(kind) is not None:
                 lines.setdefault((title or name, *table_cells(rows, heads, kind)), []).append(name)
-    print_columns([["", *heads, "layer", "t", "pool", "train", "test"]] + [
+    print_columns([["", *heads, "layer", "t", "pool", "train", "test", "training"]] + [
         [title if title in names or len(of) == len(runs) else f"{title} ({', '.join(of)})", *cells]
         for (title, *cells), of in lines.items()])
     for key, remedy in (("pool", "--pool mean"), ("dataset", "--dataset")):
@@ -1167,7 +1178,8 @@ def table_cells(rows, heads, kind):
     layer, t, pool = (rows[0][key] for key in ("layer", "t", "pool"))
     t = f"{t:g}" if isinstance(t, float) else t                    # "0", as of timesteps
     place = [str(cell) * (kind != "pixels") for cell in (layer, t, pool)]
-    return *(cells.get(head, "") for head in heads), *place, images, str(n)
+    own = rows[0]["training"] * (kind in ("top1", "miou"))
+    return *(cells.get(head, "") for head in heads), *place, images, str(n), own
 
 
 def save_features(model, config, places, first, cfg):
@@ -1185,7 +1197,7 @@ def save_features(model, config, places, first, cfg):
         arrays = {"features": x, "labels": labels, "files": numpy.array(files, str)}
         write_file(pathlib.Path(cfg.save), lambda file: numpy.savez(file, **arrays))
     place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool}"
-    print(f"features {x.shape} of {place}: {cfg.save}; images without a label: {(labels < 0).sum()}, "
+    print(f"features {x.shape} of {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
           f"left out as unreadable: {len(index) - len(kept)}\n"
           f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')
 

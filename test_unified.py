@@ -5283,10 +5283,11 @@ def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(finishe
     lines = [re.split(r"  +", line.strip()) for line in
              script("probe.py", *runs, twin, "--workers", 0).split("ridge  ")[-1].splitlines()]
     rows = [json.loads((run / "probe.jsonl").read_text().splitlines()[-1]) for run in (*runs, twin)]
-    assert lines[0] == ["layer", "t", "pool", "train", "test"]
+    assert lines[0] == ["layer", "t", "pool", "train", "test", "training"]
     for line, name, row in zip(lines[1:], ("run", "umd", "twin"), rows):
         accuracy = f"{row['top1']:.1%} +- {row['standard_error']:.1%}"
-        assert line == [name, accuracy, str(row["layer"]), f"{row['t']:g}", row["pool"], "48", "16"]
+        assert line == [name, accuracy, str(row["layer"]), f"{row['t']:g}", row["pool"], "48", "16",
+                        f"{'umd' if name == 'umd' else 'mage'}, 6 x 8"]
     assert [line[0] for line in lines[4:7]] == ["untrained (run, twin)", "untrained (umd)", "raw pixels"]
     assert [line[1].split("%")[0] for line in lines[4:7]] == \
         [f"{100 * v:.1f}" for v in (rows[0]["untrained"], rows[1]["untrained"], rows[0]["pixels"])]
@@ -5301,7 +5302,7 @@ def test_a_table_of_runs_that_are_read_alike_warns_of_nothing(finished, diffused
 
 def test_a_table_names_data_that_differ_and_runs_of_one_name_by_their_path(capsys):
     row = {"head": "knn", "layer": [2, 3], "t": 0, "pool": "mean", "top1": 0.5, "untrained": None,
-           "pixels": None, "n_train": 9, "n_test": 4}
+           "pixels": None, "n_train": 9, "n_test": 4, "training": "mage"}
     probe.print_table([[row | {"run": f"{name}/run", "dataset": name}] for name in ("a", "b")])
     printed = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in printed[1:3]] == ["a/run", "b/run"]
@@ -5563,7 +5564,7 @@ def test_features_that_training_has_made_worse_are_told_of(untrained, told, fini
     data = probe.ImageTensor(torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.arange(9), [], (1, 1))
     train.report(cfg, model, {}, data, data)
     printed = capsys.readouterr().out
-    assert ("untrained they are no worse" in printed) == told
+    assert ("untrained it has 10.0 points more" in printed) == told
     assert f"features of mage: layer {model.best_layer}, t 0, mean" in printed
 
 
@@ -5578,7 +5579,7 @@ def test_codes_that_so_few_images_cannot_use_are_no_fault_of_the_tokenizer(count
     data = probe.ImageTensor(torch.zeros(count, 3, 32, 32, dtype=torch.uint8), torch.zeros(count), [], (1, 1))
     train.report(cfg, model, {}, data, data)                            # 16 ids an image, of 32 codes
     printed = capsys.readouterr().out
-    assert ("(so few images use 50% at most)" in printed) == told
+    assert ("(16 tokens use 50% at most)" in printed) == told
     assert ("has learned little" in printed) != told
 
 
@@ -6042,7 +6043,7 @@ def test_two_processes_share_the_ids_and_leave_one_run(photos, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     printed = (tmp_path / "printed").read_text()
     assert process.returncode == 0, printed
-    assert printed.count("python probe.py") == 1
+    assert printed.count("python sample.py") == 1
     vqgan, _ = unified.load_tokenizer(tmp_path / "run")
     data = probe.open_data(str(photos), "", 32, train=True)
     (tmp_path / "alone").mkdir()

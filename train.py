@@ -485,6 +485,8 @@ def train_model(cfg, model, arch, train_set, test_set):
                f"{model.length or 'no'} tokens an image, {steps} steps of {batch} ({micro} at once), "
                f"learning rate {lr:.2g}" + (f"; the loss starts near ln {model.codes} = "
                                             f"{math.log(model.codes):.2f}" if method.tokenizer else ""))
+    if steps < (usual := defaults(cfg).get("steps") or 0) / 4:
+        print_once(f"{steps} steps are for a first look; {usual} are usual")
     if method.tokens == "patches" and model.generates and \
             not noise_fits(cfg, cfg.size, cfg.image_size, cfg.ids):
         values = 3 * cfg.image_size ** 2 // cfg.ids
@@ -1170,7 +1172,7 @@ def report(cfg, model, ema, train_set, test_set):
         possible = min(1, len(test_set) * model.length / model.codes)           # an id uses one code
         print_once(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test_set)} test images, "
                    f"{figures['codes_used']:.0%} of the codes used"
-                   + f" (so few images use {possible:.0%} at most)" * (possible < 1))
+                   + f" ({len(test_set) * model.length} tokens use {possible:.0%} at most)" * (possible < 1))
         if figures["codes_used"] < 0.1 * possible or figures["psnr"] < floor:
             remedy = "knows little of these images, leave --tokenizer out" if cfg.tokenizer else \
                 f"has learned little, give it more --tokenizer-steps than {cfg.tokenizer_steps}"
@@ -1185,17 +1187,19 @@ def report(cfg, model, ema, train_set, test_set):
         for name, title in zip(top1, (f"features of {cfg.model}: {place}", "the same network untrained",
                                       "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
-        if top1["features"] < top1["the same network untrained"]:
-            print_once(probe.NO_GAIN)
+        if harm := probe.no_gain(top1["features"], top1["the same network untrained"]):
+            print_once(harm)
     else:
         print_once(f"no probe: {no_probe}")
     run = shlex.quote(str(folder))
     print_once("next")
     if model.generates:
         print_once(f"    python sample.py {run} --n 64 --gif         more images, and how they come about")
-    probes = "--head knn            other ways to read the features\n"
+    probes = "--head knn            other ways to read the features"
     print_once(f"    python probe.py {run} " + (probes if top1 else
-                                               "--save features.npz   features of all these images\n"))
+                                               "--save features.npz   features of all these images"))
+    lent = "" if top1 else "--dataset shapes --limit 2000 "
+    print_once(f"    python probe.py {run} OTHER_RUN {lent}--pool mean   two runs in one table\n")
 
 
 def probe_features(cfg, model, ema, train_set, test_set):

@@ -3231,9 +3231,10 @@ def parse_flags(cls, doc, argv=None):
     the first line of the script's docstring, and its second paragraph as examples."""
     about, examples, *_ = doc.split("\n\n")
     fields = dataclasses.fields(cls)
-    run = "".join(f"{field.name} " for field in fields if "positional" in field.metadata)
+    names = [field.name + f" [{field.name} ...]" * (field.metadata.get("nargs") == "+")
+             for field in fields if "positional" in field.metadata]
     parser = group = argparse.ArgumentParser(
-        usage=f"%(prog)s {run}[options]", description=about, epilog=f"examples:\n{examples}",
+        usage=" ".join(["%(prog)s", *names, "[options]"]), description=about, epilog=f"examples:\n{examples}",
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
