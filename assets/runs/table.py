@@ -1,6 +1,6 @@
-"""The README's table and loss curves of CIFAR-10, made of the logs in this folder:
+"""The README's tables and loss curves of CIFAR-10, made of the logs in this folder:
 
-    python assets/runs/table.py                     the table in Markdown; draws losses.png
+    python assets/runs/table.py                     the tables in Markdown; draws losses.png
     python assets/runs/table.py out/cifar10-mage    first takes the logs of this run, or of several, thinned
 """
 import json
@@ -15,10 +15,12 @@ import PIL.Image
 import train
 
 ORDER = ["mage", "mage-c", "mage-e", "addp", "umd", "mae", "maskdit", "dit", "adm"]
-# Title of a column: how its figures are written.
-COLUMNS = {"CPU minutes": "{:.0f}", "features": "{:.1%}", "untrained": "{:.1%}", "best layer": "{:.1%}",
-           "20-NN": "{:.1%}", "linear": "{:.1%}", "fine-tuned": "{:.1%}", "FD-local": "{:.1f}",
-           "precision": "{:.1%}", "recall": "{:.1%}", "images/s": "{:.0f}"}
+# Of each table, title of a column: how its figures are written.
+TABLES = {
+    "features": {"ridge": "{:.1%}", "untrained": "{:.1%}", "best layer": "{:.1%}", "20-NN": "{:.1%}",
+                 "linear": "{:.1%}", "fine-tuned": "{:.1%}", "from scratch": "{:.1%}"},
+    "samples, cost": {"FD-local": "{:.1f}", "precision": "{:.1%}", "recall": "{:.1%}", "steps": "{}",
+                      "CPU minutes": "{:.0f}", "images/s": "{:.0f}"}}
 
 # Column of a head, with all labels or with this fraction of them.
 PROBES = {("ridge", None): "best layer", ("knn", None): "20-NN", ("linear", None): "linear",
@@ -56,39 +58,46 @@ def take(run):
 def figures(rows):
     """{title of a column: figure} of a run's rows; of several figures the last."""
     rates = sorted(row["images_per_second"] for row in rows if row.get("stage") == "model" and "loss" in row)
-    found = {"images/s": rates[len(rates) // 2]}
+    steps = max(row["step"] for row in rows if row.get("stage") == "model")
+    found = {"images/s": rates[len(rates) // 2], "steps": steps}
     for row in rows:
         if row.get("stage") == "report":
-            found |= {"CPU minutes": row["cpu_minutes"], "features": row["probe"]["features"],
+            found |= {"CPU minutes": row["cpu_minutes"], "ridge": row["probe"]["features"],
                       "untrained": row["probe"]["the same network untrained"]}
         elif row.get("head") == "samples":
             found |= {"FD-local": row["fd_local"], "precision": row["precision"], "recall": row["recall"]}
         elif title := PROBES.get((row.get("head"), row.get("labels"))):
             found[title] = row["top1"]                          # ridge: of the place that --sweep has chosen
+            if title == "fine-tuned":
+                found["from scratch"] = row["untrained"]
     return found
 
 
 def baselines(logs):
-    """{name: {title of a column: figure}} of raw pixels, the same for all, and of what ladder.py found."""
+    """{name: {title of a column: figure}} of raw pixels and of the anchors of samples, the same for all, and
+    of what ladder.py found."""
     rows = next(iter(logs.values()))
-    probes = {"features": next(r["probe"]["raw pixels"] for r in rows if r.get("stage") == "report")}
-    probes |= {title: r["pixels"] for r in rows if (title := PROBES.get((r.get("head"), r.get("labels"))))
+    pixels = {"ridge": next(r["probe"]["raw pixels"] for r in rows if r.get("stage") == "report")}
+    pixels |= {title: r["pixels"] for r in rows if (title := PROBES.get((r.get("head"), r.get("labels"))))
                and title in ("20-NN", "linear")}
-    ladder = {f"untrained convolutions, filters {r['filters']}": {"features": r["top1"]}
+    ladder = {f"untrained convolutions, filters {r['filters']}": {"ridge": r["top1"]}
               for r in read(HERE / "ladder.jsonl")}
-    return {"raw pixels": probes, **ladder}
+    anchors = next((r["anchors"] for r in rows if r.get("head") == "samples"), {})
+    anchors = {name: {"FD-local": r["fd_local"], **r} for name, r in anchors.items()}
+    return {"raw pixels": pixels, **ladder, **anchors}
 
 
-def table(logs):
-    """Lines of the table in Markdown: a row for each of logs, {method: rows}, then the baselines."""
-    yield "| CIFAR-10 | " + " | ".join(COLUMNS) + " |"
-    yield "|" + "---|" * (1 + len(COLUMNS))
-    for name, found in ({name: figures(rows) for name, rows in logs.items()} | baselines(logs)).items():
-        cells = {title: form.format(found[title]) if title in found else ""
-                 for title, form in COLUMNS.items()}
-        for path in sorted(HERE.glob(f"cifar10-{name}-seed*.jsonl")):           # the same with further seeds
-            cells["features"] += ", " + COLUMNS["features"].format(figures(read(path))["features"])
-        yield f"| {name} | " + " | ".join(cells.values()) + " |"
+def table(title, columns, found):
+    """Lines of a table in Markdown: a row for each of {name: figures()} that has any of its columns."""
+    yield f"| {title} | " + " | ".join(columns) + " |"
+    yield "|" + "---|" * (1 + len(columns))
+    for name, row in found.items():
+        cells = {title: form.format(row[title]) if title in row else "" for title, form in columns.items()}
+        if "ridge" in columns:                                          # the same with further seeds
+            for path in sorted(HERE.glob(f"cifar10-{name}-seed*.jsonl")):
+                cells["ridge"] += ", " + columns["ridge"].format(figures(read(path))["ridge"])
+        if any(cells.values()):
+            yield f"| {name} | " + " | ".join(cells.values()) + " |"
 
 
 def draw(logs):
@@ -112,5 +121,7 @@ def all_logs():
 if __name__ == "__main__":
     for run in sys.argv[1:]:
         take(pathlib.Path(run))
-    print("\n".join(table(all_logs())))
-    draw(all_logs())
+    logs = all_logs()
+    found = {name: figures(rows) for name, rows in logs.items()} | baselines(logs)
+    print("\n\n".join("\n".join(table(title, columns, found)) for title, columns in TABLES.items()))
+    draw(logs)
