@@ -146,7 +146,8 @@ class Attention(nn.Module):
 
 
 def fused_is_faster(q, dropout):
-    """On a GPU always; on a CPU without dropout, which its kernel lacks, and in float32: bfloat16 is slow."""
+    """On a GPU always. On a CPU only in float32 and without dropout: its kernel has none, and is slow in
+    bfloat16."""
     return q.device.type != "cpu" or q.dtype == torch.float32 and dropout == 0
 
 
@@ -521,8 +522,8 @@ class Model(nn.Module):
         return ((state.x + 1) / 2).clamp(0, 1)
 
     def noise(self, seeds, draw=0):
-        """What features(noise=) takes, from each image's seed: int64 (B,) -> standard normal (B, 3, S, S)."""
-        # Read it as torch.randn(B, 3, S, S), but row i depends on seeds[i] and the number of the draw alone.
+        """Standard normal (B, 3, S, S), for sampling and for features(noise=), from a seed for each image,
+        int64 (B,). Read it as torch.randn, but row i depends on seeds[i] and the number of the draw alone."""
         S = self.image_size
         return to_normal(hashed_uniform(seeds, draw, 3 * S * S)).view(-1, 3, S, S)
 
@@ -537,7 +538,8 @@ class Model(nn.Module):
     # whose output embed() reads.
 
     best_t = 0                              # the t at which the authors probe best_layer
-    t_range = (0, 0, "always 0")            # min, max and meaning of t, of forward(t=), too; int: a timestep
+    t_range = (0, 0, "always 0")            # min, max and meaning of t, also in forward; if min and max are
+    #                                         int, t is a timestep
     pools = ("mean",)                       # poolings that embed() knows, the authors' first
     length = 0                              # tokens of an image, if there are any
     codes = 0                               # entries of the codebook, if ids are predicted
@@ -600,6 +602,7 @@ def guarded(method):
 #     |------- 128 dropped -------|- 13 [MASK] --|
 #                                 |----- 128 tokens, with the class token 129 -----|     enter the encoder
 #     |------------------ 256 tokens, with the class token 257 -------------------|     enter the decoder
+#                                                         (the class token, at position 0, comes in section 5)
 
 
 def truncated_normal(u, mean=0.55, std=0.25, low=0.5, high=1.0):
@@ -652,18 +655,18 @@ SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lam
              "arccos": lambda t, T: 2 / math.pi * math.acos(t / T)}
 
 
-def num_masked(initial, count, step, steps, schedule="cosine", round_up=False):
+def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
     """How many tokens of each image stay masked after a step: int (n,) -> int (n,).
 
-    initial, count  how many were masked at the start, and before this step
-    step, steps     t - 1, counted from 0; and T
-    schedule        a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
-                    t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
-    round_up        as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
+    initial, before  how many were masked at the start, and before this step
+    step, steps      t - 1, counted from 0; and T
+    schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
+                     t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
+    round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
-    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(count - 1)
-    return wanted.clamp(min=1).minimum(count)
+    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(before - 1)
+    return wanted.clamp(min=1).minimum(before)
 
 
 # All random numbers of an image follow from its seed, so it is the same alone or among a thousand. Read
@@ -1071,7 +1074,7 @@ class MAGE(TokenModel):
                   None
         layers    numbers of blocks, encoder first; [best_layer] if None
         add       {layer: map (B, C, h, w)} added to the output of that layer. Read it as empty: only DifFeed,
-                  a probe that runs the network twice, passes it (section 11)
+                  in probe.py, runs a network twice, the second time with what late blocks found added
         finetune  changes nothing here: MAGE is fine-tuned as it was trained
         returns   [map (B, C, h, w) for each of layers]
         """
@@ -1142,14 +1145,16 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #
 # The story so far, on drawn shapes and a CPU: `python unified.py` trains a tokenizer, then MAGE on its ids,
 # in two minutes on two cores. train.py has the same loop, and what a long run needs: ids that are computed
-# once, averaged weights, evaluation, checkpoints, many GPUs. Seed 0, torch 2.13 on two threads, printed:
+# once, averaged weights (and those of MAGE-E's teacher), evaluation, checkpoints, many GPUs. Seed 0, torch
+# 2.13 on two threads, printed:
 #
 #     TokenizerTraining step   600   loss 0.031          a blurred copy of each image
 #     MAGE              step   100   loss 4.920          as good as guessing: ln 128 = 4.85
 #     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch
 #
 # `python unified.py umd` trains one of the methods to come. What a linear probe then finds in the embeddings,
-# with few labels and with many, before -> after its training (that of the tokenizer has come before both):
+# with few labels and with many, before -> after its training (the tokenizer, and ADDP's MAGE, are trained in
+# both):
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
@@ -1281,7 +1286,7 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
 # Two crops of each image, its views, go through MAGE, masked each in its own places, but in the same ratio.
 # The mean of the encoder's normed outputs, of visible tokens and of [MASK] but not of the class token, goes
 # through Linear(C, 4096), ReLU and Linear(4096, 256) to a unit vector z. It must be closer to that of the
-# other crop than to those of all other images, in all processes:
+# other crop than to those of all other images in the batch, whichever process holds them:
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
@@ -1810,7 +1815,8 @@ class Denoising(typing.NamedTuple):
 def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
     """From noise to images: yields a Denoising after each step; the last one is clean.
 
-    predict_x0   function (x, step) -> x0, clamped to [-1, 1], since pixels lie there; and std of ddim_step
+    predict_x0   function (x, step) -> (x0, clamped to [-1, 1], since pixels lie there; std of ddim_step, None
+                 for sigma)
     draw_noise   function k -> draw number k of each image, standard normal (n, 3, S, S): 0 is the start,
                  2 s + 1 the noise that step s = 0, 1, ... adds
     alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
@@ -2119,8 +2125,8 @@ class UMD(Model):
         return len(self.timesteps(steps)) if self.generates else 1
 
     def timesteps(self, steps=None):
-        """Strides of T / steps, rounded up, and then 1. As published, for None, 125: 1000, 992, ..., 8 and 1,
-        which makes 126."""
+        """Strides of T / steps, rounded up, and then 1. None is 125, as published: 1000, 992, ..., 8, and 1,
+        so 126 in all."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -2513,8 +2519,10 @@ class ADM(Model):
         eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, which
                       ignores it
         known, mask, seeds        as for TokenModel.sample_steps
-        guidance, guidance_interval, guide        as for UMD.sample_steps, with 1 - (t + 1) / T of the way, as
-                      t = 0 is noisy here; the variance is not guided
+        guide, guidance   None, or a weaker ADM: eps = eps(guide) + w (eps - eps(guide)), with the same w in
+                          each step. The variance is not guided
+        guidance_interval       (low, high): a step at timestep t is guided if low <= 1 - (t + 1) / T < high,
+                          where T - 1 is all noise
         """
         kept = self.timesteps(steps, eta)
         alpha_bar = self.alpha_bar[kept]
@@ -2746,7 +2754,7 @@ def complete(model):
 #
 #     image_size      S
 #     layers          {layer: (channels, h, w)} of all blocks, counted from 1
-#     best_layer      the layer whose features the authors probe
+#     best_layer      the layer that probes read if not told otherwise
 #
 # and it defines
 #
