@@ -7,7 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + which guess belongs to which image
+    MAGE-E   token ids           the same                                + which redrawn copy is of which image
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -439,7 +439,7 @@ class TokenizerTraining(nn.Module):
     tokenizer's.
 
     vqgan    the VQGAN to train
-    WEIGHTS  of the terms above; the commitment's is [VQ-VAE]'s, the others are ours
+    WEIGHTS  of the terms above; commitment's and codebook's are [VQ-VAE]'s, the others are ours
     """
 
     WEIGHTS = {"l1": 3.0, "l2": 10.0, "commitment": 0.25, "codebook": 1.0, "coverage": 0.5, "entropy": 0.03}
@@ -503,8 +503,8 @@ class TokenizerTraining(nn.Module):
 
 
 class Model(nn.Module):
-    """A module that generates by sample_steps(), which a subclass defines, and which yields a state after
-    each step."""
+    """A module that generates by sample_steps(), which a subclass defines. It yields a state after each step:
+    a Decoding of ids and their mask (section 4), or a Denoising of pixels (section 9)."""
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
@@ -750,11 +750,11 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-# Labels. MAGE and UMD can be trained with labels. Then the network is told the label y of an image, but for
-# one image in ten it is not. So it can predict with and without a label. Classifier-free guidance goes beyond
-# what the label changes [CFG]:
+# Labels. MAGE and UMD can be trained with labels. Then the network is told the label y of an image (how,
+# sections 5 and 10 say), but for one image in ten it is not. So it can predict with and without a label.
+# Classifier-free guidance goes beyond what the label changes [CFG]:
 #
-#     logits = logits(no label) + w_t (logits(y) - logits(no label))
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))
 #     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD (section 10) it is always w
 #
 # w = 1 is prediction as trained, for which one pass is enough; a larger w exaggerates. Two variants:
@@ -1183,7 +1183,7 @@ def fit(net, steps, batch_size, peak_lr):
 
 
 def linear_probe(model, labelled):
-    """Accuracy in [0, 1] of least squares on the embeddings of so many drawn shapes, for 1,000 others."""
+    """Least squares on the embeddings of `labelled` drawn shapes: its accuracy in [0, 1] on 1,000 others."""
     images, labels = draw_shapes(torch.arange(10**6, 10**6 + 2000), 32)
     with torch.no_grad():
         z = F.pad(model.embed(images.float() / 255), (0, 1), value=1.0)                     # (2000, C + 1)
@@ -1443,36 +1443,34 @@ class EchoMAGE(ContrastiveMAGE):
 # h0, h1, h3 and h4 are thrown away: what the blur of masked places shows reaches the decoder only through the
 # outputs of visible patches, here h2, which have attended to it.
 #
-# While all is masked, as in the first step of generation, there is no image: the encoder is skipped, and the
-# decoder reads mask tokens alone. So it is in the second of 20 steps, too: counts are rounded up,
-# ceil(256 cos(pi / 40)) = 256, and the first keeps nothing. (In training the encoder runs even then, but
-# nothing of its output is read.)
+# While all is masked, in all images, as in the first step of generation, there is nothing to show: the
+# encoder is skipped, and the decoder reads mask tokens alone. So it is in the second of 20 steps, too: counts
+# are rounded up, ceil(256 cos(pi / 40)) = 256, and the first keeps nothing. (In training the encoder runs
+# even then, but nothing of its output is read.)
 #
-# Training takes an image's ids and imagines a point in the middle of its generation. There xt is made of what
-# the previous step has predicted. In training another network takes that step, a frozen, trained MAGE:
+# Training takes an image's ids and imagines a point between two steps of its generation: mask_earlier was
+# masked before the previous step, mask is masked now. It is no step of ADDP's own. A frozen, trained MAGE
+# takes it, and sets the target, too:
 #
-#     mask_earlier    what is masked before the previous step. MAGE predicts p' there, from the ids outside
-#     mask            what is masked after it: a part of mask_earlier. The rest of mask_earlier is what that
-#                     step has kept, as if it had found the true ids
+#     ids              a     b     c     d     e
+#     mask_earlier     _     b     _     _     e      MAGE reads b and e: its p' is what the previous step
+#                                                     predicted at the others
+#     mask             _     b     c     _     e      of these it kept c, which counts as right
+#     xt = D of       e_1'  e_b   e_c   e_4'  e_e     e_i': the mean code under p' at place i, still undecided
+#     p                *                 *            ADDP's prediction, from xt and the ids b, c and e
+#     q                *                 *            the target: what MAGE predicts from b, c and e
 #
-# So xt shows true codes outside mask, and mean codes under p' inside. ADDP predicts the ids inside mask. Its
-# target q is no one-hot vector of the true id, but what the same MAGE predicts there from all ids outside
-# mask: all that could stand there.
+# So the target is not the one true id, but all that could stand there.
 #
-#     xt   = D(c),  c_i = e_(id_i) outside mask,  sum over k of p'_i(k) e_k inside it
+#     e_i' = sum over k of p'_i(k) e_k
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary
 #
-#     ids, mask_earlier --------- MAGE --> p' ----+
-#     ids, mask ----------------------------------+-- D --> xt --> encoder --> decoder --> p
-#     visible ids ----------------------------------------------------------------^        |
-#     ids, mask --- MAGE --> q ---------------------------------------------------------> loss
-#
 # Mask ratios: the 66 of cos(pi / 2 * j / 100) that lie in [0.5, 1), ascending, from 0.509 to 0.9999. That of
 # mask is one of them, drawn with MAGE's normal density as weight, 74.5 % on average; that of mask_earlier
-# comes 1 to 5 places later, or last. Both masks sort the same random numbers, so one contains the other.
-# Counts are rounded up: with 256 tokens, the five largest ratios mask everything, and so teach the first
-# steps of generation. No timestep enters the network: it can see how much of the image is decided.
+# stands 1 to 5 places higher, or is the last. Both masks sort the same random numbers, so one contains the
+# other. Counts are rounded up: with 256 tokens, the five largest ratios mask everything, and so teach the
+# first steps of generation. No timestep enters the network: it can see how much of the image is decided.
 
 
 def nested_mask_ratios():
@@ -2209,7 +2207,7 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# L_vb, a KL divergence, trains only a second output, the variance of the steps back; it is explained before
+# L_vb trains a second output, the variance of the steps back, and leaves eps' alone; it is explained before
 # the class ADM.
 #
 # A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
@@ -2300,18 +2298,19 @@ class ADMBlock(nn.Sequential):
 #     log variance = (1 + v) / 2 log beta  +  (1 - v) / 2 log beta~
 #
 # Sampling with eta = 1 is ddim_step() with the root of this variance in place of sigma in front of its noise;
-# the mean is the same for any v. With eta < 1 v is not used. What trains v is the variational bound, in bits
-# per pixel and channel:
+# the mean is the same for any v. With eta < 1 v is not used.
 #
-#     L_vb = KL( q(x_next | xt, x0) || p(x_next | xt) )        in all steps but the last
-#     L_vb = - log p(x0 | xt)                                  in the last, to x0               [DDPM, eq. 5]
+# What trains v is the variational bound, in bits per pixel and channel: how far the network's step back, p,
+# is from the true one, q. Both are normal distributions, and mean() is ddim_step() with eta = 1 before it
+# adds noise (section 9):
 #
-# q and p are normal distributions. Their mean is what ddim_step() with eta = 1 gives before it adds noise
-# (section 9): for q from the true x0, for p from the x0' that eps' gives, here not clamped. The variance of q
-# is beta~, that of p the one above. In the last step x0 is a byte, whose probability is the mass of p within
-# half a grey level of it.
+#     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
+#     p(x_next | xt)     = N( mean(xt, x0'), the variance above )           x0' from sg(eps'), not clamped
 #
-# In p's mean eps' is detached, so the gradient of L_vb enters the network through v alone: none reaches the
+#     L_vb = KL(q || p)             in all steps but the last                                    [DDPM, eq. 5]
+#     L_vb = - log p(x0 | xt)       in the last, to x0: a byte, so p's mass within half a grey level of it
+#
+# As eps' is detached in p's mean, the gradient of L_vb enters the network through v alone: none reaches the
 # output eps', though the layers that v and eps' share move. The paper adds 0.001 times the sum of L_vb over
 # all t: with T = 1000 that is the mean, which one random t estimates. So the weight is 1, also for another T
 # (the official code's default).
@@ -2769,9 +2768,10 @@ def complete(model):
 #     embed(x, noise=None, pool="mean")
 #         -> a vector for each image, (B, C)
 #
-# Arguments are checked by name before these methods run. The names stand in FORMS of section 14: there each
-# has one meaning, in all models; a mask_ratio below 0.5, say, is refused in any. Other names are yours, and
-# not checked.
+# A model that reads ids is a TokenModel, and defines step_logits() and render() in place of sample_steps().
+#
+# Arguments are checked by name before these methods run. The names and what they may be stand in FORMS of
+# section 14; a mask_ratio below 0.5, say, is refused in any model. Other names are yours, and not checked.
 #
 # What else the scripts ask of a model stands at the end of class Model in section 3, with its meaning and a
 # default, which a class overrides where it differs. So do Model's methods: num_steps, render, noise,
