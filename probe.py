@@ -1086,7 +1086,7 @@ def titles(model, cfg):
 
 
 def training_of(config):
-    """A model and its training, for a table: 'umd, 3000 x 32' for so many steps of so many images."""
+    """A model and its training, in words: 'umd, 3000 x 32' for so many steps of so many images."""
     known = config.get("steps") and config.get("batch_size")
     return config["arch"]["model"] + (f", {config['steps']} x {config['batch_size']}" if known else "")
 
@@ -1169,6 +1169,10 @@ def print_table(runs):
     for key, remedy in (("pool", "--pool mean"), ("dataset", "--dataset")):
         if len(found := distinct(rows[0][key] for rows in runs)) > 1:
             print(f"mind that the {key} differs: {', '.join(found)}; {remedy} makes it the same")
+    for name, (row, *_) in zip(names, runs):
+        harm = no_gain(row.get("top1", row.get("miou")), row["untrained"] or 0)
+        if harm and row["head"] != "finetune":
+            print(f"{name}: {harm.strip()}")
 
 
 def table_cells(rows, heads, kind):
@@ -1196,8 +1200,8 @@ def save_features(model, config, places, first, cfg):
     if first:
         arrays = {"features": x, "labels": labels, "files": numpy.array(files, str)}
         write_file(pathlib.Path(cfg.save), lambda file: numpy.savez(file, **arrays))
-    place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool}"
-    print(f"features {x.shape} of {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
+    place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool} of {training_of(config)}"
+    print(f"features {x.shape}, {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
           f"left out as unreadable: {len(index) - len(kept)}\n"
           f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')
 

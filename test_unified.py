@@ -259,12 +259,13 @@ def test_unified_needs_three_packages_and_the_scripts_one_more(name, needs):
     assert packages - set(sys.stdlib_module_names) == needs
 
 
-def test_the_readmes_table_of_cifar10_is_made_of_the_logs():
+def test_the_readmes_tables_of_cifar10_are_made_of_the_logs():
     spec = importlib.util.spec_from_file_location("table", HERE / "assets" / "runs" / "table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    readme, lines = (HERE / "README.md").read_text(), [*table.table(table.all_logs())]
-    assert len(lines) == 2 + len(table.ORDER) + 3 and "\n".join(lines) in readme
+    features, samples = table.tables(table.all_logs())
+    assert all(f"\n\n{made}\n\n" in (HERE / "README.md").read_text() for made in (features, samples))
+    assert len(features.splitlines()) == len(samples.splitlines()) == 2 + len(table.ORDER) + 3
 
 
 def test_nothing_stands_in_the_table_of_faults_without_a_test():
@@ -5188,6 +5189,7 @@ def diffused(photos, tmp_path_factory):
 def test_a_model_of_pixels_trains_samples_inpaints_and_is_probed_like_any_other(photos, diffused, tmp_path):
     run, printed = diffused
     assert "16 tokens an image" in printed and "untrained" in printed and not (run / "tokenizer.pt").exists()
+    assert "in all: umd 00:0" in printed
     for name in ("samples.png", "reconstructions.png", "loss.png"):
         assert min(PIL.Image.open(run / name).size) > 100
     weights = dict(unified.load_model(run)[0].named_parameters())

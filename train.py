@@ -208,7 +208,7 @@ def check(cfg):
     """Refuse flags that do not go together, and files and folders that are not there."""
     method, teacher = unified.MODELS[cfg.model], unified.MODELS[cfg.model].predictor
     if teacher and not cfg.predictor:
-        data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset}"
+        data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset} --image-size {cfg.image_size}"
         run = f"out/{pathlib.Path(cfg.dataset).name}-{teacher}"
         raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} "
                         f"--model {teacher}, then this with --predictor {run}")
@@ -378,7 +378,7 @@ def train_tokenizer(cfg, train_set, test_set):
     recipe = dict(TOKENIZER_RECIPE, steps=steps, batch_size=batch, micro_batch=micro, views=views,
                   lr=defaults(cfg)["tokenizer_lr"])
     if cfg.resume is None and cfg.views and unified.rank_and_world()[1] == 1:
-        print_once(forecast(cfg, net, model_steps(cfg, train_set)))
+        print_once(forecast(cfg, model_steps(cfg, train_set), net))
 
     def evaluate():
         draw_reconstructions(cfg, lambda x: net.vqgan.reconstruct(x)[:1], test_set)
@@ -389,29 +389,32 @@ def train_tokenizer(cfg, train_set, test_set):
     return net.vqgan, arch
 
 
-def forecast(cfg, net, steps):
-    """How long the training of tokenizer and model will take, from some steps of each on random data."""
-    few = 64 if cfg.size == "tiny" else 1               # images: a step of them is to be short
+def forecast(cfg, steps, net=None):
+    """How long the training of the model, and before it of the tokenizer net, will take, from some steps of
+    each on random data."""
+    few, S = 64 if cfg.size == "tiny" else 1, cfg.image_size        # images: a step of them is to be short
     method, grid = unified.MODELS[cfg.model], math.isqrt(cfg.ids)
-    arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, grid, tokenizer_arch(cfg))
-    model = unified.build(arch)
-    x = torch.rand(min(few, cfg.tokenizer_batch_size), 3, cfg.image_size, cfg.image_size)
-    ids = torch.randint(cfg.codes, (min(few, cfg.batch_size), method.views, model.length)).squeeze(1)
+    model = unified.build(unified.model_config(cfg.model, cfg.size, S, grid, net and tokenizer_arch(cfg)))
+    x = torch.rand(min(few, cfg.tokenizer_batch_size if net else cfg.batch_size), 3, S, S)
+    ids = torch.randint(model.codes or 1, (min(few, cfg.batch_size), method.views, model.length)).squeeze(1)
+    stages = {"tokenizer": (net, x, cfg.tokenizer_steps * cfg.tokenizer_batch_size)} if net else {}
+    stages[cfg.model] = (model, ids if net else x, steps * cfg.batch_size)
+    seconds = {name: images * seconds_an_image(cfg, *stage) for name, (*stage, images) in stages.items()}
+    parts = ", ".join(f"{name} {tqdm.tqdm.format_interval(v)}" for name, v in seconds.items())
+    return f"about {tqdm.tqdm.format_interval(sum(seconds.values()))} in all: {parts}; then the report"
 
-    def seconds_an_image(stage, batch):
-        stage, batch = stage.to(cfg.device), batch.to(cfg.device)
 
-        def step():
-            with probe.autocast(cfg):
-                loss, _ = stage(batch)
-            loss.backward()
-        took = seconds_a_call(cfg, step, 0.2)
-        stage.zero_grad()
-        return took / len(batch)
-    seconds = [seconds_an_image(net, x) * cfg.tokenizer_steps * cfg.tokenizer_batch_size,
-               seconds_an_image(model, ids) * steps * cfg.batch_size]
-    whole, first, second = map(tqdm.tqdm.format_interval, (sum(seconds), *seconds))
-    return f"about {whole} in all: tokenizer {first}, {cfg.model} {second}; then the report"
+def seconds_an_image(cfg, model, x):
+    """Seconds that the loss of an image of the batch x, and its gradient, take."""
+    model, x = model.to(cfg.device), x.to(cfg.device)
+
+    def step():
+        with probe.autocast(cfg):
+            loss, _ = model(x)
+        loss.backward()
+    took = seconds_a_call(cfg, step, 0.2)
+    model.zero_grad()
+    return took / len(x)
 
 
 def measure_tokenizer(cfg, vqgan, data, count):
@@ -487,6 +490,8 @@ def train_model(cfg, model, arch, train_set, test_set):
                                             f"{math.log(model.codes):.2f}" if method.tokenizer else ""))
     if steps < (usual := defaults(cfg).get("steps") or 0) / 4:
         print_once(f"{steps} steps are for a first look; {usual} are usual")
+    if cfg.resume is None and not method.tokenizer and unified.rank_and_world()[1] == 1:
+        print_once(forecast(cfg, steps))
     if method.tokens == "patches" and model.generates and \
             not noise_fits(cfg, cfg.size, cfg.image_size, cfg.ids):
         values = 3 * cfg.image_size ** 2 // cfg.ids
@@ -1198,8 +1203,8 @@ def report(cfg, model, ema, train_set, test_set):
     probes = "--head knn            other ways to read the features"
     print_once(f"    python probe.py {run} " + (probes if top1 else
                                                "--save features.npz   features of all these images"))
-    lent = "" if top1 else "--dataset shapes --limit 2000 "
-    print_once(f"    python probe.py {run} OTHER_RUN {lent}--pool mean   two runs in one table\n")
+    lent = "" if top1 else "--dataset shapes "
+    print_once(f"    python probe.py {run} OTHER_RUN {lent}--pool mean --limit 2000   runs in one table\n")
 
 
 def probe_features(cfg, model, ema, train_set, test_set):

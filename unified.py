@@ -7,7 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + which redrawn copy is of which image
+    MAGE-E   token ids           the same                                + which redrawn copy is of each image
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -54,8 +54,9 @@ Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding; h0, h1 ... outputs of a transformer's encoder
          x0, eps, xt clean pixels, noise, and their mixture at timestep t; in ADDP the image decoded so far
          alpha_bar how much of x0 is left in xt: the square of its factor
-         t of T: in diffusion a timestep, noisier as t grows; in decoding the number of a step, 1 ... T, with
-           fewer tokens masked as t grows. features(t=) takes MAGE's mask ratio, or a timestep
+         t of T: in diffusion a timestep, noisier as t grows; in decoding, the other way round, the number of
+           a step, 1 ... T, with fewer tokens masked as t grows. features(t=) takes MAGE's mask ratio, or a
+           timestep, and features(noise=) what decides the corruption: random numbers that rank tokens, or eps
 
 Pixels are floats in [0, 1] where they enter or leave a model; [-1, 1] is used where noise is added. Masks
 are bool, True = masked. What a loss draws at random, but for dropout and MAGE-E's echoes, can be passed in
@@ -115,7 +116,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 #     x --+-- LayerNorm -- attention --+--+-- LayerNorm -- MLP --+--
 #         |____________________________|  |______________________|
 #
-# Both branches only add to x, so that, as in a ResNet, a path reaches the first block undiminished [ViT].
+# Both branches only add to x. So, as in a ResNet, gradients have a way to the first block on which nothing
+# shrinks them [ViT].
 
 
 class Attention(nn.Module):
@@ -367,9 +369,9 @@ class VQGAN(nn.Module):
 #     term        weight                               trains
 #     l1           3.0   |x' - x|                      decoder and encoder
 #     l2          10.0   (x' - x)^2                    decoder and encoder
-#     commitment   0.25  ||z - sg(e_id)||^2            encoder: z moves to its code           [VQ-VAE, eq. 3]
-#     codebook     1.0   ||sg(z) - e_id||^2            codes: each moves to its z             [VQ-VAE, eq. 3]
-#     coverage     0.5   ||e_k - sg(nearest z)||^2     codes, unused ones too: each moves to the z of
+#     commitment   0.25  (z - sg(e_id))^2              encoder: z moves to its code           [VQ-VAE, eq. 3]
+#     codebook     1.0   (sg(z) - e_id)^2              codes: each moves to its z             [VQ-VAE, eq. 3]
+#     coverage     0.5   (e_k - sg(nearest z))^2       codes, unused ones too: each moves to the z of
 #                                                      the batch nearest to it                       [ours]
 #     entropy      0.03  mean H(p) - H(mean p)         codes and encoder: positions are sure of their code,
 #                                                      and all codes are used                       [MaskGIT]
@@ -532,7 +534,7 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # ---- for the scripts; skip the rest of this class at first
+    # ---- for the scripts: skip the rest of this class, to which section 12 leads back
 
     # Each __init__ sets image_size, layers = {number of a block: (channels, h, w)}, and best_layer, the block
     # whose output embed() reads.
@@ -570,8 +572,8 @@ class Model(nn.Module):
         return len(self.layers) + 1 - layer
 
     def __init_subclass__(cls):
-        """Check the arguments of public methods (section 14), and move labels and seeds to the model's
-        device. Read on as if this were not there."""
+        """Check the arguments of public methods (section 14): labels and seeds come on the model's device,
+        and who asks for guidance gives labels or a guide. Read on as if this were not there."""
         public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
         for name in vars(cls).keys() & public:
             setattr(cls, name, guarded(vars(cls)[name]))
@@ -592,10 +594,10 @@ def guarded(method):
 #
 # At r = 0.5 half of the image is visible, and the network learns to represent it. Near r = 1 hardly anything
 # is, and it learns to generate. Which tokens are masked is decided by sorting random numbers, one for each:
-# mask_noise, or in features() noise. They only rank the tokens; nothing is added to the image.
+# mask_noise. They only rank the tokens; nothing is added to the image.
 #
-# As in MAE, the encoder is spared masked tokens: a fixed half of all tokens, all of them masked, is dropped
-# before it, whatever r is, so that shapes are static. The other masked tokens enter as [MASK]:
+# Half of the tokens or more are masked. So L / 2 masked ones are dropped before the encoder, as in MAE, to
+# save time; as their number is fixed, shapes are static. The other masked tokens enter as [MASK]:
 #
 #     L = 256 tokens, r = 0.55, sorted by their random numbers; later each goes back to its place
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
@@ -633,15 +635,15 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 
 # Generation starts with n0 masked tokens: all L, or the unknown ones of inpainting. Step t of T predicts
 # every masked token, keeps the predictions that are most confident, and masks the others again. How many stay
-# masked falls along a cosine [MaskGIT, 3.2], in MAGE by at least one in each step, but not below 1, as in the
-# official codes:
+# masked falls along a cosine [MaskGIT, 3.2]. MAGE rounds it down, makes it fall by one at least, and never
+# below 1. (ADDP rounds up, and may keep nothing in a step. Both are as in the official codes.)
 #
-#     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1))
+#     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1))                       in MAGE
 #
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
 # Every masked token is given an id in every step. So the one that is still in the mask after step T has one,
-# too, and MAGE's image is complete. (ADDP shows a mean of codes there.)
+# too, and the image is complete.
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
@@ -752,25 +754,25 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 
 # Labels. MAGE and UMD can be trained with labels. Then the network is told the label y of an image (how,
 # sections 5 and 10 say), but for one image in ten it is not. So it can predict with and without a label.
-# Classifier-free guidance goes beyond what the label changes [CFG]:
+# Classifier-free guidance takes what the label changes in a prediction, and exaggerates it [CFG]:
 #
 #     guided = logits(no label) + w_t (logits(y) - logits(no label))
 #     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD (section 10) it is always w
 #
-# w = 1 is prediction as trained, for which one pass is enough; a larger w exaggerates. Two variants:
+# w = 1 is prediction as trained, for which one pass is enough. Two variants:
 #
-# - An interval: guidance helps on a part of the way and harms on the rest. So it acts between two points of
-#   the way, which is 0 at its start, all noise or all masked, and 1 at the image; elsewhere w_t is 1
+# - An interval. Let progress be 0 at the start, all noise or all masked, and 1 at the image. Guidance helps
+#   on a part of this way and harms on the rest. So it acts while low <= progress < high; elsewhere w_t is 1
 #   [Interval].
-# - A guide: a weaker network, such as an earlier checkpoint, predicts in place of "no label". It errs where
+# - A guide. A weaker network, such as an earlier checkpoint, predicts in place of "no label". It errs where
 #   the network errs, only more so [Autoguidance]. Both see the same labels or, as in ADDP and ADM, none.
 
 
-def guidance_at(way, w, interval):
-    """w where low <= way < high, else 1. The way is measured where a step begins: (t - 1) / T in step t of T;
-    by the timestep in sections 10 and 11."""
+def guidance_at(progress, w, interval):
+    """w inside the interval (low, high), 1 outside. Progress is measured where a step begins: (t - 1) / T in
+    step t of T; by the timestep in sections 10 and 11."""
     low, high = interval
-    return w if low <= way < high else 1.0
+    return w if low <= progress < high else 1.0
 
 
 class TokenModel(Model):
@@ -841,8 +843,7 @@ class TokenModel(Model):
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked
         order         see unmask; by confidence if None
-        guidance_interval    (low, high): step t of T begins at (t - 1) / T of the way, and is guided if
-                      low <= (t - 1) / T < high
+        guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high
         guide         None, or a weaker model of this class, with the same tokenizer; it sees the same labels
         yields        a Decoding after each step
         """
@@ -883,7 +884,7 @@ class TokenModel(Model):
 # Position 0 holds a class id: a label, or the "fake class", which stands for any image. Codes, classes,
 # fake class (in the authors' files one of the classes) and [MASK] are one vocabulary:
 #
-#     0 ... K-1 codes  |  K ... labels  |  fake class  |  [MASK]
+#     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
 #
 # In training one label in ten is replaced by the fake class.
 #
@@ -1102,7 +1103,8 @@ class MAGE(TokenModel):
 
 
 # features() needs outputs from the middle of the network. So it does not call encode(), but runs the same
-# blocks in the same order through these functions, here and in ADDP and UMD, and stops early.
+# blocks in the same order through these functions, here and in ADDP and UMD, and stops early. (No method is
+# explained in them.)
 
 
 def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
@@ -1152,9 +1154,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #     MAGE              step   100   loss 4.920          as good as guessing: ln 128 = 4.85
 #     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch
 #
-# `python unified.py umd` trains one of the methods to come. What a linear probe then finds in the embeddings,
-# with few labels and with many, before -> after its training (the tokenizer, and ADDP's MAGE, are trained in
-# both):
+# `python unified.py umd` trains one of the methods to come. Accuracy of a linear probe on the embeddings
+# (eight classes), before -> after the training of the method; tokenizer and ADDP's MAGE are trained in both:
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
@@ -1420,8 +1421,8 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
 # ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces. A step
-# takes ids, their mask, and p, the distribution over codes that the previous step predicted at every masked
-# token. (In code a Decoding has all three; p is the softmax of its logits.) The step
+# takes ids, their mask, and p, the distribution over codes that the previous step predicted, when more was
+# masked. (In code a Decoding has all three; p is the softmax of its logits.) The step
 #
 #     1. decodes the image so far, xt, with D, the frozen tokenizer's decoder: from the codes of visible ids
 #        and, where tokens are masked, from the mean code under p. So what is undecided is blurred,
@@ -1443,18 +1444,18 @@ class EchoMAGE(ContrastiveMAGE):
 # h0, h1, h3 and h4 are thrown away: what the blur of masked places shows reaches the decoder only through the
 # outputs of visible patches, here h2, which have attended to it.
 #
-# While all is masked, in all images, as in the first step of generation, there is nothing to show: the
-# encoder is skipped, and the decoder reads mask tokens alone. So it is in the second of 20 steps, too: counts
-# are rounded up, ceil(256 cos(pi / 40)) = 256, and the first keeps nothing. (In training the encoder runs
-# even then, but nothing of its output is read.)
+# While all is masked, as in the first step, there is nothing to show: the encoder is skipped, and the decoder
+# reads mask tokens alone. Counts are rounded up: after step 1 of 20, ceil(256 cos(pi / 40)) = 256 are masked,
+# so step 1 keeps nothing, and step 2 has no image, either. (In training the encoder runs even then, but
+# nothing of its output is read.)
 #
 # Training takes an image's ids and imagines a point between two steps of its generation: mask_earlier was
 # masked before the previous step, mask is masked now. It is no step of ADDP's own. A frozen, trained MAGE
 # takes it, and sets the target, too:
 #
 #     ids              a     b     c     d     e
-#     mask_earlier     _     b     _     _     e      MAGE reads b and e: its p' is what the previous step
-#                                                     predicted at the others
+#     mask_earlier     _     b     _     _     e      MAGE reads b and e (nothing is dropped): its p' is what
+#                                                     the previous step predicted at the others
 #     mask             _     b     c     _     e      of these it kept c, which counts as right
 #     xt = D of       e_1'  e_b   e_c   e_4'  e_e     e_i': the mean code under p' at place i, still undecided
 #     p                *                 *            ADDP's prediction, from xt and the ids b, c and e
@@ -1711,9 +1712,9 @@ class ADDP(TokenModel):
 # and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps. They are counted in
 # two ways:
 #
-#     here and in ADM    t = 0 ... T-1      at 0 a little noise
-#     UMD                t = 0 ... T        at 0 none: alpha_bar_0 = 1 is put in front, for clean images, so
-#                                           that UMD's alpha_bar[t] is alpha_bar[t - 1] here
+#     here and in ADM    t = 0 ... T-1      at 0 there is a little noise already
+#     UMD                t = 0 ... T        at 0 there is none: 1 is put in front of alpha_bar, for clean
+#                                           images, so that UMD's t is t - 1 here
 #
 # Predicting eps is predicting x0: solve the equation for either. So an error of one is an error of the other,
 # rescaled:
@@ -1852,7 +1853,7 @@ def timestep_embedding(t, dim, denominator, layout):
 #         L_eps   = mean over visible pixels of (eps - eps')^2
 #     clean part, the last B - N images:      t = 0, mask ratio r_clean
 #         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
-#     if nothing is masked, as in DiT, both are means over all pixels
+#     where the mask ratio is 0, as in DiT, all of them are means over all pixels
 #
 #     loss = (N / B) (L_x0 + L_eps) / 2  +  ((B - N) / B) L_clean                            [UMD, section 3]
 #
@@ -2123,8 +2124,8 @@ class UMD(Model):
         return len(self.timesteps(steps)) if self.generates else 1
 
     def timesteps(self, steps=None):
-        """Strides of T / steps, rounded up, and then 1. None is 125, as published: 1000, 992, ..., 8, and 1,
-        so 126 in all."""
+        """Strides of T / steps, rounded up, and then 1: one step more than asked for. None is 125, as
+        published: 1000, 992, ..., 8, and 1."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -2297,8 +2298,9 @@ class ADMBlock(nn.Sequential):
 #
 #     log variance = (1 + v) / 2 log beta  +  (1 - v) / 2 log beta~
 #
-# Sampling with eta = 1 is ddim_step() with the root of this variance in place of sigma in front of its noise;
-# the mean is the same for any v. With eta < 1 v is not used.
+# In sampling with eta = 1 only the last term of ddim_step() changes: noise has the root of this variance as
+# its factor. The sigma under the other root stays, so the mean is the same for any v. With eta < 1 v is not
+# used.
 #
 # What trains v is the variational bound, in bits per pixel and channel: how far the network's step back, p,
 # is from the true one, q. Both are normal distributions, and mean() is ddim_step() with eta = 1 before it
@@ -2615,8 +2617,8 @@ def umd_no_decay(name, p):
 #     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
 #     paper                  the papers' epochs and batch size on ImageNet, and lr, the peak for 256 images:
 #                            a batch of B images has B / 256 of it
-#     tiny                   flags of train.py that suit tiny models: ids, the patches of an image; lr, again
-#                            for 256 images: 0.018 is 0.018 * 32 / 256 = 0.00225 for a batch of 32
+#     tiny                   what train.py takes for size tiny: ids, the number of an image's tokens, here
+#                            8 x 8 patches; lr, again for 256 images: 0.018 * 32 / 256 = 0.00225 for 32
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
 #                            get the schedule's learning rate
 #
@@ -2754,6 +2756,7 @@ def complete(model):
 #     image_size      S
 #     layers          {layer: (channels, h, w)} of all blocks, counted from 1
 #     best_layer      the layer that probes read if not told otherwise
+#     length          if it has tokens, how many
 #
 # and it defines
 #

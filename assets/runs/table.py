@@ -100,6 +100,12 @@ def table(title, columns, found):
             yield f"| {name} | " + " | ".join(cells.values()) + " |"
 
 
+def tables(logs):
+    """Both tables in Markdown."""
+    found = {name: figures(rows) for name, rows in logs.items()} | baselines(logs)
+    return ["\n".join(table(title, columns, found)) for title, columns in TABLES.items()]
+
+
 def draw(logs):
     """losses.png: training and held-out loss of every method by step."""
     sheet = PIL.Image.new("RGB", (1800, 340 * -(-len(logs) // 3)), "white")
@@ -122,6 +128,5 @@ if __name__ == "__main__":
     for run in sys.argv[1:]:
         take(pathlib.Path(run))
     logs = all_logs()
-    found = {name: figures(rows) for name, rows in logs.items()} | baselines(logs)
-    print("\n\n".join("\n".join(table(title, columns, found)) for title, columns in TABLES.items()))
+    print("\n\n".join(tables(logs)))
     draw(logs)
