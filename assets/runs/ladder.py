@@ -48,12 +48,13 @@ def main(folder):
     mean, (values, vectors) = seen.mean(0), torch.linalg.eigh(torch.cov(seen.T))
     whiten = vectors @ torch.diag((values + 0.1).rsqrt()) @ vectors.T
     rows = []
-    for name, filters in (("drawn", torch.randn(256, 108)), ("cut out", (seen[:256] - mean) @ whiten)):
+    cut = (seen[:256] - mean) @ whiten
+    for name, filters in (("at random", torch.randn(256, 108)), ("cut from images", cut)):
         filters = F.normalize(filters, dim=1)
         z, test_z = (torch.cat([features(part, mean, whiten, filters) for part in v.split(100)])
                      for v in (x[index], test))
         rows.append({"filters": name, "top1": round(probe.ridge_probe(z, y[index], test_z, test_y), 4)})
-        print(f"{name:8s} {rows[-1]['top1']:.1%}")
+        print(f"{name:15s} {rows[-1]['top1']:.1%}")
     (HERE / "ladder.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -62,7 +62,7 @@ def figures(rows):
     found = {"images/s": rates[len(rates) // 2], "steps": steps}
     for row in rows:
         if row.get("stage") == "report":
-            found |= {"CPU minutes": row["cpu_minutes"], "ridge": row["probe"]["features"],
+            found |= {"CPU minutes": row.get("cpu_minutes"), "ridge": row["probe"]["features"],
                       "untrained": row["probe"]["the same network untrained"]}
         elif row.get("head") == "samples":
             found |= {"FD-local": row["fd_local"], "precision": row["precision"], "recall": row["recall"]}
