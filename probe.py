@@ -1200,8 +1200,8 @@ def save_features(model, config, places, first, cfg):
     if first:
         arrays = {"features": x, "labels": labels, "files": numpy.array(files, str)}
         write_file(pathlib.Path(cfg.save), lambda file: numpy.savez(file, **arrays))
-    place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool} of {training_of(config)}"
-    print(f"features {x.shape}, {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
+    place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool}; {training_of(config)}"
+    print(f"features {x.shape} of {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
           f"left out as unreadable: {len(index) - len(kept)}\n"
           f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')
 

@@ -7180,7 +7180,7 @@ def test_a_predictor_that_is_missing_or_unfit_ends_in_one_sentence(photos, finis
         *found, said = printed.splitlines()
         assert not found or len(found) == 4 and "to test on" in found[0]       # what the folder holds
         return said
-    first = f"run python train.py --dataset {photos} --model mage"
+    first = f"run python train.py --dataset {photos} --image-size 32 --model mage"
     assert f"{first}, then this with --predictor out/{photos.name}-mage" in refused()
     assert "--image-size 64" in refused("--predictor", finished[0], "--image-size", 64)
     assert "belongs to --model addp" in refused("--predictor", finished[0], "--labels")

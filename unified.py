@@ -653,8 +653,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 # The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0. The
 # temperature, 6 for 16 x 16 tokens, scales this noise only: ids are always sampled from p itself.
 
-SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T,
-             "arccos": lambda t, T: 2 / math.pi * math.acos(t / T)}
+SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
 
 def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
