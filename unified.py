@@ -54,9 +54,8 @@ Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding; h0, h1 ... outputs of a transformer's encoder
          x0, eps, xt clean pixels, noise, and their mixture at timestep t; in ADDP the image decoded so far
          alpha_bar how much of x0 is left in xt: the square of its factor
-         t of T: in diffusion a timestep, noisier as t grows; in decoding, the other way round, the number of
-           a step, 1 ... T, with fewer tokens masked as t grows. features(t=) takes MAGE's mask ratio, or a
-           timestep, and features(noise=) what decides the corruption: random numbers that rank tokens, or eps
+         t of T: in sections 9 to 11 a timestep, noisier as t grows; in 4 to 8, the other way round, the
+           number of a decoding step, 1 ... T, with fewer tokens masked as t grows
 
 Pixels are floats in [0, 1] where they enter or leave a model; [-1, 1] is used where noise is added. Masks
 are bool, True = masked. What a loss draws at random, but for dropout and MAGE-E's echoes, can be passed in
@@ -643,7 +642,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
 # Every masked token is given an id in every step. So the one that is still in the mask after step T has one,
-# too, and the image is complete.
+# too, and MAGE's image is complete.
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
@@ -653,6 +652,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 # The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0. The
 # temperature, 6 for 16 x 16 tokens, scales this noise only: ids are always sampled from p itself.
 
+# The ratio of n0 that stays masked after step t of T. A name here is one for sample.py --schedule, too.
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
 
@@ -660,7 +660,7 @@ def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
     """How many tokens of each image stay masked after a step: int (n,) -> int (n,).
 
     initial, before  how many were masked at the start, and before this step
-    step, steps      t - 1, counted from 0; and T
+    step, steps      step counts from 0, so t = step + 1; and T
     schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
                      t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
     round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
@@ -756,7 +756,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 # Classifier-free guidance takes what the label changes in a prediction, and exaggerates it [CFG]:
 #
 #     guided = logits(no label) + w_t (logits(y) - logits(no label))
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD (section 10) it is always w
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
 #
 # w = 1 is prediction as trained, for which one pass is enough. Two variants:
 #
@@ -768,8 +768,8 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 
 
 def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. Progress is measured where a step begins: (t - 1) / T in
-    step t of T; by the timestep in sections 10 and 11."""
+    """w inside the interval (low, high), 1 outside. Progress is read where a step begins: (t - 1) / T in step
+    t of T; in UMD 1 - t / T at timestep t, in ADM 1 - (t + 1) / T."""
     low, high = interval
     return w if low <= progress < high else 1.0
 
@@ -881,7 +881,7 @@ class TokenModel(Model):
 #     decode                p   p       p   p         each a softmax over the K codes
 #
 # Position 0 holds a class id: a label, or the "fake class", which stands for any image. Codes, classes,
-# fake class (in the authors' files one of the classes) and [MASK] are one vocabulary:
+# fake class and [MASK] are one vocabulary (in the authors' files the fake class has the id of class 76):
 #
 #     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
 #
@@ -1154,7 +1154,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch
 #
 # `python unified.py umd` trains one of the methods to come. Accuracy of a linear probe on the embeddings
-# (eight classes), before -> after the training of the method; tokenizer and ADDP's MAGE are trained in both:
+# (eight classes), before -> after the training of the method; tokenizer and ADDP's MAGE are trained in both,
+# and a fresh UMD's class tokens have not seen the image (section 10):
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
@@ -1420,8 +1421,8 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
 # ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces. A step
-# takes ids, their mask, and p, the distribution over codes that the previous step predicted, when more was
-# masked. (In code a Decoding has all three; p is the softmax of its logits.) The step
+# takes ids, their mask, and p, the distribution over codes that the previous step predicted at each place
+# that was masked then. (In code a Decoding has all three; p is the softmax of its logits.) The step
 #
 #     1. decodes the image so far, xt, with D, the frozen tokenizer's decoder: from the codes of visible ids
 #        and, where tokens are masked, from the mean code under p. So what is undecided is blurred,
@@ -1448,9 +1449,9 @@ class EchoMAGE(ContrastiveMAGE):
 # so step 1 keeps nothing, and step 2 has no image, either. (In training the encoder runs even then, but
 # nothing of its output is read.)
 #
-# Training takes an image's ids and imagines a point between two steps of its generation: mask_earlier was
-# masked before the previous step, mask is masked now. It is no step of ADDP's own. A frozen, trained MAGE
-# takes it, and sets the target, too:
+# Training needs what a step of generation finds: ids, a mask, and the p of the previous step. To run ADDP for
+# that would be slow. So a frozen, trained MAGE plays the previous step, and sets the target, too. Two nested
+# masks are drawn: mask_earlier was masked before the previous step, mask is masked now:
 #
 #     ids              a     b     c     d     e
 #     mask_earlier     _     b     _     _     e      MAGE reads b and e (nothing is dropped): its p' is what
@@ -1724,7 +1725,7 @@ class ADDP(TokenModel):
 # alpha_bar_t / (1 - alpha_bar_t), which is small where there is much noise.
 #
 # The way back goes to ever larger alpha_bar. "next" is next on this way, and so less noisy: t - 1, or a
-# smaller timestep if some are skipped. A step
+# smaller timestep if some are skipped; alpha_bar without an index is that of xt. A step
 #
 #     1. solves the mixture for x0', given the predicted eps, and clamps it to [-1, 1], where pixels lie,
 #     2. solves it for eps', given this x0': the predicted eps again, but for what the clamp has changed,
@@ -1882,8 +1883,8 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 # Generation uses the prediction of eps alone, as DDPM does, with nothing masked: a patch is embedded by
 # itself, and attention takes any number of them. Labels condition the noised part only, as in the official
-# code, and are hidden in one image of ten. As a rule they are learned last, by tuning a trained model with
-# r_noised = 0 and few clean images (section 12). Guidance is as in MAGE, but w does not grow:
+# code, and are hidden in one image of ten. As a rule they come last: a trained model goes on with labels,
+# r_noised = 0 and few clean images (umd_method in section 12). Guidance is as in MAGE, but w does not grow:
 #
 #     eps = eps(no label) + w (eps(label) - eps(no label))
 #
@@ -2123,8 +2124,8 @@ class UMD(Model):
         return len(self.timesteps(steps)) if self.generates else 1
 
     def timesteps(self, steps=None):
-        """Strides of T / steps, rounded up, and then 1: one step more than asked for. None is 125, as
-        published: 1000, 992, ..., 8, and 1."""
+        """Strides of T / steps, rounded up, and then 1: if steps divides T, one step more than asked for.
+        None is 125, as published: 1000, 992, ..., 8, and 1."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -2207,8 +2208,8 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# L_vb trains a second output, the variance of the steps back, and leaves eps' alone; it is explained before
-# the class ADM.
+# L_vb trains a second output, the variance of the steps back, and sends no gradient into the output eps'; it
+# is explained before the class ADM.
 #
 # A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
 # maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
@@ -2301,9 +2302,9 @@ class ADMBlock(nn.Sequential):
 # its factor. The sigma under the other root stays, so the mean is the same for any v. With eta < 1 v is not
 # used.
 #
-# What trains v is the variational bound, in bits per pixel and channel: how far the network's step back, p,
-# is from the true one, q. Both are normal distributions, and mean() is ddim_step() with eta = 1 before it
-# adds noise (section 9):
+# What trains v is the variational bound, in bits per pixel and channel. A step back is a normal distribution:
+# the true one, q, knows x0; the network's, p, has x0' in its place, and the learned variance. mean(xt, x0) is
+# that of [DDPM, eq. 7], or ddim_step() with eta = 1 before it adds noise:
 #
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), the variance above )           x0' from sg(eps'), not clamped
@@ -2770,7 +2771,9 @@ def complete(model):
 #     embed(x, noise=None, pool="mean")
 #         -> a vector for each image, (B, C)
 #
-# A model that reads ids is a TokenModel, and defines step_logits() and render() in place of sample_steps().
+# A model that predicts ids is a TokenModel, and its row has tokens="ids". It calls super().__init__(vqgan,
+# image_size), sets self.vqgan and self.norm, and defines step_logits() and render() in place of
+# sample_steps().
 #
 # Arguments are checked by name before these methods run. The names and what they may be stand in FORMS of
 # section 14; a mask_ratio below 0.5, say, is refused in any model. Other names are yours, and not checked.
