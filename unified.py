@@ -572,7 +572,8 @@ class Model(nn.Module):
 
     def __init_subclass__(cls):
         """Check the arguments of public methods (section 14): labels and seeds come on the model's device,
-        and who asks for guidance gives labels or a guide. Read on as if this were not there."""
+        and who asks for guidance gives labels or a guide. Read on as if this were not there, and skip its
+        frames, guarded and checked, in a traceback."""
         public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
         for name in vars(cls).keys() & public:
             setattr(cls, name, guarded(vars(cls)[name]))
@@ -1146,7 +1147,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #
 # The story so far, on drawn shapes and a CPU: `python unified.py` trains a tokenizer, then MAGE on its ids,
 # in two minutes on two cores. train.py has the same loop, and what a long run needs: ids that are computed
-# once, averaged weights (and those of MAGE-E's teacher), evaluation, checkpoints, many GPUs. Seed 0, torch
+# once, averaged weights, MAGE-E's after_step(), evaluation, checkpoints, many GPUs. Seed 0, torch
 # 2.13 on two threads, printed:
 #
 #     TokenizerTraining step   600   loss 0.031          a blurred copy of each image
@@ -1467,11 +1468,11 @@ class EchoMAGE(ContrastiveMAGE):
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary
 #
-# Mask ratios: the 66 of cos(pi / 2 * j / 100) that lie in [0.5, 1), ascending, from 0.509 to 0.9999. That of
-# mask is one of them, drawn with MAGE's normal density as weight, 74.5 % on average; that of mask_earlier
-# stands 1 to 5 places higher, or is the last. Both masks sort the same random numbers, so one contains the
-# other. Counts are rounded up: with 256 tokens, the five largest ratios mask everything, and so teach the
-# first steps of generation. No timestep enters the network: it can see how much of the image is decided.
+# Mask ratios: the 66 of cos(pi / 2 * j / 100) that lie in [0.5, 1), in ascending order, from 0.509 to 0.9999.
+# mask has one of them, drawn with MAGE's normal density as weight, 74.5 % on average; mask_earlier has that 1
+# to 5 places further on, or the last. Both masks sort the same random numbers, so one contains the other.
+# Counts are rounded up: with 256 tokens, the five largest ratios mask everything, and so teach the first
+# steps of generation. No timestep enters the network: it can see how much of the image is decided.
 
 
 def nested_mask_ratios():
@@ -2313,9 +2314,9 @@ class ADMBlock(nn.Sequential):
 #     L_vb = - log p(x0 | xt)       in the last, to x0: a byte, so p's mass within half a grey level of it
 #
 # As eps' is detached in p's mean, the gradient of L_vb enters the network through v alone: none reaches the
-# output eps', though the layers that v and eps' share move. The paper adds 0.001 times the sum of L_vb over
-# all t: with T = 1000 that is the mean, which one random t estimates. So the weight is 1, also for another T
-# (the official code's default).
+# output eps', though the layers that v and eps' share move. This L_vb is the term of one timestep. The paper
+# adds 0.001 times their sum over all t: with T = 1000 that is their mean, which one random t estimates. So
+# the weight is 1, also for another T (the official code's default).
 
 
 def log_variances(alpha_bar):
