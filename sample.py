@@ -234,8 +234,8 @@ def decode(model, cfg, index, labels, **inpainting):
     return model.sample_steps(len(index), seeds=seeds, **options, **inpainting)
 
 
-# Tokens that are found in one step do not know of one another, so it helps if they lie far apart. Points of
-# the Halton sequence do: each falls into the largest gap of those before [Besnier et al. 2025, 2503.17076].
+# Tokens that are found in one step do not know of one another, so it helps if they lie far apart. Successive
+# points of the Halton sequence do, and yet fill the grid evenly [Besnier et al. 2025, 2503.17076].
 
 
 def halton_cell(i, base, side):

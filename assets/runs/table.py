@@ -15,7 +15,7 @@ import PIL.Image
 import train
 
 ORDER = ["mage", "mage-c", "mage-e", "addp", "umd", "mae", "maskdit", "dit", "adm"]
-# Of each table, title of a column: how its figures are written.
+# The corner of each table; title of a column: how its figures are written.
 TABLES = {
     "features": {"ridge": "{:.1%}", "untrained": "{:.1%}", "best layer": "{:.1%}", "20-NN": "{:.1%}",
                  "linear": "{:.1%}", "fine-tuned": "{:.1%}", "from scratch": "{:.1%}"},
@@ -87,9 +87,9 @@ def baselines(logs):
     return {"raw pixels": pixels, **ladder, **anchors}
 
 
-def table(title, columns, found):
+def table(corner, columns, found):
     """Lines of a table in Markdown: a row for each of {name: figures()} that has any of its columns."""
-    yield f"| {title} | " + " | ".join(columns) + " |"
+    yield f"| {corner} | " + " | ".join(columns) + " |"
     yield "|" + "---|" * (1 + len(columns))
     for name, row in found.items():
         cells = {title: form.format(row[title]) if title in row else "" for title, form in columns.items()}
@@ -103,7 +103,7 @@ def table(title, columns, found):
 def tables(logs):
     """Both tables in Markdown."""
     found = {name: figures(rows) for name, rows in logs.items()} | baselines(logs)
-    return ["\n".join(table(title, columns, found)) for title, columns in TABLES.items()]
+    return ["\n".join(table(corner, columns, found)) for corner, columns in TABLES.items()]
 
 
 def draw(logs):
