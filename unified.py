@@ -499,13 +499,14 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
-# Model, their base class, has what they share and, at its end, defaults for what else the scripts ask of a
-# model. Section 12 has an example for a method of your own.
+# Model, their base class, has what they share. What else the scripts ask of a model has a default, which
+# section 12 sets, together with an example for a method of your own.
 
 
 class Model(nn.Module):
     """A module that generates by sample_steps(), which a subclass defines. It yields a state after each step:
-    a Decoding of ids and their mask (section 4), or a Denoising of pixels (section 9)."""
+    a Decoding of ids and their mask (section 4), or a Denoising of pixels (section 9). Its __init__ sets
+    image_size, layers = {number of a block: (channels, h, w)}, and best_layer, the block embed() reads."""
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
@@ -532,43 +533,6 @@ class Model(nn.Module):
     def tokenizer(self):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
-
-    # ---- for the scripts: skip the rest of this class, to which section 12 leads back
-
-    # Each __init__ sets image_size, layers = {number of a block: (channels, h, w)}, and best_layer, the block
-    # whose output embed() reads.
-
-    best_t = 0                              # the t at which the authors probe best_layer
-    t_range = (0, 0, "always 0")            # min, max and meaning of t, also in forward; if min and max are
-    #                                         int, t is a timestep
-    pools = ("mean",)                       # poolings that embed() knows, the authors' first
-    length = 0                              # tokens of an image, if there are any
-    codes = 0                               # entries of the codebook, if ids are predicted
-    alpha_bar = None                        # the noise schedule, if there is one
-    classes = 0                             # labels that it is conditioned on
-    takes_labels = False                    # the class can be built with classes > 0. Parameters that only
-    #                                         such a model has are called label_embed: --init skips them
-    reads_ids = False                       # given ids instead of pixels, training and probing lose nothing
-    generates = True                        # it can start from nothing
-    reconstructs = False                    # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-    max_steps = math.inf                    # sample.py takes no more sampling steps than these
-    stem = ()                               # names of what comes before `blocks`, for --init-encoder and
-    #                                         layer decay
-    dynamic_blocks = ()                     # blocks whose number of tokens differs from call to call
-    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)      # of a ViT-B, of a ViT-L: learning rate for
-    #                                         256 images, layer decay, fraction of warm-up
-
-    def micro_batch_args(self, first, count):
-        """What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that
-        does not fit into memory at once: what must differ between its parts."""
-        return {}
-
-    def after_step(self):
-        """What train.py calls after each step of the optimizer."""
-
-    def mirror(self, layer):
-        """The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back."""
-        return len(self.layers) + 1 - layer
 
     def __init_subclass__(cls):
         """Check the arguments of public methods (section 14): labels and seeds come on the model's device,
@@ -787,7 +751,7 @@ class TokenModel(Model):
     """
 
     round_up = False                                            # of num_masked
-    reconstructs, pools = True, ("mean", "class")               # for the scripts (see the end of Model)
+    reconstructs, pools = True, ("mean", "class")               # for the scripts (section 12)
 
     def __init__(self, vqgan, image_size):
         super().__init__()
@@ -1096,7 +1060,7 @@ class MAGE(TokenModel):
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
-    # ---- for the scripts (see the end of class Model)
+    # ---- for the scripts (section 12)
 
     takes_labels = reads_ids = True
     t_range, best_t, stem = (0.0, 1.0, "the mask ratio"), 0.0, ("token_emb",)
@@ -1694,7 +1658,7 @@ class ADDP(TokenModel):
         latent = self.encode(self.to_pixels(x))                                             # (B, 1 + L, C)
         return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
 
-    # ---- for the scripts (see the end of class Model)
+    # ---- for the scripts (section 12)
 
     # reads_ids stays False: decoded ids are not the original image.
     t_range, best_t = (0, 0, "always 0, since no timestep enters the network"), 0
@@ -2198,7 +2162,7 @@ class UMD(Model):
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         return self.encode(*self.noised(x, self.best_t, noise))[:, :self.cls_token.size(1)].mean(1)
 
-    # ---- for the scripts (see the end of class Model)
+    # ---- for the scripts (section 12)
 
     takes_labels = True
     pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
@@ -2779,9 +2743,33 @@ def complete(model):
 # Arguments are checked by name before these methods run. The names and what they may be stand in FORMS of
 # section 14; a mask_ratio below 0.5, say, is refused in any model. Other names are yours, and not checked.
 #
-# What else the scripts ask of a model stands at the end of class Model in section 3, with its meaning and a
-# default, which a class overrides where it differs. So do Model's methods: num_steps, render, noise,
-# micro_batch_args, after_step, mirror.
+# What else the scripts ask of a model has the default below. A class that differs sets its own, as Denoiser
+# does with t_range. It may also override Model's num_steps, render and noise.
+
+Model.best_t = 0                    # the t at which the authors probe best_layer
+Model.t_range = (0, 0, "always 0")  # min, max and meaning of t, also in forward; of ints, t is a timestep
+Model.pools = ("mean",)             # poolings that embed() knows, the authors' first
+Model.length = 0                    # tokens of an image, if there are any
+Model.codes = 0                     # entries of the codebook, if ids are predicted
+Model.alpha_bar = None              # the noise schedule, if there is one
+Model.classes = 0                   # labels that it is conditioned on
+Model.takes_labels = False          # the class can be built with classes > 0. Parameters that only such a
+#                                     model has are called label_embed: --init skips them
+Model.reads_ids = False             # given ids instead of pixels, training and probing lose nothing
+Model.generates = True              # it can start from nothing
+Model.reconstructs = False          # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
+Model.max_steps = math.inf          # sample.py takes no more sampling steps than these
+Model.stem = ()                     # names of what comes before `blocks`, for --init-encoder and layer decay
+Model.dynamic_blocks = ()           # blocks whose number of tokens differs from call to call
+# Fine-tuning a ViT-B, and a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
+Model.finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
+# Called after each step of the optimizer.
+Model.after_step = lambda self: None
+# What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that does not
+# fit into memory at once: what must differ between its parts.
+Model.micro_batch_args = lambda self, first, count: {}
+# The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back.
+Model.mirror = lambda self, layer: len(self.layers) + 1 - layer
 
 
 class Denoiser(Model):
