@@ -259,13 +259,15 @@ def test_unified_needs_three_packages_and_the_scripts_one_more(name, needs):
     assert packages - set(sys.stdlib_module_names) == needs
 
 
-def test_the_readmes_tables_of_cifar10_are_made_of_the_logs():
+def test_the_tables_of_cifar10_are_made_of_the_logs():
     spec = importlib.util.spec_from_file_location("table", HERE / "assets" / "runs" / "table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    features, samples = table.tables(table.all_logs())
-    assert all(f"\n\n{made}\n\n" in (HERE / "README.md").read_text() for made in (features, samples))
-    assert len(features.splitlines()) == len(samples.splitlines()) == 2 + len(table.ORDER) + 3
+    features, samples, brief = table.tables(table.all_logs())
+    assert f"\n\n{brief}\n\n" in (HERE / "README.md").read_text()
+    page = (HERE / "assets" / "results.md").read_text()
+    assert all(f"\n\n{made}\n\n" in page for made in (features, samples))
+    assert [len(made.splitlines()) for made in (features, samples, brief)] == [14, 14, 17]
 
 
 def test_nothing_stands_in_the_table_of_faults_without_a_test():

@@ -1,6 +1,6 @@
-"""The README's tables and loss curves of CIFAR-10, made of the logs in this folder:
+"""The README's table of CIFAR-10, both of results.md, and loss curves, made of the logs in this folder:
 
-    python assets/runs/table.py                     the tables in Markdown; draws losses.png
+    python assets/runs/table.py                     the three tables in Markdown; draws losses.png
     python assets/runs/table.py out/cifar10-mage    first takes the logs of this run, or of several, thinned
 """
 import json
@@ -21,6 +21,10 @@ TABLES = {
                  "linear": "{:.1%}", "fine-tuned": "{:.1%}", "from scratch": "{:.1%}"},
     "samples, cost": {"FD-local": "{:.1f}", "precision": "{:.1%}", "recall": "{:.1%}", "steps": "{}",
                       "CPU minutes": "{:.0f}", "images/s": "{:.0f}"}}
+# The README's has of both what a reader needs first.
+BRIEF = ["ridge", "untrained", "20-NN", "fine-tuned", "from scratch", "FD-local", "recall", "CPU minutes"]
+TABLES["CIFAR-10"] = {title: form for columns in [*TABLES.values()] for title, form in columns.items()
+                      if title in BRIEF}
 
 # Column of a head, with all labels or with this fraction of them.
 PROBES = {("ridge", None): "best layer", ("knn", None): "20-NN", ("linear", None): "linear",
@@ -101,7 +105,7 @@ def table(corner, columns, found):
 
 
 def tables(logs):
-    """Both tables in Markdown."""
+    """The three tables in Markdown."""
     found = {name: figures(rows) for name, rows in logs.items()} | baselines(logs)
     return ["\n".join(table(corner, columns, found)) for corner, columns in TABLES.items()]
 
