@@ -1182,8 +1182,10 @@ def table_cells(rows, heads, kind):
     layer, t, pool = (rows[0][key] for key in ("layer", "t", "pool"))
     t = f"{t:g}" if isinstance(t, float) else t                    # "0", as of timesteps
     place = [str(cell) * (kind != "pixels") for cell in (layer, t, pool)]
-    own = rows[0]["training"] * (kind in ("top1", "miou"))
-    return *(cells.get(head, "") for head in heads), *place, images, str(n), own
+    tokens = unified.MODELS[rows[0]["model"]].tokenizer
+    training = {"top1": rows[0]["training"], "untrained": "tokenizer alone" * tokens}
+    training = training.get("top1" if kind == "miou" else kind, "")
+    return *(cells.get(head, "") for head in heads), *place, images, str(n), training
 
 
 def save_features(model, config, places, first, cfg):
@@ -1410,9 +1412,10 @@ def check_flags(cfg):
                         "--layers, --t, --pool, --sweep, --labels, --subset, --limit and --save out")
     if cfg.save and (not cfg.save.endswith(".npz") or os.path.exists(cfg.save)
                      or not os.access(os.path.dirname(cfg.save) or ".", os.W_OK)):
-        fault = "is there already" if os.path.exists(cfg.save) else "cannot be written"
-        raise UserError(f"--save {cfg.save} {fault}; give a new name that ends in .npz, in a folder that is "
-                        "there")
+        fault = "is there already; take another name" if os.path.exists(cfg.save) else \
+            "has no .npz at its end; add it" if not cfg.save.endswith(".npz") else \
+            "is in no folder that can be written to; make it, or take another"
+        raise UserError(f"--save {cfg.save} {fault}")
     parse_numbers(cfg.hidden, int, "--hidden", low=1, high=2**16)
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; "
@@ -1502,8 +1505,8 @@ def open_sets(model, config, cfg):
         open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images, crop)
         for part in (True, False))
     if reason := no_probe(train_set, test_set):
-        raise UserError(f"{name} cannot be probed, {reason}: {train_set.summary}; --save FILE.npz takes "
-                        "features all the same, and --dataset cifar10 or shapes lends classes")
+        raise UserError(f"{name} cannot be probed, {reason}; --dataset shapes or cifar10 lends others, and "
+                        "--save FILE.npz keeps the features of yours")
     if not cfg.dataset:
         check_same_data(config, train_set, cfg.run, f"put them back, or say --dataset {name} to probe these")
     return name, train_set, test_set
@@ -1511,9 +1514,10 @@ def open_sets(model, config, cfg):
 
 def no_probe(train_set, test_set):
     """Why these sets cannot be probed; "" if they can. In a single class, every accuracy means nothing."""
-    two_classes = all(len(data.labels.unique()) > 1 for data in (train_set, test_set))
-    return "" if two_classes and len(train_set) >= 20 and test_set.unseen else \
-        "it takes two classes in both parts, 20 images to train on, and others to test on"
+    if not all(len(data.labels.unique()) > 1 for data in (train_set, test_set)):
+        return "it takes images of two classes in both parts"
+    few = f"it takes 20 images to train on, not {len(train_set)}" * (len(train_set) < 20)
+    return few or "it takes others to test on" * (not test_set.unseen)
 
 
 def describe_data(data):

@@ -2801,8 +2801,8 @@ def test_a_unet_generates_and_inpaints_as_a_user_asks(photos, finished_adm, tmp_
     (["--pool", "0"], "pooling '0'"),
     (["--pool", "class"], "no class position"), (["--layers", "40"], "no layer 40"),
     (["--t", "100"], "--t 100"), (["--t", "1.5"], "--t 1.5"),
-    (["--k", "5"], "--k belongs to"), (["--save", "a.txt"], "ends in .npz"),
-    (["--save", "no/where/a.npz"], "a folder that is there"), (["--save", "a.npz", "--sweep"], "one place"),
+    (["--k", "5"], "--k belongs to"), (["--save", "a.txt"], "no .npz at its end"),
+    (["--save", "no/where/a.npz"], "in no folder that can"), (["--save", "a.npz", "--sweep"], "one place"),
     (["--save", "a.npz", "--head", "knn"], "probes nothing"),
     (["--save", "a.npz", "--labels", "0.1"], "probes nothing"), (["--save", "a.npz", "--t", "9,30"], "place"),
     (["--head", "fewshot", "--epochs", "3"], "--epochs belongs to"),
@@ -4232,7 +4232,7 @@ def test_images_without_classes_train_and_are_not_probed(tmp_path):
     assert train.classes == [] and len(train) + len(test) == 40 and "without classes" in train.summary
     assert train.labels.eq(0).all()
     printed = script("train.py", *flags(tmp_path / "mine", tmp_path / "run", "--eval-every", 0))
-    assert "no probe: it takes two classes" in printed and (tmp_path / "run" / "samples.png").exists()
+    assert "no probe: it takes images of two" in printed and (tmp_path / "run" / "samples.png").exists()
     assert "two classes" in script("probe.py", tmp_path / "run", "--workers", 0, expect=2)
     assert "no class folders" in script("train.py",
                                         *flags(tmp_path / "mine", tmp_path / "other", "--labels"), expect=2)
@@ -4247,7 +4247,7 @@ def test_an_accuracy_takes_two_classes_in_both_parts_and_twenty_images(of_train,
                           ["ant", "bee"], (1, 1)) for labels in (of_train, of_test))
     assert (probe.no_probe(train_set, test_set) == "") == allowed
     test_set.unseen = False
-    assert "others to test on" in probe.no_probe(train_set, test_set)
+    assert probe.no_probe(train_set, test_set)[:9] == "it takes "
 
 
 @pytest.mark.parametrize("names", [["a.png"], ["ant/a.png", "bee/b.png"],
@@ -5227,6 +5227,10 @@ def test_averaged_weights_resume_to_the_same_bits(photos, diffused, tmp_path):
                     for folder in (tmp_path / "run", diffused[0]))
     for part in ("model", "ema"):
         assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items())
+    reports = [row for folder in (tmp_path / "run", diffused[0])
+               for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+               if row["stage"] == "report"]
+    assert ["cpu_minutes" in row for row in reports] == [False, True]       # of a part it would mislead
 
 
 def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffused, tmp_path):
@@ -5306,7 +5310,7 @@ def test_a_table_of_runs_that_are_read_alike_warns_of_nothing(finished, diffused
 
 def test_a_table_names_data_that_differ_and_runs_of_one_name_by_their_path(capsys):
     row = {"head": "knn", "layer": [2, 3], "t": 0, "pool": "mean", "top1": 0.5, "untrained": None,
-           "pixels": None, "n_train": 9, "n_test": 4, "training": "mage"}
+           "pixels": None, "n_train": 9, "n_test": 4, "training": "mage", "model": "mage"}
     probe.print_table([[row | {"run": f"{name}/run", "dataset": name}] for name in ("a", "b")])
     printed = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in printed[1:3]] == ["a/run", "b/run"]
@@ -7174,6 +7178,18 @@ def test_addp_trains_on_the_ids_of_its_predictor_then_samples_and_is_probed(phot
     assert PIL.Image.open(run / "painted-0.gif").n_frames == 4
     script("probe.py", run, "--head", "finetune", "--epochs", 1, "--batch-size", 16, "--workers", 0)
     assert json.loads((run / "probe.jsonl").read_text())["head"] == "finetune"
+
+
+@pytest.mark.parametrize("flag, file, side", [
+    ("tokenizer", "", 32), ("tokenizer", "tokenizer.pt", 32), ("predictor", "model.pt", 32), ("init", "", 32),
+    ("tokenizer", "other.pt", 64)])
+def test_a_run_built_on_another_has_its_image_size_unless_told_otherwise(tmp_path, flag, file, side):
+    for name in ("tokenizer.pt", "model.pt", "other.pt"):
+        torch.save({"config": {"image_size": 32}}, tmp_path / name)
+    given = {"dataset": str(tmp_path), "model": "addp" if flag == "predictor" else "mage-c",
+             flag: str(tmp_path / file)}
+    assert train.settings(train.Config(**given)).image_size == side
+    assert train.settings(train.Config(**given, image_size=64)).image_size == 64
 
 
 def test_a_predictor_that_is_missing_or_unfit_ends_in_one_sentence(photos, finished, tmp_path):

@@ -55,7 +55,8 @@ class Config:
     dataset: str = flag("shapes", "shapes, cifar10, imagenet, or a folder of images, of class folders, or of "
                                   "train and val with class folders", group="data")
     data_dir: str = flag("", "dataset folder, if not data/<dataset>", metavar="PATH")
-    image_size: int = flag(None, "side in pixels [32; folders 64; as published 256]", min=8, max=4096)
+    image_size: int = flag(None, "side in pixels [that of the run it builds on; else 32, folders 64, as "
+                                 "published 256]", min=8, max=4096)
     views: int = flag(None, "random crops of each image kept as ids; 1 keeps the whole image, 0 tokenises "
                             "fresh crops in every step [shapes 1, cifar10 and folders 4, as published 10]. "
                             "Models of pixels: 0 takes the whole image, 1 a fresh crop in every step "
@@ -188,8 +189,19 @@ def resumed(given):
     return {**{name: config[name] for name in kept}, **given}
 
 
+def side_of_run(path):
+    """The image size of the run that path names, by its folder or a checkpoint in it; None of other files."""
+    folder = pathlib.Path(path) if os.path.isdir(path) else pathlib.Path(path).parent
+    for file in (folder / "model.pt", folder / "tokenizer.pt"):
+        if file.exists() and pathlib.Path(path) in (file, folder):
+            return unified.load_checkpoint(file)["config"].get("image_size")
+    return None
+
+
 def settings(cfg):
     """A copy of cfg with nothing left open; UserError for what cannot be."""
+    for path in filter(None, (cfg.predictor, cfg.tokenizer, cfg.init)):         # what it builds on decides
+        cfg = dataclasses.replace(cfg, image_size=cfg.image_size or side_of_run(path))
     if cfg.steps and cfg.epochs and not cfg.resume:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
     answered = {"steps", "epochs"} if cfg.steps or cfg.epochs else set()
@@ -1169,7 +1181,8 @@ def report(cfg, model, ema, train_set, test_set):
     stack_images(list(loss_charts(folder))).save(folder / "loss.png")
     no_probe = probe.no_probe(train_set, test_set)
     top1 = {} if no_probe else probe_features(cfg, model, ema, train_set, test_set)
-    write_row(cfg, stage="report", step=0, **figures, probe=top1, cpu_minutes=time.process_time() / 60)
+    spent = {"cpu_minutes": time.process_time() / 60} if cfg.resume is None else {}    # of this process alone
+    write_row(cfg, stage="report", step=0, **figures, probe=top1, **spent)
     for data, fate in ((train_set, "another took its place"), (test_set, "left out")):
         if data.unreadable:
             print_once(f"{len(data.unreadable)} images of {probe.shown(data.root)} cannot be read: {fate}")
