@@ -20,7 +20,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     model = unified.MAGE(vqgan, image_size=32, **unified.MAGE_SIZES["tiny"])        # and a fresh MAGE
 
     x = torch.rand(16, 3, 32, 32)                   # pixels in [0, 1]
-    loss, logs = model(x)                           # or of their token ids (16, L)
+    loss, logs = model(x)                           # model(ids), of token ids (16, L), works as well
     loss.backward()
     x = model.eval().sample(16, seeds=0)            # (16, 3, 32, 32) in [0, 1]
     z = model.embed(x)                              # (16, C), what a linear probe reads
@@ -54,12 +54,13 @@ Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding; h0, h1 ... outputs of a transformer's encoder
          x0, eps, xt clean pixels, noise, and their mixture at timestep t; in ADDP the image decoded so far
          alpha_bar how much of x0 is left in xt: the square of its factor
-         t of T: in sections 9 to 11 a timestep, noisier as t grows; in 4 to 8, the other way round, the
-           number of a decoding step, 1 ... T, with fewer tokens masked as t grows
+         t of T: in sections 4 to 8 the number of a decoding step, 1 ... T, with fewer tokens masked as t
+           grows; in 9 to 11, the other way round, a timestep, noisier as t grows
+         t of features(): how corrupted x is, by a mask ratio in MAGE, by a timestep in UMD and ADM
 
-Pixels are floats in [0, 1] where they enter or leave a model; [-1, 1] is used where noise is added. Masks
-are bool, True = masked. What a loss draws at random, but for dropout and MAGE-E's echoes, can be passed in
-instead. Numbers that decide shapes or steps are kept on the CPU: to read them off a GPU is to wait for it.
+Pixels are floats in [0, 1] where they enter or leave a model; inside diffusion models they are in [-1, 1].
+Masks are bool, True = masked. What a loss draws at random, but for dropout and MAGE-E's echoes, can be passed
+in instead. Numbers that decide shapes or steps are kept on the CPU: to read them off a GPU is to wait for it.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
          [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
@@ -499,13 +500,16 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
 #
+# (features() also takes noise, what the method's corruption draws: mask_noise or eps. Its last two arguments,
+# add and finetune, are for probe.py alone; read on as if they were not there.)
+#
 # Model, their base class, has what they share. What else the scripts ask of a model has a default, which
 # section 12 sets, together with an example for a method of your own.
 
 
 class Model(nn.Module):
-    """A module that generates by sample_steps(), which a subclass defines. It yields a state after each step:
-    a Decoding of ids and their mask (section 4), or a Denoising of pixels (section 9). Its __init__ sets
+    """What all have in common. A subclass defines sample_steps(), which yields a state after each step: a
+    Decoding of ids and their mask (section 4), or a Denoising of pixels (section 9). In its __init__ it sets
     image_size, layers = {number of a block: (channels, h, w)}, and best_layer, the block embed() reads."""
 
     def sample(self, n, **options):
@@ -599,15 +603,15 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 
 # Generation starts with n0 masked tokens: all L, or the unknown ones of inpainting. Step t of T predicts
 # every masked token, keeps the predictions that are most confident, and masks the others again. How many stay
-# masked falls along a cosine [MaskGIT, 3.2]. MAGE rounds it down, makes it fall by one at least, and never
-# below 1. (ADDP rounds up, and may keep nothing in a step. Both are as in the official codes.)
+# masked falls along a cosine [MaskGIT, 3.2]. MAGE rounds it down, and makes it fall by one at least, but
+# never below 1. (ADDP rounds up, and may keep nothing in a step. Both are as in the official codes.)
 #
 #     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1))                       in MAGE
 #
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
-# Every masked token is given an id in every step. So the one that is still in the mask after step T has one,
-# too, and MAGE's image is complete.
+# One token is still in the mask after step T. It does no harm: every masked token is given an id in every
+# step, so that one has an id, too, and MAGE's image is complete.
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
@@ -720,7 +724,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 # sections 5 and 10 say), but for one image in ten it is not. So it can predict with and without a label.
 # Classifier-free guidance takes what the label changes in a prediction, and exaggerates it [CFG]:
 #
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD and ADM of eps, not logits
 #     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
 #
 # w = 1 is prediction as trained, for which one pass is enough. Two variants:
@@ -729,7 +733,8 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 #   on a part of this way and harms on the rest. So it acts while low <= progress < high; elsewhere w_t is 1
 #   [Interval].
 # - A guide. A weaker network, such as an earlier checkpoint, predicts in place of "no label". It errs where
-#   the network errs, only more so [Autoguidance]. Both see the same labels or, as in ADDP and ADM, none.
+#   the network errs, only more so: the step from its prediction to the network's, taken further, leads away
+#   from the error [Autoguidance]. Both see the same labels or, as in ADDP and ADM, none.
 
 
 def guidance_at(progress, w, interval):
@@ -834,10 +839,10 @@ class TokenModel(Model):
 #
 #     loss = - mean over masked i of  log p(id_i | visible ids)     with label smoothing 0.1     [MAGE, eq. 1]
 #
-# An encoder reads the visible ids, filled up with [MASK] to L / 2 tokens. All attend to these [MASK], but
-# the decoder does not use their outputs. The encoder's output at position 0, the class token, comes
-# to summarise the image. A decoder gets the outputs of visible ids back at their places and this summary at
-# every masked place, and predicts the ids there:
+# An encoder reads the visible ids, filled up with [MASK] to L / 2 tokens, and before them, at position 0, the
+# class token. All attend to these [MASK], but the decoder does not use their outputs. The output at the class
+# token comes to summarise the image. A decoder gets the outputs of visible ids back at their places and this
+# summary at every masked place, and predicts the ids there:
 #
 #     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
 #     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
@@ -845,8 +850,9 @@ class TokenModel(Model):
 #     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place
 #     decode                p   p       p   p         each a softmax over the K codes
 #
-# Position 0 holds a class id: a label, or the "fake class", which stands for any image. Codes, classes,
-# fake class and [MASK] are one vocabulary (in the authors' files the fake class has the id of class 76):
+# The class token is an embedded id like the others: a label or, without one, the "fake class", which stands
+# for any image. Codes, classes, fake class and [MASK] are one vocabulary (in the authors' files the fake
+# class has the id of class 76):
 #
 #     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
 #
@@ -921,6 +927,7 @@ class MAGE(TokenModel):
     classes         0, or the number of labels it can be conditioned on
     fake_class      None: the fake class has an id of its own; c: it shares that of class c
                     (published files: 76)
+    dropout         after the embedding and in the blocks
     """
 
     def __init__(self, vqgan, image_size, width, depth, heads, decoder_width, decoder_depth, decoder_heads,
@@ -1115,12 +1122,12 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # 2.13 on two threads, printed:
 #
 #     TokenizerTraining step   600   loss 0.031          a blurred copy of each image
-#     MAGE              step   100   loss 4.920          as good as guessing: ln 128 = 4.85
+#     MAGE              step   100   loss 4.920          no better than guessing: ln 128 = 4.85
 #     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch
 #
 # `python unified.py umd` trains one of the methods to come. Accuracy of a linear probe on the embeddings
 # (eight classes), before -> after the training of the method; tokenizer and ADDP's MAGE are trained in both,
-# and a fresh UMD's class tokens have not seen the image (section 10):
+# and a fresh UMD guesses, since its gates start at 0, so that its class tokens are the same for all images:
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
@@ -1386,18 +1393,18 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
 # ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces. A step
-# takes ids, their mask, and p, the distribution over codes that the previous step predicted at each place
-# that was masked then. (In code a Decoding has all three; p is the softmax of its logits.) The step
+# takes ids, their mask, and p', the distribution over codes that the previous step predicted at each place
+# that was masked then. (In code a Decoding has all three; p' is the softmax of its logits.) The step
 #
 #     1. decodes the image so far, xt, with D, the frozen tokenizer's decoder: from the codes of visible ids
-#        and, where tokens are masked, from the mean code under p. So what is undecided is blurred,
+#        and, where tokens are masked, from the mean code under p'. So what is undecided is blurred,
 #     2. encodes xt,
-#     3. predicts a new p, with a decoder of ids that also reads the visible ids,
-#     4. samples ids from the new p and keeps the most confident, as MAGE does (section 4):
+#     3. predicts p, with a decoder of ids that also reads the visible ids,
+#     4. samples ids from p and keeps the most confident, as MAGE does (section 4); p is the next step's p':
 #
-#     ids --> c: codes where visible,     -- D --> image xt --> encoder --> decoder --> p --> unmask --> ids
-#             mean codes under p if masked                                     ^
-#                                                            visible ids ------+
+#     ids --> codes where visible,         -- D --> image xt --> encoder --> decoder --> p --> unmask --> ids
+#             mean codes under p' if masked                                     ^
+#                                                             visible ids ------+
 #
 # The decoder reads what the encoder made of visible tokens, the mask token m at masked ones and at position 0
 # (where MAGE has its summary), and the visible ids, appended:
@@ -1418,11 +1425,13 @@ class EchoMAGE(ContrastiveMAGE):
 # that would be slow. So a frozen, trained MAGE plays the previous step, and sets the target, too. Two nested
 # masks are drawn: mask_earlier was masked before the previous step, mask is masked now:
 #
+#     place            1     2     3     4     5
 #     ids              a     b     c     d     e
 #     mask_earlier     _     b     _     _     e      MAGE reads b and e (nothing is dropped): its p' is what
 #                                                     the previous step predicted at the others
 #     mask             _     b     c     _     e      of these it kept c, which counts as right
-#     xt = D of       e_1'  e_b   e_c   e_4'  e_e     e_i': the mean code under p' at place i, still undecided
+#     xt = D of       e_1'  e_2   e_3   e_4'  e_5     e_i: the code of the id at place i; e_i': the mean code
+#                                                     under p' there, still undecided
 #     p                *                 *            ADDP's prediction, from xt and the ids b, c and e
 #     q                *                 *            the target: what MAGE predicts from b, c and e
 #
@@ -1455,7 +1464,7 @@ class ADDP(TokenModel):
 
     predictor       a trained MAGE, frozen; its tokenizer is this model's. Not needed to generate from nothing
     image_size      S, which must be the predictor's, else ValueError
-    width, depth, heads, decoder_depth, decoder_heads       of encoder and decoder, which have the same width
+    width, depth, heads, decoder_depth, decoder_heads, dropout      of encoder and decoder, of the same width
 
     It differs from the paper's figure 4, as the official code does:
     - the loss has label smoothing, and its softmax runs over the whole vocabulary;
@@ -1679,7 +1688,7 @@ class ADDP(TokenModel):
 #
 #     here and in ADM    t = 0 ... T-1      at 0 there is a little noise already
 #     UMD                t = 0 ... T        at 0 there is none: 1 is put in front of alpha_bar, for clean
-#                                           images, so that UMD's t is t - 1 here
+#                                           images, so that UMD's t = 1 is t = 0 here
 #
 # Predicting eps is predicting x0: solve the equation for either. So an error of one is an error of the other,
 # rescaled:
@@ -1699,8 +1708,8 @@ class ADDP(TokenModel):
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
 #     sigma^2 = eta^2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next) [DDIM, 16]
 #
-# eta = 0 adds no noise: DDIM. eta = 1 is DDPM's ancestral sampling. For then sigma^2 is the variance of the
-# posterior q(x_next | xt, x0), and the rest is its mean [DDPM, eq. 7]. To see it, put
+# eta = 0 adds no noise: DDIM. eta = 1 is DDPM's ancestral sampling, because then sigma^2 is the variance of
+# the posterior q(x_next | xt, x0), and the rest is its mean [DDPM, eq. 7]. To see it, put
 # eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into the second term, whose root goes away:
 #
 #     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 * (alpha_bar / alpha_bar_next) / (1 - alpha_bar)
@@ -1896,6 +1905,7 @@ class UMD(Model):
     width, depth, heads, decoder_depth          encoder and decoder have the same width and heads
     clean_ratio, mask_ratio_clean, mask_ratio_noised        the three numbers of the table above
     classes                                     0, or the number of labels it can be conditioned on
+    class_tokens                                how many it has in its encoder
 
     The timestep t is 0 for clean images, and 1 ... T for noised ones.
     """
@@ -2089,8 +2099,8 @@ class UMD(Model):
         return len(self.timesteps(steps)) if self.generates else 1
 
     def timesteps(self, steps=None):
-        """Strides of T / steps, rounded up, and then 1: if steps divides T, one step more than asked for.
-        None is 125, as published: 1000, 992, ..., 8, and 1."""
+        """From T down in strides of T / steps, rounded up, and then 1. None is 125 strides, as published:
+        1000, 992, ..., 8, and 1. So there is often one more than asked for or, after rounding, fewer."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -2173,8 +2183,8 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# L_vb trains a second output, the variance of the steps back, and sends no gradient into the output eps'; it
-# is explained before the class ADM.
+# L_vb trains a second output, the variance of the steps back, and sends no gradient into the output eps'. It
+# is explained after the U-Net's blocks; until then read the loss as its first term.
 #
 # A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
 # maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
@@ -2259,7 +2269,7 @@ class ADMBlock(nn.Sequential):
 # The network also predicts the variance of each step back. It lies between two bounds: the posterior
 # variance beta~, right if x0 were known, and beta = 1 - alpha_bar / alpha_bar_next, right if images were pure
 # noise. The network's second output v interpolates between them for every pixel, on a logarithmic scale: -1
-# is beta~, 1 is beta, and nothing keeps v between [iDDPM, eq. 15]:
+# is beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]:
 #
 #     log variance = (1 + v) / 2 log beta  +  (1 - v) / 2 log beta~
 #
@@ -2363,7 +2373,7 @@ class ADM(Model):
     attention            strides of the maps that get attention: (8, 16) for maps of S / 8 and S / 16. The
                          middle has it always
     head, heads, order   see ADMAttention        groups  of every group norm; divides every width
-    schedule, steps      of the noise, see noise_schedule
+    schedule, steps      of the noise, see noise_schedule        dropout  in residual blocks
 
     Blocks are counted from 1: down, middle, up. The output of a block is what all its layers made, attention
     and change of size included.
@@ -2613,8 +2623,8 @@ class Method(typing.NamedTuple):
     sizes: dict                         # {"tiny": constructor arguments, ...}, at least one
     recipe: dict                        # with all the keys above but optimizer, which it may have
     options: dict = {}                  # constructor arguments that make it this method
-    # What its tokens are, and so what its constructor takes besides: "ids": vqgan (or predictor) first, and
-    # image_size; "patches" of pixels: image_size and grid; "none": image_size.
+    # What its tokens are, and so how its constructor is called, before sizes and options: "ids": (vqgan or
+    # predictor, image_size=...); "patches" of pixels: (image_size=..., grid=...); "none": (image_size=...).
     tokens: str = "ids"
     predictor: str = ""                 # the row of the trained model that takes vqgan's place
     views: int = 1                      # crops of an image that one step reads
