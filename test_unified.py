@@ -7190,6 +7190,8 @@ def test_a_run_built_on_another_has_its_image_size_unless_told_otherwise(tmp_pat
              flag: str(tmp_path / file)}
     assert train.settings(train.Config(**given)).image_size == side
     assert train.settings(train.Config(**given, image_size=64)).image_size == 64
+    torch.save({"weights": 1}, tmp_path / "model.pt")                       # of another program
+    assert train.side_of_run(str(tmp_path)) is None
 
 
 def test_a_predictor_that_is_missing_or_unfit_ends_in_one_sentence(photos, finished, tmp_path):

@@ -194,7 +194,8 @@ def side_of_run(path):
     folder = pathlib.Path(path) if os.path.isdir(path) else pathlib.Path(path).parent
     for file in (folder / "model.pt", folder / "tokenizer.pt"):
         if file.exists() and pathlib.Path(path) in (file, folder):
-            return unified.load_checkpoint(file)["config"].get("image_size")
+            config = unified.load_checkpoint(file).get("config")
+            return config.get("image_size") if isinstance(config, dict) else None
     return None
 
 
