@@ -1045,8 +1045,7 @@ class MAGE(TokenModel):
         t         mask ratio in [0, 1]; noise (B, L): forward's mask_noise, the smallest are masked, drawn if
                   None
         layers    numbers of blocks, encoder first; [best_layer] if None
-        add       {layer: map (B, C, h, w)} added to the output of that layer. Read it as empty: only DifFeed,
-                  in probe.py, runs a network twice, the second time with what late blocks found added
+        add       {layer: map (B, C, h, w)} added to the output of that layer, in DifFeed's second pass
         finetune  changes nothing here: MAGE is fine-tuned as it was trained
         returns   [map (B, C, h, w) for each of layers]
         """
@@ -1141,7 +1140,7 @@ def fit(net, steps, batch_size, peak_lr):
     """Train net on batches of drawn shapes."""
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, cycle_momentum=False)
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, cycle_momentum=False)
     for step in range(steps):
         seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
         images, _ = draw_shapes(seeds, 32)                                              # uint8 (B, 3, 32, 32)
@@ -1150,7 +1149,7 @@ def fit(net, steps, batch_size, peak_lr):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 3.0)
         optimizer.step()
-        schedule.step()
+        lr_schedule.step()
         if step % 100 == 99 or step + 1 == steps:
             print(f"{type(net).__name__:17s} step {step + 1:5d}   loss {loss.item():.3f}")
 
