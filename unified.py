@@ -59,8 +59,9 @@ Symbols  x pixels                                       ids token ids
          t of features(): how corrupted x is, by a mask ratio in MAGE, by a timestep in UMD and ADM
 
 Pixels are floats in [0, 1] where they enter or leave a model; inside diffusion models they are in [-1, 1].
-Masks are bool, True = masked. What a loss draws at random, but for dropout and MAGE-E's echoes, can be passed
-in instead. Numbers that decide shapes or steps are kept on the CPU: to read them off a GPU is to wait for it.
+Masks are bool, True = masked: of tokens but, where a sampler is given known pixels, of pixels. What a loss
+draws at random, but for dropout and MAGE-E's echoes, can be passed in instead. Numbers that decide shapes or
+steps are kept on the CPU: to read them off a GPU is to wait for it.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
          [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
@@ -382,7 +383,7 @@ class VQGAN(nn.Module):
 #     discriminator  1.0   hinge(d(x), d(sg(x'))) / 2  d alone
 #
 # where hinge(a, b) = max(0, 1 - a) + max(0, 1 + b). The factor g makes the generator term's gradient at the
-# decoder's last layer as long as that of l1 + l2.
+# decoder's last layer as long as that of l1 + l2, taken without their weights.
 #
 # Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
 # goes straight through to the encoder.
@@ -498,7 +499,7 @@ class TokenizerTraining(nn.Module):
 #     model(x, labels) -> loss, logs              training: how well is the corruption undone?
 #     model.sample(n, **options) -> images        generation, from nothing or into a hole
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
-#     model.features(x, t, layers) -> maps        the same after any block, at any degree of corruption t
+#     model.features(x, t, layers) -> maps        outputs of any block, at any degree of corruption t
 #
 # (features() also takes noise, what the method's corruption draws: mask_noise or eps. Its last two arguments,
 # add and finetune, are for probe.py alone; read on as if they were not there.)
@@ -632,7 +633,7 @@ def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
     step, steps      step counts from 0, so t = step + 1; and T
     schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
                      t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
-    round_up         as in ADDP; else rounded down, and at least one token fewer than before (as in MAGE)
+    round_up         as in ADDP; else, as in MAGE, rounded down, and at least one fewer than before, down to 1
     """
     wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
     wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(before - 1)
@@ -690,7 +691,7 @@ class Decoding(typing.NamedTuple):
     """Images while they are decoded."""
     ids: torch.Tensor                   # (n, L)
     token_mask: torch.Tensor            # bool (n, L), True = masked before the next step
-    count: torch.Tensor                 # int (n,), on the CPU: how many that are
+    count: torch.Tensor                 # int (n,), on the CPU: how many of each image that are
     logits: torch.Tensor = None         # (n, L, K) of the previous step; ADDP makes its image from them
     known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
     inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
@@ -734,12 +735,14 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 #   [Interval].
 # - A guide. A weaker network, such as an earlier checkpoint, predicts in place of "no label". It errs where
 #   the network errs, only more so: the step from its prediction to the network's, taken further, leads away
-#   from the error [Autoguidance]. Both see the same labels or, as in ADDP and ADM, none.
+#   from the error [Autoguidance]. Both see the same labels. ADDP and ADM take none: a guide is the only
+#   guidance they have.
 
 
 def guidance_at(progress, w, interval):
     """w inside the interval (low, high), 1 outside. Progress is read where a step begins: (t - 1) / T in step
-    t of T; in UMD 1 - t / T at timestep t, in ADM 1 - (t + 1) / T."""
+    t of T. Of timesteps, which fall towards the image, it is 1 - t / T in UMD, whose t is 1 ... T, and
+    1 - (t + 1) / T in ADM, whose t is 0 ... T-1."""
     low, high = interval
     return w if low <= progress < high else 1.0
 
@@ -751,8 +754,8 @@ class TokenModel(Model):
     vqgan       the frozen tokenizer, which gives the sizes here
     image_size  S, a multiple of the tokenizer's stride, else ValueError
 
-    A subclass sets self.vqgan and self.norm, and defines step_logits(state, labels=None) -> logits (n, L, K)
-    of the next step after a Decoding, and render(state).
+    A subclass sets self.vqgan and self.norm (a layer whose weight is on the model's device), and defines
+    step_logits(state, labels=None) -> logits (n, L, K) of the next step after a Decoding, and render(state).
     """
 
     round_up = False                                            # of num_masked
@@ -1126,7 +1129,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #
 # `python unified.py umd` trains one of the methods to come. Accuracy of a linear probe on the embeddings
 # (eight classes), before -> after the training of the method; tokenizer and ADDP's MAGE are trained in both,
-# and a fresh UMD guesses, since its gates start at 0, so that its class tokens are the same for all images:
+# and a fresh UMD or ADM guesses: its branches start at 0, so class tokens are the same for all images in the
+# one, and in the other a mean of features is a function of the mean colour:
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
@@ -1412,8 +1416,8 @@ class EchoMAGE(ContrastiveMAGE):
 #     encode      h0    h1  h2  h3  h4        every patch of xt enters
 #     decode       m     m  h2   m   m   b    b is an embedded id, at the end
 #
-# h0, h1, h3 and h4 are thrown away: what the blur of masked places shows reaches the decoder only through the
-# outputs of visible patches, here h2, which have attended to it.
+# h0, h1, h3 and h4 are thrown away, as in the official code: what the blur of masked places shows reaches the
+# decoder only through the outputs of visible patches, here h2, which have attended to it.
 #
 # While all is masked, as in the first step, there is nothing to show: the encoder is skipped, and the decoder
 # reads mask tokens alone. Counts are rounded up: after step 1 of 20, ceil(256 cos(pi / 40)) = 256 are masked,
@@ -1600,16 +1604,9 @@ class ADDP(TokenModel):
 
     # ---- generation
 
-    # The loop of TokenModel, in which a step is
-    #
-    #     logits    = of the previous step                                          state.logits
-    #     x         = D(codes of ids where visible, softmax(logits) @ codes where masked)     next_image
-    #     logits    = decode(encode(x), ids, mask)                                  step_logits
-    #     ids, mask = unmask(logits, ids, mask)                                     as in MAGE
-    #
-    # Counts are rounded up, in MAGE down: ceil(256 cos(pi / 40)) = 256 after the first of 20 steps. The last
-    # step leaves one token masked: in the final image it is a mean of codes, as in the official code. ViT-L
-    # was also run with 256 steps and schedule="linear".
+    # The loop of TokenModel, with the step told at the beginning of this section. The token that is masked
+    # after the last step is a mean of codes in the image, as in the official code. ViT-L was also run with
+    # 256 steps and schedule="linear".
 
     round_up = True
 
@@ -1693,6 +1690,9 @@ class ADDP(TokenModel):
 # rescaled:
 #
 #     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2
+#
+# (The noise that timestep t adds has the variance beta_t = 1 - alpha_bar_t / alpha_bar_(t-1): alpha_bar is
+# the product of all 1 - beta so far.)
 #
 # The loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. That is the error of x0 with the weight
 # alpha_bar_t / (1 - alpha_bar_t), which is small where there is much noise.
@@ -1856,8 +1856,9 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 # Generation uses the prediction of eps alone, as DDPM does, with nothing masked: a patch is embedded by
 # itself, and attention takes any number of them. Labels condition the noised part only, as in the official
-# code, and are hidden in one image of ten. As a rule they come last: a trained model goes on with labels,
-# r_noised = 0 and few clean images (umd_method in section 12). Guidance is as in MAGE, but w does not grow:
+# code, and are hidden in one image of ten. As a rule they are learned last: a model trained without labels is
+# trained further with them, with r_noised = 0 and 5 % clean images (umd_method in section 12). Guidance is as
+# in MAGE, but w does not grow:
 #
 #     eps = eps(no label) + w (eps(label) - eps(no label))
 #
@@ -2284,7 +2285,8 @@ class ADMBlock(nn.Sequential):
 #     p(x_next | xt)     = N( mean(xt, x0'), the variance above )           x0' from sg(eps'), not clamped
 #
 #     L_vb = KL(q || p)             in all steps but the last                                    [DDPM, eq. 5]
-#     L_vb = - log p(x0 | xt)       in the last, to x0: a byte, so p's mass within half a grey level of it
+#     L_vb = - log P(x0 | xt)       in the last, to x0. As x0 is a byte, P is the probability, under p, of
+#                                   half a grey level around it on either side
 #
 # As eps' is detached in p's mean, the gradient of L_vb enters the network through v alone: none reaches the
 # output eps', though the layers that v and eps' share move. This L_vb is the term of one timestep. The paper
@@ -2293,8 +2295,8 @@ class ADMBlock(nn.Sequential):
 
 
 def log_variances(alpha_bar):
-    """log beta~ and log beta of all timesteps, or of those that sampling visits, which count as a process of
-    their own: alpha_bar float64 (T,) -> (T,) each. At t = 0 beta~ is 0, so its logarithm is replaced by that
+    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. Sampling that skips timesteps is a shorter
+    process: it gives the alpha_bar that it visits. At t = 0 beta~ is 0, so its logarithm is replaced by that
     of t = 1 (if T = 1, of beta)."""
     alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
     small, large = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
@@ -2367,8 +2369,7 @@ class ADM(Model):
     """Diffusion U-Net without labels.
 
     image_size           S; a multiple of 2 ** (len(ch_mult) - 1), else ValueError
-    ch, ch_mult, blocks  level i has ch * ch_mult[i] channels; residual blocks per level,
-                         one more on the way up
+    ch, ch_mult, blocks  level i has ch * ch_mult[i] channels; blocks per level, one more on the way up
     attention            strides of the maps that get attention: (8, 16) for maps of S / 8 and S / 16. The
                          middle has it always
     head, heads, order   see ADMAttention        groups  of every group norm; divides every width
@@ -2410,8 +2411,9 @@ class ADM(Model):
         self.input_blocks = nn.ModuleList(downs)
         self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order),
                                      residual(width, width))
-        # Up. A level has one residual block more than on the way down, for there the block that halves the
-        # side (or, at full size, the first convolution) leaves an output, too. The last one doubles the side.
+        # Up. A level has one block more than it has of this width on the way down, for there the one that
+        # halves the side (or, at full size, the first convolution) leaves an output, too. Below full size its
+        # last block ends in a further residual block, which doubles the side.
         outputs, ups = [*skips, (width, bottom)], []            # outputs: (channels, level) of all blocks
         for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
