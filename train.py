@@ -55,7 +55,7 @@ class Config:
     dataset: str = flag("shapes", "shapes, cifar10, imagenet, or a folder of images, of class folders, or of "
                                   "train and val with class folders", group="data")
     data_dir: str = flag("", "dataset folder, if not data/<dataset>", metavar="PATH")
-    image_size: int = flag(None, "side in pixels [that of the run it builds on; else 32, folders 64, as "
+    image_size: int = flag(None, "side in pixels; that of the run it builds on, if any [32; folders 64; as "
                                  "published 256]", min=8, max=4096)
     views: int = flag(None, "random crops of each image kept as ids; 1 keeps the whole image, 0 tokenises "
                             "fresh crops in every step [shapes 1, cifar10 and folders 4, as published 10]. "
