@@ -1505,7 +1505,7 @@ def open_sets(model, config, cfg):
         open_data(name, folder, model.image_size, part, cfg.device, cfg.strict_images, crop)
         for part in (True, False))
     if reason := no_probe(train_set, test_set):
-        raise UserError(f"{name} cannot be probed, {reason}; --dataset shapes or cifar10 lends others, and "
+        raise UserError(f"{name} cannot be probed: {reason}; --dataset shapes or cifar10 lends others, and "
                         "--save FILE.npz keeps the features of yours")
     if not cfg.dataset:
         check_same_data(config, train_set, cfg.run, f"put them back, or say --dataset {name} to probe these")
