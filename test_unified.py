@@ -7180,6 +7180,21 @@ def test_addp_trains_on_the_ids_of_its_predictor_then_samples_and_is_probed(phot
     assert json.loads((run / "probe.jsonl").read_text())["head"] == "finetune"
 
 
+def test_a_run_that_starts_from_another_keeps_the_ids_that_it_has_learned(photos, finished, tmp_path):
+    begun = flags(photos, tmp_path / "run", "--labels", "--init", finished[0], "--seed", 5)
+    printed = script("train.py", *begun)
+    assert "fresh: none" in printed and f"tokenizer: {finished[0]}" in printed
+    assert not (tmp_path / "run" / "tokenizer.pt").exists()                 # nor is another one trained
+    ours, theirs = (unified.load_checkpoint(folder / "model.pt")["model"]
+                    for folder in (tmp_path / "run", finished[0]))
+    assert all(v.equal(theirs[k]) for k, v in ours.items() if k.startswith("vqgan."))
+    unlike = flags(photos, tmp_path / "unlike", "--init", finished[0])
+    assert "--labels must be as there" in script("train.py", *unlike, expect=2)
+    assert "leave --tokenizer" in script("train.py", *begun, "--tokenizer", finished[0], expect=2)
+    assert "holds mage, not mage-c" in script("train.py", *flags(photos, tmp_path / "c", "--model", "mage-c",
+                                                                  "--init", finished[0]), expect=2)
+
+
 @pytest.mark.parametrize("flag, file, side", [
     ("tokenizer", "", 32), ("tokenizer", "tokenizer.pt", 32), ("predictor", "model.pt", 32), ("init", "", 32),
     ("tokenizer", "other.pt", 64)])

@@ -72,8 +72,8 @@ class Config:
                           "below 128 pixels, 256 below 256, then one for 16 x 16; 256 patches also where 64 "
                           "would have more values than the model is wide]", min=4, max=2**20)
     labels: bool = flag(False, "condition on class labels, so that sample.py --label works")
-    init: str = flag("", "start from this run of the same model and size; with --labels, to teach it the "
-                         "classes", metavar="RUN")
+    init: str = flag("", "start from this run of the same model and size, with its tokenizer; with --labels, "
+                         "to teach it the classes", metavar="RUN")
     init_encoder: str = flag("", "start from the encoder blocks of this run of the same width", metavar="RUN")
     predictor: str = flag("", "addp: the trained MAGE it learns from, a run folder (its ids are shared), a "
                               "checkpoint or a published file", metavar="PATH")
@@ -220,7 +220,7 @@ def settings(cfg):
 def check(cfg):
     """Refuse flags that do not go together, and files and folders that are not there."""
     method, teacher = unified.MODELS[cfg.model], unified.MODELS[cfg.model].predictor
-    if teacher and not cfg.predictor:
+    if teacher and not cfg.predictor and not cfg.init:
         data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset} --image-size {cfg.image_size}"
         run = f"out/{pathlib.Path(cfg.dataset).name}-{teacher}"
         raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} "
@@ -231,6 +231,9 @@ def check(cfg):
     if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
         raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings "
                         "along, nor --labels go with it")
+    if cfg.init and (cfg.tokenizer or cfg.predictor):
+        raise UserError(f"--init {cfg.init} brings along the tokenizer whose ids it has learned, and its "
+                        "predictor; leave --tokenizer and --predictor out")
     check_sizes(cfg, method)
     if not method.tokenizer and cfg.views > 1:
         raise UserError(f"{cfg.model} reads one crop of an image, fresh in every step: --views {cfg.views} "
@@ -254,7 +257,7 @@ def check_sizes(cfg, method):
         if size % unit:
             raise UserError(f"--image-size {size} is no multiple of {unit}, as this --model and --size need; "
                             f"take {size + -size % unit}")
-    elif not cfg.tokenizer and not cfg.predictor:
+    elif not cfg.tokenizer and not cfg.predictor and not (cfg.init and method.tokenizer):
         squares = (2, 4, 8, 16) if method.tokenizer else range(1, size + 1)
         if side ** 2 != cfg.ids or size % side or size // side not in squares:
             unit = 16 if size >= 64 else 4
@@ -316,7 +319,7 @@ def open_data(cfg):
     print_once(train_set.summary or f"{cfg.dataset}: {len(train_set)} images of {len(train_set.classes)} "
                f"classes to train on, {len(test_set)} to test on")
     steps = f"{cfg.steps} steps" if cfg.steps else f"{cfg.epochs:g} epochs"
-    first = f"tokenizer: {cfg.tokenizer or f'{cfg.tokenizer_steps} steps'}; "
+    first = f"tokenizer: {cfg.tokenizer or cfg.init or f'{cfg.tokenizer_steps} steps'}; "
     first *= unified.MODELS[cfg.model].tokenizer
     print_once(f"{cfg.image_size} pixels; {first}{cfg.model} {cfg.size}: {steps} of {cfg.batch_size} images")
     if len(train_set) < 1000:
@@ -350,9 +353,12 @@ def ids_or_images(cfg, vqgan, train_set):
 
 def get_tokenizer(cfg, train_set, test_set):
     """What the model is built on, and its config: the MAGE named by --predictor, the tokenizer named by
-    --tokenizer, or one that is trained here; None for models of pixels."""
+    --tokenizer, what the run named by --init was built on, or a tokenizer that is trained here; None for
+    models of pixels."""
     if not unified.MODELS[cfg.model].tokenizer:
         return None, None
+    if cfg.init:
+        return foundation(cfg)
     if cfg.predictor:
         return load_predictor(cfg)
     if not cfg.tokenizer:
@@ -362,6 +368,17 @@ def get_tokenizer(cfg, train_set, test_set):
         raise UserError(f"--tokenizer {cfg.tokenizer} needs an --image-size that is a multiple of "
                         f"{vqgan.stride}, not {cfg.image_size}")
     return vqgan.to(cfg.device), arch
+
+
+def foundation(cfg):
+    """The tokenizer of the run that --init names, or its predictor, and the config of that."""
+    model, config = unified.load_model(cfg.init, tell=print_once)
+    if config["arch"]["model"] != cfg.model:
+        raise UserError(f"--init {cfg.init} holds {config['arch']['model']}, not {cfg.model}; name a run of "
+                        "the same model")
+    predictor = unified.MODELS[cfg.model].predictor
+    frozen, arch = (model.token_predictor, "predictor") if predictor else (model.vqgan, "tokenizer")
+    return frozen.to(cfg.device), config["arch"][arch]
 
 
 def load_predictor(cfg):
@@ -479,8 +496,10 @@ def copy_weights(cfg, model, path, only=None):
     fresh = [k for k in ours if k not in state]
     lost = [k for k in fresh if k.startswith(wanted) and not k.startswith("label_embed")]
     if not state or (lost and not only):
-        raise UserError(f"{path} does not fit --model {cfg.model} --size {cfg.size}: it has no "
-                        f"{(lost or ['encoder block'])[0]} of this shape")
+        first = (lost or ["encoder block"])[0]
+        raise UserError(f"{path} does not fit --model {cfg.model} --size {cfg.size}: it has no {first} of "
+                        "this shape" + ", since classes are part of the vocabulary; --labels must be as "
+                                       "there" * ("word_embeddings" in first))
     model.load_state_dict(state, strict=False)
     names = ", ".join(sorted({k.split(".")[0] for k in fresh}))
     print_once(f"{len(state)} tensors from {path}; fresh: {names or 'none'}")
