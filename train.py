@@ -231,7 +231,7 @@ def check(cfg):
     if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
         raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings "
                         "along, nor --labels go with it")
-    if cfg.init and (cfg.tokenizer or cfg.predictor):
+    if cfg.init and (cfg.tokenizer or cfg.predictor) and cfg.resume is None:        # older runs had both
         raise UserError(f"--init {cfg.init} brings along the tokenizer whose ids it has learned, and its "
                         "predictor; leave --tokenizer and --predictor out")
     check_sizes(cfg, method)
