@@ -521,7 +521,8 @@ class Model(nn.Module):
         return self.render(state)
 
     def num_steps(self, steps=None, eta=None):
-        """How many steps sample_steps takes, when asked for so many or, None, for its usual number."""
+        """How many steps sample_steps takes, when asked for so many or, None, for its usual number. (eta, of
+        section 9, matters to ADM alone.)"""
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
@@ -725,7 +726,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 # sections 5 and 10 say), but for one image in ten it is not. So it can predict with and without a label.
 # Classifier-free guidance takes what the label changes in a prediction, and exaggerates it [CFG]:
 #
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD and ADM of eps, not logits
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
 #     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
 #
 # w = 1 is prediction as trained, for which one pass is enough. Two variants:
@@ -759,7 +760,7 @@ class TokenModel(Model):
     """
 
     round_up = False                                            # of num_masked
-    reconstructs, pools = True, ("mean", "class")               # for the scripts (section 12)
+    reconstructs, pools = True, ("mean", "class")   # for the scripts; section 12 explains all such attributes
 
     def __init__(self, vqgan, image_size):
         super().__init__()
@@ -1128,9 +1129,9 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch
 #
 # `python unified.py umd` trains one of the methods to come. Accuracy of a linear probe on the embeddings
-# (eight classes), before -> after the training of the method; tokenizer and ADDP's MAGE are trained in both,
-# and a fresh UMD or ADM guesses: its branches start at 0, so class tokens are the same for all images in the
-# one, and in the other a mean of features is a function of the mean colour:
+# (eight classes), before -> after the training of the method; MAGE's tokenizer is trained in both. A fresh
+# UMD or ADM guesses, since its residual branches start at 0: then UMD's class tokens are the same for all
+# images, and ADM's averaged features tell the mean colour alone.
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
@@ -1325,11 +1326,13 @@ class ContrastiveMAGE(MAGE):
 #     echo    _  b  f  _     [MASK] outside a random square, whose side is half to all of the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
-#     z_a     of image a, partly masked as in MAGE: encoder, mean and projection as above, then two more
+#     z_i     of image i, partly masked as in MAGE: encoder, mean and projection as above, then two more
 #             layers, the prediction
-#     e_a     of its echo, with the fake class: encoder, mean and projection of a teacher, without gradient
+#     e_i     of its echo, with the fake class: encoder, mean and projection of a teacher, without gradient
 #
-#     loss = - mean over images a of  log( exp(e_a . z_a / tau) / sum_i exp(e_a . z_i / tau) )       tau = 0.3
+#     loss = - mean over images i of  log( exp(e_i . z_i / tau) / sum_j exp(e_i . z_j / tau) )       tau = 0.3
+#
+# (all are unit vectors)
 #
 # with weight 0.1 beside the masked loss, as in MAGE-C. The teacher is not trained. After each step its
 # weights move 0.4 % of the way to the model's: they are an average over some 250 steps. So the price of the
@@ -1438,7 +1441,8 @@ class EchoMAGE(ContrastiveMAGE):
 #     p                *                 *            ADDP's prediction, from xt and the ids b, c and e
 #     q                *                 *            the target: what MAGE predicts from b, c and e
 #
-# So the target is not the one true id, but all that could stand there.
+# So the target is not the one true id, but all that could stand there. And the encoder is trained on what D
+# decodes, never on original pixels: those it meets when it is probed or fine-tuned.
 #
 #     e_i' = sum over k of p'_i(k) e_k
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
@@ -1697,8 +1701,9 @@ class ADDP(TokenModel):
 # The loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. That is the error of x0 with the weight
 # alpha_bar_t / (1 - alpha_bar_t), which is small where there is much noise.
 #
-# The way back goes to ever larger alpha_bar. "next" is next on this way, and so less noisy: t - 1, or a
-# smaller timestep if some are skipped; alpha_bar without an index is that of xt. A step
+# The way back goes to ever larger alpha_bar: from xt, whose alpha_bar is written without an index here, to
+# x_next at alpha_bar_next, which is less noisy. That is timestep t - 1, or a smaller one if some are skipped.
+# A step
 #
 #     1. solves the mixture for x0', given the predicted eps, and clamps it to [-1, 1], where pixels lie,
 #     2. solves it for eps', given this x0': the predicted eps again, but for what the clamp has changed,
@@ -2026,7 +2031,7 @@ class UMD(Model):
         return mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
     def micro_batch_args(self, first, count):
-        """How many of these images stay clean, so that the ratio is right in the whole batch."""
+        """How many images of this part of a batch stay clean, so that the ratio is right in the whole."""
         return {"n_clean": int((first + count) * self.clean_ratio) - int(first * self.clean_ratio)}
 
     def predict(self, x, t, labels=None, ids_keep=None, keep_label=None):
@@ -2273,9 +2278,12 @@ class ADMBlock(nn.Sequential):
 #
 #     log variance = (1 + v) / 2 log beta  +  (1 - v) / 2 log beta~
 #
-# In sampling with eta = 1 only the last term of ddim_step() changes: noise has the root of this variance as
-# its factor. The sigma under the other root stays, so the mean is the same for any v. With eta < 1 v is not
-# used.
+# beta~ is what section 9 calls sigma^2 at eta = 1. In sampling with eta = 1 only the last term of a step
+# changes, to s noise, where s^2 is the variance above:
+#
+#     x_next = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + s noise
+#
+# So v decides how much noise is added, and the mean is the same for any v. With eta < 1 v is not used.
 #
 # What trains v is the variational bound, in bits per pixel and channel. A step back is a normal distribution:
 # the true one, q, knows x0; the network's, p, has x0' in its place, and the learned variance. mean(xt, x0) is
@@ -2740,7 +2748,8 @@ def complete(model):
 #         images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms
 #     sample_steps(n, steps=None, seeds=None)
 #         yields a Denoising after each step, or what its own render() takes, without gradient. It may also
-#         take temperature, eta, guidance, guidance_interval, guide, labels, known, mask, as MAGE and UMD do
+#         take temperature, schedule and order as MAGE does, eta as UMD does, and guidance, guidance_interval,
+#         guide, labels, known and mask, as both do
 #     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
 #         -> [map (B, C, h, w) for each of layers], of x at corruption t, as in MAGE. add, which only DifFeed
 #         passes, and finetune may be ignored
