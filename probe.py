@@ -1183,9 +1183,9 @@ def table_cells(rows, heads, kind):
     t = f"{t:g}" if isinstance(t, float) else t                    # "0", as of timesteps
     place = [str(cell) * (kind != "pixels") for cell in (layer, t, pool)]
     tokens = unified.MODELS[rows[0]["model"]].tokenizer
-    training = {"top1": rows[0]["training"], "untrained": "tokenizer alone" * tokens}
-    training = training.get("top1" if kind == "miou" else kind, "")
-    return *(cells.get(head, "") for head in heads), *place, images, str(n), training
+    own = rows[0]["training"]
+    training = {"top1": own, "miou": own, "untrained": "tokenizer alone" * tokens}
+    return *(cells.get(head, "") for head in heads), *place, images, str(n), training.get(kind, "")
 
 
 def save_features(model, config, places, first, cfg):
@@ -1410,12 +1410,13 @@ def check_flags(cfg):
     if cfg.samples and (cfg.head != "ridge" or len(cfg.run) > 1 or any(about_features)):
         raise UserError("--samples is about images, of one run, beside its whole data set; leave --head, "
                         "--layers, --t, --pool, --sweep, --labels, --subset, --limit and --save out")
-    if cfg.save and (not cfg.save.endswith(".npz") or os.path.exists(cfg.save)
-                     or not os.access(os.path.dirname(cfg.save) or ".", os.W_OK)):
-        fault = "is there already; take another name" if os.path.exists(cfg.save) else \
-            "has no .npz at its end; add it" if not cfg.save.endswith(".npz") else \
-            "is in no folder that can be written to; make it, or take another"
-        raise UserError(f"--save {cfg.save} {fault}")
+    faults = {"is there already; take another name": os.path.exists(cfg.save),
+              "has no .npz at its end; add it": not cfg.save.endswith(".npz"),
+              "is in no folder that can be written to; make it, or take another":
+                  not os.access(os.path.dirname(cfg.save) or ".", os.W_OK)}
+    for fault, found in faults.items():
+        if cfg.save and found:
+            raise UserError(f"--save {cfg.save} {fault}")
     parse_numbers(cfg.hidden, int, "--hidden", low=1, high=2**16)
     if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
         raise UserError("--head finetune trains all that leads to the layer the paper reads; "

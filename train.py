@@ -371,14 +371,13 @@ def get_tokenizer(cfg, train_set, test_set):
 
 
 def foundation(cfg):
-    """The tokenizer of the run that --init names, or its predictor, and the config of that."""
-    model, config = unified.load_model(cfg.init, tell=print_once)
-    if config["arch"]["model"] != cfg.model:
-        raise UserError(f"--init {cfg.init} holds {config['arch']['model']}, not {cfg.model}; name a run of "
-                        "the same model")
-    predictor = unified.MODELS[cfg.model].predictor
-    frozen, arch = (model.token_predictor, "predictor") if predictor else (model.vqgan, "tokenizer")
-    return frozen.to(cfg.device), config["arch"][arch]
+    """None, and the config of the tokenizer of the run that --init names, or of its predictor. Their weights
+    come with all others, see copy_weights."""
+    arch = unified.load_model(cfg.init, tell=print_once)[1]["arch"]
+    if arch["model"] != cfg.model:
+        raise UserError(f"--init {cfg.init} holds {arch['model']}, not {cfg.model}; name a run of the same "
+                        "model")
+    return None, arch["predictor" if unified.MODELS[cfg.model].predictor else "tokenizer"]
 
 
 def load_predictor(cfg):
@@ -471,7 +470,7 @@ def measure_tokenizer(cfg, vqgan, data, count):
 
 def build_model(cfg, frozen, arch, train_set):
     """The model with the weights it starts from, and its config. frozen: the tokenizer or predictor
-    that it is built on, arch: the config of that."""
+    that it is built on, None if that comes with --init; arch: the config of that."""
     method, classes = unified.MODELS[cfg.model], len(train_set.classes) if cfg.labels else 0
     torch.manual_seed(cfg.seed + 1)
     arch = unified.model_config(cfg.model, cfg.size, cfg.image_size, math.isqrt(cfg.ids), arch, classes,
