@@ -741,9 +741,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 
 
 def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. Progress is read where a step begins: (t - 1) / T in step
-    t of T. Of timesteps, which fall towards the image, it is 1 - t / T in UMD, whose t is 1 ... T, and
-    1 - (t + 1) / T in ADM, whose t is 0 ... T-1."""
+    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
     low, high = interval
     return w if low <= progress < high else 1.0
 
@@ -755,8 +753,9 @@ class TokenModel(Model):
     vqgan       the frozen tokenizer, which gives the sizes here
     image_size  S, a multiple of the tokenizer's stride, else ValueError
 
-    A subclass sets self.vqgan and self.norm (a layer whose weight is on the model's device), and defines
-    step_logits(state, labels=None) -> logits (n, L, K) of the next step after a Decoding, and render(state).
+    A subclass sets self.vqgan and self.norm (a layer whose weight is on the model's device). Besides what
+    every Model has it defines step_logits(state, labels=None) -> logits (n, L, K) of the next step after a
+    Decoding, and render(state); sample_steps() is here.
     """
 
     round_up = False                                            # of num_masked
@@ -1103,7 +1102,8 @@ def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
 def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
     """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
 
-    x              tokens (B, prefix + L, C), the input of the first block, class tokens first
+    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
+    condition      further arguments of all blocks
     decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
     """
     layers, L = layers or [model.best_layer], x.size(1) - prefix
@@ -1363,7 +1363,7 @@ class EchoMAGE(ContrastiveMAGE):
         self.teacher = copy.deepcopy(nn.ModuleList([encoder, self.projection])).requires_grad_(False)
 
     def forward(self, x, labels=None, *, mask_ratio=None, mask_noise=None, keep_label=None):
-        """As MAGE.forward."""
+        """Loss of one crop of each image. Arguments as for MAGE.forward; the dict has contrast, too."""
         ids = self.to_ids(x)                                                                # (B, L)
         mask, latent, logits = self.mask_and_predict(ids, labels, mask_ratio, mask_noise, keep_label)
         z = self.prediction(self.projection(latent[:, 1:].mean(1)))                         # (B, 256)
@@ -1398,26 +1398,28 @@ class EchoMAGE(ContrastiveMAGE):
 # 8. ADDP: read pixels, predict ids
 #
 # Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
-# ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces. A step
-# takes ids, their mask, and p', the distribution over codes that the previous step predicted at each place
-# that was masked then. (In code a Decoding has all three; p' is the softmax of its logits.) The step
+# ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces.
+# Between two steps it holds ids, a mask of those that are undecided, and p_prev: the distribution over codes
+# that the previous step predicted at each undecided place. (In code: a Decoding, and the softmax of its
+# logits.) A step
 #
-#     1. decodes the image so far, xt, with D, the frozen tokenizer's decoder: from the codes of visible ids
-#        and, where tokens are masked, from the mean code under p'. So what is undecided is blurred,
+#     1. decodes an image xt with D, the frozen tokenizer's decoder. Where an id is visible D reads its code;
+#        where it is masked D reads the mean of all codes under p_prev, so that place looks blurred,
 #     2. encodes xt,
-#     3. predicts p, with a decoder of ids that also reads the visible ids,
-#     4. samples ids from p and keeps the most confident, as MAGE does (section 4); p is the next step's p':
+#     3. predicts p, the new distribution, with a decoder that reads the visible ids, too,
+#     4. samples ids from p and keeps the most confident, as MAGE does (section 4). In the next step this p is
+#        p_prev:
 #
-#     ids --> codes where visible,         -- D --> image xt --> encoder --> decoder --> p --> unmask --> ids
-#             mean codes under p' if masked                                     ^
-#                                                             visible ids ------+
+#     ids --> code where visible,         -- D --> image xt --> encoder --> decoder --> p --> unmask --> ids
+#             mean code where masked                                           ^
+#                                                            visible ids ------+
 #
-# The decoder reads what the encoder made of visible tokens, the mask token m at masked ones and at position 0
-# (where MAGE has its summary), and the visible ids, appended:
+# The decoder reads what the encoder made of visible tokens, the mask token [M] at masked ones and at position
+# 0 (where MAGE has its summary), and the visible ids, appended:
 #
 #     tokens    [class]  _   b   _   _        _ is masked
 #     encode      h0    h1  h2  h3  h4        every patch of xt enters
-#     decode       m     m  h2   m   m   b    b is an embedded id, at the end
+#     decode     [M]   [M]  h2 [M] [M]  b     b is an embedded id, at the end
 #
 # h0, h1, h3 and h4 are thrown away, as in the official code: what the blur of masked places shows reaches the
 # decoder only through the outputs of visible patches, here h2, which have attended to it.
@@ -1427,32 +1429,31 @@ class EchoMAGE(ContrastiveMAGE):
 # so step 1 keeps nothing, and step 2 has no image, either. (In training the encoder runs even then, but
 # nothing of its output is read.)
 #
-# Training needs what a step of generation finds: ids, a mask, and the p of the previous step. To run ADDP for
-# that would be slow. So a frozen, trained MAGE plays the previous step, and sets the target, too. Two nested
-# masks are drawn: mask_earlier was masked before the previous step, mask is masked now:
+# Training needs what a step of generation finds: ids, a mask, and p_prev. To run ADDP's own steps for that
+# would be slow. So a frozen, trained MAGE plays the previous step, and it sets the target, too. It runs
+# twice, with two nested masks: mask_earlier was masked before the previous step, mask is masked now.
 #
 #     place            1     2     3     4     5
-#     ids              a     b     c     d     e
-#     mask_earlier     _     b     _     _     e      MAGE reads b and e (nothing is dropped): its p' is what
-#                                                     the previous step predicted at the others
-#     mask             _     b     c     _     e      of these it kept c, which counts as right
-#     xt = D of       e_1'  e_2   e_3   e_4'  e_5     e_i: the code of the id at place i; e_i': the mean code
-#                                                     under p' there, still undecided
-#     p                *                 *            ADDP's prediction, from xt and the ids b, c and e
-#     q                *                 *            the target: what MAGE predicts from b, c and e
+#     ids              a     b     c     d     e      of the image
+#     mask_earlier     _     b     _     _     e      MAGE reads b and e, and predicts p_prev at 1, 3 and 4
+#     mask             _     b     c     _     e      then the previous step kept c, as if it had been right
+#     xt = D of       m_1   e_b   e_c   m_4   e_e     e_b: the code of id b. m_1: the mean code under p_prev
+#     p                *                 *            what ADDP predicts at 1 and 4, from xt and b, c and e
+#     q                *                 *            its target: what MAGE predicts there from b, c and e
 #
 # So the target is not the one true id, but all that could stand there. And the encoder is trained on what D
 # decodes, never on original pixels: those it meets when it is probed or fine-tuned.
 #
-#     e_i' = sum over k of p'_i(k) e_k
+#     m_i  = sum over k of p_prev_i(k) e_k
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary
 #
-# Mask ratios: the 66 of cos(pi / 2 * j / 100) that lie in [0.5, 1), in ascending order, from 0.509 to 0.9999.
-# mask has one of them, drawn with MAGE's normal density as weight, 74.5 % on average; mask_earlier has that 1
-# to 5 places further on, or the last. Both masks sort the same random numbers, so one contains the other.
-# Counts are rounded up: with 256 tokens, the five largest ratios mask everything, and so teach the first
-# steps of generation. No timestep enters the network: it can see how much of the image is decided.
+# The mask ratios stand in a list, ascending: the 66 values of cos(pi / 2 * j / 100) that lie in [0.5, 1),
+# from 0.509 to 0.9999. mask has one of them, drawn with MAGE's normal density as weight, 74.5 % on average.
+# mask_earlier has the one that is 1 to 5 further down the list, or the last. Both masks rank the same random
+# numbers, so mask_earlier contains mask. Counts are rounded up: with 256 tokens, the five largest ratios mask
+# everything, and so teach the first steps of generation. No timestep enters the network: it can see how much
+# of the image is decided.
 
 
 def nested_mask_ratios():
@@ -1476,8 +1477,8 @@ class ADDP(TokenModel):
     It differs from the paper's figure 4, as the official code does:
     - the loss has label smoothing, and its softmax runs over the whole vocabulary;
     - visible ids enter the decoder as tokens, beside the encoder's output;
-    - p' comes from a mask that is 1 to 5 entries of nested_mask_ratios() larger, if there are as many larger
-      ones, not from exactly one step before.
+    - p_prev comes from a mask that is 1 to 5 entries of nested_mask_ratios() larger, if there are as many
+      larger ones, not from exactly one step before.
     """
 
     def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
@@ -1522,7 +1523,8 @@ class ADDP(TokenModel):
 
         x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). labels: None, since ADDP takes none
         index, gap  mask ratios, one pair for the batch (as in the official code): number index of
-                    nested_mask_ratios(), 0 ... 65, is masked; p' comes from number index + gap, gap 1 ... 5
+                    nested_mask_ratios(), 0 ... 65, is that of mask; number index + gap, gap 1 ... 5, that of
+                    mask_earlier
         mask_noise  (B, L): the smallest are masked. All three are drawn if None
         returns     scalar loss, dict of its terms
         """
@@ -1701,9 +1703,9 @@ class ADDP(TokenModel):
 # The loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. That is the error of x0 with the weight
 # alpha_bar_t / (1 - alpha_bar_t), which is small where there is much noise.
 #
-# The way back goes to ever larger alpha_bar: from xt, whose alpha_bar is written without an index here, to
-# x_next at alpha_bar_next, which is less noisy. That is timestep t - 1, or a smaller one if some are skipped.
-# A step
+# The way back goes from xt to x_next, which is less noisy: the image at timestep t - 1, or at a smaller one
+# if some are skipped. From here on alpha_bar is that of xt, and alpha_bar_next, which is larger, that of
+# x_next. A step
 #
 #     1. solves the mixture for x0', given the predicted eps, and clamps it to [-1, 1], where pixels lie,
 #     2. solves it for eps', given this x0': the predicted eps again, but for what the clamp has changed,
@@ -1765,7 +1767,9 @@ def posterior_variance(alpha_bar, alpha_bar_next):
 
 
 def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
-    """One step from xt at alpha_bar to alpha_bar_next, given a prediction of x0: the equation above.
+    """One step back, from xt to x_next, given a prediction of x0; with eps from both, as in step 2 above:
+
+        sqrt(alpha_bar_next) x0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise
 
     noise  standard normal, like xt
     std    standard deviation of the added noise. None: sigma. ADM passes its learned one, a tensor like xt.
@@ -1924,12 +1928,6 @@ class UMD(Model):
         self.clean_ratio = clean_ratio
         self.mask_ratio_clean, self.mask_ratio_noised = mask_ratio_clean, mask_ratio_noised
         self.alpha_bar = torch.cat([torch.ones(1).double(), noise_schedule("cosine")])  # (1 + T,), no buffer
-        self.max_steps = len(self.alpha_bar) - 1
-        self.t_range = (0, self.max_steps, "the timestep, 0 for no noise")
-        # As in the official code: a network that never saw a clean image reads slightly noised ones.
-        self.best_t = 0 if clean_ratio else 51
-        self.generates, self.reconstructs = clean_ratio < 1, mask_ratio_clean > 0
-
         patch = image_size // grid
         self.time_embed = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
         if classes:
@@ -1952,6 +1950,11 @@ class UMD(Model):
         self.init_weights()
         self.best_layer = depth                                 # the encoder's last
         self.layers = dict.fromkeys(range(1, depth + decoder_depth + 1), (width, grid, grid))
+        # As in the official code: a network that never saw a clean image reads slightly noised ones.
+        self.best_t = 0 if clean_ratio else 51
+        self.generates, self.reconstructs = clean_ratio < 1, mask_ratio_clean > 0
+        self.max_steps = len(self.alpha_bar) - 1                                            # T
+        self.t_range = (0, self.max_steps, "the timestep, 0 for no noise")
 
     @torch.no_grad()
     def init_weights(self):
@@ -2018,9 +2021,9 @@ class UMD(Model):
         return masked_mse(x0_hat, x0, mask), masked_mse(eps_hat, eps, ~mask)
 
     def visible_patches(self, mask_noise, mask_ratio):
-        """Patches that enter the encoder: int (B, M), in any order, since each has a position embedding.
-        Those of the smallest mask_noise are masked. The number of visible ones is rounded down, as in the
-        official code."""
+        """ids_keep, MAE's name for the positions of the patches that enter the encoder: int (B, M), in any
+        order, since each has a position embedding. Those of the smallest mask_noise are masked. The number of
+        visible ones is rounded down, as in the official code."""
         return mask_noise.argsort(dim=1, stable=True)[:, self.length - int(self.length * (1 - mask_ratio)):]
 
     def pixel_mask(self, ids_keep):
@@ -2029,10 +2032,6 @@ class UMD(Model):
         mask = mask.scatter(1, ids_keep, False).view(-1, 1, self.grid, self.grid)           # (B, 1, h, w)
         patch = self.image_size // self.grid
         return mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-
-    def micro_batch_args(self, first, count):
-        """How many images of this part of a batch stay clean, so that the ratio is right in the whole."""
-        return {"n_clean": int((first + count) * self.clean_ratio) - int(first * self.clean_ratio)}
 
     def predict(self, x, t, labels=None, ids_keep=None, keep_label=None):
         """Pixels (B, 3, S, S) in about [-1, 1], noised to t (B,) -> predictions of x0 and eps,
@@ -2182,6 +2181,10 @@ class UMD(Model):
     takes_labels = True
     pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
 
+    def micro_batch_args(self, first, count):
+        """How many images of this part of a batch stay clean, so that the ratio is right in the whole."""
+        return {"n_clean": int((first + count) * self.clean_ratio) - int(first * self.clean_ratio)}
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 11. ADM: predict the noise with a U-Net
@@ -2285,12 +2288,14 @@ class ADMBlock(nn.Sequential):
 #
 # So v decides how much noise is added, and the mean is the same for any v. With eta < 1 v is not used.
 #
-# What trains v is the variational bound, in bits per pixel and channel. A step back is a normal distribution:
-# the true one, q, knows x0; the network's, p, has x0' in its place, and the learned variance. mean(xt, x0) is
-# that of [DDPM, eq. 7], or ddim_step() with eta = 1 before it adds noise:
+# What trains v is the variational bound. It compares two normal distributions of x_next: the true one, q,
+# which knows x0, and the network's, p, with the predicted x0' in its place and the learned variance:
 #
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), the variance above )           x0' from sg(eps'), not clamped
+#
+# where mean() is that of [DDPM, eq. 7]: what ddim_step() gives with eta = 1 before it adds noise. In bits per
+# pixel and channel:
 #
 #     L_vb = KL(q || p)             in all steps but the last                                    [DDPM, eq. 5]
 #     L_vb = - log P(x0 | xt)       in the last, to x0. As x0 is a byte, P is the probability, under p, of
@@ -2601,8 +2606,9 @@ def umd_no_decay(name, p):
 #     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
 #     paper                  the papers' epochs and batch size on ImageNet, and lr, the peak for 256 images:
 #                            a batch of B images has B / 256 of it
-#     tiny                   what train.py takes for size tiny: ids, the number of an image's tokens, here
-#                            8 x 8 patches; lr, again for 256 images: 0.018 * 32 / 256 = 0.00225 for 32
+#     tiny                   what train.py takes for size tiny in place of its own defaults: batch_size,
+#                            steps, ids (tokens of an image; 64 are 8 x 8 patches), and lr, for 256 images as
+#                            well: with batches of 32 the peak is 0.018 * 32 / 256 = 0.00225
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
 #                            get the schedule's learning rate
 #
@@ -2767,7 +2773,7 @@ def complete(model):
 # does with t_range. It may also override Model's num_steps, render and noise.
 
 Model.best_t = 0                    # the t at which the authors probe best_layer
-Model.t_range = (0, 0, "always 0")  # min, max and meaning of t, also in forward; of ints, t is a timestep
+Model.t_range = (0, 0, "always 0")  # least t, largest t, what t is. Ints: forward() and features() take ints
 Model.pools = ("mean",)             # poolings that embed() knows, the authors' first
 Model.length = 0                    # tokens of an image, if there are any
 Model.codes = 0                     # entries of the codebook, if ids are predicted
