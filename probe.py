@@ -1077,18 +1077,25 @@ def compare_finetuned(nets, train_set, index, test_set, cfg):
 
 def titles(model, cfg):
     """{name: how the report calls it} of all that is compared."""
-    fresh = "untrained" + " (transformer untrained, tokenizer trained)" * bool(model.tokenizer)
+    fresh = untrained_title(model)
     if cfg.head == "finetune":
-        fresh = "from scratch, by the same recipe but without layer decay"
+        fresh = "the same network from scratch, by the same recipe but without layer decay"
     pixels = "raw pixels" + ", a patch a cell" * (cfg.head == "segment")
-    return {"model": name_of(cfg.run), "pixels": pixels, "untrained": f"the same network {fresh}",
+    return {"model": name_of(cfg.run), "pixels": pixels, "untrained": fresh,
             "ceiling": "the masks themselves, averaged to the cells"}
 
 
+def untrained_title(model):
+    """How reports call the model of untrained()."""
+    return "the same network untrained" + ", but for its tokenizer" * bool(model.tokenizer)
+
+
 def training_of(config):
-    """A model and its training, in words: 'umd, 3000 x 32' for so many steps of so many images."""
-    known = config.get("steps") and config.get("batch_size")
-    return config["arch"]["model"] + (f", {config['steps']} x {config['batch_size']}" if known else "")
+    """A model and its training, in words: 'umd, 3000 x 32 shapes', steps and images a step."""
+    if not (config.get("steps") and config.get("batch_size")):
+        return config["arch"]["model"]
+    name = pathlib.Path(config.get("dataset", "")).name
+    return f"{config['arch']['model']}, {config['steps']} x {config['batch_size']} {name}".rstrip()
 
 
 def name_of(run):

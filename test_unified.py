@@ -5284,7 +5284,8 @@ def test_one_run_is_called_by_its_name(finished):
     assert again.splitlines()[2] == printed.splitlines()[2]
 
 
-def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(finished, diffused, tmp_path):
+def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(photos, finished, diffused,
+                                                                         tmp_path):
     """A twin of a run has the same baselines; UMD is read at another position."""
     twin, runs = tmp_path / "twin", [finished[0], diffused[0]]
     twin.mkdir()
@@ -5296,7 +5297,7 @@ def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(finishe
     for line, name, row in zip(lines[1:], ("run", "umd", "twin"), rows):
         accuracy = f"{row['top1']:.1%} +- {row['standard_error']:.1%}"
         assert line == [name, accuracy, str(row["layer"]), f"{row['t']:g}", row["pool"], "48", "16",
-                        f"{'umd' if name == 'umd' else 'mage'}, 6 x 8"]
+                        f"{'umd' if name == 'umd' else 'mage'}, 6 x 8 {photos.name}"]
     assert [line[0] for line in lines[4:7]] == ["untrained (run, twin)", "untrained (umd)", "raw pixels"]
     assert [line[1].split("%")[0] for line in lines[4:7]] == \
         [f"{100 * v:.1f}" for v in (rows[0]["untrained"], rows[1]["untrained"], rows[0]["pixels"])]
@@ -5575,6 +5576,15 @@ def test_features_that_training_has_made_worse_are_told_of(untrained, told, fini
     printed = capsys.readouterr().out
     assert ("untrained it has 10.0 points more" in printed) == told
     assert f"features of mage: layer {model.best_layer}, t 0, mean" in printed
+
+
+@pytest.mark.parametrize("given, advice", [
+    ({"tokenizer_steps": 300}, "more --tokenizer-steps than 300 (2000 are usual)"),
+    ({"tokenizer_steps": 2500}, "more --tokenizer-steps than 2500"),
+    ({"predictor": "out/a", "tokenizer": "out/a"}, "take another --predictor"),
+    ({"init": "out/a"}, "take another --init"), ({"tokenizer": "out/a"}, "take another --tokenizer")])
+def test_a_poor_tokenizer_is_mended_where_it_comes_from(given, advice):
+    assert train.better_tokenizer(train.Config(**given)).endswith(advice)
 
 
 @pytest.mark.parametrize("count, told", [(1, True), (2, False)])

@@ -430,7 +430,8 @@ def forecast(cfg, steps, net=None):
     stages[cfg.model] = (model, ids if net else x, steps * cfg.batch_size)
     seconds = {name: images * seconds_an_image(cfg, *stage) for name, (*stage, images) in stages.items()}
     parts = ", ".join(f"{name} {tqdm.tqdm.format_interval(v)}" for name, v in seconds.items())
-    return f"about {tqdm.tqdm.format_interval(sum(seconds.values()))} in all: {parts}; then the report"
+    total = tqdm.tqdm.format_interval(sum(seconds.values()))
+    return f"about {total} of training in all: {parts}; then the report"
 
 
 def seconds_an_image(cfg, model, x):
@@ -1211,17 +1212,15 @@ def report(cfg, model, ema, train_set, test_set):
                    f"{figures['codes_used']:.0%} of the codes used"
                    + f" ({len(test_set) * model.length} tokens use {possible:.0%} at most)" * (possible < 1))
         if figures["codes_used"] < 0.1 * possible or figures["psnr"] < floor:
-            remedy = "knows little of these images, leave --tokenizer out" if cfg.tokenizer else \
-                f"has learned little, give it more --tokenizer-steps than {cfg.tokenizer_steps}"
-            print_once(f"            it {remedy}: the mean colour of each token's square would reach "
-                       f"{floor:.2f} dB")
+            print_once(f"            it {better_tokenizer(cfg)}: the mean colour of each token's square "
+                       f"would reach {floor:.2f} dB")
     images = [folder / f"{name}.png" for name in ("samples", "reconstructions", "loss")]
     print_once(f"images      {', '.join(str(path) for path in images if path.exists())}")
     if top1:
         print_once(f"linear probe (ridge, {min(len(train_set), 10_000)} training images), accuracy on the "
                    "test set")
         place = f"layer {model.best_layer}, t {model.best_t:g}, {model.pools[0]}"
-        for name, title in zip(top1, (f"features of {cfg.model}: {place}", "the same network untrained",
+        for name, title in zip(top1, (f"features of {cfg.model}: {place}", probe.untrained_title(model),
                                       "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
         if harm := probe.no_gain(top1["features"], top1["the same network untrained"]):
@@ -1237,6 +1236,15 @@ def report(cfg, model, ema, train_set, test_set):
                                                "--save features.npz   features of all these images"))
     lent = "" if top1 else "--dataset shapes "
     print_once(f"    python probe.py {run} OTHER_RUN {lent}--pool mean --limit 2000   runs in one table\n")
+
+
+def better_tokenizer(cfg):
+    """What a poor tokenizer lacks, and how to get a better one, in words."""
+    if lender := next((name for name in ("predictor", "init", "tokenizer") if getattr(cfg, name)), ""):
+        return f"knows little of these images, take another --{lender}"
+    usual = defaults(cfg)["tokenizer_steps"]
+    more = f" ({usual} are usual)" * (usual > cfg.tokenizer_steps)
+    return f"has learned little, give it more --tokenizer-steps than {cfg.tokenizer_steps}{more}"
 
 
 def probe_features(cfg, model, ema, train_set, test_set):
