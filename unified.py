@@ -41,7 +41,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     11 ADM                         predict the noise with a U-Net; its blocks are representations, too
     12 Sizes and recipes           presets, how each method is trained, and a method of your own
     13 Published weights           how files of the original authors are read
-    14 Behind the methods          random numbers by seed, checked arguments
+    14 Behind the methods          random numbers by seed, drawn shapes, outputs of blocks, checked arguments
     15 For the scripts             mistakes, flags, checkpoints, images, processes
 
 Look these up when you meet them.
@@ -87,6 +87,7 @@ import functools
 import gc
 import inspect
 import io
+import itertools
 import math
 import os
 import pathlib
@@ -118,7 +119,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 #         |____________________________|  |______________________|
 #
 # Both branches only add to x. So, as in a ResNet, gradients have a way to the first block on which nothing
-# shrinks them [ViT].
+# shrinks them.
 
 
 class Attention(nn.Module):
@@ -409,16 +410,6 @@ def entropy_loss(distances, temperature=0.01):
     return -(p * log_p).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
 
 
-def add_grain(x, grain):
-    """Pixels (B, 3, S, S) in which images of one flat colour have noise of half a grey level. grain: uniform
-    in [0, 1], like x.
-
-    In a black image nothing varies. A dozen fresh group norms would divide by zero variance, each making the
-    gradient a thousand times longer."""
-    flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)  # (B, 1, 1, 1)
-    return x + flat * (grain - 0.5) / 255
-
-
 class PatchDiscriminator(nn.Module):
     """Judges whether each patch of about 22 pixels is real: (B, 3, S, S) -> scores (B, 1, S / 8, S / 8)."""
 
@@ -502,10 +493,12 @@ class TokenizerTraining(nn.Module):
 #     model.features(x, t, layers) -> maps        outputs of any block, at any degree of corruption t
 #
 # (features() also takes noise, what the method's corruption draws: mask_noise or eps. Its last two arguments,
-# add and finetune, are for probe.py alone; read on as if they were not there.)
+# add and finetune, are for probe.py alone; read on as if they were not there. A wrong call of any of these is
+# a ValueError that says what the method takes: section 14 checks arguments, and brings labels and seeds to
+# the model's device.)
 #
-# Model, their base class, has what they share. What else the scripts ask of a model has a default, which
-# section 12 sets, together with an example for a method of your own.
+# Model, their base class, has what they share. What else the scripts ask of a model stands in section 12,
+# together with an example for a method of your own.
 
 
 class Model(nn.Module):
@@ -540,25 +533,12 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    def __init_subclass__(cls):
-        """Check the arguments of public methods (section 14): labels and seeds come on the model's device,
-        and who asks for guidance gives labels or a guide. Read on as if this were not there, and skip its
-        frames, guarded and checked, in a traceback."""
-        public = {"forward", "sample_steps", "reconstruct", "noise", "features", "embed"}
-        for name in vars(cls).keys() & public:
-            setattr(cls, name, guarded(vars(cls)[name]))
-
-
-def guarded(method):
-    """The method; a wrong call of it is a ValueError, see checked() in section 14."""
-    return functools.wraps(method)(lambda *args, **options: checked(method, args, options))
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. Masking and unmasking
 #
 # Training masks a random part of the tokens. The mask ratio r is drawn once for each batch, from a truncated
-# normal distribution [MAGE, 3.2]:
+# normal distribution [MAGE, section 3]:
 #
 #     r ~ N(0.55, 0.25^2) restricted to [0.5, 1]          mean 0.69
 #
@@ -605,7 +585,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 
 # Generation starts with n0 masked tokens: all L, or the unknown ones of inpainting. Step t of T predicts
 # every masked token, keeps the predictions that are most confident, and masks the others again. How many stay
-# masked falls along a cosine [MaskGIT, 3.2]. MAGE rounds it down, and makes it fall by one at least, but
+# masked falls along a cosine [MaskGIT, 3.3]. MAGE rounds it down, and makes it fall by one at least, but
 # never below 1. (ADDP rounds up, and may keep nothing in a step. Both are as in the official codes.)
 #
 #     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1))                       in MAGE
@@ -674,18 +654,18 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     """One step of parallel decoding. It draws no random number of its own.
 
     logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many stay masked
-    u (n, L)     in (0, 1), samples the ids           gumbel (n, L)    is added to the confidence
-    order        None, or a function: noisy confidence (n, L) -> priority (n, L); of the masked tokens those
-                 with the highest are kept, visible ones stay. In raster order, say:
+    u (n, L)     in (0, 1), samples the ids           gumbel (n, L)    is added to log p
+    order        None, or a function: confidence (n, L) -> priority (n, L); of the masked tokens those with
+                 the highest are kept (visible ones stay, whatever it says of them). In raster order, say:
                  model.sample(8, order=lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c))
     returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
     ids = torch.where(mask, sample_categorical(p, u), ids)
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + gumbel                    # (n, L)
-    confidence = confidence if order is None else order(confidence).to(confidence)
-    confidence = confidence.masked_fill(~mask, math.inf)        # visible before: never masked again
-    return ids, rank_in_row(confidence) < to_device(count, ids.device)[:, None]
+    priority = confidence if order is None else order(confidence).to(confidence)
+    priority = priority.masked_fill(~mask, math.inf)            # visible before: never masked again
+    return ids, rank_in_row(priority) < to_device(count, ids.device)[:, None]
 
 
 class Decoding(typing.NamedTuple):
@@ -759,7 +739,6 @@ class TokenModel(Model):
     """
 
     round_up = False                                            # of num_masked
-    reconstructs, pools = True, ("mean", "class")   # for the scripts; section 12 explains all such attributes
 
     def __init__(self, vqgan, image_size):
         super().__init__()
@@ -973,11 +952,11 @@ class MAGE(TokenModel):
         return loss, {"masked": loss}
 
     def mask_and_predict(self, ids, labels=None, mask_ratio=None, mask_noise=None, keep_label=None):
-        """Ids (B, L) -> mask (B, L), latent (B, 1 + L/2, C), logits (B, L, K). Arguments as for forward."""
+        """Ids (B, L) -> mask (B, L), latent (B, 1 + M, C), logits (B, L, K). Arguments as for forward."""
         mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
         mask_ratio = truncated_normal(torch.rand(())) if mask_ratio is None else mask_ratio
         mask, ids_keep = random_masking(mask_noise, mask_ratio)
-        latent = self.encode(self.input_ids(ids, mask, labels, keep_label), ids_keep)       # (B, 1 + L/2, C)
+        latent = self.encode(self.input_ids(ids, mask, labels, keep_label), ids_keep)       # (B, 1 + M, C)
         logits = self.decode(latent, mask, ids_keep)                                        # (B, L, K)
         return mask, latent, logits
 
@@ -1058,71 +1037,28 @@ class MAGE(TokenModel):
             noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
             mask = rank_in_row(noise) < math.ceil(t * self.length)
         x = self.token_emb(self.input_ids(ids, mask))                                       # (B, 1 + L, C)
+        # Of section 14: the blocks of encode() and decode(), as far as needed.
         return encoder_decoder_features(self, x, lambda latent: self.decoder_input(latent, mask), layers, add)
 
     def embed(self, x, noise=None, pool="mean"):
         """The vector that the paper probes: (B, C). 'mean': outputs of the encoder's last block, averaged
-        over the image, then normalised; 'class': the normed class token. Nothing is masked."""
+        over the image, then through a LayerNorm without weights; 'class': the class token behind the
+        model's last LayerNorm. Nothing is masked."""
         if pool == "mean":
             mean = self.features(x)[0].mean((2, 3))                                         # (B, C)
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
-    # ---- for the scripts (section 12)
-
-    takes_labels = reads_ids = True
-    t_range, best_t, stem = (0.0, 1.0, "the mask ratio"), 0.0, ("token_emb",)
-
-
-# features() needs outputs from the middle of the network. So it does not call encode(), but runs the same
-# blocks in the same order through these functions, here and in ADDP and UMD, and stops early. (No method is
-# explained in them.)
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, h)}.
-
-    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's h x h, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, h)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * h, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, h)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, h) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
-    condition      further arguments of all blocks
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. A training loop
 #
 # The story so far, on drawn shapes and a CPU: `python unified.py` trains a tokenizer, then MAGE on its ids,
-# in two minutes on two cores. train.py has the same loop, and what a long run needs: ids that are computed
-# once, averaged weights, MAGE-E's after_step(), evaluation, checkpoints, many GPUs. Seed 0, torch
-# 2.13 on two threads, printed:
+# in two minutes on two cores. The images need no download: draw_shapes() of section 14 draws circles, stars
+# and six other kinds, in colours that say nothing about the kind. train.py has the same loop, and what a
+# long run needs: ids that are computed once, averaged weights, MAGE-E's after_step(), evaluation,
+# checkpoints, many GPUs. Seed 0, torch 2.13 on two threads, printed:
 #
 #     TokenizerTraining step   600   loss 0.031          a blurred copy of each image
 #     MAGE              step   100   loss 4.920          no better than guessing: ln 128 = 4.85
@@ -1142,7 +1078,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 
 
 def fit(net, steps, batch_size, peak_lr):
-    """Train net on batches of drawn shapes."""
+    """Train net on batches of drawn shapes. A simpler recipe than those of section 12."""
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, cycle_momentum=False)
@@ -1201,62 +1137,6 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
     print(f"wrote {out}")
 
 
-# The images, which need no download: eight shapes in four colours on a plain ground; place, size and turn
-# vary a little. Colour says nothing about the class, so shape is what there is to learn. Each is a signed
-# distance: negative inside, in units of its radius.
-
-
-def box_distance(x, y, w, h):
-    """Distance to a rectangle of half sides w and h."""
-    return (x.abs() - w).maximum(y.abs() - h)
-
-
-def star_distance(x, y, r):
-    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36
-    degrees."""
-    fifth = 2 * math.pi / 5
-    angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
-    return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
-
-
-SHAPES = {
-    "circle":   lambda x, y, r: r - 0.85,
-    "ring":     lambda x, y, r: (r - 0.75).abs() - 0.2,
-    "square":   lambda x, y, r: box_distance(x, y, 0.7, 0.7),
-    "bar":      lambda x, y, r: box_distance(x, y, 0.95, 0.28),
-    "cross":    lambda x, y, r: box_distance(x, y, 0.95, 0.3).minimum(box_distance(x, y, 0.3, 0.95)),
-    "triangle": lambda x, y, r: torch.stack([x, -x / 2 + y * 0.866, -x / 2 - y * 0.866]).amax(0) - 0.5,
-    "star":     lambda x, y, r: star_distance(x, y, r),
-    "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
-}
-GROUND = torch.tensor([128.0, 128.0, 128.0])
-# Red, teal, blue, amber.
-PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])
-
-
-def draw_shapes(seeds, size, numbers=None, masks=False):
-    """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
-    turned by quarters give or take 9 degrees, always wholly visible. All that is random about them is
-    numbers (B, 7) in (0, 1): kind, colour, radius, x, y, quarter turn, further turn; drawn if None.
-    masks: with a fourth channel, what each pixel shows: 1 for ground, 2 for the first shape, and so on."""
-    numbers = hashed_uniform(seeds, 0, 7) if numbers is None else numbers
-    kind, color, radius, cx, cy, turn, wobble = numbers[:, :, None, None].unbind(1)
-    radius = size / 32 * (10.5 + 2.5 * radius)
-    cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
-    turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
-    row = torch.arange(size) + 0.5
-    x, y = (row - cx) / radius, (row[:, None] - cy) / radius                            # (B, 1, S), (B, S, 1)
-    x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
-    labels = (kind.flatten() * len(SHAPES)).long()
-    r = (x * x + y * y).sqrt()
-    distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(labels))]
-    alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
-    paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
-    images = (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte()
-    shown = 1 + (distance < 0) * (1 + labels[:, None, None])                                # (B, S, S)
-    return torch.cat([images, shown[:, None].byte()], 1) if masks else images, labels
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 7. MAGE-C and MAGE-E: which two views show the same image?
 #
@@ -1269,8 +1149,8 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
 #
 #     b: the other view of a's image                                                         [SimCLR, eq. 1]
 #
-# The weight beside the masked loss is 0.1 [MAGE, 3.3]. The authors released no training code for it: the
-# layers' sizes and tau = 0.2 are ours.
+# The weight beside the masked loss is 0.1 [MAGE, section 3]. The authors released no training code for it:
+# the layers' sizes and tau = 0.2 are ours.
 
 
 def info_nce(z, temperature=0.2):
@@ -1332,11 +1212,10 @@ class ContrastiveMAGE(MAGE):
 #
 #     loss = - mean over images i of  log( exp(e_i . z_i / tau) / sum_j exp(e_i . z_j / tau) )       tau = 0.3
 #
-# (all are unit vectors)
-#
-# with weight 0.1 beside the masked loss, as in MAGE-C. The teacher is not trained. After each step its
-# weights move 0.4 % of the way to the model's: they are an average over some 250 steps. So the price of the
-# echo is one more pass of the encoder, over all tokens, without a backward pass.
+# All of these vectors have length 1, and the weight beside the masked loss is 0.1, as in MAGE-C. The teacher
+# is not trained. After each step its weights move 0.4 % of the way to the model's: they are an average over
+# some 250 steps. So the price of the echo is one more pass of the encoder, over all tokens, without a
+# backward pass.
 #
 # MAGE-E is our name; Sorcen's files are called LEASE. Where this differs from them (models_lease_tk_1600.py):
 # their teacher starts from random weights, has dropout, and its projection is trained besides; they draw
@@ -1410,9 +1289,9 @@ class EchoMAGE(ContrastiveMAGE):
 #     4. samples ids from p and keeps the most confident, as MAGE does (section 4). In the next step this p is
 #        p_prev:
 #
-#     ids --> code where visible,         -- D --> image xt --> encoder --> decoder --> p --> unmask --> ids
-#             mean code where masked                                           ^
-#                                                            visible ids ------+
+#     ids,    --> code where visible,    -- D --> xt --> encoder --> decoder --> p --> unmask --> ids,
+#     p_prev      mean code where masked                                ^                         p as p_prev
+#                                                      visible ids -----+
 #
 # The decoder reads what the encoder made of visible tokens, the mask token [M] at masked ones and at position
 # 0 (where MAGE has its summary), and the visible ids, appended:
@@ -1421,8 +1300,9 @@ class EchoMAGE(ContrastiveMAGE):
 #     encode      h0    h1  h2  h3  h4        every patch of xt enters
 #     decode     [M]   [M]  h2 [M] [M]  b     b is an embedded id, at the end
 #
-# h0, h1, h3 and h4 are thrown away, as in the official code: what the blur of masked places shows reaches the
-# decoder only through the outputs of visible patches, here h2, which have attended to it.
+# h0, h1, h3 and h4 are thrown away, as in the official code, which gives no reason: what the blur of masked
+# places shows reaches the decoder only through the outputs of visible patches, here h2, which have attended
+# to it.
 #
 # While all is masked, as in the first step, there is nothing to show: the encoder is skipped, and the decoder
 # reads mask tokens alone. Counts are rounded up: after step 1 of 20, ceil(256 cos(pi / 40)) = 256 are masked,
@@ -1450,7 +1330,7 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # The mask ratios stand in a list, ascending: the 66 values of cos(pi / 2 * j / 100) that lie in [0.5, 1),
 # from 0.509 to 0.9999. mask has one of them, drawn with MAGE's normal density as weight, 74.5 % on average.
-# mask_earlier has the one that is 1 to 5 further down the list, or the last. Both masks rank the same random
+# mask_earlier has one of the next 1 to 5, which are larger, or the last. Both masks rank the same random
 # numbers, so mask_earlier contains mask. Counts are rounded up: with 256 tokens, the five largest ratios mask
 # everything, and so teach the first steps of generation. No timestep enters the network: it can see how much
 # of the image is decided.
@@ -1605,7 +1485,8 @@ class ADDP(TokenModel):
         x = x + self.decoder_pos_embed_learned
         x = torch.where(F.pad(mask, (1, 0))[..., None], self.mask_token + self.decoder_pos_mask_embed, x)
         id_tokens = self.token_emb(ids) + self.decoder_pos_token_embed[:, 1:]               # (B, L, C)
-        visible = mask.int().argsort(stable=True, dim=1)[:, :num_visible]        # positions (B, num_visible)
+        # Positions (B, num_visible): 0, for visible, sorts before 1, and a stable sort keeps their order.
+        visible = mask.int().argsort(stable=True, dim=1)[:, :num_visible]
         return torch.cat([x, gather_tokens(id_tokens, visible)], 1)
 
     # ---- generation
@@ -1628,12 +1509,9 @@ class ADDP(TokenModel):
         else:
             previous = self.token_predictor.logits(ids, mask) if previous is None else previous
             latent = self.encode(self.next_image(ids, mask, previous))
-        logits = torch.empty(*ids.shape, self.codes, device=ids.device)
         # Inpainted images may have different numbers of visible ids, and a batch needs one number.
-        for count, images in groups_of_equal_length(state.count):
-            i = to_device(images, ids.device)
-            logits[i] = self.decode(latent[i], ids[i], mask[i], self.length - count)
-        return logits
+        return in_groups(self.length - state.count, lambda num_visible, latent, ids, mask: self.decode(
+            latent, ids, mask, num_visible), latent, ids, mask)
 
     @torch.no_grad()
     def render(self, state):
@@ -1668,14 +1546,6 @@ class ADDP(TokenModel):
         'class': at position 0."""
         latent = self.encode(self.to_pixels(x))                                             # (B, 1 + L, C)
         return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
-
-    # ---- for the scripts (section 12)
-
-    # reads_ids stays False: decoded ids are not the original image.
-    t_range, best_t = (0, 0, "always 0, since no timestep enters the network"), 0
-    stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
-    dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
-    finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1712,10 +1582,11 @@ class ADDP(TokenModel):
 #     3. mixes both anew:
 #
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
-#     sigma^2 = eta^2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next) [DDIM, 16]
+#     sigma^2 = eta^2 beta~                                                                       [DDIM, 16]
+#     beta~   = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
 #
-# eta = 0 adds no noise: DDIM. eta = 1 is DDPM's ancestral sampling, because then sigma^2 is the variance of
-# the posterior q(x_next | xt, x0), and the rest is its mean [DDPM, eq. 7]. To see it, put
+# eta = 0 adds no noise: DDIM. eta = 1 is DDPM's ancestral sampling, because beta~ is the variance of the
+# posterior q(x_next | xt, x0), and what stands before sigma noise is its mean [DDPM, eq. 7]. To see it, put
 # eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into the second term, whose root goes away:
 #
 #     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 * (alpha_bar / alpha_bar_next) / (1 - alpha_bar)
@@ -1762,7 +1633,8 @@ def x0_from_eps(xt, alpha_bar, eps):
 
 
 def posterior_variance(alpha_bar, alpha_bar_next):
-    """Variance of q(x_next | xt, x0) [DDPM, eq. 7]: float64. It is 0 where alpha_bar_next is 1."""
+    """beta~, the variance of q(x_next | xt, x0) [DDPM, eq. 7]: float64. It is 0 where alpha_bar_next is
+    1."""
     return (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next).clamp(min=0)
 
 
@@ -1772,8 +1644,8 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
         sqrt(alpha_bar_next) x0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise
 
     noise  standard normal, like xt
-    std    standard deviation of the added noise. None: sigma. ADM passes its learned one, a tensor like xt.
-           It replaces sigma in the last term only, not in the root
+    std    standard deviation of the added noise. None: sigma. ADM passes its own, a tensor like xt, which
+           replaces sigma in the last term only, not in the root
 
     With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step leads back to noise,
     along the predicted eps.
@@ -1800,7 +1672,7 @@ def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
                  for sigma)
     draw_noise   function k -> draw number k of each image, standard normal (n, 3, S, S): 0 is the start,
                  2 s + 1 the noise that step s = 0, 1, ... adds
-    alpha_bar    (steps,), ascending: how much is left of x0 when each step begins
+    alpha_bar    (steps,): that of x when each step begins, so ascending
     known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the
                  known pixels are put back, with as much noise (number 2 s + 2) as x has then [RePaint,
                  without its jumps back]
@@ -1863,11 +1735,13 @@ def timestep_embedding(t, dim, denominator, layout):
 #     MaskDiT      0                -                 0.5           (L_x0 + L_eps) / 2
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #
-# Generation uses the prediction of eps alone, as DDPM does, with nothing masked: a patch is embedded by
-# itself, and attention takes any number of them. Labels condition the noised part only, as in the official
-# code, and are hidden in one image of ten. As a rule they are learned last: a model trained without labels is
-# trained further with them, with r_noised = 0 and 5 % clean images (umd_method in section 12). Guidance is as
-# in MAGE, but w does not grow:
+# In generation the network sees all patches, in training it saw some of them: attention takes any number. The
+# prediction of eps alone is used, as in DDPM.
+#
+# Labels condition the noised part only, as in the official code, and are hidden in one image of ten. As a
+# rule they are learned last: a model trained without labels is trained further with them, with r_noised = 0
+# and 5 % clean images, or none if it never saw any (umd_method in section 12). Guidance is as in MAGE, but w
+# does not grow:
 #
 #     eps = eps(no label) + w (eps(label) - eps(no label))
 #
@@ -1947,7 +1821,7 @@ class UMD(Model):
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_modulation = zero_init(nn.Linear(width, 2 * width))
         self.to_pixels = nn.ConvTranspose2d(width, 6, patch, patch)
-        self.init_weights()
+        self.initialise()
         self.best_layer = depth                                 # the encoder's last
         self.layers = dict.fromkeys(range(1, depth + decoder_depth + 1), (width, grid, grid))
         # As in the official code: a network that never saw a clean image reads slightly noised ones.
@@ -1957,7 +1831,7 @@ class UMD(Model):
         self.t_range = (0, self.max_steps, "the timestep, 0 for no noise")
 
     @torch.no_grad()
-    def init_weights(self):
+    def initialise(self):
         """The authors' initialisation: Xavier-uniform matrices (q, k and v one by one); LeCun-normal
         embeddings of patches, timestep and label; normal output and, almost zero, biases of MLPs."""
         for block in (*self.blocks, *self.decoder_blocks):
@@ -2096,7 +1970,8 @@ class UMD(Model):
         if guidance == 1 or labels is None and guide is None:
             return self.predict(x, t, labels)
         reference = self.predict(x, t) if guide is None else guide.predict(x, t, labels)
-        return tuple(u + guidance * (c - u) for c, u in zip(self.predict(x, t, labels), reference))
+        wanted = self.predict(x, t, labels)
+        return tuple(other + guidance * (own - other) for own, other in zip(wanted, reference))
 
     def num_steps(self, steps=None, eta=None):
         """One for each of timesteps(). MAE: 1."""
@@ -2138,10 +2013,9 @@ class UMD(Model):
         and predicted at once from the others."""
         masked = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()  # (n, L)
         visible_first, num_visible = masked.argsort(stable=True, dim=1), (1 - masked).sum(1).cpu()
-        x, x0 = 2 * known - 1, torch.empty_like(known)
-        for count, images in groups_of_equal_length(num_visible):
-            i = to_device(images, x.device)
-            x0[i], _ = self.predict(x[i], torch.zeros_like(i), ids_keep=visible_first[i, :count])
+        x = 2 * known - 1
+        x0 = in_groups(num_visible, lambda count, x, order: self.predict(
+            x, torch.zeros_like(order[:, 0]), ids_keep=order[:, :count])[0], x, visible_first)
         return Denoising(torch.where(mask[:, None], x0.clamp(-1, 1), x))
 
     @torch.no_grad()
@@ -2169,21 +2043,12 @@ class UMD(Model):
         return encoder_decoder_features(self, x, self.decoder_input, layers, add, k, (c,))
 
     def embed(self, x, noise=None, pool="class"):
-        """The vector that the paper probes: (B, C). 'class': the mean of the normed class tokens; 'mean':
-        outputs of the encoder's last block, averaged over the image, then normalised. At timestep best_t."""
+        """The vector that the paper probes: (B, C). 'class': the mean of the normed class tokens; 'mean': as
+        MAGE's. At timestep best_t."""
         if pool == "mean":
             mean = self.features(x, self.best_t, noise=noise)[0].mean((2, 3))               # (B, C)
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         return self.encode(*self.noised(x, self.best_t, noise))[:, :self.cls_token.size(1)].mean(1)
-
-    # ---- for the scripts (section 12)
-
-    takes_labels = True
-    pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
-
-    def micro_batch_args(self, first, count):
-        """How many images of this part of a batch stay clean, so that the ratio is right in the whole."""
-        return {"n_clean": int((first + count) * self.clean_ratio) - int(first * self.clean_ratio)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2274,28 +2139,30 @@ class ADMBlock(nn.Sequential):
         return x
 
 
-# The network also predicts the variance of each step back. It lies between two bounds: the posterior
-# variance beta~, right if x0 were known, and beta = 1 - alpha_bar / alpha_bar_next, right if images were pure
-# noise. The network's second output v interpolates between them for every pixel, on a logarithmic scale: -1
-# is beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]:
+# The network also predicts the variance s^2 of each step back. It lies between two bounds: beta~, the
+# variance of the posterior (section 9), right if x0 were known, and beta = 1 - alpha_bar / alpha_bar_next,
+# right if images were pure noise. The network's second output v interpolates between them for every pixel, on
+# a logarithmic scale: -1 is beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. A step of sampling with
+# eta = 1:
 #
-#     log variance = (1 + v) / 2 log beta  +  (1 - v) / 2 log beta~
+#     1. (eps', v) = network(xt, t)
+#     2. x0' = (xt - sqrt(1 - alpha_bar) eps') / sqrt(alpha_bar), clamped to [-1, 1]; then eps' anew from it
+#     3. mean = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps'        as in section 9: no v
+#     4. log s^2 = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
+#     5. x_next = mean + s noise; the last step, which leads to x0, adds none
 #
-# beta~ is what section 9 calls sigma^2 at eta = 1. In sampling with eta = 1 only the last term of a step
-# changes, to s noise, where s^2 is the variance above:
-#
-#     x_next = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + s noise
-#
-# So v decides how much noise is added, and the mean is the same for any v. With eta < 1 v is not used.
+#     eta             timesteps (unless told otherwise)          noise added
+#     1               250 of 1,000, evenly spaced                s noise
+#     between         the same                                   sigma noise of section 9; v is not used
+#     0               25 in whole strides: 0, 40, 80, ...        none
 #
 # What trains v is the variational bound. It compares two normal distributions of x_next: the true one, q,
 # which knows x0, and the network's, p, with the predicted x0' in its place and the learned variance:
 #
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
-#     p(x_next | xt)     = N( mean(xt, x0'), the variance above )           x0' from sg(eps'), not clamped
+#     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# where mean() is that of [DDPM, eq. 7]: what ddim_step() gives with eta = 1 before it adds noise. In bits per
-# pixel and channel:
+# where mean() is that of step 3. In bits per pixel and channel:
 #
 #     L_vb = KL(q || p)             in all steps but the last                                    [DDPM, eq. 5]
 #     L_vb = - log P(x0 | xt)       in the last, to x0. As x0 is a byte, P is the probability, under p, of
@@ -2312,15 +2179,15 @@ def log_variances(alpha_bar):
     process: it gives the alpha_bar that it visits. At t = 0 beta~ is 0, so its logarithm is replaced by that
     of t = 1 (if T = 1, of beta)."""
     alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
-    small, large = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
-    first = small[1:2] if len(small) > 1 else large
-    return torch.cat([first, small[1:]]).log(), large.log()
+    beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
+    first = beta_tilde[1:2] if len(beta) > 1 else beta
+    return torch.cat([first, beta_tilde[1:]]).log(), beta.log()
 
 
 def learned_log_variance(v, t, alpha_bar):
-    """The interpolation above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
-    small, large = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
-    return (1 + v) / 2 * large + (1 - v) / 2 * small
+    """log s^2 of step 4: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
+    log_beta_tilde, log_beta = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
+    return (1 + v) / 2 * log_beta + (1 - v) / 2 * log_beta_tilde
 
 
 def discretised_nll(x, mean, log_std):
@@ -2345,8 +2212,8 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     posterior_mean = ddim_step(xt, x0, a, a_next, eta=1.0)                                  # of q
     model_mean = ddim_step(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next, eta=1.0)    # of p
     log_var = learned_log_variance(v, t, alpha_bar)
-    log_posterior = per_image(log_variances(alpha_bar)[0][t], v)
-    kl = 0.5 * (log_var - log_posterior - 1 + (log_posterior - log_var).exp()
+    log_beta_tilde = per_image(log_variances(alpha_bar)[0][t], v)
+    kl = 0.5 * (log_var - log_beta_tilde - 1 + (log_beta_tilde - log_var).exp()
                 + (posterior_mean - model_mean) ** 2 * (-log_var).exp())
     nll = discretised_nll(x0, model_mean, 0.5 * log_var)
     to_x0 = to_device(t == 0, x0.device).view(-1, 1, 1, 1)                              # the last step
@@ -2411,7 +2278,8 @@ class ADM(Model):
         def attend(width, level):
             return [ADMAttention(width, head, groups, heads, order)] if 2 ** level in attention else []
         width, bottom = widths[0], len(widths) - 1
-        # Down. skips: (channels, level) of each block's output, which a block on the way up will read.
+        # Down: blocks 1 to 6 of the table. skips: (channels, level) of each block's output, which a block on
+        # the way up will read.
         downs, skips = [ADMBlock(nn.Conv2d(3, width, 3, padding=1))], [(width, 0)]
         for level, out in enumerate(widths):
             if level:
@@ -2424,9 +2292,9 @@ class ADM(Model):
         self.input_blocks = nn.ModuleList(downs)
         self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order),
                                      residual(width, width))
-        # Up. A level has one block more than it has of this width on the way down, for there the one that
-        # halves the side (or, at full size, the first convolution) leaves an output, too. Below full size its
-        # last block ends in a further residual block, which doubles the side.
+        # Up: blocks 8 to 13. A level has one block more than it has of this width on the way down, for there
+        # the one that halves the side (or, at full size, the first convolution) leaves an output, too. Below
+        # full size its last block ends in a further residual block, which doubles the side.
         outputs, ups = [*skips, (width, bottom)], []            # outputs: (channels, level) of all blocks
         for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
@@ -2506,8 +2374,8 @@ class ADM(Model):
         """From noise to images on a shortened process: yields a Denoising after each step.
 
         n, steps      images; see num_steps
-        eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, which
-                      ignores it
+        eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, see
+                      the table above
         known, mask, seeds        as for TokenModel.sample_steps
         guide, guidance   None, or a weaker ADM: eps = eps(guide) + w (eps - eps(guide)), with the same w in
                           each step. The variance is not guided
@@ -2547,9 +2415,15 @@ class ADM(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 12. Sizes and recipes, and a method of your own
 #
-# A model is a name and a dict of plain numbers. A checkpoint stores that dict, and build() turns it back into
-# a model. Base and large are the papers' sizes; of ADM base is the network for 256 pixels, and small is as
-# large as DDPM's for 32. Tiny and toy are ours, for a CPU.
+# A model is a name and a dict of plain numbers, the arguments of its constructor. A checkpoint stores that
+# dict, and build() turns it back into a model. Three tables make such a dict and train the model:
+#
+#     sizes     arguments that make a network small or large; of ADM the noise schedule, too
+#     options   arguments that make it this method, the same in all sizes: UMD's three numbers, say
+#     recipe    how it is trained: optimizer, learning rate, crops, averages
+#
+# Base and large are the papers' sizes; of ADM base is the network for 256 pixels, and small is as large as
+# DDPM's for 32. Tiny and toy are ours, for a CPU.
 
 TOKENIZERS = {
     # Enough for drawn shapes.
@@ -2604,11 +2478,12 @@ def umd_no_decay(name, p):
 #     min_lr                 final learning rate / peak, at the end of half a cosine
 #     min_crop               a random crop keeps at least this ratio of the image's area
 #     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
-#     paper                  the papers' epochs and batch size on ImageNet, and lr, the peak for 256 images:
-#                            a batch of B images has B / 256 of it
-#     tiny                   what train.py takes for size tiny in place of its own defaults: batch_size,
-#                            steps, ids (tokens of an image; 64 are 8 x 8 patches), and lr, for 256 images as
-#                            well: with batches of 32 the peak is 0.018 * 32 / 256 = 0.00225
+#     paper                  the papers' epochs and batch size on ImageNet, and lr. A learning rate is always
+#                            the peak for batches of 256: train.py takes lr * batch_size / 256
+#     tiny                   for size tiny, where train.py's own numbers do not fit, which are batch_size 64,
+#                            lr 0.006 and 3,000 steps on shapes, 4,000 else: UMD's tiny networks learn best
+#                            at 0.018, with batches of 32 so at 0.018 * 32 / 256 = 0.00225. ids: tokens of an
+#                            image; 64 are 8 x 8 patches
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
 #                            get the schedule's learning rate
 #
@@ -2751,7 +2626,8 @@ def complete(model):
 # and it defines
 #
 #     forward(x, labels=None)
-#         images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms
+#         images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms. With views=2 in its row two
+#         crops of each image: x (B, 2, 3, S, S), or ids (B, 2, L)
 #     sample_steps(n, steps=None, seeds=None)
 #         yields a Denoising after each step, or what its own render() takes, without gradient. It may also
 #         take temperature, schedule and order as MAGE does, eta as UMD does, and guidance, guidance_interval,
@@ -2766,14 +2642,16 @@ def complete(model):
 # image_size), sets self.vqgan and self.norm, and defines step_logits() and render() in place of
 # sample_steps().
 #
-# Arguments are checked by name before these methods run. The names and what they may be stand in FORMS of
-# section 14; a mask_ratio below 0.5, say, is refused in any model. Other names are yours, and not checked.
+# Arguments are checked by name before these methods run: x, labels, t, layers, noise, mask_noise, mask_ratio,
+# steps, seeds and the others in FORMS of section 14 must be as there; a mask_ratio below 0.5, say, is refused
+# in any model. Other names are yours, and not checked.
 #
 # What else the scripts ask of a model has the default below. A class that differs sets its own, as Denoiser
-# does with t_range. It may also override Model's num_steps, render and noise.
+# does with t_range. It may also override Model's num_steps, render and noise. To be fine-tuned, or to lend
+# its encoder to --init-encoder, it calls its transformer blocks `blocks`.
 
 Model.best_t = 0                    # the t at which the authors probe best_layer
-Model.t_range = (0, 0, "always 0")  # least t, largest t, what t is. Ints: forward() and features() take ints
+Model.t_range = (0, 0, "always 0")  # least t, largest t, and what t is; if both are ints, t is one, too
 Model.pools = ("mean",)             # poolings that embed() knows, the authors' first
 Model.length = 0                    # tokens of an image, if there are any
 Model.codes = 0                     # entries of the codebook, if ids are predicted
@@ -2785,7 +2663,7 @@ Model.reads_ids = False             # given ids instead of pixels, training and 
 Model.generates = True              # it can start from nothing
 Model.reconstructs = False          # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
 Model.max_steps = math.inf          # sample.py takes no more sampling steps than these
-Model.stem = ()                     # names of what comes before `blocks`, for --init-encoder and layer decay
+Model.stem = ()                     # names of the layers before `blocks`, for --init-encoder and layer decay
 Model.dynamic_blocks = ()           # blocks whose number of tokens differs from call to call
 # Fine-tuning a ViT-B, and a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
 Model.finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
@@ -2796,6 +2674,21 @@ Model.after_step = lambda self: None
 Model.micro_batch_args = lambda self, first, count: {}
 # The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back.
 Model.mirror = lambda self, layer: len(self.layers) + 1 - layer
+
+# Where the methods above differ (UMD and ADM set more of it in __init__, since it depends on their sizes):
+
+TokenModel.reconstructs, TokenModel.pools = True, ("mean", "class")
+MAGE.takes_labels = MAGE.reads_ids = True
+MAGE.t_range, MAGE.stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
+ADDP.t_range = (0, 0, "always 0, since no timestep enters the network")
+ADDP.stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
+ADDP.dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
+ADDP.finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
+UMD.takes_labels, UMD.pools = True, ("class", "mean")
+UMD.stem = ("patch_embed", "pos_embed", "cls_token")
+# So that the ratio of clean images is right in the whole batch.
+UMD.micro_batch_args = lambda self, first, count: {
+    "n_clean": int((first + count) * self.clean_ratio) - int(first * self.clean_ratio)}
 
 
 class Denoiser(Model):
@@ -2992,11 +2885,123 @@ def to_device(x, device):
     return x.to(device, non_blocking=torch.device(device).type != "mps")
 
 
-def groups_of_equal_length(counts):
-    """Images that may share a batch, since a batch has one number of tokens: counts of tokens int (n,), on
-    the CPU -> yields (count, which images have it int (m,))."""
-    for count in sorted(set(counts.tolist())):
-        yield count, (counts == count).nonzero().flatten()
+def in_groups(counts, function, *tensors):
+    """function(count, *tensors) of the images that share a count of tokens, as a batch must, put together
+    again in their order. counts int (n,), on the CPU."""
+    counts, parts = counts.tolist(), []
+    groups = [[i for i, c in enumerate(counts) if c == count] for count in sorted(set(counts))]
+    for group in groups:
+        i = to_device(torch.tensor(group), tensors[0].device)
+        parts.append(function(counts[group[0]], *(x[i] for x in tensors)))
+    order = torch.tensor([i for group in groups for i in group]).argsort()
+    return torch.cat(parts)[to_device(order, tensors[0].device)]
+
+
+# Drawn shapes: eight, in four colours on a plain ground. Place, size and turn vary a little. Colour says
+# nothing about the class, so shape is what there is to learn. Each is a signed distance: negative inside, in
+# units of its radius.
+
+
+def box_distance(x, y, w, h):
+    """Distance to a rectangle of half sides w and h."""
+    return (x.abs() - w).maximum(y.abs() - h)
+
+
+def star_distance(x, y, r):
+    """Five points: the plane folded ten times onto one edge, which runs from (0.42, 0) to the tip at 36
+    degrees."""
+    fifth = 2 * math.pi / 5
+    angle = (torch.atan2(y, x) % fifth - fifth / 2).abs()
+    return (r * angle.cos() - 0.42) * 0.8345 - r * angle.sin() * 0.551
+
+
+SHAPES = {
+    "circle":   lambda x, y, r: r - 0.85,
+    "ring":     lambda x, y, r: (r - 0.75).abs() - 0.2,
+    "square":   lambda x, y, r: box_distance(x, y, 0.7, 0.7),
+    "bar":      lambda x, y, r: box_distance(x, y, 0.95, 0.28),
+    "cross":    lambda x, y, r: box_distance(x, y, 0.95, 0.3).minimum(box_distance(x, y, 0.3, 0.95)),
+    "triangle": lambda x, y, r: torch.stack([x, -x / 2 + y * 0.866, -x / 2 - y * 0.866]).amax(0) - 0.5,
+    "star":     lambda x, y, r: star_distance(x, y, r),
+    "crescent": lambda x, y, r: (r - 0.95).maximum(0.8 - ((x - 0.5) ** 2 + y ** 2).sqrt()),
+}
+GROUND = torch.tensor([128.0, 128.0, 128.0])
+# Red, teal, blue, amber.
+PALETTE = GROUND + torch.tensor([[100, -68, -78], [-100, 68, 78], [-88, -18, 96], [88, 18, -96]])
+
+
+def draw_shapes(seeds, size, numbers=None, masks=False):
+    """Seeds int64 (B,) -> uint8 images (B, 3, size, size), labels (B,). Radius 33 to 41 % of the side,
+    turned by quarters give or take 9 degrees, always wholly visible. All that is random about them is
+    numbers (B, 7) in (0, 1): kind, colour, radius, x, y, quarter turn, further turn; drawn if None.
+    masks: with a fourth channel, what each pixel shows: 1 for ground, 2 for the first shape, and so on."""
+    numbers = hashed_uniform(seeds, 0, 7) if numbers is None else numbers
+    kind, color, radius, cx, cy, turn, wobble = numbers[:, :, None, None].unbind(1)
+    radius = size / 32 * (10.5 + 2.5 * radius)
+    cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
+    turn = math.pi / 2 * ((4 * turn).floor() + 0.2 * (wobble - 0.5))
+    row = torch.arange(size) + 0.5
+    x, y = (row - cx) / radius, (row[:, None] - cy) / radius                            # (B, 1, S), (B, S, 1)
+    x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                 # (B, S, S)
+    labels = (kind.flatten() * len(SHAPES)).long()
+    r = (x * x + y * y).sqrt()
+    distance = torch.stack([shape(x, y, r) for shape in SHAPES.values()])[labels, torch.arange(len(labels))]
+    alpha = (0.5 - distance * radius).clamp(0, 1)[:, None]                            # one pixel of soft edge
+    paint = PALETTE[(color.flatten() * len(PALETTE)).long()][:, :, None, None]
+    images = (alpha * paint + (1 - alpha) * GROUND[:, None, None]).round().byte()
+    shown = 1 + (distance < 0) * (1 + labels[:, None, None])                                # (B, S, S)
+    return torch.cat([images, shown[:, None].byte()], 1) if masks else images, labels
+
+
+def add_grain(x, grain):
+    """Pixels (B, 3, S, S) in which images of one flat colour have noise of half a grey level. grain: uniform
+    in [0, 1], like x.
+
+    In a black image nothing varies. A dozen fresh group norms would divide by zero variance, each making the
+    gradient a thousand times longer."""
+    flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)  # (B, 1, 1, 1)
+    return x + flat * (grain - 0.5) / 255
+
+
+# Outputs of blocks. features() needs outputs from the middle of the network. So in MAGE, ADDP and UMD it does
+# not call encode() and decode(), but runs the same blocks in the same order through these functions, and
+# stops early.
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
+
+    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, w)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
+    condition      further arguments of all blocks
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
 
 
 # Checked arguments. One guard stands before the public methods of all models. It knows an argument by its
@@ -3176,9 +3181,23 @@ def checked(method, args, options):
     return method(*given.args, **given.kwargs)
 
 
-# Classes of models see to it themselves.
-for _class, _name in ((VQGAN, "encode"), (VQGAN, "decode"), (VQGAN, "reconstruct"), (Model, "noise")):
-    setattr(_class, _name, guarded(getattr(_class, _name)))
+def guard(cls, public=("forward", "sample_steps", "reconstruct", "noise", "features", "embed")):
+    """Let checked() stand before the public methods that a class defines."""
+    for name in vars(cls).keys() & set(public):
+        method = vars(cls)[name]
+        setattr(cls, name, functools.wraps(method)(
+            lambda *args, method=method, **options: checked(method, args, options)))
+
+
+def with_subclasses(cls):
+    """The class, and all classes made of it."""
+    return [cls, *itertools.chain.from_iterable(map(with_subclasses, cls.__subclasses__()))]
+
+
+for _class in with_subclasses(Model):
+    guard(_class)
+Model.__init_subclass__ = classmethod(guard)            # and those to come
+guard(VQGAN, ("encode", "decode", "reconstruct"))
 
 
 # ------------------------------------------------------------------------------------------------------------
