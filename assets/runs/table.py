@@ -5,6 +5,7 @@
 """
 import json
 import pathlib
+import statistics
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -17,12 +18,14 @@ import train
 ORDER = ["mage", "mage-c", "mage-e", "addp", "umd", "mae", "maskdit", "dit", "adm"]
 # The corner of each table; title of a column: how its figures are written.
 TABLES = {
-    "features": {"ridge": "{:.1%}", "untrained": "{:.1%}", "best layer": "{:.1%}", "20-NN": "{:.1%}",
-                 "linear": "{:.1%}", "fine-tuned": "{:.1%}", "from scratch": "{:.1%}"},
+    "features": {"ridge": "{:.1%}", "untrained": "{:.1%}", "best layer": "{:.1%}",
+                 "untrained there": "{:.1%}", "20-NN": "{:.1%}", "linear": "{:.1%}", "fine-tuned": "{:.1%}",
+                 "from scratch": "{:.1%}"},
     "samples, cost": {"FD-local": "{:.1f}", "precision": "{:.1%}", "recall": "{:.1%}", "steps": "{}",
                       "CPU minutes": "{:.0f}", "images/s": "{:.0f}"}}
 # The README's has of both what a reader needs first.
-BRIEF = ["ridge", "untrained", "20-NN", "fine-tuned", "from scratch", "FD-local", "recall", "CPU minutes"]
+BRIEF = ["ridge", "best layer", "untrained there", "20-NN", "fine-tuned", "from scratch", "FD-local", "recall",
+         "CPU minutes"]
 TABLES["CIFAR-10"] = {title: form for columns in [*TABLES.values()] for title, form in columns.items()
                       if title in BRIEF}
 
@@ -72,8 +75,8 @@ def figures(rows):
             found |= {"FD-local": row["fd_local"], "precision": row["precision"], "recall": row["recall"]}
         elif title := PROBES.get((row.get("head"), row.get("labels"))):
             found[title] = row["top1"]                          # ridge: of the place that --sweep has chosen
-            if title == "fine-tuned":
-                found["from scratch"] = row["untrained"]
+            if twin := {"fine-tuned": "from scratch", "best layer": "untrained there"}.get(title):
+                found[twin] = row["untrained"]
     return found
 
 
@@ -97,9 +100,9 @@ def table(corner, columns, found):
     yield "|" + "---|" * (1 + len(columns))
     for name, row in found.items():
         cells = {title: form.format(row[title]) if title in row else "" for title, form in columns.items()}
-        if "ridge" in columns:                                          # the same with further seeds
-            for path in sorted(HERE.glob(f"cifar10-{name}-seed*.jsonl")):
-                cells["ridge"] += ", " + columns["ridge"].format(figures(read(path))["ridge"])
+        if others := sorted(HERE.glob(f"cifar10-{name}-seed*.jsonl")) if "ridge" in columns else []:
+            seeds = [row["ridge"], *(figures(read(path))["ridge"] for path in others)]
+            cells["ridge"] = f"{statistics.mean(seeds):.1%} ± {100 * statistics.stdev(seeds):.1f}"
         if any(cells.values()):
             yield f"| {name} | " + " | ".join(cells.values()) + " |"
 
