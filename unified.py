@@ -41,7 +41,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     11 ADM                         predict the noise with a U-Net; its blocks are representations, too
     12 Sizes and recipes           presets, how each method is trained, and a method of your own
     13 Published weights           how files of the original authors are read
-    14 Behind the methods          random numbers by seed, drawn shapes, outputs of blocks, checked arguments
+    14 Behind the methods          random numbers by seed, drawn shapes, checked arguments
     15 For the scripts             mistakes, flags, checkpoints, images, processes
 
 Look these up when you meet them.
@@ -389,8 +389,12 @@ class VQGAN(nn.Module):
 # Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
 # goes straight through to the encoder.
 #
-# VQ-VAE's terms alone leave most codes unused, since a code that is nobody's nearest gets no gradient:
-# coverage gives one to every code, and entropy rewards the use of all.
+# VQ-VAE's terms alone leave most codes unused, since a code that is nobody's nearest gets no gradient: the
+# codebook term moves, for each z, the nearest code; coverage moves, for each code, towards the nearest z. And
+# entropy rewards the use of all.
+#
+# An image of one flat colour gets noise of half a grey level before all this: where nothing varies, group
+# norms would divide by zero (add_grain, in section 14).
 #
 # MaskGIT's perceptual loss needs a pretrained network, which we do without. The price is texture: expect a
 # clearly higher reconstruction FID than the 2 to 3 of released tokenizers.
@@ -492,13 +496,12 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        outputs of any block, at any degree of corruption t
 #
-# (features() also takes noise, what the method's corruption draws: mask_noise or eps. Its last two arguments,
-# add and finetune, are for probe.py alone; read on as if they were not there. A wrong call of any of these is
-# a ValueError that says what the method takes: section 14 checks arguments, and brings labels and seeds to
-# the model's device.)
+# features() also takes noise, what the method's corruption draws: mask_noise or eps. Two of its arguments,
+# add and finetune, are for probe.py alone; read on as if they were not there. A wrong call of any of these
+# is a ValueError that says what the method takes: a wrapper around each, installed in section 14, checks
+# arguments and brings labels and seeds to the model's device.
 #
-# Model, their base class, has what they share. What else the scripts ask of a model stands in section 12,
-# together with an example for a method of your own.
+# Model, their base class, has what they share. Section 12 has an example for a method of your own.
 
 
 class Model(nn.Module):
@@ -532,6 +535,80 @@ class Model(nn.Module):
     def tokenizer(self):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
+
+    # ---- for the scripts: defaults, where a class below does not set its own (on a first reading, go on
+    # with section 4)
+
+    best_t = 0                      # the t at which the authors probe best_layer
+    t_range = (0, 0, "always 0")    # least t, largest t, and what t is; if both are ints, t is one, too
+    pools = ("mean",)               # poolings that embed() knows, the authors' first
+    length = 0                      # tokens of an image, if there are any
+    codes = 0                       # entries of the codebook, if ids are predicted
+    alpha_bar = None                # the noise schedule, if there is one
+    classes = 0                     # labels that it is conditioned on
+    takes_labels = False            # the class can be built with classes > 0; parameters that only such a
+    #                                 model has are called label_embed, and --init skips them
+    reads_ids = False               # given ids instead of pixels, training and probing lose nothing
+    generates = True                # it can start from nothing
+    reconstructs = False            # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
+    max_steps = math.inf            # sample.py takes no more sampling steps than these
+    stem = ()                       # names of the layers before `blocks`, for --init-encoder and layer decay
+    dynamic_blocks = ()             # blocks whose number of tokens differs from call to call
+    # Fine-tuning a ViT-B, and a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
+    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
+
+    def after_step(self):
+        """Called after each step of the optimizer."""
+
+    def micro_batch_args(self, first, count):
+        """What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that
+        does not fit into memory at once: what must differ between its parts."""
+        return {}
+
+    def mirror(self, layer):
+        """The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back."""
+        return len(self.layers) + 1 - layer
+
+
+# features() needs outputs from the middle of a network. So in transformers it does not call encode() and
+# decode(), but runs their blocks through the first of these functions, and stops early. The second does so
+# for an encoder and a decoder.
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
+
+    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, w)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
+    condition      further arguments of all blocks
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -597,7 +674,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
-#     confidence   -.1 -1.6   inf -.9   inf       log p + temperature (1 - t/T) Gumbel
+#     confidence   -.1 -1.6        -.9            log p + temperature (1 - t/T) Gumbel, at masked tokens
 #     next           c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
 # The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0. The
@@ -616,7 +693,8 @@ def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
                      t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
     round_up         as in ADDP; else, as in MAGE, rounded down, and at least one fewer than before, down to 1
     """
-    wanted = initial.double() * SCHEDULES.get(schedule, schedule)(step + 1, steps)
+    ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    wanted = initial.double() * ratio(step + 1, steps)
     wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(before - 1)
     return wanted.clamp(min=1).minimum(before)
 
@@ -702,7 +780,9 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-# Labels. MAGE and UMD can be trained with labels. Then the network is told the label y of an image (how,
+# Guidance. (It can wait until after section 5, which has the first model that takes labels.)
+#
+# MAGE and UMD can be trained with labels. Then the network is told the label y of an image (how,
 # sections 5 and 10 say), but for one image in ten it is not. So it can predict with and without a label.
 # Classifier-free guidance takes what the label changes in a prediction, and exaggerates it [CFG]:
 #
@@ -716,7 +796,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 #   [Interval].
 # - A guide. A weaker network, such as an earlier checkpoint, predicts in place of "no label". It errs where
 #   the network errs, only more so: the step from its prediction to the network's, taken further, leads away
-#   from the error [Autoguidance]. Both see the same labels. ADDP and ADM take none: a guide is the only
+#   from the error [Autoguidance]. Both see the same labels. ADDP and ADM take no labels: a guide is the only
 #   guidance they have.
 
 
@@ -739,6 +819,7 @@ class TokenModel(Model):
     """
 
     round_up = False                                            # of num_masked
+    reconstructs, pools = True, ("mean", "class")
 
     def __init__(self, vqgan, image_size):
         super().__init__()
@@ -831,6 +912,8 @@ class TokenModel(Model):
 #     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
 #     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place
 #     decode                p   p       p   p         each a softmax over the K codes
+#
+# (In section 4's example of 256 tokens: 129 in, then 257, with h0 at 141 places.)
 #
 # The class token is an embedded id like the others: a label or, without one, the "fake class", which stands
 # for any image. Codes, classes, fake class and [MASK] are one vocabulary (in the authors' files the fake
@@ -1037,7 +1120,6 @@ class MAGE(TokenModel):
             noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
             mask = rank_in_row(noise) < math.ceil(t * self.length)
         x = self.token_emb(self.input_ids(ids, mask))                                       # (B, 1 + L, C)
-        # Of section 14: the blocks of encode() and decode(), as far as needed.
         return encoder_decoder_features(self, x, lambda latent: self.decoder_input(latent, mask), layers, add)
 
     def embed(self, x, noise=None, pool="mean"):
@@ -1049,6 +1131,11 @@ class MAGE(TokenModel):
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
+
+    # ---- for the scripts, see Model
+
+    takes_labels = reads_ids = True
+    t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1068,6 +1155,8 @@ class MAGE(TokenModel):
 # (eight classes), before -> after the training of the method; MAGE's tokenizer is trained in both. A fresh
 # UMD or ADM guesses, since its residual branches start at 0: then UMD's class tokens are the same for all
 # images, and ADM's averaged features tell the mean colour alone.
+#
+# The rows are not to be compared: mage has batches of 64, the others of 16, and addp is trained after a mage.
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
@@ -1178,8 +1267,8 @@ def of_all_processes(z):
 class ContrastiveMAGE(MAGE):
     """MAGE-C. Arguments as for MAGE, and contrastive, the weight of the contrastive loss."""
 
-    def __init__(self, *sizes, contrastive=0.1, **options):
-        super().__init__(*sizes, **options)
+    def __init__(self, *args, contrastive=0.1, **options):
+        super().__init__(*args, **options)
         self.contrastive, width = contrastive, self.norm.weight.numel()
         self.projection = nn.Sequential(nn.Linear(width, 4096), nn.ReLU(), nn.Linear(4096, 256))
         self.projection.apply(init_weights)
@@ -1206,16 +1295,16 @@ class ContrastiveMAGE(MAGE):
 #     echo    _  b  f  _     [MASK] outside a random square, whose side is half to all of the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
-#     z_i     of image i, partly masked as in MAGE: encoder, mean and projection as above, then two more
-#             layers, the prediction
-#     e_i     of its echo, with the fake class: encoder, mean and projection of a teacher, without gradient
+#     z_i     of image i, partly masked as in MAGE: encoder, mean and projection as in MAGE-C but for its
+#             last step, to length 1; then two more layers, the prediction, and to length 1
+#     e_i     of its echo, with the fake class: encoder, mean and projection of a teacher, without gradient,
+#             to length 1
 #
 #     loss = - mean over images i of  log( exp(e_i . z_i / tau) / sum_j exp(e_i . z_j / tau) )       tau = 0.3
 #
-# All of these vectors have length 1, and the weight beside the masked loss is 0.1, as in MAGE-C. The teacher
-# is not trained. After each step its weights move 0.4 % of the way to the model's: they are an average over
-# some 250 steps. So the price of the echo is one more pass of the encoder, over all tokens, without a
-# backward pass.
+# The weight beside the masked loss is 0.1, as in MAGE-C. The teacher is not trained. After each step its
+# weights move 0.4 % of the way to the model's: they are an average over some 250 steps. So the price of the
+# echo is one more pass of the encoder, over all tokens, without a backward pass.
 #
 # MAGE-E is our name; Sorcen's files are called LEASE. Where this differs from them (models_lease_tk_1600.py):
 # their teacher starts from random weights, has dropout, and its projection is trained besides; they draw
@@ -1234,8 +1323,8 @@ def echo_nce(z, e, temperature=0.3):
 class EchoMAGE(ContrastiveMAGE):
     """MAGE-E. Arguments as for ContrastiveMAGE. A training loop of your own must call after_step()."""
 
-    def __init__(self, *sizes, **options):
-        super().__init__(*sizes, **options)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.prediction = nn.Sequential(nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 256))
         self.prediction.apply(init_weights)
         encoder = nn.Sequential(self.token_emb, *self.blocks, self.norm)
@@ -1286,8 +1375,8 @@ class EchoMAGE(ContrastiveMAGE):
 #        where it is masked D reads the mean of all codes under p_prev, so that place looks blurred,
 #     2. encodes xt,
 #     3. predicts p, the new distribution, with a decoder that reads the visible ids, too,
-#     4. samples ids from p and keeps the most confident, as MAGE does (section 4). In the next step this p is
-#        p_prev:
+#     4. samples ids from p, which a guide may have changed, and keeps the most confident, as MAGE does
+#        (section 4). In the next step this p is p_prev:
 #
 #     ids,    --> code where visible,    -- D --> xt --> encoder --> decoder --> p --> unmask --> ids,
 #     p_prev      mean code where masked                                ^                         p as p_prev
@@ -1300,9 +1389,9 @@ class EchoMAGE(ContrastiveMAGE):
 #     encode      h0    h1  h2  h3  h4        every patch of xt enters
 #     decode     [M]   [M]  h2 [M] [M]  b     b is an embedded id, at the end
 #
-# h0, h1, h3 and h4 are thrown away, as in the official code, which gives no reason: what the blur of masked
-# places shows reaches the decoder only through the outputs of visible patches, here h2, which have attended
-# to it.
+# h0, h1, h3 and h4 are thrown away, as in the official code, which gives no reason. So what the blur of
+# masked places shows reaches the decoder only through the outputs of visible patches, here h2, which have
+# attended to it.
 #
 # While all is masked, as in the first step, there is nothing to show: the encoder is skipped, and the decoder
 # reads mask tokens alone. Counts are rounded up: after step 1 of 20, ceil(256 cos(pi / 40)) = 256 are masked,
@@ -1326,7 +1415,7 @@ class EchoMAGE(ContrastiveMAGE):
 #
 #     m_i  = sum over k of p_prev_i(k) e_k
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
-#            with label smoothing 0.1, and p over the whole vocabulary
+#            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
 #
 # The mask ratios stand in a list, ascending: the 66 values of cos(pi / 2 * j / 100) that lie in [0.5, 1),
 # from 0.509 to 0.9999. mask has one of them, drawn with MAGE's normal density as weight, 74.5 % on average.
@@ -1547,6 +1636,14 @@ class ADDP(TokenModel):
         latent = self.encode(self.to_pixels(x))                                             # (B, 1 + L, C)
         return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
 
+    # ---- for the scripts, see Model
+
+    # reads_ids stays False: decoded ids are not the original image.
+    t_range = (0, 0, "always 0, since no timestep enters the network")
+    stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
+    dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
+    finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 9. Noise
@@ -1726,7 +1823,7 @@ def timestep_embedding(t, dim, denominator, layout):
 # the weight in attention, kept as in the authors' code.
 #
 # Every block is told the timestep t: 0 for clean images, where alpha_bar_0 = 1, so that q_sample covers both
-# parts. Three numbers make four methods of it:
+# parts. T is 1,000, the noise schedule the cosine. Three numbers make four methods of it:
 #
 #              clean_ratio   mask_ratio_clean   mask_ratio_noised   loss
 #              (B - N) / B       r_clean            r_noised
@@ -2050,6 +2147,15 @@ class UMD(Model):
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         return self.encode(*self.noised(x, self.best_t, noise))[:, :self.cls_token.size(1)].mean(1)
 
+    # ---- for the scripts, see Model
+
+    takes_labels = True
+    pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
+
+    def micro_batch_args(self, first, count):
+        """How many images of this part of a batch stay clean, so that the ratio is right in the whole."""
+        return {"n_clean": int((first + count) * self.clean_ratio) - int(first * self.clean_ratio)}
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 11. ADM: predict the noise with a U-Net
@@ -2139,22 +2245,25 @@ class ADMBlock(nn.Sequential):
         return x
 
 
-# The network also predicts the variance s^2 of each step back. It lies between two bounds: beta~, the
-# variance of the posterior (section 9), right if x0 were known, and beta = 1 - alpha_bar / alpha_bar_next,
-# right if images were pure noise. The network's second output v interpolates between them for every pixel, on
-# a logarithmic scale: -1 is beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. A step of sampling with
-# eta = 1:
+# The network also predicts the variance s^2 of each step back. It lies between two bounds:
+#
+#     beta  = 1 - alpha_bar / alpha_bar_next                           right if images were pure noise
+#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta            right if x0 were known: the variance of
+#                                                                      the posterior, as in section 9
+#
+# The network's second output v interpolates between them for every pixel, on a logarithmic scale: -1 is
+# beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. A step of sampling with eta = 1:
 #
 #     1. (eps', v) = network(xt, t)
 #     2. x0' = (xt - sqrt(1 - alpha_bar) eps') / sqrt(alpha_bar), clamped to [-1, 1]; then eps' anew from it
-#     3. mean = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps'        as in section 9: no v
+#     3. mean = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps'        no v in it
 #     4. log s^2 = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
 #     5. x_next = mean + s noise; the last step, which leads to x0, adds none
 #
-#     eta             timesteps (unless told otherwise)          noise added
-#     1               250 of 1,000, evenly spaced                s noise
-#     between         the same                                   sigma noise of section 9; v is not used
-#     0               25 in whole strides: 0, 40, 80, ...        none
+#     eta        timesteps, unless told otherwise        under the root of 3    added in 5
+#     1          250 of 1,000, evenly spaced             beta~                  s noise
+#     between    the same                                eta^2 beta~            eta sqrt(beta~) noise, not s
+#     0          25 in whole strides: 0, 40, 80, ...     0                      none: v is not used
 #
 # What trains v is the variational bound. It compares two normal distributions of x_next: the true one, q,
 # which knows x0, and the network's, p, with the predicted x0' in its place and the learned variance:
@@ -2292,9 +2401,10 @@ class ADM(Model):
         self.input_blocks = nn.ModuleList(downs)
         self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order),
                                      residual(width, width))
-        # Up: blocks 8 to 13. A level has one block more than it has of this width on the way down, for there
-        # the one that halves the side (or, at full size, the first convolution) leaves an output, too. Below
-        # full size its last block ends in a further residual block, which doubles the side.
+        # Up: blocks 8 to 13. Each level has blocks + 1 of them, one for each output that the way down has
+        # left at this size: those of its blocks, and that of what came before them, the block that halved the
+        # side or the first convolution. Below full size the last one ends in a residual block that doubles
+        # the side.
         outputs, ups = [*skips, (width, bottom)], []            # outputs: (channels, level) of all blocks
         for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
@@ -2418,7 +2528,7 @@ class ADM(Model):
 # A model is a name and a dict of plain numbers, the arguments of its constructor. A checkpoint stores that
 # dict, and build() turns it back into a model. Three tables make such a dict and train the model:
 #
-#     sizes     arguments that make a network small or large; of ADM the noise schedule, too
+#     sizes     arguments that make a network small or large; also dropout and, of ADM, the noise schedule
 #     options   arguments that make it this method, the same in all sizes: UMD's three numbers, say
 #     recipe    how it is trained: optimizer, learning rate, crops, averages
 #
@@ -2478,14 +2588,16 @@ def umd_no_decay(name, p):
 #     min_lr                 final learning rate / peak, at the end of half a cosine
 #     min_crop               a random crop keeps at least this ratio of the image's area
 #     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
-#     paper                  the papers' epochs and batch size on ImageNet, and lr. A learning rate is always
-#                            the peak for batches of 256: train.py takes lr * batch_size / 256
-#     tiny                   for size tiny, where train.py's own numbers do not fit, which are batch_size 64,
-#                            lr 0.006 and 3,000 steps on shapes, 4,000 else: UMD's tiny networks learn best
-#                            at 0.018, with batches of 32 so at 0.018 * 32 / 256 = 0.00225. ids: tokens of an
-#                            image; 64 are 8 x 8 patches
+#     paper                  the papers' epochs, batch_size and lr on ImageNet
+#     tiny                   for size tiny: batch_size, steps, lr, and ids, the number of tokens, in place of
+#                            train.py's own, which are 64, 3,000 on shapes and 4,000 else, 0.006, and 16 on
+#                            shapes and 64 else
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
 #                            get the schedule's learning rate
+#
+# An lr is for batches of 256, and train.py makes peak = lr * batch_size / 256 of it. So UMD in size tiny has
+# a peak of 0.018 * 32 / 256 = 0.00225. (0.018 is ours. It is far more than the paper's 1.5e-4,
+# but for a network of a fiftieth of the parameters, and a run of a few minutes.)
 #
 # The MAGEs share MAGE_RECIPE, and ADDP's and, in train.py, the tokenizer's are made of it. To change one
 # method, give its row a dict of its own: dict(MAGE_RECIPE, weight_decay=0.1), say.
@@ -2612,9 +2724,11 @@ def complete(model):
 #        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #        (which is left out here, so that the example is no choice of train.py). As its tokens are patches, it
 #        is built as Denoiser(image_size=..., grid=..., **sizes["tiny"])
-#     3. python train.py --model denoiser
+#     3. python train.py --model denoiser          (--size tiny, the row's only one, is what shapes get)
+#        python sample.py out/shapes-denoiser
+#        python probe.py out/shapes-denoiser
 #
-# sample.py draws the result, probe.py reads it, and the tests of all methods are its tests.
+# The tests of all methods are its tests.
 #
 # The class is a Model. Its __init__ sets
 #
@@ -2643,52 +2757,12 @@ def complete(model):
 # sample_steps().
 #
 # Arguments are checked by name before these methods run: x, labels, t, layers, noise, mask_noise, mask_ratio,
-# steps, seeds and the others in FORMS of section 14 must be as there; a mask_ratio below 0.5, say, is refused
-# in any model. Other names are yours, and not checked.
+# steps, seeds and the others in FORMS of section 14 are checked as they are there. If yours means something
+# else, such as a mask_ratio below 0.5, give it another name: those are not checked.
 #
-# What else the scripts ask of a model has the default below. A class that differs sets its own, as Denoiser
-# does with t_range. It may also override Model's num_steps, render and noise. To be fine-tuned, or to lend
-# its encoder to --init-encoder, it calls its transformer blocks `blocks`.
-
-Model.best_t = 0                    # the t at which the authors probe best_layer
-Model.t_range = (0, 0, "always 0")  # least t, largest t, and what t is; if both are ints, t is one, too
-Model.pools = ("mean",)             # poolings that embed() knows, the authors' first
-Model.length = 0                    # tokens of an image, if there are any
-Model.codes = 0                     # entries of the codebook, if ids are predicted
-Model.alpha_bar = None              # the noise schedule, if there is one
-Model.classes = 0                   # labels that it is conditioned on
-Model.takes_labels = False          # the class can be built with classes > 0. Parameters that only such a
-#                                     model has are called label_embed: --init skips them
-Model.reads_ids = False             # given ids instead of pixels, training and probing lose nothing
-Model.generates = True              # it can start from nothing
-Model.reconstructs = False          # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-Model.max_steps = math.inf          # sample.py takes no more sampling steps than these
-Model.stem = ()                     # names of the layers before `blocks`, for --init-encoder and layer decay
-Model.dynamic_blocks = ()           # blocks whose number of tokens differs from call to call
-# Fine-tuning a ViT-B, and a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
-Model.finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
-# Called after each step of the optimizer.
-Model.after_step = lambda self: None
-# What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that does not
-# fit into memory at once: what must differ between its parts.
-Model.micro_batch_args = lambda self, first, count: {}
-# The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back.
-Model.mirror = lambda self, layer: len(self.layers) + 1 - layer
-
-# Where the methods above differ (UMD and ADM set more of it in __init__, since it depends on their sizes):
-
-TokenModel.reconstructs, TokenModel.pools = True, ("mean", "class")
-MAGE.takes_labels = MAGE.reads_ids = True
-MAGE.t_range, MAGE.stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
-ADDP.t_range = (0, 0, "always 0, since no timestep enters the network")
-ADDP.stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
-ADDP.dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
-ADDP.finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
-UMD.takes_labels, UMD.pools = True, ("class", "mean")
-UMD.stem = ("patch_embed", "pos_embed", "cls_token")
-# So that the ratio of clean images is right in the whole batch.
-UMD.micro_batch_args = lambda self, first, count: {
-    "n_clean": int((first + count) * self.clean_ratio) - int(first * self.clean_ratio)}
+# What else the scripts ask of a model has a default at the end of class Model, in section 3. A class that
+# differs sets its own, as Denoiser does with t_range. It may also override num_steps, render and noise. To be
+# fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
 
 
 class Denoiser(Model):
@@ -2725,7 +2799,7 @@ class Denoiser(Model):
         x = x if not t else x + t * (torch.randn_like(x) if noise is None else noise)
         x = self.patch_embed(2 * x - 1).flatten(2).mT + self.pos_embed                      # (B, L, C)
         layers = layers or [self.best_layer]
-        _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))
+        _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))            # all tokens
         return [maps[b] for b in layers]
 
     def embed(self, x, noise=None, pool="mean"):
@@ -2961,47 +3035,6 @@ def add_grain(x, grain):
     gradient a thousand times longer."""
     flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)  # (B, 1, 1, 1)
     return x + flat * (grain - 0.5) / 255
-
-
-# Outputs of blocks. features() needs outputs from the middle of the network. So in MAGE, ADDP and UMD it does
-# not call encode() and decode(), but runs the same blocks in the same order through these functions, and
-# stops early.
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
-
-    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, w)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
-    condition      further arguments of all blocks
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
 
 
 # Checked arguments. One guard stands before the public methods of all models. It knows an argument by its
