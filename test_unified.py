@@ -5192,6 +5192,7 @@ def diffused(photos, tmp_path_factory):
 def test_a_model_of_pixels_trains_samples_inpaints_and_is_probed_like_any_other(photos, diffused, tmp_path):
     run, printed = diffused
     assert "16 tokens an image" in printed and "untrained" in printed and not (run / "tokenizer.pt").exists()
+    assert "no clean image" not in printed
     assert "in all: umd 00:0" in printed
     for name in ("samples.png", "reconstructions.png", "loss.png"):
         assert min(PIL.Image.open(run / name).size) > 100
@@ -5238,6 +5239,7 @@ def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffus
     printed = script("train.py", *flags(photos, tmp_path / "l", "--model", "umd", "--labels", "--init",
                                         diffused[0], "--views", 1, "--eval-every", 0))
     assert "fresh: label_embed" in printed
+    assert "no clean image: 5% of 8 are none; --batch-size 20" in printed
     model, config = unified.load_model(tmp_path / "l")
     assert (model.clean_ratio, model.mask_ratio_noised, model.classes) == (0.05, 0.0, 2)
     script("sample.py", tmp_path / "l", "--label", "dog", "--guidance", 2, "--n", 2, "--steps", 2, "--out",

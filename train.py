@@ -532,6 +532,9 @@ def train_model(cfg, model, arch, train_set, test_set):
     if method.options.get("contrastive") and (at_once := micro * unified.rank_and_world()[1]) < batch:
         print_once(f"the contrastive term compares {at_once} of the {batch} images with each other: those "
                    "computed at once")
+    if (ratio := arch.get("clean_ratio")) and not int(batch * ratio):
+        print_once(f"it will see no clean image: {ratio:.0%} of {batch} are none; --batch-size "
+                   f"{math.ceil(1 / ratio)} or more has some")
     recipe = dict(recipe_of(cfg), steps=steps, batch_size=batch, micro_batch=micro, lr=lr,
                   views=method.views if method.tokenizer else cfg.views)
     prepare = model.to_ids if method.tokenizer else lambda x: x

@@ -59,9 +59,9 @@ Symbols  x pixels                                       ids token ids
          t of features(): how corrupted x is, by a mask ratio in MAGE, by a timestep in UMD and ADM
 
 Pixels are floats in [0, 1] where they enter or leave a model; inside diffusion models they are in [-1, 1].
-Masks are bool, True = masked: of tokens but, where a sampler is given known pixels, of pixels. What a loss
-draws at random, but for dropout and MAGE-E's echoes, can be passed in instead. Numbers that decide shapes or
-steps are kept on the CPU: to read them off a GPU is to wait for it.
+Masks are bool, True = masked. They are over tokens; only a sampler's mask, which comes with known pixels, is
+over pixels. What a loss draws at random, but for dropout and MAGE-E's echoes, can be passed in instead.
+Numbers that decide shapes or steps are kept on the CPU: to read them off a GPU is to wait for it.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
          [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
@@ -390,11 +390,11 @@ class VQGAN(nn.Module):
 # goes straight through to the encoder.
 #
 # VQ-VAE's terms alone leave most codes unused, since a code that is nobody's nearest gets no gradient: the
-# codebook term moves, for each z, the nearest code; coverage moves, for each code, towards the nearest z. And
-# entropy rewards the use of all.
+# codebook term takes each z and moves its nearest code; coverage takes each code and moves it to its nearest
+# z. And entropy rewards the use of all.
 #
 # An image of one flat colour gets noise of half a grey level before all this: where nothing varies, group
-# norms would divide by zero (add_grain, in section 14).
+# norms divide by almost zero (add_grain, in section 14).
 #
 # MaskGIT's perceptual loss needs a pretrained network, which we do without. The price is texture: expect a
 # clearly higher reconstruction FID than the 2 to 3 of released tokenizers.
@@ -570,47 +570,6 @@ class Model(nn.Module):
         return len(self.layers) + 1 - layer
 
 
-# features() needs outputs from the middle of a network. So in transformers it does not call encode() and
-# decode(), but runs their blocks through the first of these functions, and stops early. The second does so
-# for an encoder and a decoder.
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
-
-    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, w)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
-    condition      further arguments of all blocks
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 4. Masking and unmasking
 #
@@ -733,8 +692,9 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
 
     logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many stay masked
     u (n, L)     in (0, 1), samples the ids           gumbel (n, L)    is added to log p
-    order        None, or a function: confidence (n, L) -> priority (n, L); of the masked tokens those with
-                 the highest are kept (visible ones stay, whatever it says of them). In raster order, say:
+    order        None, or a function: confidence (n, L), noise included -> priority (n, L); of the masked
+                 tokens those with the highest are kept (visible ones stay, whatever it says of them: it sees
+                 neither mask nor step). In raster order, say:
                  model.sample(8, order=lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c))
     returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
     """
@@ -778,32 +738,6 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         ids, mask = unmask(logits, state.ids, state.token_mask, count, u, gumbel, order)
         state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=step + 1 == steps)
         yield state
-
-
-# Guidance. (It can wait until after section 5, which has the first model that takes labels.)
-#
-# MAGE and UMD can be trained with labels. Then the network is told the label y of an image (how,
-# sections 5 and 10 say), but for one image in ten it is not. So it can predict with and without a label.
-# Classifier-free guidance takes what the label changes in a prediction, and exaggerates it [CFG]:
-#
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
-#
-# w = 1 is prediction as trained, for which one pass is enough. Two variants:
-#
-# - An interval. Let progress be 0 at the start, all noise or all masked, and 1 at the image. Guidance helps
-#   on a part of this way and harms on the rest. So it acts while low <= progress < high; elsewhere w_t is 1
-#   [Interval].
-# - A guide. A weaker network, such as an earlier checkpoint, predicts in place of "no label". It errs where
-#   the network errs, only more so: the step from its prediction to the network's, taken further, leads away
-#   from the error [Autoguidance]. Both see the same labels. ADDP and ADM take no labels: a guide is the only
-#   guidance they have.
-
-
-def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
-    low, high = interval
-    return w if low <= progress < high else 1.0
 
 
 class TokenModel(Model):
@@ -870,7 +804,7 @@ class TokenModel(Model):
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
         temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, 6 * h / 16 for h x h (ours)
         labels        int (n,), or None
-        guidance      w of classifier-free guidance; w_t grows to it linearly
+        guidance      w of classifier-free guidance (see the end of section 5); w_t grows to it linearly
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked
@@ -1138,6 +1072,71 @@ class MAGE(TokenModel):
     t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
 
 
+# Guidance. MAGE and UMD can be trained with labels. Then the network is told the label y of an image, in MAGE
+# by the class token, but for one image in ten it is not. So it can predict with and without a label.
+# Classifier-free guidance takes what the label changes in a prediction, and exaggerates it [CFG]:
+#
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
+#
+# w = 1 is prediction as trained, for which one pass is enough. Two variants:
+#
+# - An interval. Let progress be 0 at the start, all noise or all masked, and 1 at the image. Guidance helps
+#   on a part of this way and harms on the rest. So it acts while low <= progress < high; elsewhere w_t is 1
+#   [Interval].
+# - A guide. A weaker network, such as an earlier checkpoint, predicts in place of "no label". It errs where
+#   the network errs, only more so: the step from its prediction to the network's, taken further, leads away
+#   from the error [Autoguidance]. Both see the same labels. ADDP and ADM take no labels: a guide is the only
+#   guidance they have.
+
+
+def guidance_at(progress, w, interval):
+    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
+    low, high = interval
+    return w if low <= progress < high else 1.0
+
+
+# How features() reads the middle of a network, here and in ADDP and UMD: it does not call encode() and
+# decode(), but runs their blocks through the first of these functions, and stops early. The second does so
+# for an encoder and a decoder.
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
+
+    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, w)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
+    condition      further arguments of all blocks
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 6. A training loop
 #
@@ -1150,20 +1149,13 @@ class MAGE(TokenModel):
 #     TokenizerTraining step   600   loss 0.031          a blurred copy of each image
 #     MAGE              step   100   loss 4.920          no better than guessing: ln 128 = 4.85
 #     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch
+#     linear probe with 40 labels: 64.1%, before training 42.0%
+#     linear probe with 1000 labels: 93.4%, before training 88.3%           random features of ids tell shapes
 #
-# `python unified.py umd` trains one of the methods to come. Accuracy of a linear probe on the embeddings
-# (eight classes), before -> after the training of the method; MAGE's tokenizer is trained in both. A fresh
-# UMD or ADM guesses, since its residual branches start at 0: then UMD's class tokens are the same for all
-# images, and ADM's averaged features tell the mean colour alone.
-#
-# The rows are not to be compared: mage has batches of 64, the others of 16, and addp is trained after a mage.
-#
-#     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
-#     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours: all that the
-#                                                               tokenizer tells apart so far
-#     addp     3              31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
-#     umd      2              14.5 -> 50.3 %   14.5 -> 86.8 %   flat colours: it needs longer training
-#     adm      3              13.5 -> 39.6 %   12.1 -> 83.4 %   blobs with sharp edges, in all colours
+# The probe is fitted to embeddings of eight classes; MAGE's tokenizer is trained in both. Of 64 samples, in
+# shapes.png, most are shapes, in two colours: all that the tokenizer tells apart so far. `python unified.py
+# umd` trains one of the methods to come (what they show stands at the end of section 11).
+
 
 
 def fit(net, steps, batch_size, peak_lr):
@@ -1342,18 +1334,21 @@ class EchoMAGE(ContrastiveMAGE):
     @torch.no_grad()
     def echo(self, logits, ids, mask):
         """Unit vectors e (B, 256) of new echoes."""
-        logits, codes = (best[..., 1:] for best in logits.topk(min(16, self.codes)))        # (B, L, 15) each
-        drawn = sample_categorical(logits.softmax(-1), torch.rand(ids.shape, device=ids.device))
-        ids = torch.where(mask, codes.gather(-1, drawn[..., None]).squeeze(-1), ids)        # (B, L)
+        scores, codes = (best[..., 1:] for best in logits.topk(min(16, self.codes)))        # (B, L, 15) each
+        drawn = sample_categorical(scores.softmax(-1), torch.rand(ids.shape, device=ids.device))
+        drawn_ids = torch.where(mask, codes.gather(-1, drawn[..., None]).squeeze(-1), ids)  # (B, L)
+        encoder, projection = self.teacher.eval()                                           # without dropout
+        latent = encoder(self.input_ids(drawn_ids, ~self.random_squares(ids)))              # (B, 1 + L, C)
+        return F.normalize(projection(latent[:, 1:].mean(1)), dim=-1)
+
+    def random_squares(self, ids):
+        """A square of the grid for each image, True inside: bool (B, L). Their side is one for the batch."""
         h = self.grid
-        side = int(torch.randint((h + 1) // 2, h + 1, ()))                      # one for the batch
+        side = int(torch.randint((h + 1) // 2, h + 1, ()))
         corner = torch.rand(len(ids), 2, 1, device=ids.device) * (h - side + 1)
         place = torch.arange(h, device=ids.device) - corner.long()                # (B, 2, h) from the corner
         rows, columns = ((place >= 0) & (place < side)).unbind(1)                           # (B, h) each
-        square = (rows[:, :, None] & columns[:, None]).flatten(1)                           # (B, L)
-        encoder, projection = self.teacher.eval()                                           # without dropout
-        latent = encoder(self.input_ids(ids, ~square))                                      # (B, 1 + L, C)
-        return F.normalize(projection(latent[:, 1:].mean(1)), dim=-1)
+        return (rows[:, :, None] & columns[:, None]).flatten(1)
 
     @torch.no_grad()
     def after_step(self):
@@ -1382,25 +1377,28 @@ class EchoMAGE(ContrastiveMAGE):
 #     p_prev      mean code where masked                                ^                         p as p_prev
 #                                                      visible ids -----+
 #
-# The decoder reads what the encoder made of visible tokens, the mask token [M] at masked ones and at position
-# 0 (where MAGE has its summary), and the visible ids, appended:
+# The encoder reads every patch of xt, but only its outputs at visible places reach the decoder. At masked
+# places, and at position 0, where MAGE has its summary, the decoder reads the mask token [M]. The visible ids
+# are appended:
 #
-#     tokens    [class]  _   b   _   _        _ is masked
-#     encode      h0    h1  h2  h3  h4        every patch of xt enters
-#     decode     [M]   [M]  h2 [M] [M]  b     b is an embedded id, at the end
+#     ids              _   b   _   _          _ is masked
+#     xt       [class] 1   2   3   4          all patches enter the encoder; 1, 3 and 4 are blurred
+#     encode     h0   h1  h2  h3  h4
+#     decode    [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
 #
-# h0, h1, h3 and h4 are thrown away, as in the official code, which gives no reason. So what the blur of
-# masked places shows reaches the decoder only through the outputs of visible patches, here h2, which have
-# attended to it.
+# So what the blur shows reaches the decoder only through h2, which has attended to it. (As in the official
+# code, which gives no reason.)
 #
-# While all is masked, as in the first step, there is nothing to show: the encoder is skipped, and the decoder
-# reads mask tokens alone. Counts are rounded up: after step 1 of 20, ceil(256 cos(pi / 40)) = 256 are masked,
-# so step 1 keeps nothing, and step 2 has no image, either. (In training the encoder runs even then, but
-# nothing of its output is read.)
+# The first step has no p_prev. There, and whenever everything is masked in all images of a batch, the encoder
+# is skipped, and the decoder reads mask tokens alone. This may happen twice, as counts are rounded up: after
+# step 1 of 20, ceil(256 cos(pi / 40)) = 256 of 256 tokens are masked.
 #
 # Training needs what a step of generation finds: ids, a mask, and p_prev. To run ADDP's own steps for that
-# would be slow. So a frozen, trained MAGE plays the previous step, and it sets the target, too. It runs
-# twice, with two nested masks: mask_earlier was masked before the previous step, mask is masked now.
+# would be slow. So a frozen, trained MAGE takes the place of the previous step, and of the truth as well. It
+# runs twice, with two nested masks, of which mask_earlier masks more:
+#
+#     MAGE(ids visible under mask_earlier) --> p_prev --> xt, what ADDP reads
+#     MAGE(ids visible under mask)         --> q, what ADDP is to predict
 #
 #     place            1     2     3     4     5
 #     ids              a     b     c     d     e      of the image
@@ -1598,7 +1596,8 @@ class ADDP(TokenModel):
         else:
             previous = self.token_predictor.logits(ids, mask) if previous is None else previous
             latent = self.encode(self.next_image(ids, mask, previous))
-        # Inpainted images may have different numbers of visible ids, and a batch needs one number.
+        # decode() takes images with one number of visible ids. Inpainted ones may have several: in_groups()
+        # of section 14 calls it once for each number, and puts the results in order.
         return in_groups(self.length - state.count, lambda num_visible, latent, ids, mask: self.decode(
             latent, ids, mask, num_visible), latent, ids, mask)
 
@@ -2111,6 +2110,7 @@ class UMD(Model):
         masked = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()  # (n, L)
         visible_first, num_visible = masked.argsort(stable=True, dim=1), (1 - masked).sum(1).cpu()
         x = 2 * known - 1
+        # One call for each number of visible patches.
         x0 = in_groups(num_visible, lambda count, x, order: self.predict(
             x, torch.zeros_like(order[:, 0]), ids_keep=order[:, :count])[0], x, visible_first)
         return Denoising(torch.where(mask[:, None], x0.clamp(-1, 1), x))
@@ -2160,10 +2160,9 @@ class UMD(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 11. ADM: predict the noise with a U-Net
 #
-#     loss = mean (eps - eps'(xt, t))^2  +  L_vb     t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
+#     loss = mean (eps - eps'(xt, t))^2              t uniform in 0 ... T-1                     [DDPM, eq. 14]
 #
-# L_vb trains a second output, the variance of the steps back, and sends no gradient into the output eps'. It
-# is explained after the U-Net's blocks; until then read the loss as its first term.
+# (and a term for a second output, the variance of the steps back, which comes after the U-Net's blocks).
 #
 # A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
 # maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
@@ -2247,9 +2246,9 @@ class ADMBlock(nn.Sequential):
 
 # The network also predicts the variance s^2 of each step back. It lies between two bounds:
 #
-#     beta  = 1 - alpha_bar / alpha_bar_next                           right if images were pure noise
-#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta            right if x0 were known: the variance of
-#                                                                      the posterior, as in section 9
+#     beta  = 1 - alpha_bar / alpha_bar_next                         right if images were pure noise, N(0, 1)
+#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if there were one image, and so x0
+#                                                                    known: as in section 9
 #
 # The network's second output v interpolates between them for every pixel, on a logarithmic scale: -1 is
 # beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. A step of sampling with eta = 1:
@@ -2260,13 +2259,16 @@ class ADMBlock(nn.Sequential):
 #     4. log s^2 = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
 #     5. x_next = mean + s noise; the last step, which leads to x0, adds none
 #
-#     eta        timesteps, unless told otherwise        under the root of 3    added in 5
-#     1          250 of 1,000, evenly spaced             beta~                  s noise
-#     between    the same                                eta^2 beta~            eta sqrt(beta~) noise, not s
-#     0          25 in whole strides: 0, 40, 80, ...     0                      none: v is not used
+#     eta        timesteps, unless told otherwise        step 3 subtracts    step 5 adds
+#     1          250 of 1,000, evenly spaced             beta~               s noise
+#     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
+#     0          25 in whole strides: 0, 40, 80, ...     0                   none: v is not used
 #
-# What trains v is the variational bound. It compares two normal distributions of x_next: the true one, q,
-# which knows x0, and the network's, p, with the predicted x0' in its place and the learned variance:
+# As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
+#
+# What trains v is a second term of the loss, L_vb, the variational bound [iDDPM, eq. 16]. It compares two
+# normal distributions of x_next: the true one, q, which knows x0, and the network's, p, with the predicted
+# x0' in its place and the learned variance:
 #
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
@@ -2318,7 +2320,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     """
     eps_hat, v = out.chunk(2, 1)
     a, a_next = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]    # of t; of t - 1, where the step leads
-    posterior_mean = ddim_step(xt, x0, a, a_next, eta=1.0)                                  # of q
+    posterior_mean = ddim_step(xt, x0, a, a_next, eta=1.0)                  # of q: without noise, a mean
     model_mean = ddim_step(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next, eta=1.0)    # of p
     log_var = learned_log_variance(v, t, alpha_bar)
     log_beta_tilde = per_image(log_variances(alpha_bar)[0][t], v)
@@ -2522,6 +2524,19 @@ class ADM(Model):
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
 
 
+# What `python unified.py METHOD` (section 6) shows of each: accuracy of a linear probe on the embeddings,
+# before -> after the training of the method, the tokenizer trained in both. A fresh UMD or ADM guesses,
+# since its residual branches start at 0: then UMD's class tokens are the same for all images, and ADM's
+# averaged features tell the mean colour alone. The rows are not to be compared: mage has batches of 64, the
+# others of 16, and addp is trained after a mage.
+#
+#     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
+#     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours
+#     addp     3              31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
+#     umd      2              14.5 -> 50.3 %   14.5 -> 86.8 %   flat colours: it needs longer training
+#     adm      3              13.5 -> 39.6 %   12.1 -> 83.4 %   blobs with sharp edges, in all colours
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 12. Sizes and recipes, and a method of your own
 #
@@ -2530,7 +2545,8 @@ class ADM(Model):
 #
 #     sizes     arguments that make a network small or large; also dropout and, of ADM, the noise schedule
 #     options   arguments that make it this method, the same in all sizes: UMD's three numbers, say
-#     recipe    how it is trained: optimizer, learning rate, crops, averages
+#     recipe    how it is trained: optimizer, learning rate, crops, averages; for size tiny also the number of
+#               tokens, of which a constructor gets the grid or the tokenizer
 #
 # Base and large are the papers' sizes; of ADM base is the network for 256 pixels, and small is as large as
 # DDPM's for 32. Tiny and toy are ours, for a CPU.
@@ -2575,7 +2591,7 @@ def mae_no_decay(name, p):
 
 
 def umd_no_decay(name, p):
-    """The same in UMD's code: weights of norms decay there, tokens do not."""
+    """The same in UMD's code: all biases, and class and mask tokens; weights of norms decay."""
     return name.endswith("bias") or name in ("cls_token", "mask_token")
 
 
@@ -2589,15 +2605,20 @@ def umd_no_decay(name, p):
 #     min_crop               a random crop keeps at least this ratio of the image's area
 #     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
 #     paper                  the papers' epochs, batch_size and lr on ImageNet
-#     tiny                   for size tiny: batch_size, steps, lr, and ids, the number of tokens, in place of
-#                            train.py's own, which are 64, 3,000 on shapes and 4,000 else, 0.006, and 16 on
-#                            shapes and 64 else
+#     tiny                   for size tiny, in place of train.py's own:
+#
+#                                         shapes    CIFAR-10, folders
+#                            batch_size   64        64
+#                            steps        3000      4000
+#                            lr           0.006     0.006
+#                            ids          16        64                  tokens of an image: ids, or patches
+#
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
 #                            get the schedule's learning rate
 #
 # An lr is for batches of 256, and train.py makes peak = lr * batch_size / 256 of it. So UMD in size tiny has
 # a peak of 0.018 * 32 / 256 = 0.00225. (0.018 is ours. It is far more than the paper's 1.5e-4,
-# but for a network of a fiftieth of the parameters, and a run of a few minutes.)
+# but for a network of a ninetieth of base's parameters, and a run of a few minutes.)
 #
 # The MAGEs share MAGE_RECIPE, and ADDP's and, in train.py, the tokenizer's are made of it. To change one
 # method, give its row a dict of its own: dict(MAGE_RECIPE, weight_decay=0.1), say.
