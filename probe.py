@@ -36,6 +36,7 @@ Shapes   B images, N training images, M test images    S image side
 import collections
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import itertools
@@ -1113,10 +1114,13 @@ def with_error(p, n, head):
     return f"{p:6.1%}" + f" +- {standard_error(p, n):.1%}" * (head != "segment")
 
 
-def no_gain(trained, untrained):
-    """A line on features that are worse than those of the untrained network, "" on others."""
-    lost = 100 * (untrained - trained)
-    return f"             untrained it has {lost:.1f} points more: training harmed the features" * (lost > 0)
+def tell_no_gain(trained, untrained, n):
+    """Print a line on features that are no better than those of the untrained network, on n test images."""
+    noise = 2 * math.hypot(standard_error(trained, n), standard_error(untrained, n))
+    if untrained >= trained:
+        harmed = untrained - trained > noise
+        verdict = "training harmed the features" if harmed else "no more than chance may explain"
+        print(f"             untrained it has {untrained:.1%}, trained {trained:.1%}: {verdict}")
 
 
 def report(places, titles, results, about, cfg):
@@ -1138,9 +1142,8 @@ def report(places, titles, results, about, cfg):
             draws = f", {statistics.stdev(values):.1%} from draw to draw" if len(values) > 1 else ""
             print(f"    {with_error(p, n, head)}  {titles[name]}{draws}")
             row[metric if name == "model" else name] = p
-        harm = no_gain(accuracies["model"][0], accuracies["untrained"][0])
-        if harm and cfg.head != "finetune":
-            print(harm)
+        if cfg.head != "finetune":
+            tell_no_gain(accuracies["model"][0], accuracies["untrained"][0], n)
         row |= dict(*more) or {"standard_error": round(standard_error(row["top1"], n), 4)}
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
@@ -1176,10 +1179,6 @@ def print_table(runs):
     for key, remedy in (("pool", "--pool mean"), ("dataset", "--dataset")):
         if len(found := distinct(rows[0][key] for rows in runs)) > 1:
             print(f"mind that the {key} differs: {', '.join(found)}; {remedy} makes it the same")
-    for name, (row, *_) in zip(names, runs):
-        harm = no_gain(row.get("top1", row.get("miou")), row["untrained"] or 0)
-        if harm and row["head"] != "finetune":
-            print(f"{name}: {harm.strip()}")
 
 
 def table_cells(rows, heads, kind):
@@ -1198,6 +1197,7 @@ def table_cells(rows, heads, kind):
 def save_features(model, config, places, first, cfg):
     """--save: features (N, C) of every image that can be read, labels (N,), -1 for none, file names (N,)."""
     data = open_data(*data_of(config, cfg), model.image_size, None, cfg.device, cfg.strict_images)
+    print(data.summary, end="\n" * bool(data.summary))
     labels, data.labels = data.labels, torch.arange(len(data))          # to see which of them were read
     index = shuffled(len(data), cfg.seed)[:cfg.limit].sort().values
     x, kept = extract_features(reader({"model": model}, places, cfg), data, index, cfg, "features")
@@ -1206,10 +1206,10 @@ def save_features(model, config, places, first, cfg):
     x, labels, files = x["model", places[0]].cpu().numpy(), labels[kept.cpu()].numpy(), kept.tolist()
     if isinstance(data, ImageFolder):
         files = [shown(data.paths[i].relative_to(data.root).as_posix()) for i in files]
+    place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool}; {training_of(config)}"
     if first:
         arrays = {"features": x, "labels": labels, "files": numpy.array(files, str)}
         write_file(pathlib.Path(cfg.save), lambda file: numpy.savez(file, **arrays))
-    place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool}; {training_of(config)}"
     print(f"features {x.shape} of {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
           f"left out as unreadable: {len(index) - len(kept)}\n"
           f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')
@@ -2210,16 +2210,25 @@ def labelled(folder, notes):
     others = []
     found = {p.name: image_files(p, others) for p in entries(folder)[0]}
     loose = [p for p in entries(folder)[1] if is_image(p)]
+    others += [p for p in entries(folder)[1] if not is_image(p)]
     empty = [name for name, files in found.items() if not files]
     found = {name: files for name, files in found.items() if files} or ({"": loose} if loose else {})
     beside = [p.name for p in loose if "" not in found]
-    for what, names in (("folders without an image", empty),
-                        ("files that are no images", [p.name for p in others]),
-                        ("images beside the class folders", beside)):
-        if names:
-            some = ", ".join(map(shown, names[:3])) + ", ..." * (len(names) > 3)
-            notes.append(f"{shown(folder)}: left out {len(names)} {what} ({some})")
+    notes += [*left_out(folder, "folders without an image", empty), *no_images(folder, others),
+              *left_out(folder, "images beside the class folders", beside)]
     return found
+
+
+def left_out(folder, what, names):
+    """A line on what was left out of a folder, in a list, if there is anything."""
+    some = ", ".join(map(shown, names[:3])) + ", ..." * (len(names) > 3)
+    return [f"{shown(folder)}: left out {len(names)} {what} ({some})"] if names else []
+
+
+def no_images(folder, files):
+    """The same of files that are no images, or none that Pillow reads."""
+    phones = "; save .HEIC as JPEG" * any(p.suffix.lower() in (".heic", ".heif") for p in files)
+    return left_out(folder, f"files that are no images{phones}", [p.name for p in files])
 
 
 def is_held_out(files, labels):
@@ -2232,9 +2241,15 @@ def is_held_out(files, labels):
 
 def check_folder(root):
     """UserError if there is no such folder."""
+    if root.is_file():
+        raise UserError(f"there is no folder {shown(root)}, it is a file; name its folder, "
+                        f"{shown(root.parent)}")
     if not root.is_dir():
-        raise UserError(f"there is no folder {shown(root)}; --dataset takes shapes, cifar10, imagenet or a "
-                        "folder, --data-dir the place where imagenet or cifar10 lies")
+        near = difflib.get_close_matches(root.name, [p.name for p in entries(root.parent)[0]], 1)
+        raise UserError(f"there is no folder {shown(root)}; "
+                        + (f"did you mean {shown(root.with_name(near[0]))}?" if near else
+                           "--dataset takes shapes, cifar10, imagenet or a folder, --data-dir the place "
+                           "where imagenet or cifar10 lies"))
 
 
 def find_images(root):
@@ -2247,7 +2262,9 @@ def find_images(root):
     parts = [labelled(root / name, notes) for name in names]
     for name, part in zip(names, parts):
         if not part:
-            raise UserError(f"no image in {shown(root / name)}, nor in class folders there; expected" + tree)
+            found = f" ({'; '.join(notes)})" * bool(notes)
+            raise UserError(f"no image in {shown(root / name)}, nor in class folders there{found}; expected"
+                            + tree)
     odd = sorted(set(parts[0]) ^ set(parts[-1]))
     if odd:
         some = ", ".join(odd[:5]) + " ..." * (len(odd) > 5)
@@ -2318,12 +2335,14 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
         return ImageTensor(*cifar10(root, train), (crop, 1.0), device)
     check_folder(root)
     if train is None:
-        files, labels = image_files(root, []), {}
+        others = []
+        files, labels = image_files(root, others), {}
         with contextlib.suppress(*[UserError] * bool(files)):           # of a layout that no training takes
             _, classes, parts, _ = find_images(root)
             labels = {path: c for part in parts.values() for path, c in zip(*part)} if classes else {}
         labels = [labels.get(path, -1) for path in files]
-        return ImageFolder(root, files, labels, [], size, (crop, 1.0), strict, device)
+        return ImageFolder(root, files, labels, [], size, (crop, 1.0), strict, device,
+                           summary="\n".join(no_images(root, others)))
     layout, classes, parts, summary = find_images(root)
     files, labels = parts[train] if parts[train][0] else parts[True]
     data = ImageFolder(root, files, labels, classes, size, (crop, 1.0), strict, device, layout, summary)

@@ -174,7 +174,7 @@ def resumed(given):
     folder = pathlib.Path(given["resume"])
     path = next((p for p in (folder / "model.pt", folder / "tokenizer.pt") if os.path.exists(p)), None)
     if path is None:
-        raise UserError(f"--resume {folder}: no checkpoint is there; start the run without --resume")
+        raise UserError(f"--resume {folder}: no checkpoint is there; {unified.other_run(folder)}")
     config = dict(unified.load_checkpoint(path)["config"], out_dir=str(folder))
     if config.get("predictor"):                         # which brings its tokenizer along
         config["tokenizer"] = ""
@@ -276,8 +276,17 @@ def check_batch_size(cfg, world):
                         f"{parts}{world} process{'es' * (world > 1)}")
 
 
+def idle_flags(cfg, given):
+    """A line on flags given for a tokenizer's training where none is trained, "" if there are none."""
+    trained = unified.MODELS[cfg.model].tokenizer and not cfg.tokenizer and not cfg.init
+    idle = set() if trained else given & {"codes", "tokenizer_steps", "tokenizer_batch_size", "adversarial"}
+    names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(idle))
+    return f"no tokenizer is trained here, so this does nothing: {names}" * bool(idle)
+
+
 def main():
-    cfg, code = settings(Config(**resumed(unified.parse_flags(Config, __doc__)))), 0
+    given = unified.parse_flags(Config, __doc__)
+    cfg, code = settings(Config(**resumed(given))), 0
     unified.join_processes(cfg.device)  # from here on "cuda" is this process's GPU
     rank, world = unified.rank_and_world()
     check_batch_size(cfg, world)
@@ -287,6 +296,8 @@ def main():
     lock = contextlib.ExitStack()
     try:
         train_set, test_set = open_data(cfg)
+        if line := idle_flags(cfg, given.keys()):
+            print_once(line)
         unified.rank_zero_first(lambda: open_folder(cfg, train_set, lock))
         stop_when_asked()
         tokenizer, arch = get_tokenizer(cfg, train_set, test_set)
@@ -323,7 +334,7 @@ def open_data(cfg):
     first *= unified.MODELS[cfg.model].tokenizer
     print_once(f"{cfg.image_size} pixels; {first}{cfg.model} {cfg.size}: {steps} of {cfg.batch_size} images")
     if len(train_set) < 1000:
-        look = "--tokenizer-steps 300 " * bool(first) + "--steps 300 --image-size 32 --out-dir out/look"
+        look = "--tokenizer-steps 1200 " * bool(first) + "--steps 300 --image-size 32 --out-dir out/look"
         remedy = f"; take thousands or, for a first look, {look}" * (cfg.steps is None or cfg.steps > 300)
         print_once(f"{len(train_set)} images are few: trained for long, the model will know them by heart"
                    + remedy)
@@ -429,9 +440,15 @@ def forecast(cfg, steps, net=None):
     stages = {"tokenizer": (net, x, cfg.tokenizer_steps * cfg.tokenizer_batch_size)} if net else {}
     stages[cfg.model] = (model, ids if net else x, steps * cfg.batch_size)
     seconds = {name: images * seconds_an_image(cfg, *stage) for name, (*stage, images) in stages.items()}
-    parts = ", ".join(f"{name} {tqdm.tqdm.format_interval(v)}" for name, v in seconds.items())
-    total = tqdm.tqdm.format_interval(sum(seconds.values()))
-    return f"about {total} of training in all: {parts}; then the report"
+    parts = ", ".join(f"{name} {in_words(v)}" for name, v in seconds.items())
+    return f"about {in_words(sum(seconds.values()))} of training in all: {parts}; then the report"
+
+
+def in_words(seconds):
+    """A duration, such as '1 h 06 min'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else \
+        f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def seconds_an_image(cfg, model, x):
@@ -1215,8 +1232,8 @@ def report(cfg, model, ema, train_set, test_set):
                    f"{figures['codes_used']:.0%} of the codes used"
                    + f" ({len(test_set) * model.length} tokens use {possible:.0%} at most)" * (possible < 1))
         if figures["codes_used"] < 0.1 * possible or figures["psnr"] < floor:
-            print_once(f"            it {better_tokenizer(cfg)}: the mean colour of each token's square "
-                       f"would reach {floor:.2f} dB")
+            print_once(f"            it {better_tokenizer(cfg)}: a mosaic, each token's square in its mean "
+                       f"colour, has {floor:.2f} dB")
     images = [folder / f"{name}.png" for name in ("samples", "reconstructions", "loss")]
     print_once(f"images      {', '.join(str(path) for path in images if path.exists())}")
     if top1:
@@ -1226,8 +1243,7 @@ def report(cfg, model, ema, train_set, test_set):
         for name, title in zip(top1, (f"features of {cfg.model}: {place}", probe.untrained_title(model),
                                       "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
-        if harm := probe.no_gain(top1["features"], top1["the same network untrained"]):
-            print_once(harm)
+        probe.tell_no_gain(top1["features"], top1["the same network untrained"], len(test_set))
     else:
         print_once(f"no probe: {no_probe}")
     run = shlex.quote(str(folder))
@@ -1247,7 +1263,8 @@ def better_tokenizer(cfg):
         return f"knows little of these images, take another --{lender}"
     usual = defaults(cfg)["tokenizer_steps"]
     more = f" ({usual} are usual)" * (usual > cfg.tokenizer_steps)
-    return f"has learned little, give it more --tokenizer-steps than {cfg.tokenizer_steps}{more}"
+    return "has learned little; start another run, with another --out-dir and more --tokenizer-steps than " \
+           f"{cfg.tokenizer_steps}{more}"
 
 
 def probe_features(cfg, model, ema, train_set, test_set):

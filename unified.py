@@ -52,7 +52,7 @@ Sizes    B images; n, when they are generated           N of B images that are n
          K entries of the codebook                      V of the vocabulary, or of a part of it
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding; h0, h1 ... outputs of a transformer's encoder
-         x0, eps, xt clean pixels, noise, and their mixture at timestep t; in ADDP the image decoded so far
+         x0, eps, xt clean pixels, noise, and their mixture at timestep t; ADDP's xt is half decoded
          alpha_bar how much of x0 is left in xt: the square of its factor
          t of T: in sections 4 to 8 the number of a decoding step, 1 ... T, with fewer tokens masked as t
            grows; in 9 to 11, the other way round, a timestep, noisier as t grows
@@ -507,7 +507,7 @@ class TokenizerTraining(nn.Module):
 class Model(nn.Module):
     """What all have in common. A subclass defines sample_steps(), which yields a state after each step: a
     Decoding of ids and their mask (section 4), or a Denoising of pixels (section 9). In its __init__ it sets
-    image_size, layers = {number of a block: (channels, h, w)}, and best_layer, the block embed() reads."""
+    image_size, layers = {number of a block: (channels, h, w)}, and best_layer, the block features() reads."""
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
@@ -582,8 +582,9 @@ class Model(nn.Module):
 # is, and it learns to generate. Which tokens are masked is decided by sorting random numbers, one for each:
 # mask_noise. They only rank the tokens; nothing is added to the image.
 #
-# Half of the tokens or more are masked. So L / 2 masked ones are dropped before the encoder, as in MAE, to
-# save time; as their number is fixed, shapes are static. The other masked tokens enter as [MASK]:
+# Half of the tokens or more are masked. So L / 2 masked ones, rounded up, are dropped before the encoder,
+# as in MAE, to save time; as their number is fixed, shapes are static. The other masked tokens enter as
+# [MASK]:
 #
 #     L = 256 tokens, r = 0.55, sorted by their random numbers; later each goes back to its place
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
@@ -658,9 +659,9 @@ def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
     return wanted.clamp(min=1).minimum(before)
 
 
-# All random numbers of an image follow from its seed, so it is the same alone or among a thousand. Read
-# hashed_uniform(seeds, draw, L) of section 14 as torch.rand(n, L), with a row for each seed, and another one
-# for each draw.
+# All random numbers of an image follow from its seed, so it is the same alone or among a thousand, which no
+# generator of torch's gives. Read hashed_uniform(seeds, draw, L) of section 14, a hash of seed, draw and
+# position, as torch.rand(n, L), with a row for each seed, and another one for each draw.
 
 
 def decoding_noise(seeds, step, L):
@@ -1157,7 +1158,6 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # umd` trains one of the methods to come (what they show stands at the end of section 11).
 
 
-
 def fit(net, steps, batch_size, peak_lr):
     """Train net on batches of drawn shapes. A simpler recipe than those of section 12."""
     weights = [p for p in net.parameters() if p.requires_grad]
@@ -1228,7 +1228,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
-#     b: the other view of a's image                                                         [SimCLR, eq. 1]
+#     b: the other view of a's image. v: all views, of all processes                         [SimCLR, eq. 1]
 #
 # The weight beside the masked loss is 0.1 [MAGE, section 3]. The authors released no training code for it:
 # the layers' sizes and tau = 0.2 are ours.
@@ -1287,10 +1287,10 @@ class ContrastiveMAGE(MAGE):
 #     echo    _  b  f  _     [MASK] outside a random square, whose side is half to all of the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
-#     z_i     of image i, partly masked as in MAGE: encoder, mean and projection as in MAGE-C but for its
-#             last step, to length 1; then two more layers, the prediction, and to length 1
-#     e_i     of its echo, with the fake class: encoder, mean and projection of a teacher, without gradient,
-#             to length 1
+#     z_i = unit(prediction(projection(mean(encoder(image i)))))         partly masked as in MAGE; prediction:
+#                                                                        two more layers
+#     e_i = unit(projection'(mean(encoder'(echo i))))                    with the fake class; of a teacher,
+#                                                                        without gradient
 #
 #     loss = - mean over images i of  log( exp(e_i . z_i / tau) / sum_j exp(e_i . z_j / tau) )       tau = 0.3
 #
@@ -1370,8 +1370,8 @@ class EchoMAGE(ContrastiveMAGE):
 #        where it is masked D reads the mean of all codes under p_prev, so that place looks blurred,
 #     2. encodes xt,
 #     3. predicts p, the new distribution, with a decoder that reads the visible ids, too,
-#     4. samples ids from p, which a guide may have changed, and keeps the most confident, as MAGE does
-#        (section 4). In the next step this p is p_prev:
+#     4. samples ids from p and keeps the most confident, as MAGE does (section 4), but counts are rounded up,
+#        so that a step may keep nothing. In the next step this p, guided if there is a guide, is p_prev:
 #
 #     ids,    --> code where visible,    -- D --> xt --> encoder --> decoder --> p --> unmask --> ids,
 #     p_prev      mean code where masked                                ^                         p as p_prev
@@ -1390,8 +1390,8 @@ class EchoMAGE(ContrastiveMAGE):
 # code, which gives no reason.)
 #
 # The first step has no p_prev. There, and whenever everything is masked in all images of a batch, the encoder
-# is skipped, and the decoder reads mask tokens alone. This may happen twice, as counts are rounded up: after
-# step 1 of 20, ceil(256 cos(pi / 40)) = 256 of 256 tokens are masked.
+# is skipped, and the decoder reads mask tokens alone. This may happen twice: after step 1 of 20,
+# ceil(256 cos(pi / 40)) = 256 of 256 tokens are masked. (In training the encoder runs even then, unread.)
 #
 # Training needs what a step of generation finds: ids, a mask, and p_prev. To run ADDP's own steps for that
 # would be slow. So a frozen, trained MAGE takes the place of the previous step, and of the truth as well. It
@@ -1408,8 +1408,9 @@ class EchoMAGE(ContrastiveMAGE):
 #     p                *                 *            what ADDP predicts at 1 and 4, from xt and b, c and e
 #     q                *                 *            its target: what MAGE predicts there from b, c and e
 #
-# So the target is not the one true id, but all that could stand there. And the encoder is trained on what D
-# decodes, never on original pixels: those it meets when it is probed or fine-tuned.
+# So the target is not the one true id, but all that could stand there. Tokenizer and MAGE are frozen: no
+# gradient flows through xt or q. The encoder never sees original pixels in training, though it is probed and
+# fine-tuned on them.
 #
 #     m_i  = sum over k of p_prev_i(k) e_k
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
@@ -1798,12 +1799,12 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 # A token is now a patch of pixels. A batch has two parts, with a loss on each:
 #
-#     noised part, the first N images:        t uniform in 1 ... T, mask ratio r_noised, whatever t is
+#     noised part, the first N images:        t uniform in 1 ... T, mask ratio r_noised at any t
 #         L_x0    = mean over masked pixels of (x0 - x0')^2
 #         L_eps   = mean over visible pixels of (eps - eps')^2
 #     clean part, the last B - N images:      t = 0, mask ratio r_clean
 #         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
-#     where the mask ratio is 0, as in DiT, all of them are means over all pixels
+#     with mask ratio 0, as in DiT, each term is a mean over all pixels
 #
 #     loss = (N / B) (L_x0 + L_eps) / 2  +  ((B - N) / B) L_clean                            [UMD, section 3]
 #
@@ -2251,7 +2252,8 @@ class ADMBlock(nn.Sequential):
 #                                                                    known: as in section 9
 #
 # The network's second output v interpolates between them for every pixel, on a logarithmic scale: -1 is
-# beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. A step of sampling with eta = 1:
+# beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. (The last step's beta~ is 0; as it has no logarithm,
+# that of the step before stands in.) A step of sampling with eta = 1:
 #
 #     1. (eps', v) = network(xt, t)
 #     2. x0' = (xt - sqrt(1 - alpha_bar) eps') / sqrt(alpha_bar), clamped to [-1, 1]; then eps' anew from it
@@ -2276,13 +2278,14 @@ class ADMBlock(nn.Sequential):
 # where mean() is that of step 3. In bits per pixel and channel:
 #
 #     L_vb = KL(q || p)             in all steps but the last                                    [DDPM, eq. 5]
+#          = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
 #     L_vb = - log P(x0 | xt)       in the last, to x0. As x0 is a byte, P is the probability, under p, of
 #                                   half a grey level around it on either side
 #
 # As eps' is detached in p's mean, the gradient of L_vb enters the network through v alone: none reaches the
 # output eps', though the layers that v and eps' share move. This L_vb is the term of one timestep. The paper
-# adds 0.001 times their sum over all t: with T = 1000 that is their mean, which one random t estimates. So
-# the weight is 1, also for another T (the official code's default).
+# adds 0.001 times their sum over all t, which for T = 1000 is their mean, and one random t estimates that: so
+# the weight is 1. It stays 1 for another T, as is the official code's default.
 
 
 def log_variances(alpha_bar):
@@ -2603,9 +2606,10 @@ def umd_no_decay(name, p):
 #     warmup                 fraction of the steps in which the learning rate rises to its peak
 #     min_lr                 final learning rate / peak, at the end of half a cosine
 #     min_crop               a random crop keeps at least this ratio of the image's area
-#     ema, probe_ema         decay of the averaged weights, 0 for none; whether probes read them, too
+#     ema, probe_ema         decay of the averaged weights, 0 for none; less in the first steps, or a short
+#                            run would average its start; whether probes read them, too
 #     paper                  the papers' epochs, batch_size and lr on ImageNet
-#     tiny                   for size tiny, in place of train.py's own:
+#     tiny                   what differs, for size tiny, from train.py's own values, which are
 #
 #                                         shapes    CIFAR-10, folders
 #                            batch_size   64        64
@@ -2714,10 +2718,6 @@ def model_config(name, size, image_size, grid=None, tokenizer=None, classes=0, t
             **method.sizes[size], **method.options, **(method.tune if tune else {})}
 
 
-# Arguments as older checkpoints call them.
-OLD_NAMES = {"clean": "clean_ratio", "hidden_clean": "mask_ratio_clean", "hidden_noised": "mask_ratio_noised"}
-
-
 def build(config):
     """Config -> model with fresh weights. A config without 'model' is a tokenizer's."""
     if "model" not in config:
@@ -2730,14 +2730,6 @@ def build(config):
     return complete(model(*frozen, **rest))
 
 
-def complete(model):
-    """The model, if its class is as section 12 asks of a method; else a TypeError names what it lacks."""
-    wanted = {"image_size", "layers", "best_layer", "sample_steps", "features", "embed"}
-    if missing := sorted(name for name in wanted if not hasattr(model, name)):
-        raise TypeError(f"{type(model).__name__} lacks {', '.join(missing)}; section 12 says what each is")
-    return model
-
-
 # A method of your own takes three things:
 #
 #     1. a class, such as Denoiser below
@@ -2748,8 +2740,7 @@ def complete(model):
 #     3. python train.py --model denoiser          (--size tiny, the row's only one, is what shapes get)
 #        python sample.py out/shapes-denoiser
 #        python probe.py out/shapes-denoiser
-#
-# The tests of all methods are its tests.
+#        python -m pytest -q -k denoiser              (what is tested of every method)
 #
 # The class is a Model. Its __init__ sets
 #
@@ -2777,9 +2768,15 @@ def complete(model):
 # image_size), sets self.vqgan and self.norm, and defines step_logits() and render() in place of
 # sample_steps().
 #
-# Arguments are checked by name before these methods run: x, labels, t, layers, noise, mask_noise, mask_ratio,
-# steps, seeds and the others in FORMS of section 14 are checked as they are there. If yours means something
-# else, such as a mask_ratio below 0.5, give it another name: those are not checked.
+# Arguments are checked by name before these methods run (the table FORMS, in section 14, has all):
+#
+#     x            (B, 3, S, S) in [0, 1]                labels          int (B,)
+#     t            in t_range                            layers          numbers of blocks
+#     noise        (B, 3, S, S); of ids (B, L)           mask_noise      (B, L)
+#     mask_ratio   in [0.5, 1]                           eta             in [0, 1]
+#     n, steps     1 or more                             known, mask     (B, 3, S, S), bool (B, S, S)
+#
+# If yours means something else, such as a mask_ratio of 0.3, give it another name: those are not checked.
 #
 # What else the scripts ask of a model has a default at the end of class Model, in section 3. A class that
 # differs sets its own, as Denoiser does with t_range. It may also override num_steps, render and noise. To be
@@ -2842,6 +2839,10 @@ DEAD = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embe
         "pos_token_embed", "pos_mask_embed")
 # And what only training reads in Sorcen's, a MAGE-E.
 TRAINING = ("blocks_momentum", "projector", "momentum_projector", "predictor", "classifier")
+
+
+# Arguments as older checkpoints call them.
+OLD_NAMES = {"clean": "clean_ratio", "hidden_clean": "mask_ratio_clean", "hidden_noised": "mask_ratio_noised"}
 
 
 def sub_state(state, prefix):
@@ -3056,6 +3057,14 @@ def add_grain(x, grain):
     gradient a thousand times longer."""
     flat = (x.amax((2, 3), keepdim=True) == x.amin((2, 3), keepdim=True)).all(1, keepdim=True)  # (B, 1, 1, 1)
     return x + flat * (grain - 0.5) / 255
+
+
+def complete(model):
+    """The model, if its class is as section 12 asks of a method; else a TypeError names what it lacks."""
+    wanted = {"image_size", "layers", "best_layer", "sample_steps", "features", "embed"}
+    if missing := sorted(name for name in wanted if not hasattr(model, name)):
+        raise TypeError(f"{type(model).__name__} lacks {', '.join(missing)}; section 12 says what each is")
+    return model
 
 
 # Checked arguments. One guard stands before the public methods of all models. It knows an argument by its
@@ -3340,9 +3349,11 @@ def parse_flags(cls, doc, argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def refuse(message):
-        unknown = re.search("unrecognized arguments: (--[^ =]+)", message)
+        unknown = re.search("unrecognized arguments: ([^ =]+)", message)
         names = [f"--{field.name.replace('_', '-')}" for field in fields]
         close = difflib.get_close_matches(unknown[1] if unknown else "", names, 1)
+        if unknown and os.path.isdir(unknown[1]) and "--dataset" in names:
+            close = [f"--dataset {unknown[1]}"]
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{message}{hint} ({parser.prog} -h lists the options)")
     parser.error = refuse
@@ -3387,7 +3398,19 @@ def reading(path, kind):
                             "where the file was made, save the model's state_dict() alone") from error
         text = " ".join(f"{type(error).__name__}: {error}".partition(": Weights only")[0].split())[:200]
         mend = f"rename {path}.prev to it" if os.path.exists(f"{path}.prev") else "copy or download it again"
-        raise UserError(f"{path} cannot be read as {kind} ({text}); if it is damaged, {mend}") from error
+        mend = "it is a folder, name a file" if os.path.isdir(path) else f"if it is damaged, {mend}"
+        raise UserError(f"{path} cannot be read as {kind} ({text}); {mend}") from error
+
+
+def other_run(path):
+    """What to type where there is no checkpoint of a run at path, in words."""
+    run = path.parent if path.name == "model.pt" else path
+    if (run / "tokenizer.pt").exists():
+        return f"its training has stopped before: python train.py --resume {run} goes on"
+    runs = [str(p.parent) for folder in {run.parent, pathlib.Path("out")} for p in folder.glob("*/model.pt")]
+    near = difflib.get_close_matches(str(run), runs, 1)
+    return f"did you mean {near[0]}?" if near else f"there is {', '.join(sorted(runs)[:5])}" if runs else \
+        "python train.py makes one"
 
 
 def load_checkpoint(path):
@@ -3396,8 +3419,8 @@ def load_checkpoint(path):
     path = previous if previous.exists() and not path.exists() else path            # killed between the two
     if not path.exists():
         published = path.suffix in (".pth", ".ckpt")
-        mend = "README.md says where it is published" if published else "python train.py makes one"
-        raise UserError(f"there is no checkpoint {path}; {mend}")
+        raise UserError(f"there is no checkpoint {path}; "
+                        + ("README.md says where it is published" if published else other_run(path)))
     with reading(path, "a checkpoint"), open(path, "rb") as file:
         if file.read(2) == b"PK" and (bad := zipfile.ZipFile(file).testzip()):          # torch does not check
             raise ValueError(f"wrong checksum of {bad}")
