@@ -1523,7 +1523,7 @@ def open_sets(model, config, cfg):
 def no_probe(train_set, test_set):
     """Why these sets cannot be probed; "" if they can. In a single class, every accuracy means nothing."""
     if not all(len(data.labels.unique()) > 1 for data in (train_set, test_set)):
-        return "it takes images of two classes in both parts"
+        return "it takes images of two classes or more, to train on and to test on"
     few = f"it takes 20 images to train on, not {len(train_set)}" * (len(train_set) < 20)
     return few or "it takes others to test on" * (not test_set.unseen)
 

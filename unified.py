@@ -7,7 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + which redrawn copy is of each image
+    MAGE-E   token ids           the same                                + which redrawn copy is whose
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -59,9 +59,9 @@ Symbols  x pixels                                       ids token ids
          t of features(): how corrupted x is, by a mask ratio in MAGE, by a timestep in UMD and ADM
 
 Pixels are floats in [0, 1] where they enter or leave a model; inside diffusion models they are in [-1, 1].
-Masks are bool, True = masked. They are over tokens; only a sampler's mask, which comes with known pixels, is
-over pixels. What a loss draws at random, but for dropout and MAGE-E's echoes, can be passed in instead.
-Numbers that decide shapes or steps are kept on the CPU: to read them off a GPU is to wait for it.
+Masks are bool, True = masked. They are over tokens, unless a shape or a name says pixels. What a loss draws
+at random, but for dropout and MAGE-E's echoes, can be passed in instead. Numbers that decide shapes or steps
+are kept on the CPU: to read them off a GPU is to wait for it.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
          [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
@@ -622,8 +622,8 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 
 # Generation starts with n0 masked tokens: all L, or the unknown ones of inpainting. Step t of T predicts
 # every masked token, keeps the predictions that are most confident, and masks the others again. How many stay
-# masked falls along a cosine [MaskGIT, 3.3]. MAGE rounds it down, and makes it fall by one at least, but
-# never below 1. (ADDP rounds up, and may keep nothing in a step. Both are as in the official codes.)
+# masked falls along a cosine [MaskGIT, 3.3]. In MAGE it is rounded down, and falls in each step by at least
+# one, but never below 1. (ADDP rounds up, and may keep nothing in a step. Both are as in the official codes.)
 #
 #     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1))                       in MAGE
 #
@@ -693,9 +693,9 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
 
     logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many stay masked
     u (n, L)     in (0, 1), samples the ids           gumbel (n, L)    is added to log p
-    order        None, or a function: confidence (n, L), noise included -> priority (n, L); of the masked
-                 tokens those with the highest are kept (visible ones stay, whatever it says of them: it sees
-                 neither mask nor step). In raster order, say:
+    order        None, or a function: confidence (n, L), noise included -> priority (n, L). Of the masked
+                 tokens those with the highest priority are kept. It sees neither mask nor step; what it says
+                 of visible tokens does not count. In raster order, say:
                  model.sample(8, order=lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c))
     returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
     """
@@ -1099,7 +1099,7 @@ def guidance_at(progress, w, interval):
 
 # How features() reads the middle of a network, here and in ADDP and UMD: it does not call encode() and
 # decode(), but runs their blocks through the first of these functions, and stops early. The second does so
-# for an encoder and a decoder.
+# for an encoder and a decoder. (Tests hold both ways equal.)
 
 
 def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
@@ -1147,9 +1147,11 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # long run needs: ids that are computed once, averaged weights, MAGE-E's after_step(), evaluation,
 # checkpoints, many GPUs. Seed 0, torch 2.13 on two threads, printed:
 #
-#     TokenizerTraining step   600   loss 0.031          a blurred copy of each image
+#     TokenizerTraining step   600   loss 0.031          a blurred copy of each image (the entropy term is
+#                                                        negative, about -0.1)
 #     MAGE              step   100   loss 4.920          no better than guessing: ln 128 = 4.85
-#     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch
+#     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch; label
+#                                                        smoothing keeps it above 0.80
 #     linear probe with 40 labels: 64.1%, before training 42.0%
 #     linear probe with 1000 labels: 93.4%, before training 88.3%           random features of ids tell shapes
 #
@@ -1387,7 +1389,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     decode    [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
 #
 # So what the blur shows reaches the decoder only through h2, which has attended to it. (As in the official
-# code, which gives no reason.)
+# code, which gives no reason. Perhaps it makes the outputs of visible patches carry the whole image.)
 #
 # The first step has no p_prev. There, and whenever everything is masked in all images of a batch, the encoder
 # is skipped, and the decoder reads mask tokens alone. This may happen twice: after step 1 of 20,
@@ -1404,7 +1406,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     ids              a     b     c     d     e      of the image
 #     mask_earlier     _     b     _     _     e      MAGE reads b and e, and predicts p_prev at 1, 3 and 4
 #     mask             _     b     c     _     e      then the previous step kept c, as if it had been right
-#     xt = D of       m_1   e_b   e_c   m_4   e_e     e_b: the code of id b. m_1: the mean code under p_prev
+#     xt = D of      mean1  e_b   e_c  mean4  e_e     e_b: the code of id b. mean1: that of codes under p_prev
 #     p                *                 *            what ADDP predicts at 1 and 4, from xt and b, c and e
 #     q                *                 *            its target: what MAGE predicts there from b, c and e
 #
@@ -1412,7 +1414,7 @@ class EchoMAGE(ContrastiveMAGE):
 # gradient flows through xt or q. The encoder never sees original pixels in training, though it is probed and
 # fine-tuned on them.
 #
-#     m_i  = sum over k of p_prev_i(k) e_k
+#     mean_i = sum over k of p_prev_i(k) e_k
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
 #
@@ -1597,10 +1599,8 @@ class ADDP(TokenModel):
         else:
             previous = self.token_predictor.logits(ids, mask) if previous is None else previous
             latent = self.encode(self.next_image(ids, mask, previous))
-        # decode() takes images with one number of visible ids. Inpainted ones may have several: in_groups()
-        # of section 14 calls it once for each number, and puts the results in order.
-        return in_groups(self.length - state.count, lambda num_visible, latent, ids, mask: self.decode(
-            latent, ids, mask, num_visible), latent, ids, mask)
+        # self.decode() of images with as many visible ids; inpainted ones may differ in that (section 14).
+        return in_groups(self.length - state.count, self.decode, latent, ids, mask)
 
     @torch.no_grad()
     def render(self, state):
@@ -1688,8 +1688,10 @@ class ADDP(TokenModel):
 #
 #     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 * (alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 #
-# Then the factor of xt is sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar), that of
-# x0' is sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar), as in DDPM's mean.
+# Then the step without its noise is DDPM's mean, xt and x0' with these factors:
+#
+#     xt     sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar)
+#     x0'    sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
 # tensor on the CPU: (B,), () or, of several timesteps, (T,).
@@ -1744,8 +1746,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     std    standard deviation of the added noise. None: sigma. ADM passes its own, a tensor like xt, which
            replaces sigma in the last term only, not in the root
 
-    With alpha_bar_next = 1 the result is x0. With alpha_bar_next < alpha_bar the step leads back to noise,
-    along the predicted eps.
+    With alpha_bar_next = 1 the result is x0.
     """
     eps = (per_image(alpha_bar.rsqrt(), xt) * xt - x0) / per_image((1 / alpha_bar - 1).sqrt(), xt)
     variance = eta ** 2 * posterior_variance(alpha_bar, alpha_bar_next)
@@ -2111,9 +2112,11 @@ class UMD(Model):
         masked = F.max_pool2d(mask[:, None].float(), self.image_size // self.grid).flatten(1).int()  # (n, L)
         visible_first, num_visible = masked.argsort(stable=True, dim=1), (1 - masked).sum(1).cpu()
         x = 2 * known - 1
-        # One call for each number of visible patches.
-        x0 = in_groups(num_visible, lambda count, x, order: self.predict(
-            x, torch.zeros_like(order[:, 0]), ids_keep=order[:, :count])[0], x, visible_first)
+
+        def predict(x, visible_first, count):                           # images with as many visible patches
+            t = torch.zeros(len(x), dtype=torch.long, device=x.device)
+            return self.predict(x, t, ids_keep=visible_first[:, :count])[0]
+        x0 = in_groups(num_visible, predict, x, visible_first)
         return Denoising(torch.where(mask[:, None], x0.clamp(-1, 1), x))
 
     @torch.no_grad()
@@ -2182,7 +2185,7 @@ class UMD(Model):
 
 
 class ADMResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, E) -> (B, out, h', w').
+    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, 4 ch) -> (B, out, h', w').
 
     emb scales and shifts every channel between the convolutions. resize, a layer that halves or doubles the
     side, acts before the first convolution and on the shortcut. Official name: ResBlock.
@@ -2236,8 +2239,8 @@ class ADMAttention(nn.Module):
 
 
 class ADMBlock(nn.Sequential):
-    """The layers of one block; residual blocks read the timestep's embedding: (B, C, h, w), (B, E) ->
-    (B, C', h', w')."""
+    """The layers of one block; residual blocks read the timestep's embedding: (B, C, h, w), (B, 4 ch) ->
+    (B, C_out, h', w')."""
 
     def forward(self, x, emb):
         for layer in self:
@@ -2275,12 +2278,12 @@ class ADMBlock(nn.Sequential):
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# where mean() is that of step 3. In bits per pixel and channel:
+# where mean() is that of step 3. Per pixel and channel, in bits, as ln 2 divides both:
 #
-#     L_vb = KL(q || p)             in all steps but the last                                    [DDPM, eq. 5]
-#          = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
-#     L_vb = - log P(x0 | xt)       in the last, to x0. As x0 is a byte, P is the probability, under p, of
-#                                   half a grey level around it on either side
+#     L_vb ln 2 = KL(q || p)           in all steps but the last                                 [DDPM, eq. 5]
+#               = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
+#     L_vb ln 2 = - log P(x0 | xt)     in the last, to x0. As x0 is a byte, P is the probability, under p, of
+#                                      half a grey level around it on either side
 #
 # As eps' is detached in p's mean, the gradient of L_vb enters the network through v alone: none reaches the
 # output eps', though the layers that v and eps' share move. This L_vb is the term of one timestep. The paper
@@ -2549,9 +2552,9 @@ class ADM(Model):
 #     sizes     arguments that make a network small or large; also dropout and, of ADM, the noise schedule
 #     options   arguments that make it this method, the same in all sizes: UMD's three numbers, say
 #     recipe    how it is trained: optimizer, learning rate, crops, averages; for size tiny also the number of
-#               tokens, of which a constructor gets the grid or the tokenizer
+#               tokens, of which train.py makes the grid or the tokenizer's stride
 #
-# Base and large are the papers' sizes; of ADM base is the network for 256 pixels, and small is as large as
+# Base and large are the papers' sizes; ADM's base is the network for 256 pixels, its small as large as
 # DDPM's for 32. Tiny and toy are ours, for a CPU.
 
 TOKENIZERS = {
@@ -2624,8 +2627,8 @@ def umd_no_decay(name, p):
 # a peak of 0.018 * 32 / 256 = 0.00225. (0.018 is ours. It is far more than the paper's 1.5e-4,
 # but for a network of a ninetieth of base's parameters, and a run of a few minutes.)
 #
-# The MAGEs share MAGE_RECIPE, and ADDP's and, in train.py, the tokenizer's are made of it. To change one
-# method, give its row a dict of its own: dict(MAGE_RECIPE, weight_decay=0.1), say.
+# The MAGEs share MAGE_RECIPE; ADDP_RECIPE and, in train.py, the tokenizer's recipe are made from it. To
+# change one method, give its row a dict of its own: dict(MAGE_RECIPE, weight_decay=0.1), say.
 
 MAGE_RECIPE = dict(
     betas=(0.9, 0.95), weight_decay=0.05, no_decay=mae_no_decay, grad_clip=3.0, warmup=0.025, min_lr=0.0,
@@ -2723,6 +2726,7 @@ def build(config):
     if "model" not in config:
         return VQGAN(**config)
     frozen = [build(config[k]) for k in ("tokenizer", "predictor") if k in config]
+    # OLD_NAMES (section 13): arguments as older checkpoints call them. complete(): see section 14.
     rest = {OLD_NAMES.get(k, k): v for k, v in config.items() if k not in ("model", "tokenizer", "predictor")}
     model = MODELS[config["model"]].model
     if not model.takes_labels and rest.pop("classes", 0):
@@ -2733,7 +2737,7 @@ def build(config):
 # A method of your own takes three things:
 #
 #     1. a class, such as Denoiser below
-#     2. after it, in this file, a row
+#     2. after it, in this file, whose MODELS the scripts read, a row
 #        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #        (which is left out here, so that the example is no choice of train.py). As its tokens are patches, it
 #        is built as Denoiser(image_size=..., grid=..., **sizes["tiny"])
@@ -2770,7 +2774,7 @@ def build(config):
 #
 # Arguments are checked by name before these methods run (the table FORMS, in section 14, has all):
 #
-#     x            (B, 3, S, S) in [0, 1]                labels          int (B,)
+#     x            (B, 3, S, S)                          labels          int (B,)
 #     t            in t_range                            layers          numbers of blocks
 #     noise        (B, 3, S, S); of ids (B, L)           mask_noise      (B, L)
 #     mask_ratio   in [0.5, 1]                           eta             in [0, 1]
@@ -2778,9 +2782,10 @@ def build(config):
 #
 # If yours means something else, such as a mask_ratio of 0.3, give it another name: those are not checked.
 #
-# What else the scripts ask of a model has a default at the end of class Model, in section 3. A class that
-# differs sets its own, as Denoiser does with t_range. It may also override num_steps, render and noise. To be
-# fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
+# What else the scripts ask of a model has a default at the end of class Model, in section 3: best_t,
+# t_range, pools, takes_labels, reads_ids, generates, max_steps and others. A class that differs sets its
+# own, as Denoiser does with t_range. It may also override num_steps, render and noise. To be fine-tuned, or
+# to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
 
 
 class Denoiser(Model):
@@ -2982,13 +2987,13 @@ def to_device(x, device):
 
 
 def in_groups(counts, function, *tensors):
-    """function(count, *tensors) of the images that share a count of tokens, as a batch must, put together
+    """function(*tensors, count) of the images that share a count of tokens, as a batch must, put together
     again in their order. counts int (n,), on the CPU."""
     counts, parts = counts.tolist(), []
     groups = [[i for i, c in enumerate(counts) if c == count] for count in sorted(set(counts))]
     for group in groups:
         i = to_device(torch.tensor(group), tensors[0].device)
-        parts.append(function(counts[group[0]], *(x[i] for x in tensors)))
+        parts.append(function(*(x[i] for x in tensors), counts[group[0]]))
     order = torch.tensor([i for group in groups for i in group]).argsort()
     return torch.cat(parts)[to_device(order, tensors[0].device)]
 
