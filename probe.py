@@ -1016,7 +1016,8 @@ def run(cfg, first):
     results = compare(nets, places, train_set, index, test_set, cfg)
     about = {"run": cfg.run, "model": config["arch"]["model"], "dataset": dataset,
              "trained_on": config.get("dataset"), "training": training_of(config), "labels": cfg.labels,
-             "subset": cfg.subset or None, "seconds": round(time.time() - started, 1)}
+             "subset": cfg.subset or None, "weights": cfg.weights or None,
+             "seconds": round(time.time() - started, 1)}
     rows = report(places, titles(model, cfg), results, about, cfg) if first else []
     for data, fate in ((train_set, "left out or replaced"), (test_set, "left out")):
         if data.unreadable:
@@ -1093,15 +1094,16 @@ def untrained_title(model):
 
 def training_of(config):
     """A model and its training, in words: 'umd, 3000 x 32 shapes', steps and images a step."""
-    if not (config.get("steps") and config.get("batch_size")):
-        return config["arch"]["model"]
+    steps, batch, epochs = (config.get(key) for key in ("steps", "batch_size", "epochs"))
+    length = f"{steps} x {batch}" if steps and batch else f"{epochs:g} epochs of" if epochs else ""
     name = pathlib.Path(config.get("dataset", "")).name
-    return f"{config['arch']['model']}, {config['steps']} x {config['batch_size']} {name}".rstrip()
+    return config["arch"]["model"] + f", {length} {name}".rstrip() * bool(length)
 
 
 def name_of(run):
     """The name of a run's folder, or of a file of weights."""
-    return pathlib.Path(run.removesuffix("model.pt")).resolve().name
+    path = pathlib.Path(run)
+    return (path.parent if path.name == "model.pt" else path).resolve().name
 
 
 def standard_error(p, n):
@@ -1405,9 +1407,9 @@ def check_flags(cfg):
     """UserError for flags that do not belong to --head."""
     belongs = {"shots": ["fewshot"], "k": BY_NEIGHBOURS, "sgd": SGD, "augment": [*SGD, "segment"],
                "matryoshka": SGD, "feedback": ["diffeed"], "sweep": ONE_PLACE, "ignore": ["segment"],
-               "batch_size": RECIPES, "epochs": RECIPES, "lr": RECIPES}
+               "batch_size": RECIPES, "epochs": RECIPES, "lr": RECIPES, "hidden": ["mlp"]}
     for key, heads in belongs.items():
-        if getattr(cfg, key) and cfg.head not in heads:
+        if getattr(cfg, key) != getattr(Config, key) and cfg.head not in heads:
             raise UserError(f"--{key.replace('_', '-')} belongs to --head {', '.join(heads)}, not {cfg.head}")
     if cfg.save and (cfg.head != "ridge" or cfg.sweep or cfg.labels or cfg.subset or len(cfg.run) > 1
                      or "," in cfg.layers + cfg.t + cfg.pool):
@@ -1445,23 +1447,38 @@ def images_to_train_on(data, cfg):
     """Numbers of the training images that --subset, --labels and --limit leave, in random order."""
     index = shuffled(len(data), cfg.seed)
     if cfg.subset:
-        with unified.reading(cfg.subset, "a list of images"):
-            names = dict.fromkeys(pathlib.Path(cfg.subset).read_text().split("\n"))
-        names.pop("", None)
-        keys = [{path.name, f"{path.parent.name}/{path.name}"} for path in data.paths]
-        known = set().union(*keys)
-        missing = [name for name in names if name not in known]
-        if missing:
-            raise UserError(f"{cfg.subset} names {len(missing)} images that are not in the training set, "
-                            f"{shown(missing[0])} first; take them out")
-        index = index[torch.tensor([not keys[i].isdisjoint(names) for i in index])]
+        index = index[torch.isin(index, listed_images(data, cfg.subset))]
     if cfg.labels:
         y = data.labels[index]
         shots = max(1, round(cfg.labels * len(index) / len(y.unique())))
         index = index[draw_shots(y, shots, cfg.seed).sort().values]
+        if len(index) < shots * len(y.unique()):
+            print(f"--labels {cfg.labels:g}: {len(index)} images, as some classes have fewer than {shots}")
     if (cfg.labels or cfg.subset) and len(index) < 20:
         raise UserError(f"--labels and --subset leave {len(index)} training images; take 20 or more")
     return index[:cfg.limit]
+
+
+def listed_images(data, file):
+    """Numbers int (n,) of the images that a file names, NAME or CLASS/NAME a line; UserError for names that
+    none has, or several have."""
+    with unified.reading(file, "a list of images"):
+        names = dict.fromkeys(pathlib.Path(file).read_text("utf-8-sig").split("\n"))
+    names.pop("", None)
+    if not names or not data.paths:
+        raise UserError(f"--subset {file}: " + ("it names no image" if data.paths else
+                                               "it names files, and these images are none; leave it out"))
+    found = collections.defaultdict(set)
+    for i, path in enumerate(data.paths):
+        for folder in ("", path.parent.name + "/", data.classes[data.labels[i]] + "/"):
+            found[folder + path.name].add(i)
+    for fault, remedy, wrong in (
+            ("are not in the training set", "take them out", [n for n in names if n not in found]),
+            ("several folders have", "write CLASS/NAME", [n for n in names if len(found.get(n, ())) > 1])):
+        if wrong:
+            raise UserError(f"{file} names {len(wrong)} images that {fault}, {shown(wrong[0])} first; "
+                            f"{remedy}")
+    return torch.tensor(sorted(set().union(*(found[name] for name in names))))
 
 
 def is_side(pool):
@@ -1593,10 +1610,10 @@ def over_windows(predict, x, S):
     return total / total.sum(-3, keepdim=True)
 
 
-def segment(heads, read, x, names, S, classes):
+def segment(heads, read, x, names, S, classes, ignored=()):
     """Images with masks (B, 4, H, W) of any size, their names (B,) -> {name: class of each pixel (B, H, W)},
-    by windows of the network's own size S: no position embedding is stretched. What is called ceiling is
-    predicted by the mask itself, averaged to the cells of the head's map."""
+    none of those ignored, by windows of the network's own size S: no position embedding is stretched. What
+    is called ceiling is predicted by the mask itself, averaged to the cells of the head's map."""
     sides = [max(S, round(S * side / min(x.shape[2:]))) for side in x.shape[2:]]
     small = torch.cat([F.interpolate(x[:, :3], sides, mode="bilinear", antialias=True),
                        F.interpolate(x[:, 3:], sides, mode="nearest-exact")], 1)
@@ -1608,6 +1625,7 @@ def segment(heads, read, x, names, S, classes):
         logits.append(F.adaptive_avg_pool2d(one_hot, logits[0].shape[2:]))
         return torch.stack([enlarged(v, (S, S)).softmax(1) for v in logits])                # (n, B, K, S, S)
     p = over_windows(predict, small, S)
+    p[:, :, list(ignored)] = -1                         # else a stray pixel would make the class count, as 0
     return {name: enlarged(v, x.shape[2:]).argmax(1) for name, v in zip([*heads, "ceiling"], p)}
 
 
@@ -1619,7 +1637,8 @@ def score_segments(heads, read, data, cfg):
     index = local_shard(torch.arange(len(data))).split(images_at_once(data, cfg.device) if together else 1)
     with progress_bar(len(index), "test set", "batches") as bar:
         for part, (x, _) in zip(index, data.batches([(part, None) for part in index], 0, False)):
-            found = segment(heads, read, x, unified.to_device(part, x.device), data.size, len(data.classes))
+            found = segment(heads, read, x, unified.to_device(part, x.device), data.size, len(data.classes),
+                            data.ignored)
             y = (255 * x[:, 3]).round().long() - 1                                          # (B, H, W)
             for name, prediction in found.items():
                 confusions[name] += confusion_of(y, prediction, len(data.classes))
@@ -1656,7 +1675,8 @@ def segment_results(heads, read, data, images, cells, cfg):
                 f"1e-3, learning rate {cfg.lr * cfg.batch_size / 256:.3g}, {cfg.epochs} epochs of "
                 f"{cfg.batch_size} images a step; "
                 + (f"crops of {data.scale[0]:.0%} of the area or more" if cfg.augment else "central squares")
-                + f"; tested at the labels' size, by windows of {data.size} every {data.size * 2 // 3}")
+                + f"; tested at the labels' size, by windows of {data.size} every {data.size * 2 // 3}"
+                + f"; ignored: {cfg.ignore}" * bool(cfg.ignore))
     right = (confusions["model"].trace() / confusions["model"].sum()).item()
     print(f"{protocol}; {right:.1%} of the pixels are right, mIoU:")
     about = {"iou": {c: None if v != v else round(v, 4) for c, v in zip(data.classes, iou["model"].tolist())},
@@ -1902,6 +1922,7 @@ class ImageTensor:
 
     scale  fraction of the area that a crop keeps, (0.2, 1) in the papers
     """
+    ignored = ()
 
     def __init__(self, images, labels, classes, scale, device="cpu"):
         self.images, self.labels, self.classes, self.scale = images.to(device), labels, classes, scale
@@ -1940,8 +1961,9 @@ class ImageFolder(torch.utils.data.Dataset):
     layout         how it lies on the disk       summary  what was found, in lines, or ""
     root           what messages are about       strict   stop at an unreadable image
     unseen         False for test images that stand in for too few: they are those to train on
+    ignored        numbers of classes that no pixel is to be taken for
     """
-    channels = 3
+    channels, ignored = 3, ()
 
     def __init__(self, root, paths, labels, classes, size, scale, strict=False, device="cpu", layout="",
                  summary=""):
@@ -2083,6 +2105,8 @@ def together(items):
 
 def shown_size(image):
     """Sides of a PIL image, just opened, as a viewer shows it."""
+    if image.format == "TIFF":
+        image.load()                                                            # which turns it
     return image.size[::-1] if unified.turn_of(image) in list(unified.TURNS.values())[3:] else image.size
 
 
@@ -2104,11 +2128,14 @@ def entries(folder):
     """What lies in a folder, sorted by name: (folders, files)."""
     found = sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else []
     found = [e for e in found if not e.name.startswith((".", "__"))]
-    return [folder / e.name for e in found if e.is_dir()], [folder / e.name for e in found if not e.is_dir()]
+    inner = {e.name for e in found if (folder / e.name).is_dir()}                   # also of links in circles
+    return [folder / name for name in sorted(inner)], [folder / e.name for e in found if e.name not in inner]
 
 
 def is_image(path):
-    """By its suffix or, if that says nothing, by how the file begins."""
+    """By its suffix or, if that says nothing, by how the file begins. A pipe or device is none."""
+    if path.exists() and not path.is_file():
+        return False
     if path.suffix.lower() in SUFFIXES:
         return True
     PIL.Image.init()
@@ -2119,14 +2146,15 @@ def is_image(path):
         return False
 
 
-def image_files(folder, others):
-    """Image files in a folder and in those inside it, but for links that lead up again. What is no image
-    joins the list others."""
+def image_files(folder, others, above=frozenset()):
+    """Image files in a folder and in those inside it, but for links that lead back and for runs of train.py.
+    What is no image joins the list others. above: folders on the way here."""
     folders, files = entries(folder)
     images = [p for p in files if is_image(p)]
     others += sorted(set(files) - set(images))
-    above = (folder.resolve(), *folder.resolve().parents)
-    return images + [file for p in folders if p.resolve() not in above for file in image_files(p, others)]
+    above = above | {folder.resolve(), *folder.resolve().parents}
+    inner = [p for p in folders if p.resolve() not in above and not (p / "log.jsonl").exists()]
+    return images + [file for p in inner for file in image_files(p, others, above)]
 
 
 def shapes(train, size, **options):
@@ -2256,10 +2284,14 @@ def find_images(root):
     """(layout, classes, {True: files and labels to train on, False: to test on}, lines on what was found) of
     a folder. UserError if there is nothing, or if the classes of its parts differ."""
     notes, tree = [], EXPECTED_TREE.format(root=shown(root))
-    second = next((name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()), None)
-    split = second or entries(root / "train")[0]                            # else it may be a class of trains
-    names = ["train", second] if second else ["train"] if split else [""]
+    inner = {p.name.lower(): p.name for p in entries(root)[0]}
+    first, second = (next((inner[name] for name in names if name in inner), None) for names in
+                     (("train", "training"), ("val", "valid", "validation", "test", "testing")))
+    split = second or first and entries(root / first)[0]                    # else it may be a class of trains
+    names = [first or "train", second] if second else [first] if split else [""]
     parts = [labelled(root / name, notes) for name in names]
+    beside = [name for name in inner.values() if name not in names and image_files(root / name, [])]
+    notes += left_out(root, f"folders beside {names[0]}", beside) if split else []
     for name, part in zip(names, parts):
         if not part:
             found = f" ({'; '.join(notes)})" * bool(notes)
@@ -2268,8 +2300,8 @@ def find_images(root):
     odd = sorted(set(parts[0]) ^ set(parts[-1]))
     if odd:
         some = ", ".join(odd[:5]) + " ..." * (len(odd) > 5)
-        raise UserError(f"{shown(root)}/train and {shown(root)}/{second} differ in their classes: {some} "
-                        "only in one of them" + ("; expected" + tree) * ("" in odd))
+        raise UserError(f"{shown(root)}/{names[0]} and {shown(root)}/{second} differ in their classes: "
+                        f"{some} only in one of them" + ("; expected" + tree) * ("" in odd))
     (files, labels), *rest = (files_and_labels(part) for part in parts)
     if second:
         how, train, test = f"{second}/", (files, labels), rest[0]
@@ -2413,11 +2445,12 @@ def open_masks(dataset, data_dir, size, cfg):
         sets = [shapes(train, size, masks=True) for train in (True, False)]
         for images, _, _ in sets:
             images[:, 3] *= ~torch.isin(images[:, 3], torch.tensor(void) + 1)
-        return [ImageTensor(images[:4000], labels[:4000], ["ground", *names], (0.5, 1.0), cfg.device)
+        sets = [ImageTensor(images[:4000], labels[:4000], ["ground", *names], (0.5, 1.0), cfg.device)
                 for images, labels, names in sets]
+        return [without(data, void) for data in sets]
     root, sets, highest = pathlib.Path(data_dir or dataset), [], 2
     check_folder(root)
-    layout, first, classes, parts = find_masks(root)
+    layout, first, classes, parts, others = find_masks(root)
     rule = first, [255, *range(first), *void], first + len(classes) - 1 if classes else 254
     with progress_bar(sum(map(len, parts)), "masks", "masks") as bar:
         for image, mask in sum(parts, []):
@@ -2426,41 +2459,57 @@ def open_masks(dataset, data_dir, size, cfg):
             bar.update()
     classes = classes or [str(value) for value in range(highest)]
     summary = f"{shown(root)}: {layout}, {' and '.join(str(len(part)) for part in parts)} images with masks"
+    summary = "\n".join([summary, *no_images(root, others)])
     for part, whole in zip(parts, (False, True)):
         masks = {str(image): (mask, *rule) for image, mask in part}
         sets.append(MaskFolder(masks, whole, root, [image for image, _ in part], [0] * len(part), classes,
                                size, (0.25, 1.0), cfg.strict_images, cfg.device, layout, summary))
-    return sets
+    return [without(data, [value - first for value in void]) for data in sets]
+
+
+def without(data, ignored):
+    """The data set, in which the classes of these numbers are not to be predicted."""
+    data.ignored = [c for c in ignored if 0 <= c < len(data.classes)]
+    return data
 
 
 def find_masks(root):
     """(layout, value of the first class, names of classes if they are known, pairs of an image and its mask
-    to train and to test on) of a folder."""
+    to train and to test on, files that are no images) of a folder."""
     layout = next((name for name, row in MASKS.items() if (root / row[1].format(row[2][0])).is_dir()), "tree")
     images, masks, names, first, classes = MASKS[layout]
     for path in (root / "classes.txt", root / "objectInfo150.txt"):
         if path.exists():                                               # ADE20K's begins with titles
-            lines = path.read_text().splitlines()[path.name != "classes.txt":]
+            with unified.reading(path, "a list of names"):
+                lines = path.read_text("utf-8-sig").splitlines()[path.name != "classes.txt":]
             classes = [line.split("\t")[-1] for line in lines]
-    parts = []
+            if twice := [c for c in classes if classes.count(c) > 1]:
+                raise UserError(f"{shown(path)} names {twice[0]} twice; give every class a name of its own")
+    parts, others = [], []
     for name in names:
         folder, listed = root / images.format(name), root / f"ImageSets/Segmentation/{name}.txt"
+        if layout == "Pascal VOC" and not listed.exists():
+            raise UserError(f"there is no {shown(listed)}, which names the images of this part; make it, or "
+                            "lay images and masks out as images/{train,val} and masks/{train,val}")
         files = [folder / f"{stem}.jpg" for stem in listed.read_text().split()] if listed.exists() else \
-            image_files(folder, [])
+            image_files(folder, others)
         parts.append([(path, root / masks.format(name) / path.relative_to(folder).with_suffix(".png"))
                       for path in files])
     if not all(parts):
         expected = " or ".join(f"{images} and {masks} ({layout})".format(*names[:1] * 2)
                                for layout, (images, masks, names, *_) in MASKS.items())
         raise UserError(f"there are no images with masks in {shown(root)}; expected {expected}")
-    return layout, first, classes, parts
+    return layout, first, classes, parts, others
 
 
 def read_mask(path, first, void, last, size):
     """A mask file -> uint8 (H, W): 1 for the class of value first, 2 for the next, 0 for the values void.
     UserError for what cannot be the mask of an image of this size (W, H) with classes up to last."""
     with unified.reading(path, "a mask"), PIL.Image.open(path) as mask:
-        values = numpy.array(mask).astype(int)
+        depth = mask.tile[0][3] if mask.tile else None      # grey of 2 and 4 bits is stretched to 0 .. 255
+        mask.load()
+        mask = mask if unified.turn_of(mask) is None else mask.transpose(unified.turn_of(mask))
+        values = numpy.array(mask).astype(int) // {"L;2": 85, "L;4": 17}.get(str(depth), 1)
     counts = ~numpy.isin(values, void)
     wrong = values[counts & ((values < 0) | (values > last))]
     if values.ndim > 2:

@@ -32,7 +32,7 @@ import torch
 import torch.distributed
 
 import unified
-from probe import compile_blocks, image_files, is_image, progress_bar, results_folder, write_file
+from probe import compile_blocks, image_files, is_image, progress_bar, results_folder, shown_size, write_file
 from train import writable
 from unified import UserError, flag
 
@@ -54,7 +54,8 @@ class Config:
 
     image: str = flag((), "images to inpaint, centre-cropped to the model's size", nargs="+",
                       group="images of your own")
-    mask: str = flag((), "images, white where to inpaint, cropped like --image; one for all or one for each",
+    mask: str = flag((), "images, white where to inpaint, of the shape of --image and cropped like it, or "
+                         "squares of the model's size; one for all or one for each",
                      nargs="+")
     box: str = flag((), "instead of masks x0,y0,x1,y1 in pixels of the model's size", nargs="+")
     outside: bool = flag(False, "keep the box, or what is white in the mask, and inpaint all around it")
@@ -376,14 +377,32 @@ def class_numbers(cfg, names):
 
 
 def inpainting_masks(cfg, size):
-    """--mask or --box -> bool (images, size, size), True = inpainted."""
-    masks = [unified.read_image(path, size).mean(0) > 0.5 for path in cfg.mask]
-    masks = masks or [box_mask(box, size) for box in cfg.box]
-    for name, mask in zip(cfg.mask or cfg.box, masks):
+    """--mask or --box -> bool (images, size, size), True = inpainted. One serves all images."""
+    places = cfg.mask or cfg.box
+    places = places * len(cfg.image) if len(places) == 1 else places
+    masks = [read_mask(place, image, size) if cfg.mask else box_mask(place, size)
+             for place, image in zip(places, cfg.image)]
+    for name, mask in zip(places, masks):
         if mask.all() if cfg.outside else not mask.any():
             raise UserError(f"{name} leaves nothing to inpaint, which is what is white, or inside a box, "
                             "or with --outside the rest")
-    return torch.stack(masks if len(masks) > 1 else masks * len(cfg.image)) ^ cfg.outside
+    return torch.stack(masks) ^ cfg.outside
+
+
+def read_mask(path, image, size):
+    """A mask for an image, both files -> bool (size, size), True where it is white. A square of the model's
+    size is that of what the model sees; any other has the image's shape, and is cut as the image is."""
+    with unified.reading(image, "an image"), PIL.Image.open(image) as opened:
+        width, height = shown_size(opened)
+    with unified.reading(path, "a mask"), PIL.Image.open(path) as mask:
+        mask = unified.upright(mask, "black")                                   # what is transparent is kept
+    if mask.size == (size, size):
+        width, height = mask.size
+    if abs(mask.width * height - mask.height * width) > max(width, height, *mask.size):
+        raise UserError(f"--mask {path} has {mask.width} x {mask.height} pixels and {image} {width} x "
+                        f"{height}; give it the image's shape")
+    return unified.from_image(mask.resize((width, height), PIL.Image.Resampling.NEAREST), size,
+                              nearest=True).float().mean(0) > 127
 
 
 def box_mask(box, size):

@@ -2902,6 +2902,11 @@ def test_the_head_reaches_the_ceiling_on_features_that_hold_the_label():
     found, ceiling = (probe.intersection_over_union(confusions[name]).mean() for name in ("model", "ceiling"))
     assert found > ceiling - 0.02 > 0.5 and len(examples) == 8
     assert confusions["model"].sum() == 48 * 16 * 16
+    nn.init.constant_(heads["model"].linear.bias[:1].data, 1e3)         # it sees ground everywhere ...
+    assert probe.score_segments(heads, read, data, cfg)[0]["model"][:, 1:].sum() == 0
+    for ignored in ([0], [0, 3, 8]):                                    # ... unless ground is ignored
+        confusions, _ = probe.score_segments(heads, read, probe.without(data, ignored), cfg)
+        assert all(confusion[:, ignored].sum() == 0 for confusion in confusions.values())
 
 
 def masks_tree(folder, layout):
@@ -2955,11 +2960,52 @@ def test_a_void_class_of_shapes_does_not_count(monkeypatch):
     assert everything.unique().tolist() == list(range(1, 10))
 
 
+@pytest.mark.parametrize("layout, ignore, ignored", [("tree", "1,9", [1]), ("ade", "3", [2]),
+                                                     ("voc", "", [])])
+def test_ignored_values_are_classes_that_are_never_predicted(layout, ignore, ignored, tmp_path):
+    cfg = settings(head="segment", ignore=ignore)
+    sets = probe.open_masks(str(masks_tree(tmp_path, layout)), "", 16, cfg)
+    assert [data.ignored for data in sets] == [ignored, ignored]
+    shapes = probe.open_masks("shapes", "", 16, settings(head="segment", ignore="0,8"))
+    assert shapes[1].ignored == [0, 8]
+
+
+def grey_png(values, bits):
+    """Bytes of a grey PNG with so many bits a value, which Pillow cannot write."""
+    digits = values[..., None] >> numpy.arange(bits)[::-1] & 1
+    rows = b"".join(b"\0" + numpy.packbits(row).tobytes() for row in digits)
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return b"\x89PNG\r\n\x1a\n" + b"".join([
+        chunk(b"IHDR", struct.pack(">IIBBBBB", *values.shape[::-1], bits, 0, 0, 0, 0)),
+        chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_value_of_a_grey_mask_is_the_class_at_any_depth(bits, tmp_path):
+    values = (numpy.arange(8 * 16).reshape(8, 16) % 2 ** bits).astype(numpy.uint8)
+    (tmp_path / "mask.png").write_bytes(grey_png(values, bits))
+    assert (probe.read_mask(tmp_path / "mask.png", 0, [255], 254, (16, 8)) == values + 1).all()
+
+
+def test_a_list_that_voc_lacks_is_asked_for(tmp_path):
+    root = masks_tree(tmp_path, "voc")
+    (root / "ImageSets/Segmentation/val.txt").unlink()
+    with pytest.raises(unified.UserError, match="there is no .*val.txt"):
+        probe.open_masks(str(root), "", 16, settings(head="segment"))
+
+
 def test_names_of_classes_are_read(tmp_path):
     root = masks_tree(tmp_path / "tree", "tree")
     (root / "classes.txt").write_text("ground\ncat\ndog\nbird\n")
     names = probe.open_masks(root, "", 16, settings(head="segment"))[0].classes
     assert names == ["ground", "cat", "dog", "bird"]
+    for text, sentence in (("\xe9t\xe9\n".encode("latin1"), "cannot be read as a list of names"),
+                           (b"ground\nother\nother\n", "names other twice")):
+        (root / "classes.txt").write_bytes(text)
+        with pytest.raises(unified.UserError, match=sentence):
+            probe.open_masks(root, "", 16, settings(head="segment"))
     root = masks_tree(tmp_path / "ade", "ade")
     lines = [f"{k}\tthing {k}\n" for k in range(1, 151)]
     (root / "objectInfo150.txt").write_text("Idx\tName\n" + "".join(lines))
@@ -2996,6 +3042,16 @@ def test_a_mask_lies_on_its_image_as_viewers_show_it(tmp_path):
     PIL.Image.new("RGB", (20, 24)).save(root / "images/train/1.jpg", exif=turned)
     with pytest.raises(unified.UserError, match=r"1\.png has 20 x 24 pixels and its image 24 x 20"):
         probe.open_masks(root, "", 16, settings(head="segment"))
+    (root / "images/train/1.jpg").unlink()                              # a TIFF is turned as it is read
+    PIL.Image.new("RGB", (24, 20)).save(root / "images/train/1.tif", exif=turned)
+    train_set, _ = probe.open_masks(root, "", 16, settings(head="segment"))
+    assert next(train_set.batches([(torch.tensor([1]), None)]))[0].shape == (1, 4, 16, 16)
+    mask = PIL.Image.open(root / "masks/train/1.png")
+    turned[0x0112] = 3                                                  # the mask has a turn of its own
+    mask.save(root / "turned.png", exif=turned)
+    there, back = (probe.read_mask(root / name, 0, [255], 254, (20, 24))
+                   for name in ("masks/train/1.png", "turned.png"))
+    assert (there == back[::-1, ::-1]).all() and (there != back).any()
 
 
 def test_a_folder_without_masks_is_told_the_layouts(photos):
@@ -3070,8 +3126,27 @@ def test_a_subset_holds_the_images_that_a_file_names(photos, tmp_path):
     path.write_text("\n".join(["none.png", *names, "neither.png"]))
     with pytest.raises(unified.UserError, match="1percent.txt names 2 images .*none.png first"):
         probe.images_to_train_on(data, cfg)
-    with pytest.raises(unified.UserError, match="names 32 images"):                         # it has no files
+    path.write_text("\n")
+    with pytest.raises(unified.UserError, match="names no image"):
+        probe.images_to_train_on(data, cfg)
+    path.write_text("\n".join(names))
+    with pytest.raises(unified.UserError, match="leave it out"):                         # it has no files
         probe.images_to_train_on(image_set(30, 16), cfg)
+
+
+def test_a_subset_takes_the_class_or_the_folder_before_a_name_that_several_have(tmp_path, capsys):
+    make_images(tmp_path, [f"{c}/deep/{i}.png" for c in "ab" for i in range(30)])
+    data, path = probe.open_data(str(tmp_path), "", 8, True), tmp_path / "list.txt"
+    cfg = settings(head="knn", subset=str(path))
+    own = [f"a/{p.name}" for p, c in zip(data.paths, data.labels) if c == 0]
+    path.write_text("\n".join(own))
+    assert set(data.labels[probe.images_to_train_on(data, cfg)].tolist()) == {0}
+    path.write_text("\n".join(p.removeprefix("a/") for p in own))
+    with pytest.raises(unified.UserError, match="several folders have.*write CLASS/NAME"):
+        probe.images_to_train_on(data, cfg)
+    data.labels[:8] = 1
+    probe.images_to_train_on(data, settings(head="knn", labels=1.0))
+    assert "images, as some classes have fewer than" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("head, more", [("ridge", ()), ("linear", QUICK), ("finetune", QUICK), ("knn", ())])
@@ -4209,6 +4284,14 @@ def test_class_folders_are_read_recursively_and_by_content_where_the_suffix_says
     assert "left out 4 files that are no images; save .HEIC as JPEG (notes.txt, p.HEIC, table, ...)" in \
         both_parts(tree)[0].summary
     (tree / "train/labels.csv").unlink()
+    make_images(tree, ["more/a.png"])
+    assert f"{tree}: left out 1 folders beside train (more)" in both_parts(tree)[0].summary
+    shutil.rmtree(tree / "more")
+    (tree / "train").rename(tree / "Training")
+    (tree / "val").rename(tree / "Testing")
+    assert [len(part) for part in both_parts(tree)] == [11, 6]
+    (tree / "Training").rename(tree / "train")
+    (tree / "Testing").rename(tree / "val")
     for second in ("valid", "validation", "test"):                      # as people call it
         next(path for path in tree.iterdir() if path.name != "train").rename(tree / second)
         train, test = both_parts(tree)
@@ -5452,6 +5535,8 @@ def broken_tree(root, what):
     (["--dataset", "{tmp}/nowhere"], "there is no folder"),
     (["--tokenizer", "{truncated}"], "truncated.pt"),
     (["--device", "cuda:77"], "cuda:77"),
+    (["{empty}"], "did you mean --dataset"),
+    (["--model", "addp", "--init", "{tokenizer}", "--labels"], "addp takes none"),
 ])
 def test_a_users_mistake_ends_in_one_sentence_and_exit_code_2(args, words, finished, tmp_path):
     (tmp_path / "truncated.pt").write_bytes((finished[0] / "model.pt").read_bytes()[:5000])
@@ -5597,6 +5682,30 @@ def test_features_that_training_has_made_worse_are_told_of(untrained, n, told, f
     assert f"features of mage: layer {model.best_layer}, t 0, mean" in printed
 
 
+def test_pipes_links_in_circles_and_runs_in_a_folder_of_images_are_passed_by(tmp_path):
+    make_images(tmp_path, [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(12)])
+    os.mkfifo(tmp_path / "cat/pipe")
+    (tmp_path / "cat/me").symlink_to(tmp_path / "cat/me")
+    (tmp_path / "cat/see-dog").symlink_to(tmp_path / "dog")
+    (tmp_path / "dog/see-cat").symlink_to(tmp_path / "cat")
+    make_images(tmp_path, ["dog/out/run/samples.png"])
+    (tmp_path / "dog/out/run/log.jsonl").touch()
+    files = [p.relative_to(tmp_path).as_posix() for p in probe.image_files(tmp_path, [])]
+    assert len(files) == 48 and {f.rpartition("/")[0] for f in files} == {"cat", "dog", "cat/see-dog",
+                                                                        "dog/see-cat"}
+
+
+@pytest.mark.parametrize("given, steps", [({"steps": 7, "epochs": 3}, 7), ({}, 0),
+                                          ({"epochs": 1.5, "images": 10, "batch_size": 4}, 4)])
+def test_a_run_knows_its_steps(given, steps):
+    assert unified.steps_of(given) == steps
+
+
+def test_a_run_is_named_by_its_folder_or_its_file():
+    names = [probe.name_of(run) for run in ("out/a", "out/a/model.pt", "out/a_model.pt", "mage.pth")]
+    assert names == ["a", "a", "a_model.pt", "mage.pth"]
+
+
 @pytest.mark.parametrize("seconds, words", [(33.4, "33 s"), (59.6, "1 min 00 s"), (3984, "1 h 06 min"),
                                             (100_000, "27 h 46 min")])
 def test_a_duration_has_units(seconds, words):
@@ -5606,7 +5715,7 @@ def test_a_duration_has_units(seconds, words):
 @pytest.mark.parametrize("given, idle", [
     ({"model": "umd", "tokenizer_steps": 3}, "--tokenizer-steps"), ({"tokenizer_steps": 3}, ""),
     ({"tokenizer": "out/a", "codes": 9, "adversarial": 0.5}, "--adversarial, --codes"),
-    ({"model": "umd"}, "")])
+    ({"model": "umd", "ids": 16}, ""), ({"model": "adm", "ids": 9}, "--ids")])
 def test_flags_of_a_tokenizer_that_is_not_trained_are_named(given, idle):
     line = train.idle_flags(train.Config(**given), given.keys())
     assert line == (f"no tokenizer is trained here, so this does nothing: {idle}" if idle else "")
@@ -5649,6 +5758,7 @@ def test_resume_needs_the_run_alone_and_names_all_flags_that_contradict_it(photo
     stopped.mkdir()
     shutil.copy(run / "tokenizer.pt", stopped)
     assert f"train.py --resume {stopped} goes on" in script("sample.py", stopped, expect=2)
+    (run / "model.pt").rename(run / "model.pt.prev")                    # killed between two renames
     printed = script("train.py", "--resume", run, "--steps", 8, "--no-report", "--device", "cpu")
     assert "model: 8 of 8 steps" in printed and "linear probe" not in printed
     config = unified.load_checkpoint(run / "model.pt")["config"]
@@ -5974,6 +6084,25 @@ def test_a_mask_says_what_a_box_says_and_is_cropped_like_the_image(photos, finis
     assert "3 masks or boxes for 2" in inpaint("e", "--mask", *masks, expect=2)
 
 
+def test_a_mask_of_any_size_lies_where_it_lies_on_its_image(tmp_path):
+    strokes = numpy.zeros((64, 96), numpy.uint8)
+    strokes[10:30, 20:70] = 255
+    image, mask = tmp_path / "image.png", PIL.Image.fromarray(strokes)
+    PIL.Image.new("RGB", (96, 64)).save(image)
+    found = []
+    for width, height in ((96, 64), (192, 128), (48, 32)):
+        mask.resize((width, height), PIL.Image.Resampling.NEAREST).save(tmp_path / "mask.png")
+        found.append(sample.read_mask(tmp_path / "mask.png", image, 32))
+    see_through = PIL.Image.new("RGBA", (96, 64), (255, 255, 255, 0))   # white strokes on nothing
+    see_through.putalpha(mask)
+    see_through.save(tmp_path / "mask.png")
+    assert all(m.equal(found[0]) for m in (*found, sample.read_mask(tmp_path / "mask.png", image, 32)))
+    assert 0 < found[0].sum() < 32 * 32
+    mask.resize((64, 64)).save(tmp_path / "mask.png")
+    with pytest.raises(unified.UserError, match="64 x 64 pixels and .* 96 x 64; give it the image's shape"):
+        sample.read_mask(tmp_path / "mask.png", image, 32)
+
+
 class Terminal(io.StringIO):
     """What a script prints into, as if someone watched."""
 
@@ -6136,8 +6265,9 @@ def test_ids_that_two_processes_began_are_finished_by_one_and_the_reverse(tmp_pa
 def test_umds_few_shot_evaluator_is_a_probe(diffused):
     printed = script("probe.py", diffused[0], "--head", "fewshot", "--shots", 4, "--workers", 0)
     assert "fewshot-4" in printed and "+-" in printed
-    assert "belongs to --head fewshot" in script("probe.py", diffused[0], "--head", "knn",
-                                                 "--shots", 4, expect=2)
+    for flag, value, head in (("--shots", 4, "fewshot"), ("--hidden", 64, "mlp")):
+        assert f"{flag} belongs to --head {head}" in script("probe.py", diffused[0], "--head", "knn", flag,
+                                                            value, expect=2)
 
 
 def test_two_processes_probe_as_one_does(diffused, tmp_path):

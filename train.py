@@ -172,7 +172,8 @@ def resumed(given):
     if not given.get("resume"):
         return given
     folder = pathlib.Path(given["resume"])
-    path = next((p for p in (folder / "model.pt", folder / "tokenizer.pt") if os.path.exists(p)), None)
+    path = next((p for p in (folder / "model.pt", folder / "tokenizer.pt")
+                 if os.path.exists(p) or os.path.exists(f"{p}.prev")), None)
     if path is None:
         raise UserError(f"--resume {folder}: no checkpoint is there; {unified.other_run(folder)}")
     config = dict(unified.load_checkpoint(path)["config"], out_dir=str(folder))
@@ -208,7 +209,8 @@ def settings(cfg):
     answered = {"steps", "epochs"} if cfg.steps or cfg.epochs else set()
     values = {name: value for name, value in defaults(cfg).items()
               if name not in answered and vars(cfg).get(name, 0) is None}
-    folder = f"out/{pathlib.Path(cfg.dataset).name}-{cfg.model}" + "-labels" * cfg.labels
+    name = pathlib.Path(cfg.dataset).resolve().name                         # of "." that of the folder
+    folder = f"out/{name}-{cfg.model}" + "-labels" * cfg.labels
     cfg = dataclasses.replace(cfg, **values, out_dir=cfg.out_dir or folder,
                               dtype=cfg.dtype or unified.default_dtype(cfg.device))
     check(cfg)
@@ -225,7 +227,7 @@ def check(cfg):
         run = f"out/{pathlib.Path(cfg.dataset).name}-{teacher}"
         raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} "
                         f"--model {teacher}, then this with --predictor {run}")
-    if cfg.labels and not method.model.takes_labels and not teacher:
+    if cfg.labels and not method.model.takes_labels:
         takers = [name for name, other in unified.MODELS.items() if other.model.takes_labels]
         raise UserError(f"--labels: {cfg.model} takes none; --model {', '.join(takers)} do")
     if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
@@ -278,8 +280,10 @@ def check_batch_size(cfg, world):
 
 def idle_flags(cfg, given):
     """A line on flags given for a tokenizer's training where none is trained, "" if there are none."""
-    trained = unified.MODELS[cfg.model].tokenizer and not cfg.tokenizer and not cfg.init
-    idle = set() if trained else given & {"codes", "tokenizer_steps", "tokenizer_batch_size", "adversarial"}
+    method = unified.MODELS[cfg.model]
+    idle = {"codes", "tokenizer_steps", "tokenizer_batch_size", "adversarial"}
+    idle |= {"ids"} if method.tokens != "patches" else set()
+    idle &= set() if method.tokenizer and not cfg.tokenizer and not cfg.init else given
     names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(idle))
     return f"no tokenizer is trained here, so this does nothing: {names}" * bool(idle)
 
@@ -524,7 +528,7 @@ def copy_weights(cfg, model, path, only=None):
 
 def model_steps(cfg, train_set):
     """Optimizer steps of the model."""
-    return cfg.steps or math.ceil(cfg.epochs * len(train_set) / cfg.batch_size)
+    return unified.steps_of({**vars(cfg), "images": len(train_set)})
 
 
 def train_model(cfg, model, arch, train_set, test_set):

@@ -1148,7 +1148,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # checkpoints, many GPUs. Seed 0, torch 2.13 on two threads, printed:
 #
 #     TokenizerTraining step   600   loss 0.031          a blurred copy of each image (the entropy term is
-#                                                        negative, about -0.1)
+#                                                        negative, about -0.14)
 #     MAGE              step   100   loss 4.920          no better than guessing: ln 128 = 4.85
 #     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch; label
 #                                                        smoothing keeps it above 0.80
@@ -3465,7 +3465,7 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
             config = state["config"]["arch"]
             ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
             weights = {**state["model"], **(ema and state.get("ema") or {})}
-            if state.get("step", math.inf) < (steps := state["config"].get("steps") or 0):
+            if state.get("step", math.inf) < (steps := steps_of(state["config"])):
                 tell(f"{path}: training stopped at step {state['step']} of {steps}")
             return rebuild(config, weights, path), state["config"]
         weights = published_weights(state, ema is not False)
@@ -3488,6 +3488,12 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
         tell(f"{path.name}: published layout; dead in the original, left out: {known}"
              + (f"; unknown to us, left out too: {', '.join(unknown)}" if unknown else "") + assumed)
         return rebuild(config, weights, path), {"arch": config}
+
+
+def steps_of(config):
+    """Optimizer steps of a run with this config; 0 if it does not say."""
+    epochs, images = config.get("epochs") or 0, config.get("images") or 0
+    return config.get("steps") or math.ceil(epochs * images / (config.get("batch_size") or 1))
 
 
 def tokenizer_beside(path):
@@ -3547,16 +3553,16 @@ def grey_levels(image):
     return PIL.Image.fromarray((x * (255 / top)).round().astype(numpy.uint8))
 
 
-def upright(image):
-    """A PIL image, just opened, as a viewer shows it: RGB, turned as EXIF says, on white where it is
-    transparent."""
+def upright(image, ground="white"):
+    """A PIL image, just opened, as a viewer shows it: RGB, turned as EXIF says, on white, or another ground,
+    where it is transparent."""
     image.load()                                                               # TIFF files are turned in here
     turn = turn_of(image)
     if image.mode[0] in "IF":
         image = grey_levels(image)
     elif image.mode.lower().endswith("a") or "transparency" in image.info:
         image = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, ground), image)
     image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
