@@ -1003,6 +1003,8 @@ def run(cfg, first):
         return save_features(model.to(cfg.device), config, places, first, cfg)
     dataset, train_set, test_set = open_sets(model.to(cfg.device), config, cfg)
     print(train_set.summary or f"{dataset}: {len(train_set)} images to train on, {len(test_set)} to test on")
+    for line in few_to_test_on(len(test_set)):
+        print(line)
     index = images_to_train_on(train_set, cfg)
     if cfg.head in RECIPES:
         cfg = fit_recipe(cfg, len(index), finetuning_of(model))
@@ -1095,6 +1097,7 @@ def untrained_title(model):
 def training_of(config):
     """A model and its training, in words: 'umd, 3000 x 32 shapes', steps and images a step."""
     steps, batch, epochs = (config.get(key) for key in ("steps", "batch_size", "epochs"))
+    steps = f"{config['stopped']} of {unified.steps_of(config)}" if "stopped" in config else steps
     length = f"{steps} x {batch}" if steps and batch else f"{epochs:g} epochs of" if epochs else ""
     name = pathlib.Path(config.get("dataset", "")).name
     return config["arch"]["model"] + f", {length} {name}".rstrip() * bool(length)
@@ -1107,8 +1110,15 @@ def name_of(run):
 
 
 def standard_error(p, n):
-    """Of an accuracy p on n test images, as others would have varied it (binomial)."""
+    """Of an accuracy p on n test images, as others would have varied it (binomial). If all are right, or all
+    wrong, as if one more were wrong, and one right."""
+    p = p if 0 < p < 1 else (p * n + 1) / (n + 2)
     return math.sqrt(p * (1 - p) / n)
+
+
+def few_to_test_on(n):
+    """A line, in a list, on test images of which one changes an accuracy."""
+    return [f"{n} test images are few: one is {1 / n:.1%} of an accuracy"] * (n < 100)
 
 
 def with_error(p, n, head):
@@ -1122,7 +1132,7 @@ def tell_no_gain(trained, untrained, n):
     if untrained >= trained:
         harmed = untrained - trained > noise
         verdict = "training harmed the features" if harmed else "no more than chance may explain"
-        print(f"             untrained it has {untrained:.1%}, trained {trained:.1%}: {verdict}")
+        print(f"             the network has {untrained:.1%} untrained, {trained:.1%} trained: {verdict}")
 
 
 def report(places, titles, results, about, cfg):
@@ -1145,7 +1155,7 @@ def report(places, titles, results, about, cfg):
             print(f"    {with_error(p, n, head)}  {titles[name]}{draws}")
             row[metric if name == "model" else name] = p
         if cfg.head != "finetune":
-            tell_no_gain(accuracies["model"][0], accuracies["untrained"][0], n)
+            tell_no_gain(row[metric], row["untrained"], n)
         row |= dict(*more) or {"standard_error": round(standard_error(row["top1"], n), 4)}
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
@@ -1181,6 +1191,9 @@ def print_table(runs):
     for key, remedy in (("pool", "--pool mean"), ("dataset", "--dataset")):
         if len(found := distinct(rows[0][key] for rows in runs)) > 1:
             print(f"mind that the {key} differs: {', '.join(found)}; {remedy} makes it the same")
+    at_home = [name for name, (row, *_) in zip(names, runs) if row.get("trained_on") == row["dataset"]]
+    if 0 < len(at_home) < len(names):
+        print(f"mind that {', '.join(at_home)} learned from this data set, and the others did not")
 
 
 def table_cells(rows, heads, kind):

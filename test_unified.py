@@ -5404,6 +5404,28 @@ def test_a_table_of_runs_that_are_read_alike_warns_of_nothing(finished, diffused
     assert "mind that" not in same and same.splitlines()[-6].split()[0] == "fewshot-4"
 
 
+@pytest.mark.parametrize("homes, told", [(("cats", "dogs"), True), (("cats", "cats"), False),
+                                         (("dogs", "dogs"), False)])
+def test_a_table_tells_which_run_is_at_home_on_the_data(homes, told, capsys):
+    row = {"head": "knn", "layer": 4, "t": 0, "pool": "mean", "top1": 0.5, "untrained": None, "pixels": None,
+           "n_train": 9, "n_test": 4, "training": "mage", "model": "mage", "dataset": "cats"}
+    probe.print_table([[row | {"run": run, "trained_on": home}] for run, home in zip("ab", homes)])
+    assert ("mind that a learned from this data set, and the others" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("p, n, error", [(0.5, 100, 0.05), (0.0, 3, 0.231), (1.0, 3, 0.231)])
+def test_no_accuracy_is_certain(p, n, error):
+    assert probe.standard_error(p, n) == pytest.approx(error, abs=1e-3)
+
+
+def test_a_training_is_told_with_its_data_and_where_it_stopped():
+    config = {"arch": {"model": "umd"}, "steps": 30, "batch_size": 8, "dataset": "my/photos"}
+    assert probe.training_of(config) == "umd, 30 x 8 photos"
+    assert probe.training_of(config | {"stopped": 7}) == "umd, 7 of 30 x 8 photos"
+    assert probe.training_of(config | {"steps": None, "epochs": 2.0}) == "umd, 2 epochs of photos"
+    assert probe.training_of({"arch": {"model": "umd"}}) == "umd"
+
+
 def test_a_table_names_data_that_differ_and_runs_of_one_name_by_their_path(capsys):
     row = {"head": "knn", "layer": [2, 3], "t": 0, "pool": "mean", "top1": 0.5, "untrained": None,
            "pixels": None, "n_train": 9, "n_test": 4, "training": "mage", "model": "mage"}
@@ -5536,6 +5558,7 @@ def broken_tree(root, what):
     (["--tokenizer", "{truncated}"], "truncated.pt"),
     (["--device", "cuda:77"], "cuda:77"),
     (["{empty}"], "did you mean --dataset"),
+    (["--model", "umd", "--tokenizer", "{tokenizer}"], "umd has no tokenizer"),
     (["--model", "addp", "--init", "{tokenizer}", "--labels"], "addp takes none"),
 ])
 def test_a_users_mistake_ends_in_one_sentence_and_exit_code_2(args, words, finished, tmp_path):
@@ -5678,7 +5701,8 @@ def test_features_that_training_has_made_worse_are_told_of(untrained, n, told, f
     data = probe.ImageTensor(torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.arange(n), [], (1, 1))
     train.report(cfg, model, {}, data, data)
     printed = capsys.readouterr().out
-    assert (f"untrained it has 70.0%, trained 60.0%: {told}" in printed) if told else "it has" not in printed
+    line = f"the network has 70.0% untrained, 60.0% trained: {told}"
+    assert line in printed if told else "the network has" not in printed
     assert f"features of mage: layer {model.best_layer}, t 0, mean" in printed
 
 
@@ -5741,7 +5765,7 @@ def test_codes_that_so_few_images_cannot_use_are_no_fault_of_the_tokenizer(count
     data = probe.ImageTensor(torch.zeros(count, 3, 32, 32, dtype=torch.uint8), torch.zeros(count), [], (1, 1))
     train.report(cfg, model, {}, data, data)                            # 16 ids an image, of 32 codes
     printed = capsys.readouterr().out
-    assert ("(16 tokens use 50% at most)" in printed) == told
+    assert ("(16 tokens can use 50%)" in printed) == told
     assert ("has learned little" in printed) != told
 
 
@@ -6677,7 +6701,7 @@ def test_a_tokenizer_that_learned_little_is_told_of_with_what_mean_colours_reach
     monkeypatch.setattr(train, "measure_tokenizer", lambda *_: ({"psnr": psnr, "codes_used": used}, 20.0))
     run = shutil.copytree(finished[0], tmp_path / "run")
     printed = script("train.py", "--resume", run, "--device", "cpu")
-    assert ("give it more --tokenizer-steps" in printed) == warned == ("reach 20.00 dB" in printed)
+    assert ("more --tokenizer-steps" in printed) == warned == ("colour, has 20.00 dB" in printed)
     assert "tokenizer: all 3 steps are done" in printed and "model: all 6 steps are done" in printed
 
 

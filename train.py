@@ -233,6 +233,8 @@ def check(cfg):
     if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
         raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings "
                         "along, nor --labels go with it")
+    if cfg.tokenizer and not method.tokenizer:
+        raise UserError(f"--tokenizer {cfg.tokenizer}: {cfg.model} has no tokenizer; leave that out")
     if cfg.init and (cfg.tokenizer or cfg.predictor) and cfg.resume is None:        # older runs had both
         raise UserError(f"--init {cfg.init} brings along the tokenizer whose ids it has learned, and its "
                         "predictor; leave --tokenizer and --predictor out")
@@ -339,11 +341,12 @@ def open_data(cfg):
     print_once(f"{cfg.image_size} pixels; {first}{cfg.model} {cfg.size}: {steps} of {cfg.batch_size} images")
     if len(train_set) < 1000:
         look = "--tokenizer-steps 1200 " * bool(first) + "--steps 300 --image-size 32 --out-dir out/look"
-        remedy = f"; take thousands or, for a first look, {look}" * (cfg.steps is None or cfg.steps > 300)
+        remedy = f"; take thousands or, for a first look, {look}" * (
+            cfg.resume is None and (cfg.steps is None or cfg.steps > 300))
         print_once(f"{len(train_set)} images are few: trained for long, the model will know them by heart"
                    + remedy)
-    if len(test_set) < 100 and test_set.unseen and test_set.classes:
-        print_once(f"{len(test_set)} test images are few: one is {1 / len(test_set):.1%} of an accuracy")
+    for line in probe.few_to_test_on(len(test_set)) * bool(test_set.unseen and test_set.classes):
+        print_once(line)
     if cfg.labels and not train_set.classes:
         raise UserError(f"--labels: {probe.shown(train_set.root)} has no class folders")
     return train_set, test_set
@@ -541,7 +544,7 @@ def train_model(cfg, model, arch, train_set, test_set):
                f"{model.length or 'no'} tokens an image, {steps} steps of {batch} ({micro} at once), "
                f"learning rate {lr:.2g}" + (f"; the loss starts near ln {model.codes} = "
                                             f"{math.log(model.codes):.2f}" if method.tokenizer else ""))
-    if steps < (usual := defaults(cfg).get("steps") or 0) / 4:
+    if steps < (usual := defaults(cfg).get("steps") or 0) / 4 and len(train_set) >= 1000:
         print_once(f"{steps} steps are for a first look; {usual} are usual")
     if cfg.resume is None and not method.tokenizer and unified.rank_and_world()[1] == 1:
         print_once(forecast(cfg, steps))
@@ -1234,7 +1237,7 @@ def report(cfg, model, ema, train_set, test_set):
         possible = min(1, len(test_set) * model.length / model.codes)           # an id uses one code
         print_once(f"\ntokenizer   {figures['psnr']:.2f} dB PSNR on {len(test_set)} test images, "
                    f"{figures['codes_used']:.0%} of the codes used"
-                   + f" ({len(test_set) * model.length} tokens use {possible:.0%} at most)" * (possible < 1))
+                   + f" ({len(test_set) * model.length} tokens can use {possible:.0%})" * (possible < 1))
         if figures["codes_used"] < 0.1 * possible or figures["psnr"] < floor:
             print_once(f"            it {better_tokenizer(cfg)}: a mosaic, each token's square in its mean "
                        f"colour, has {floor:.2f} dB")

@@ -7,7 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + which redrawn copy is whose
+    MAGE-E   token ids           the same                                + which echo, redrawn, is whose
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -638,7 +638,8 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     next           c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
 # The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0. The
-# temperature, 6 for 16 x 16 tokens, scales this noise only: ids are always sampled from p itself.
+# temperature, 6 for 16 x 16 tokens and 6 h / 16 for h x h, scales this noise only: ids are always sampled
+# from p itself.
 
 # The ratio of n0 that stays masked after step t of T. A name here is one for sample.py --schedule, too.
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
@@ -1148,7 +1149,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # checkpoints, many GPUs. Seed 0, torch 2.13 on two threads, printed:
 #
 #     TokenizerTraining step   600   loss 0.031          a blurred copy of each image (the entropy term is
-#                                                        negative, about -0.14)
+#                                                        negative, with its weight -0.14)
 #     MAGE              step   100   loss 4.920          no better than guessing: ln 128 = 4.85
 #     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch; label
 #                                                        smoothing keeps it above 0.80
@@ -1371,7 +1372,8 @@ class EchoMAGE(ContrastiveMAGE):
 #     1. decodes an image xt with D, the frozen tokenizer's decoder. Where an id is visible D reads its code;
 #        where it is masked D reads the mean of all codes under p_prev, so that place looks blurred,
 #     2. encodes xt,
-#     3. predicts p, the new distribution, with a decoder that reads the visible ids, too,
+#     3. predicts p, the new distribution, with a decoder. It reads what the encoder made of visible patches,
+#        and the visible ids,
 #     4. samples ids from p and keeps the most confident, as MAGE does (section 4), but counts are rounded up,
 #        so that a step may keep nothing. In the next step this p, guided if there is a guide, is p_prev:
 #
@@ -1392,8 +1394,8 @@ class EchoMAGE(ContrastiveMAGE):
 # code, which gives no reason. Perhaps it makes the outputs of visible patches carry the whole image.)
 #
 # The first step has no p_prev. There, and whenever everything is masked in all images of a batch, the encoder
-# is skipped, and the decoder reads mask tokens alone. This may happen twice: after step 1 of 20,
-# ceil(256 cos(pi / 40)) = 256 of 256 tokens are masked. (In training the encoder runs even then, unread.)
+# is skipped, and the decoder reads mask tokens alone. With 256 tokens and 20 steps this happens twice: after
+# step 1, ceil(256 cos(pi / 40)) = 256 are masked. (In training the encoder runs even then, unread.)
 #
 # Training needs what a step of generation finds: ids, a mask, and p_prev. To run ADDP's own steps for that
 # would be slow. So a frozen, trained MAGE takes the place of the previous step, and of the truth as well. It
@@ -1500,10 +1502,10 @@ class ADDP(TokenModel):
         """
         ids = self.to_ids(x)                                                                # (B, L)
         mask, mask_earlier, num_visible = self.nested_masks(ids, index, gap, mask_noise)
-        with torch.no_grad():
+        with torch.no_grad():                                           # MAGE, with both masks at once
             both = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([mask_earlier, mask]))
-            logits_earlier, logits_now = both.chunk(2)                                      # (B, L, K) each
-            xt = self.next_image(ids, mask, logits_earlier)                                 # (B, 3, S, S)
+            logits_prev, logits_now = both.chunk(2)                                      # (B, L, K) each
+            xt = self.next_image(ids, mask, logits_prev)                                 # (B, 3, S, S)
         # Over the whole vocabulary, as in the official code: what is no code has the target 0 (and its share
         # of the label smoothing). In generation the softmax is over codes alone.
         logits = self.decode(self.encode(xt), ids, mask, num_visible, vocab_size=len(self.token_emb.weight))
@@ -1593,12 +1595,13 @@ class ADDP(TokenModel):
         If all tokens of all images are masked the decoder reads mask tokens only, and the encoder is skipped.
         Inpainting has no step before its first one: there the image is made from the predictor's logits.
         """
-        ids, mask, previous = state.ids, state.token_mask, state.logits
+        ids, mask, logits_prev = state.ids, state.token_mask, state.logits
         if state.count.min() == self.length:
             latent = self.norm.weight.new_zeros(len(ids), 1 + self.length, self.norm.weight.numel())
         else:
-            previous = self.token_predictor.logits(ids, mask) if previous is None else previous
-            latent = self.encode(self.next_image(ids, mask, previous))
+            if logits_prev is None:
+                logits_prev = self.token_predictor.logits(ids, mask)
+            latent = self.encode(self.next_image(ids, mask, logits_prev))
         # self.decode() of images with as many visible ids; inpainted ones may differ in that (section 14).
         return in_groups(self.length - state.count, self.decode, latent, ids, mask)
 
@@ -1684,7 +1687,8 @@ class ADDP(TokenModel):
 #
 # eta = 0 adds no noise: DDIM. eta = 1 is DDPM's ancestral sampling, because beta~ is the variance of the
 # posterior q(x_next | xt, x0), and what stands before sigma noise is its mean [DDPM, eq. 7]. To see it, put
-# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into the second term, whose root goes away:
+# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into the second term, whose root goes away, as
+# with eta = 1
 #
 #     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 * (alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 #
@@ -1832,6 +1836,7 @@ def timestep_embedding(t, dim, denominator, layout):
 #     MAE          1               0.75                -            L_clean
 #     MaskDiT      0                -                 0.5           (L_x0 + L_eps) / 2
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
+#                                                                   (-: not used)
 #
 # In generation the network sees all patches, in training it saw some of them: attention takes any number. The
 # prediction of eps alone is used, as in DDPM.
@@ -2030,7 +2035,7 @@ class UMD(Model):
         return F.silu(c)
 
     def encode(self, x, c, ids_keep=None):
-        """Pixels (B, 3, S, S) -> latent: class tokens, then the visible patches (B, 4 + M, C)."""
+        """Pixels (B, 3, S, S) -> latent: class tokens, then the visible patches (B, k + M, C)."""
         x = self.patches(x)                                                                 # (B, L, C)
         x = x if ids_keep is None else gather_tokens(x, ids_keep)                           # (B, M, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
@@ -2043,7 +2048,7 @@ class UMD(Model):
         return self.patch_embed(x).flatten(2).mT + self.pos_embed
 
     def decode(self, latent, c, ids_keep=None):
-        """Latent (B, 4 + M, C) -> predictions of x0 and eps, (B, 3, S, S) each."""
+        """Latent (B, k + M, C) -> predictions of x0 and eps, (B, 3, S, S) each."""
         x = self.decoder_input(latent, ids_keep)                                            # (B, 1 + L, C)
         for block in self.decoder_blocks:
             x = block(x, c)
@@ -2139,7 +2144,7 @@ class UMD(Model):
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
         """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, and noise (B, 3, S, S)."""
         x, c = self.noised(x, t, noise)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patches(x)], 1)          # (B, 4 + L, C)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patches(x)], 1)          # (B, k + L, C)
         k = self.cls_token.size(1)
         return encoder_decoder_features(self, x, self.decoder_input, layers, add, k, (c,))
 
@@ -2164,9 +2169,9 @@ class UMD(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 11. ADM: predict the noise with a U-Net
 #
-#     loss = mean (eps - eps'(xt, t))^2              t uniform in 0 ... T-1                     [DDPM, eq. 14]
+#     loss = mean (eps - eps'(xt, t))^2 + L_vb       t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# (and a term for a second output, the variance of the steps back, which comes after the U-Net's blocks).
+# L_vb trains a second output, for the variance of the steps back. It comes after the U-Net's blocks.
 #
 # A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
 # maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
@@ -2255,8 +2260,9 @@ class ADMBlock(nn.Sequential):
 #                                                                    known: as in section 9
 #
 # The network's second output v interpolates between them for every pixel, on a logarithmic scale: -1 is
-# beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. (The last step's beta~ is 0; as it has no logarithm,
-# that of the step before stands in.) A step of sampling with eta = 1:
+# beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. (The last step's beta~ is 0. As that has no
+# logarithm, the beta~ of the step before stands in, which matters to L_vb alone.) A step of sampling with
+# eta = 1:
 #
 #     1. (eps', v) = network(xt, t)
 #     2. x0' = (xt - sqrt(1 - alpha_bar) eps') / sqrt(alpha_bar), clamped to [-1, 1]; then eps' anew from it
@@ -2271,14 +2277,15 @@ class ADMBlock(nn.Sequential):
 #
 # As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
 #
-# What trains v is a second term of the loss, L_vb, the variational bound [iDDPM, eq. 16]. It compares two
-# normal distributions of x_next: the true one, q, which knows x0, and the network's, p, with the predicted
-# x0' in its place and the learned variance:
+# What trains v is L_vb, the variational bound. It compares two normal distributions of x_next: the true
+# one, q, which knows x0, and the network's, p, with the predicted x0' in its place and the learned
+# variance:
 #
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# where mean() is that of step 3. Per pixel and channel, in bits, as ln 2 divides both:
+# where mean(xt, x0) is that of step 3, with this x0 and the eps that goes with it. Per pixel and channel, in
+# bits, as ln 2 divides both:
 #
 #     L_vb ln 2 = KL(q || p)           in all steps but the last                                 [DDPM, eq. 5]
 #               = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
@@ -2508,7 +2515,7 @@ class ADM(Model):
             t = torch.full((n,), kept[i], device=x.device)
             eps, v = self.predict(x, t).chunk(2, 1)
             w = guidance_at(1 - (kept[i] + 1) / self.max_steps, guidance, guidance_interval)
-            if w != 1:                                          # then there is a guide: ADM knows no labels
+            if guide and w != 1:
                 reference, _ = guide.predict(x, t).chunk(2, 1)
                 eps = reference + w * (eps - reference)
             std = (0.5 * learned_log_variance(v, i, alpha_bar)).exp() if eta == 1 else None
@@ -2611,8 +2618,8 @@ def umd_no_decay(name, p):
 #     min_crop               a random crop keeps at least this ratio of the image's area
 #     ema, probe_ema         decay of the averaged weights, 0 for none; less in the first steps, or a short
 #                            run would average its start; whether probes read them, too
-#     paper                  the papers' epochs, batch_size and lr on ImageNet
-#     tiny                   what differs, for size tiny, from train.py's own values, which are
+#     paper                  the papers' epochs, batch_size and lr on ImageNet, for sizes base and large
+#     tiny                   for size tiny, what differs from train.py's own values, for tiny and small:
 #
 #                                         shapes    CIFAR-10, folders
 #                            batch_size   64        64
@@ -3402,8 +3409,12 @@ def reading(path, kind):
             raise UserError(f"{path} holds {held[1]} beside its tensors, and loading that could run code; "
                             "where the file was made, save the model's state_dict() alone") from error
         text = " ".join(f"{type(error).__name__}: {error}".partition(": Weights only")[0].split())[:200]
+        run = pathlib.Path(path).parent
         mend = f"rename {path}.prev to it" if os.path.exists(f"{path}.prev") else "copy or download it again"
-        mend = "it is a folder, name a file" if os.path.isdir(path) else f"if it is damaged, {mend}"
+        mend = "it is a folder, name a file" if os.path.isdir(path) else \
+            f"name the run, {run}" if (run / "model.pt").exists() and not str(path).endswith(".pt") else \
+            "it is no image, or of a kind that Pillow does not know" \
+            if isinstance(error, PIL.UnidentifiedImageError) else f"if it is damaged, {mend}"
         raise UserError(f"{path} cannot be read as {kind} ({text}); {mend}") from error
 
 
@@ -3465,9 +3476,11 @@ def load_model(path, ema=None, tell=print, heads=None, order=None):
             config = state["config"]["arch"]
             ema = MODELS[config["model"]].recipe["probe_ema"] if ema is None else ema
             weights = {**state["model"], **(ema and state.get("ema") or {})}
-            if state.get("step", math.inf) < (steps := steps_of(state["config"])):
+            about = state["config"]
+            if state.get("step", math.inf) < (steps := steps_of(about)):
                 tell(f"{path}: training stopped at step {state['step']} of {steps}")
-            return rebuild(config, weights, path), state["config"]
+                about = dict(about, stopped=state["step"])
+            return rebuild(config, weights, path), about
         weights = published_weights(state, ema is not False)
         readers = [reader for name, reader in PUBLISHED.items() if sub_state(weights, name)]
         if "x_embedder.proj.weight" in weights or "decoder_pred.weight" in weights and not readers:
