@@ -2141,14 +2141,21 @@ def entries(folder):
     """What lies in a folder, sorted by name: (folders, files)."""
     found = sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else []
     found = [e for e in found if not e.name.startswith((".", "__"))]
-    inner = {e.name for e in found if (folder / e.name).is_dir()}                   # also of links in circles
-    return [folder / name for name in sorted(inner)], [folder / e.name for e in found if e.name not in inner]
+    inner = [e for e in found if leads_to_folder(e)]
+    files = [e for e in found if e not in inner and (e.is_symlink() or e.is_file())]         # no pipe
+    return [folder / e.name for e in inner], [folder / e.name for e in files]
+
+
+def leads_to_folder(entry):
+    """Whether an os.DirEntry is a folder, or a link to one; a link in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_image(path):
-    """By its suffix or, if that says nothing, by how the file begins. A pipe or device is none."""
-    if path.exists() and not path.is_file():
-        return False
+    """By its suffix or, if that says nothing, by how the file begins."""
     if path.suffix.lower() in SUFFIXES:
         return True
     PIL.Image.init()
@@ -2282,10 +2289,10 @@ def is_held_out(files, labels):
 
 def check_folder(root):
     """UserError if there is no such folder."""
-    if root.is_file():
+    if os.path.isfile(root):
         raise UserError(f"there is no folder {shown(root)}, it is a file; name its folder, "
                         f"{shown(root.parent)}")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         near = difflib.get_close_matches(root.name, [p.name for p in entries(root.parent)[0]], 1)
         raise UserError(f"there is no folder {shown(root)}; "
                         + (f"did you mean {shown(root.with_name(near[0]))}?" if near else

@@ -7418,7 +7418,7 @@ def test_a_predictor_that_is_missing_or_unfit_ends_in_one_sentence(photos, finis
     def refused(*more):
         printed = script("train.py", *flags(photos, tmp_path / "run", "--model", "addp", *more), expect=2)
         *found, said = printed.splitlines()
-        assert not found or len(found) == 4 and "to test on" in found[0]       # what the folder holds
+        assert not found or len(found) == 5 and "to test on" in found[0]       # what the folder holds
         return said
     first = f"run python train.py --dataset {photos} --image-size 32 --model mage"
     assert f"{first}, then this with --predictor out/{photos.name}-mage" in refused()

@@ -227,12 +227,12 @@ def check(cfg):
         run = f"out/{pathlib.Path(cfg.dataset).name}-{teacher}"
         raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} "
                         f"--model {teacher}, then this with --predictor {run}")
-    if cfg.labels and not method.model.takes_labels:
-        takers = [name for name, other in unified.MODELS.items() if other.model.takes_labels]
-        raise UserError(f"--labels: {cfg.model} takes none; --model {', '.join(takers)} do")
     if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
         raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings "
                         "along, nor --labels go with it")
+    if cfg.labels and not method.model.takes_labels:
+        takers = [name for name, other in unified.MODELS.items() if other.model.takes_labels]
+        raise UserError(f"--labels: {cfg.model} takes none; --model {', '.join(takers)} do")
     if cfg.tokenizer and not method.tokenizer:
         raise UserError(f"--tokenizer {cfg.tokenizer}: {cfg.model} has no tokenizer; leave that out")
     if cfg.init and (cfg.tokenizer or cfg.predictor) and cfg.resume is None:        # older runs had both

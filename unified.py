@@ -7,7 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           on average 70 % of the tokens masked    the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + which echo, redrawn, is whose
+    MAGE-E   token ids           the same                                + each image's redrawn copy
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -53,6 +53,7 @@ Sizes    B images; n, when they are generated           N of B images that are n
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding; h0, h1 ... outputs of a transformer's encoder
          x0, eps, xt clean pixels, noise, and their mixture at timestep t; ADDP's xt is half decoded
+         x', x0', eps' what a network makes of x, x0, eps
          alpha_bar how much of x0 is left in xt: the square of its factor
          t of T: in sections 4 to 8 the number of a decoding step, 1 ... T, with fewer tokens masked as t
            grows; in 9 to 11, the other way round, a timestep, noisier as t grows
@@ -501,7 +502,8 @@ class TokenizerTraining(nn.Module):
 # is a ValueError that says what the method takes: a wrapper around each, installed in section 14, checks
 # arguments and brings labels and seeds to the model's device.
 #
-# Model, their base class, has what they share. Section 12 has an example for a method of your own.
+# Model, their base class, has what they share. What else the scripts ask of a model has a default, which
+# section 12 sets, together with an example for a method of your own.
 
 
 class Model(nn.Module):
@@ -535,39 +537,6 @@ class Model(nn.Module):
     def tokenizer(self):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
-
-    # ---- for the scripts: defaults, where a class below does not set its own (on a first reading, go on
-    # with section 4)
-
-    best_t = 0                      # the t at which the authors probe best_layer
-    t_range = (0, 0, "always 0")    # least t, largest t, and what t is; if both are ints, t is one, too
-    pools = ("mean",)               # poolings that embed() knows, the authors' first
-    length = 0                      # tokens of an image, if there are any
-    codes = 0                       # entries of the codebook, if ids are predicted
-    alpha_bar = None                # the noise schedule, if there is one
-    classes = 0                     # labels that it is conditioned on
-    takes_labels = False            # the class can be built with classes > 0; parameters that only such a
-    #                                 model has are called label_embed, and --init skips them
-    reads_ids = False               # given ids instead of pixels, training and probing lose nothing
-    generates = True                # it can start from nothing
-    reconstructs = False            # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-    max_steps = math.inf            # sample.py takes no more sampling steps than these
-    stem = ()                       # names of the layers before `blocks`, for --init-encoder and layer decay
-    dynamic_blocks = ()             # blocks whose number of tokens differs from call to call
-    # Fine-tuning a ViT-B, and a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
-    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
-
-    def after_step(self):
-        """Called after each step of the optimizer."""
-
-    def micro_batch_args(self, first, count):
-        """What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that
-        does not fit into memory at once: what must differ between its parts."""
-        return {}
-
-    def mirror(self, layer):
-        """The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back."""
-        return len(self.layers) + 1 - layer
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -638,8 +607,8 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     next           c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
 # The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0. The
-# temperature, 6 for 16 x 16 tokens and 6 h / 16 for h x h, scales this noise only: ids are always sampled
-# from p itself.
+# temperature, 6 for 16 x 16 tokens and (ours) 6 h / 16 for h x h, scales this noise only: ids are always
+# sampled from p itself.
 
 # The ratio of n0 that stays masked after step t of T. A name here is one for sample.py --schedule, too.
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
@@ -695,8 +664,9 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many stay masked
     u (n, L)     in (0, 1), samples the ids           gumbel (n, L)    is added to log p
     order        None, or a function: confidence (n, L), noise included -> priority (n, L). Of the masked
-                 tokens those with the highest priority are kept. It sees neither mask nor step; what it says
-                 of visible tokens does not count. In raster order, say:
+                 tokens those with the highest priority are kept. It sees neither mask nor step (for these,
+                 write a loop around unmask() of your own); what it says of visible tokens does not count. In
+                 raster order, say:
                  model.sample(8, order=lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c))
     returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
     """
@@ -705,7 +675,7 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + gumbel                    # (n, L)
     priority = confidence if order is None else order(confidence).to(confidence)
     priority = priority.masked_fill(~mask, math.inf)            # visible before: never masked again
-    return ids, rank_in_row(priority) < to_device(count, ids.device)[:, None]
+    return ids, rank_in_row(priority) < to_device(count, ids.device)[:, None]           # the `count` lowest
 
 
 class Decoding(typing.NamedTuple):
@@ -825,7 +795,8 @@ class TokenModel(Model):
                                      schedule, order, self.round_up)
 
     def guided_logits(self, state, labels, w, guide=None):
-        """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K)."""
+        """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K). With
+        w = 1 it is step_logits; the rest is explained at the end of section 5."""
         wanted = self.step_logits(state, labels)
         if w == 1 or labels is None and guide is None:
             return wanted
@@ -849,7 +820,7 @@ class TokenModel(Model):
 #     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place
 #     decode                p   p       p   p         each a softmax over the K codes
 #
-# (In section 4's example of 256 tokens: 129 in, then 257, with h0 at 141 places.)
+# (In section 4's example of 256 tokens: 129 in, then 257, with h0 at 141 masked places and at position 0.)
 #
 # The class token is an embedded id like the others: a label or, without one, the "fake class", which stands
 # for any image. Codes, classes, fake class and [MASK] are one vocabulary (in the authors' files the fake
@@ -881,7 +852,7 @@ class Head(nn.Module):
     """Decoder output x (B, L, C') -> logits (B, L, V), in float32.
 
     weight (V, C), the embeddings of the ids that can be predicted, is the output matrix (weight tying). It is
-    detached, as in the official code: embeddings learn as inputs only."""
+    detached, as in the official code, which gives no reason: embeddings learn as inputs only."""
 
     def __init__(self, inp, dim, vocab_size):
         super().__init__()
@@ -1013,6 +984,7 @@ class MAGE(TokenModel):
         (B, 1 + L, C')."""
         x = self.decoder_embed(latent)                                                      # (B, 1 + M, C')
         summary = x[:, :1].expand(-1, self.length, -1)                                      # (B, L, C')
+        # With the outputs of [MASK], which the summary then replaces.
         visible = x[:, 1:] if ids_keep is None else scatter_tokens(summary, ids_keep, x[:, 1:])
         x = torch.cat([x[:, :1], torch.where(mask[..., None], summary, visible)], 1)
         return x + self.decoder_pos_embed_learned
@@ -1068,7 +1040,7 @@ class MAGE(TokenModel):
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
-    # ---- for the scripts, see Model
+    # ---- for the scripts, see section 12
 
     takes_labels = reads_ids = True
     t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
@@ -1374,8 +1346,9 @@ class EchoMAGE(ContrastiveMAGE):
 #     2. encodes xt,
 #     3. predicts p, the new distribution, with a decoder. It reads what the encoder made of visible patches,
 #        and the visible ids,
-#     4. samples ids from p and keeps the most confident, as MAGE does (section 4), but counts are rounded up,
-#        so that a step may keep nothing. In the next step this p, guided if there is a guide, is p_prev:
+#     4. samples ids from p and keeps the most confident, as MAGE does (section 4), but so many stay masked:
+#        num_masked(t) = max(1, ceil(n0 cos(pi t / 2T))). So a step may keep nothing. In the next step this p,
+#        guided if there is a guide, is p_prev:
 #
 #     ids,    --> code where visible,    -- D --> xt --> encoder --> decoder --> p --> unmask --> ids,
 #     p_prev      mean code where masked                                ^                         p as p_prev
@@ -1639,7 +1612,7 @@ class ADDP(TokenModel):
         latent = self.encode(self.to_pixels(x))                                             # (B, 1 + L, C)
         return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
 
-    # ---- for the scripts, see Model
+    # ---- for the scripts, see section 12
 
     # reads_ids stays False: decoded ids are not the original image.
     t_range = (0, 0, "always 0, since no timestep enters the network")
@@ -1762,6 +1735,11 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     return per_image(alpha_bar_next.sqrt(), xt) * x0 + direction + std * noise
 
 
+def posterior_mean(xt, x0, alpha_bar, alpha_bar_next):
+    """Mean of q(x_next | xt, x0): a step with eta = 1, before noise is added."""
+    return ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=1.0)
+
+
 class Denoising(typing.NamedTuple):
     """Images on the way from noise: x (n, 3, S, S), clean ones in [-1, 1]."""
     x: torch.Tensor
@@ -1838,7 +1816,7 @@ def timestep_embedding(t, dim, denominator, layout):
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #                                                                   (-: not used)
 #
-# In generation the network sees all patches, in training it saw some of them: attention takes any number. The
+# In generation the network sees all patches, in training mostly some of them: attention takes any number. The
 # prediction of eps alone is used, as in DDPM.
 #
 # Labels condition the noised part only, as in the official code, and are hidden in one image of ten. As a
@@ -2156,7 +2134,7 @@ class UMD(Model):
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         return self.encode(*self.noised(x, self.best_t, noise))[:, :self.cls_token.size(1)].mean(1)
 
-    # ---- for the scripts, see Model
+    # ---- for the scripts, see section 12
 
     takes_labels = True
     pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
@@ -2261,7 +2239,7 @@ class ADMBlock(nn.Sequential):
 #
 # The network's second output v interpolates between them for every pixel, on a logarithmic scale: -1 is
 # beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. (The last step's beta~ is 0. As that has no
-# logarithm, the beta~ of the step before stands in, which matters to L_vb alone.) A step of sampling with
+# logarithm, the beta~ of t = 1 stands in, which matters to L_vb alone.) A step of sampling with
 # eta = 1:
 #
 #     1. (eps', v) = network(xt, t)
@@ -2284,13 +2262,13 @@ class ADMBlock(nn.Sequential):
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# where mean(xt, x0) is that of step 3, with this x0 and the eps that goes with it. Per pixel and channel, in
-# bits, as ln 2 divides both:
+# where mean(xt, x0) is that of step 3, with this x0 and the eps that goes with it: posterior_mean(). Per
+# pixel and channel, in bits:
 #
-#     L_vb ln 2 = KL(q || p)           in all steps but the last                                 [DDPM, eq. 5]
-#               = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
-#     L_vb ln 2 = - log P(x0 | xt)     in the last, to x0. As x0 is a byte, P is the probability, under p, of
-#                                      half a grey level around it on either side
+#     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
+#            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
+#     L_vb = - log P(x0 | xt) / ln 2     in the last, to x0. As x0 is a byte, P is the probability, under p,
+#                                        of half a grey level around it on either side
 #
 # As eps' is detached in p's mean, the gradient of L_vb enters the network through v alone: none reaches the
 # output eps', though the layers that v and eps' share move. This L_vb is the term of one timestep. The paper
@@ -2333,13 +2311,13 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     """
     eps_hat, v = out.chunk(2, 1)
     a, a_next = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]    # of t; of t - 1, where the step leads
-    posterior_mean = ddim_step(xt, x0, a, a_next, eta=1.0)                  # of q: without noise, a mean
-    model_mean = ddim_step(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next, eta=1.0)    # of p
+    q_mean = posterior_mean(xt, x0, a, a_next)
+    p_mean = posterior_mean(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next)
     log_var = learned_log_variance(v, t, alpha_bar)
     log_beta_tilde = per_image(log_variances(alpha_bar)[0][t], v)
     kl = 0.5 * (log_var - log_beta_tilde - 1 + (log_beta_tilde - log_var).exp()
-                + (posterior_mean - model_mean) ** 2 * (-log_var).exp())
-    nll = discretised_nll(x0, model_mean, 0.5 * log_var)
+                + (q_mean - p_mean) ** 2 * (-log_var).exp())
+    nll = discretised_nll(x0, p_mean, 0.5 * log_var)
     to_x0 = to_device(t == 0, x0.device).view(-1, 1, 1, 1)                              # the last step
     nats = torch.where(to_x0, nll, kl).mean((1, 2, 3))                                      # (B,)
     return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
@@ -2619,7 +2597,7 @@ def umd_no_decay(name, p):
 #     ema, probe_ema         decay of the averaged weights, 0 for none; less in the first steps, or a short
 #                            run would average its start; whether probes read them, too
 #     paper                  the papers' epochs, batch_size and lr on ImageNet, for sizes base and large
-#     tiny                   for size tiny, what differs from train.py's own values, for tiny and small:
+#     tiny                   overrides, for size tiny only, train.py's values for tiny and small. These are
 #
 #                                         shapes    CIFAR-10, folders
 #                            batch_size   64        64
@@ -2789,10 +2767,35 @@ def build(config):
 #
 # If yours means something else, such as a mask_ratio of 0.3, give it another name: those are not checked.
 #
-# What else the scripts ask of a model has a default at the end of class Model, in section 3: best_t,
-# t_range, pools, takes_labels, reads_ids, generates, max_steps and others. A class that differs sets its
-# own, as Denoiser does with t_range. It may also override num_steps, render and noise. To be fine-tuned, or
-# to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
+# What else the scripts ask of a model has the default below. A class that differs sets its own, as the
+# methods above do where they say "for the scripts", and Denoiser with t_range. It may also override
+# num_steps, render and noise. To be fine-tuned, or to lend its encoder to --init-encoder, it calls its
+# transformer blocks `blocks`.
+
+Model.best_t = 0                    # the t at which the authors probe best_layer
+Model.t_range = (0, 0, "always 0")  # least t, largest t, and what t is; if both are ints, t is one, too
+Model.pools = ("mean",)             # poolings that embed() knows, the authors' first
+Model.length = 0                    # tokens of an image, if there are any
+Model.codes = 0                     # entries of the codebook, if ids are predicted
+Model.alpha_bar = None              # the noise schedule, if there is one
+Model.classes = 0                   # labels that it is conditioned on
+Model.takes_labels = False          # the class can be built with classes > 0; parameters that only such a
+#                                     model has are called label_embed, and --init skips them
+Model.reads_ids = False             # given ids instead of pixels, training and probing lose nothing
+Model.generates = True              # it can start from nothing
+Model.reconstructs = False          # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
+Model.max_steps = math.inf          # sample.py takes no more sampling steps than these
+Model.stem = ()                     # names of the layers before `blocks`, for --init-encoder and layer decay
+Model.dynamic_blocks = ()           # blocks whose number of tokens differs from call to call
+# Fine-tuning a ViT-B, and a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
+Model.finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
+# Called after each step of the optimizer.
+Model.after_step = lambda self: None
+# What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that does not
+# fit into memory at once: what must differ between its parts.
+Model.micro_batch_args = lambda self, first, count: {}
+# The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back.
+Model.mirror = lambda self, layer: len(self.layers) + 1 - layer
 
 
 class Denoiser(Model):
@@ -3412,7 +3415,7 @@ def reading(path, kind):
         run = pathlib.Path(path).parent
         mend = f"rename {path}.prev to it" if os.path.exists(f"{path}.prev") else "copy or download it again"
         mend = "it is a folder, name a file" if os.path.isdir(path) else \
-            f"name the run, {run}" if (run / "model.pt").exists() and not str(path).endswith(".pt") else \
+            f"name the run, {run}" if os.path.exists(run / "model.pt") and "model.pt" not in str(path) else \
             "it is no image, or of a kind that Pillow does not know" \
             if isinstance(error, PIL.UnidentifiedImageError) else f"if it is damaged, {mend}"
         raise UserError(f"{path} cannot be read as {kind} ({text}); {mend}") from error
@@ -3421,7 +3424,7 @@ def reading(path, kind):
 def other_run(path):
     """What to type where there is no checkpoint of a run at path, in words."""
     run = path.parent if path.name == "model.pt" else path
-    if (run / "tokenizer.pt").exists():
+    if os.path.exists(run / "tokenizer.pt"):
         return f"its training has stopped before: python train.py --resume {run} goes on"
     runs = [str(p.parent) for folder in {run.parent, pathlib.Path("out")} for p in folder.glob("*/model.pt")]
     near = difflib.get_close_matches(str(run), runs, 1)
