@@ -2392,7 +2392,11 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
         with contextlib.suppress(*[UserError] * bool(files)):           # of a layout that no training takes
             _, classes, parts, _ = find_images(root)
             labels = {path: c for part in parts.values() for path, c in zip(*part)} if classes else {}
-        labels = [labels.get(path, -1) for path in files]
+        named = {name: c for c, name in enumerate(classes)} if labels else {}       # as in a third part, test
+        for path in set(files) - labels.keys():
+            inside = [named[name] for name in path.relative_to(root).parts[:-1] if name in named]
+            labels[path] = inside[0] if inside else -1
+        labels = [labels[path] for path in files]
         return ImageFolder(root, files, labels, [], size, (crop, 1.0), strict, device,
                            summary="\n".join(no_images(root, others)))
     layout, classes, parts, summary = find_images(root)

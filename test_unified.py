@@ -5514,6 +5514,11 @@ def test_features_of_a_folder_of_any_layout_are_kept_with_the_labels_that_it_has
     shutil.copy(classes / "cat/000.png", classes / "beside.png")        # what trains leaves it out
     kept = save(finished[0], classes, tmp_path / "c.npz")[1]
     assert kept["files"][0] == "beside.png" and kept["labels"].tolist() == [-1] + [0] * 24 + [1] * 24
+    three = shutil.copytree(photos, tmp_path / "three")                 # a part that no training reads
+    shutil.copytree(photos / "val", three / "test")
+    kept = save(finished[0], three, tmp_path / "e.npz")[1]
+    found = [c for file, c in zip(kept["files"], kept["labels"]) if file.startswith("test/")]
+    assert found == [0] * 8 + [1] * 8
     odd = shutil.copytree(photos, tmp_path / "odd")
     shutil.rmtree(odd / "val/dog")                                      # no training takes this
     assert set(save(finished[0], odd, tmp_path / "d.npz")[1]["labels"].tolist()) == {-1}
