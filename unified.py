@@ -53,7 +53,7 @@ Sizes    B images; n, when they are generated           N of B images that are n
 Symbols  x pixels                                       ids token ids
          z output of the tokenizer's encoder, or an embedding; h0, h1 ... outputs of a transformer's encoder
          x0, eps, xt clean pixels, noise, and their mixture at timestep t; ADDP's xt is half decoded
-         x', x0', eps' what a network makes of x, x0, eps
+         x', x0', eps' what a network makes of x, x0, eps; in code x0_hat, eps_hat
          alpha_bar how much of x0 is left in xt: the square of its factor
          t of T: in sections 4 to 8 the number of a decoding step, 1 ... T, with fewer tokens masked as t
            grows; in 9 to 11, the other way round, a timestep, noisier as t grows
@@ -552,8 +552,8 @@ class Model(nn.Module):
 # mask_noise. They only rank the tokens; nothing is added to the image.
 #
 # Half of the tokens or more are masked. So L / 2 masked ones, rounded up, are dropped before the encoder,
-# as in MAE, to save time; as their number is fixed, shapes are static. The other masked tokens enter as
-# [MASK]:
+# as all are in MAE, to save time; as their number is fixed, shapes are static. The other masked tokens
+# enter as [MASK]:
 #
 #     L = 256 tokens, r = 0.55, sorted by their random numbers; later each goes back to its place
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
@@ -594,7 +594,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 # masked falls along a cosine [MaskGIT, 3.3]. In MAGE it is rounded down, and falls in each step by at least
 # one, but never below 1. (ADDP rounds up, and may keep nothing in a step. Both are as in the official codes.)
 #
-#     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1))                       in MAGE
+#     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1)),  num_masked(0) = n0  in MAGE
 #
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
@@ -629,9 +629,10 @@ def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
     return wanted.clamp(min=1).minimum(before)
 
 
-# All random numbers of an image follow from its seed, so it is the same alone or among a thousand, which no
-# generator of torch's gives. Read hashed_uniform(seeds, draw, L) of section 14, a hash of seed, draw and
-# position, as torch.rand(n, L), with a row for each seed, and another one for each draw.
+# All random numbers of an image follow from its seed, so it is the same alone or among a thousand: with
+# torch, that would take a generator for each image. Read hashed_uniform(seeds, draw, L) of section 14, a
+# hash of seed, draw and position, as torch.rand(n, L), with a row for each seed, and another one for each
+# draw.
 
 
 def decoding_noise(seeds, step, L):
@@ -1366,9 +1367,10 @@ class EchoMAGE(ContrastiveMAGE):
 # So what the blur shows reaches the decoder only through h2, which has attended to it. (As in the official
 # code, which gives no reason. Perhaps it makes the outputs of visible patches carry the whole image.)
 #
-# The first step has no p_prev. There, and whenever everything is masked in all images of a batch, the encoder
-# is skipped, and the decoder reads mask tokens alone. With 256 tokens and 20 steps this happens twice: after
-# step 1, ceil(256 cos(pi / 40)) = 256 are masked. (In training the encoder runs even then, unread.)
+# While everything is masked, in all images of a batch, there is nothing to see: the encoder is skipped, and
+# the decoder reads mask tokens alone. With 256 tokens and 20 steps this happens twice: after step 1,
+# ceil(256 cos(pi / 40)) = 256 are masked. (In training the encoder runs even then, unread.) Inpainting, whose
+# first step has no p_prev, takes that of the predictor.
 #
 # Training needs what a step of generation finds: ids, a mask, and p_prev. To run ADDP's own steps for that
 # would be slow. So a frozen, trained MAGE takes the place of the previous step, and of the truth as well. It
@@ -1575,7 +1577,8 @@ class ADDP(TokenModel):
             if logits_prev is None:
                 logits_prev = self.token_predictor.logits(ids, mask)
             latent = self.encode(self.next_image(ids, mask, logits_prev))
-        # self.decode() of images with as many visible ids; inpainted ones may differ in that (section 14).
+        # self.decode(latent, ids, mask, num_visible) of images that have as many visible ids: inpainted ones
+        # may differ in that. (in_groups() stands in section 14.)
         return in_groups(self.length - state.count, self.decode, latent, ids, mask)
 
     @torch.no_grad()
@@ -1720,8 +1723,8 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
         sqrt(alpha_bar_next) x0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise
 
     noise  standard normal, like xt
-    std    standard deviation of the added noise. None: sigma. ADM passes its own, a tensor like xt, which
-           replaces sigma in the last term only, not in the root
+    std    standard deviation of the added noise. None: sigma. ADM passes a learned one (section 11), a tensor
+           like xt, which replaces sigma in the last term only, not in the root
 
     With alpha_bar_next = 1 the result is x0.
     """
@@ -2243,7 +2246,8 @@ class ADMBlock(nn.Sequential):
 # eta = 1:
 #
 #     1. (eps', v) = network(xt, t)
-#     2. x0' = (xt - sqrt(1 - alpha_bar) eps') / sqrt(alpha_bar), clamped to [-1, 1]; then eps' anew from it
+#     2. x0' = (xt - sqrt(1 - alpha_bar) eps') / sqrt(alpha_bar), clamped to [-1, 1]; then, anew,
+#        eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar)
 #     3. mean = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps'        no v in it
 #     4. log s^2 = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
 #     5. x_next = mean + s noise; the last step, which leads to x0, adds none
@@ -2255,8 +2259,8 @@ class ADMBlock(nn.Sequential):
 #
 # As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
 #
-# What trains v is L_vb, the variational bound. It compares two normal distributions of x_next: the true
-# one, q, which knows x0, and the network's, p, with the predicted x0' in its place and the learned
+# What trains v is L_vb, a term of the variational bound. It compares two normal distributions of x_next:
+# the true one, q, which knows x0, and the network's, p, with the predicted x0' in its place and the learned
 # variance:
 #
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
@@ -2271,14 +2275,14 @@ class ADMBlock(nn.Sequential):
 #                                        of half a grey level around it on either side
 #
 # As eps' is detached in p's mean, the gradient of L_vb enters the network through v alone: none reaches the
-# output eps', though the layers that v and eps' share move. This L_vb is the term of one timestep. The paper
-# adds 0.001 times their sum over all t, which for T = 1000 is their mean, and one random t estimates that: so
-# the weight is 1. It stays 1 for another T, as is the official code's default.
+# output eps', though the layers that v and eps' share move. The paper adds 0.001 times the sum of these
+# terms over all t, which for T = 1000 is their mean, and one random t estimates that: so the weight is 1.
+# It stays 1 for another T, as is the official code's default.
 
 
 def log_variances(alpha_bar):
-    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. Sampling that skips timesteps is a shorter
-    process: it gives the alpha_bar that it visits. At t = 0 beta~ is 0, so its logarithm is replaced by that
+    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. When sampling skips timesteps, alpha_bar
+    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that
     of t = 1 (if T = 1, of beta)."""
     alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
     beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
@@ -2532,7 +2536,7 @@ class ADM(Model):
 # 12. Sizes and recipes, and a method of your own
 #
 # A model is a name and a dict of plain numbers, the arguments of its constructor. A checkpoint stores that
-# dict, and build() turns it back into a model. Three tables make such a dict and train the model:
+# dict, and build() turns it back into a model. Two tables make such a dict, and a third trains the model:
 #
 #     sizes     arguments that make a network small or large; also dropout and, of ADM, the noise schedule
 #     options   arguments that make it this method, the same in all sizes: UMD's three numbers, say
@@ -2597,20 +2601,23 @@ def umd_no_decay(name, p):
 #     ema, probe_ema         decay of the averaged weights, 0 for none; less in the first steps, or a short
 #                            run would average its start; whether probes read them, too
 #     paper                  the papers' epochs, batch_size and lr on ImageNet, for sizes base and large
-#     tiny                   overrides, for size tiny only, train.py's values for tiny and small. These are
-#
-#                                         shapes    CIFAR-10, folders
-#                            batch_size   64        64
-#                            steps        3000      4000
-#                            lr           0.006     0.006
-#                            ids          16        64                  tokens of an image: ids, or patches
-#
+#     tiny                   for size tiny, in place of the values in the table below: batch_size, steps, lr
+#                            and ids
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
 #                            get the schedule's learning rate
 #
-# An lr is for batches of 256, and train.py makes peak = lr * batch_size / 256 of it. So UMD in size tiny has
-# a peak of 0.018 * 32 / 256 = 0.00225. (0.018 is ours. It is far more than the paper's 1.5e-4,
-# but for a network of a ninetieth of base's parameters, and a run of a few minutes.)
+# What train.py takes for sizes tiny and small, but for what `tiny` says of tiny:
+#
+#                 shapes    CIFAR-10, folders
+#     batch_size  64        64
+#     steps       3000      4000
+#     lr          0.006     0.006
+#     ids         16        64                  tokens of an image: ids, or patches
+#
+# An lr is for batches of 256, and train.py makes peak = lr * batch_size / 256 of it. So UMD in size tiny
+# has a peak of 0.018 * 32 / 256 = 0.00225, with lr and batch_size from UMD_RECIPE["tiny"]. (0.018 is ours.
+# It is far more than the paper's 1.5e-4, but for a network of a ninetieth of base's parameters, and a run
+# of a few minutes.)
 #
 # The MAGEs share MAGE_RECIPE; ADDP_RECIPE and, in train.py, the tokenizer's recipe are made from it. To
 # change one method, give its row a dict of its own: dict(MAGE_RECIPE, weight_decay=0.1), say.
