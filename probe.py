@@ -1050,7 +1050,8 @@ def compare(nets, places, train_set, index, test_set, cfg):
 def compare_trained(read, nets, places, train_set, index, test_set, cfg):
     """compare() for heads that are trained on frozen features."""
     classes, sample = len(train_set.classes), read_one(read, train_set, index, cfg)
-    names = distinct(name for name, _ in sample if name != "mask")
+    pixels = not cfg.matryoshka                         # whose first values are a corner, and mean nothing
+    names = distinct(name for name, _ in sample if name != "mask" and (pixels or name != "pixels"))
     heads = {name: new_head(name, nets, places, sample, classes, cfg) for name in names}
     if cfg.augment or cfg.head == "diffeed":
         batches, images = fresh_batches(read, train_set, index, cfg), len(index)
@@ -1058,6 +1059,8 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
         print(f"{cfg.head}: on features of whole images, computed once; "
               "--augment takes fresh crops in every epoch, as published")
         x, y = extract_features(read, train_set, index, cfg, f"features of {name_of(cfg.run)}, training set")
+        if cfg.batch_size > len(y):                             # some images could not be read
+            cfg = fit_recipe(cfg, len(y))
         batches, images = cached_batches(x, y, cfg), len(y)
     width = heads["model"].linear.weight.size(1)
     dims = [2 ** k for k in range(3, 32) if 2 ** k < width] + [width] if cfg.matryoshka else [None]
@@ -1109,6 +1112,11 @@ def name_of(run):
     return (path.parent if path.name == "model.pt" else path).resolve().name
 
 
+def same_data(a, b):
+    """Whether two names mean one data set, however a path is spelled."""
+    return a == b or None not in (a, b) and os.path.realpath(a) == os.path.realpath(b)
+
+
 def standard_error(p, n):
     """Of an accuracy p on n test images, as others would have varied it (binomial). If all are right, or all
     wrong, as if one more were wrong, and one right."""
@@ -1142,7 +1150,7 @@ def report(places, titles, results, about, cfg):
     metric, own = "miou" if cfg.head == "segment" else "top1", about["trained_on"]
     for head, images, n, accuracies, *more in results:
         print(f"{head} on {about['dataset']}"
-              + f", of a model trained on {own}" * (own not in (None, about["dataset"]))
+              + f", of a model trained on {own}" * (own is not None and not same_data(own, about["dataset"]))
               + f": layer {', '.join(map(str, layers))}, t {', '.join(f'{t:g}' for t in ts)}"
               + f", {places[0].pool}" * (head != "segment") + f", k {cfg.k}" * (head == "knn")
               + f", {images} training images, {n} test images; "
@@ -1191,7 +1199,8 @@ def print_table(runs):
     for key, remedy in (("pool", "--pool mean"), ("dataset", "--dataset")):
         if len(found := distinct(rows[0][key] for rows in runs)) > 1:
             print(f"mind that the {key} differs: {', '.join(found)}; {remedy} makes it the same")
-    at_home = [name for name, (row, *_) in zip(names, runs) if row.get("trained_on") == row["dataset"]]
+    at_home = [name for name, (row, *_) in zip(names, runs)
+               if same_data(row.get("trained_on"), row["dataset"])]
     if 0 < len(at_home) < len(names):
         print(f"mind that {', '.join(at_home)} learned from this data set, and the others did not")
 
@@ -1297,7 +1306,8 @@ def new_classifier(classes, size):
 def classifier_of(name, train_set, test_set, cfg):
     """The data set's classifier, from its file beside the runs or trained now; its test accuracy."""
     net = new_classifier(len(train_set.classes), train_set.size).to(cfg.device)
-    folder, mark = results_folder(results_folder(cfg.run).parent), fingerprint(net, train_set, CLASSIFIER)
+    folder = results_folder(results_folder(cfg.run).parent)
+    mark = fingerprint(net, train_set, (CLASSIFIER, fingerprint(net, test_set, "")))
     path = folder / f"{pathlib.Path(name).resolve().name}-classifier.pt"
     with contextlib.suppress(UserError):                                # missing or damaged: it is made anew
         state = unified.load_checkpoint(path)

@@ -345,6 +345,9 @@ def missing_pngs(folder, note, cfg):
     elif image_files(folder, []):
         with contextlib.suppress(OSError, ValueError):
             if json.loads((folder / NOTE).read_text()) == note:
+                if any(int(p.stem) >= cfg.n for p in folder.glob("*.png") if p.stem.isdecimal()):
+                    raise UserError(f"{folder} holds more of these images than --n {cfg.n}; name as many, or "
+                                    "take another --png-dir")
                 lacking = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
                 return torch.tensor(lacking, dtype=torch.long)
         raise UserError(f"{folder} holds images that other weights, options or a seed made, or who knows "
@@ -367,12 +370,14 @@ def class_numbers(cfg, names):
     if not names:
         raise UserError(f"--label {cfg.label}: {cfg.run} was trained without labels; "
                         "train.py --labels makes one that takes them")
-    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    asked = names if cfg.label == "all" else cfg.label.split(",")
+    by_number = not any(name.isdecimal() for name in names)             # else 1 would mean two classes
+    numbers = {str(i): i for i in range(len(names)) if by_number} | {name: i for i, name in enumerate(names)}
+    asked = names if cfg.label == "all" else [cfg.label] if cfg.label in names else cfg.label.split(",")
     for name in asked:
         if name not in numbers:
-            known = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
-            raise UserError(f"--label {name} is no class; they are {known}, or 0 to {len(names) - 1}")
+            known = ", ".join(names[:20]) + ", ..." * (len(names) > 20) + \
+                f", or 0 to {len(names) - 1}" * by_number
+            raise UserError(f"--label {name} is no class; they are {known}")
     return torch.tensor([numbers[name] for name in asked])
 
 
@@ -469,6 +474,10 @@ def check_flags(cfg):
         raise UserError("--box, --mask and --outside are about your own images; name them with --image")
     if cfg.image and (cfg.npz or cfg.png_dir):
         raise UserError("--npz and --png-dir are for images from nothing; leave --image out")
+    if cfg.order == "halton" and cfg.temperature is not None:
+        raise UserError("--temperature does nothing in Halton's order, which has no noise; leave it out")
+    if cfg.reconstruct and cfg.outside:
+        raise UserError("--outside is about a --box or --mask, and --reconstruct has none; leave one out")
     if cfg.reconstruct and cfg.gif:
         raise UserError("--gif films steps, --reconstruct makes them at once; leave one out")
     for name in ("guide", "guidance_interval"):
@@ -476,6 +485,8 @@ def check_flags(cfg):
             raise UserError(f"--{name.replace('_', '-')} does nothing at --guidance 1; add --guidance 2, say")
     parse_interval(cfg.guidance_interval or "0,1")
     count = len(cfg.box or cfg.mask)
+    if count == 4 and all(part.isdecimal() for part in cfg.box):
+        raise UserError(f"--box takes its numbers with commas between them: --box {','.join(cfg.box)}")
     if count not in (0, 1, len(cfg.image)):
         raise UserError(f"{count} masks or boxes for {len(cfg.image)} images; give one, or one for each")
 

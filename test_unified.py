@@ -3149,6 +3149,21 @@ def test_a_subset_takes_the_class_or_the_folder_before_a_name_that_several_have(
     assert "images, as some classes have fewer than" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_an_image_that_cannot_be_read_makes_a_batch_smaller_and_not_the_training_none(head, photos, finished,
+                                                                                      tmp_path):
+    data = shutil.copytree(photos, tmp_path / "photos")
+    next((data / "train/cat").iterdir()).write_bytes(b"no image")
+    printed = script("probe.py", finished[0], "--dataset", data, "--head", head, "--epochs", 2,
+                     "--workers", 0)
+    assert "2 epochs, 47 images a step" in printed and "47 training images" in printed
+
+
+def test_of_pixels_the_first_dimensions_mean_nothing(finished):
+    printed = script("probe.py", finished[0], "--head", "linear", "--matryoshka", *QUICK, "--workers", 0)
+    assert "linear-128 on" in printed and "raw pixels" not in printed
+
+
 @pytest.mark.parametrize("head, more", [("ridge", ()), ("linear", QUICK), ("finetune", QUICK), ("knn", ())])
 def test_a_model_of_other_data_is_probed_with_few_labels(head, more, finished, tmp_path, monkeypatch, capsys):
     for part, first in (("train", 0), ("val", 1000)):
@@ -5211,6 +5226,16 @@ def test_a_schedule_is_any_of_unifieds_and_refused_where_there_is_none(finished,
     assert "choose from" in script("sample.py", finished[0], "--schedule", "square", expect=2)
 
 
+def test_labels_that_are_numbers_are_names_and_a_name_may_have_a_comma():
+    def asked(label, names):
+        return sample.class_numbers(sample.Config(run="run", label=label), names).tolist()
+    assert asked("2,1", ["1", "2", "cat, small"]) == [1, 0]
+    assert asked("cat, small", ["1", "cat, small"]) == [1]
+    assert asked("0,dog", ["cat", "dog"]) == [0, 1] and asked("all", ["1", "2"]) == [0, 1]
+    with pytest.raises(unified.UserError, match="--label 0 is no class; they are 1, 2$"):
+        asked("0", ["1", "2"])
+
+
 def test_an_image_is_inpainted_with_guidance_by_a_label_and_by_a_guide(finished, tmp_path):
     sheets, guide = [], ("--guide", finished[0], "--guidance", 3)
     PIL.Image.new("RGB", (32, 32), "gray").save(tmp_path / "grey.png")
@@ -5424,6 +5449,12 @@ def test_a_training_is_told_with_its_data_and_where_it_stopped():
     assert probe.training_of(config | {"stopped": 7}) == "umd, 7 of 30 x 8 photos"
     assert probe.training_of(config | {"steps": None, "epochs": 2.0}) == "umd, 2 epochs of photos"
     assert probe.training_of({"arch": {"model": "umd"}}) == "umd"
+
+
+def test_a_data_set_is_the_same_however_its_path_is_spelled(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert probe.same_data(f"{tmp_path}/", str(tmp_path / "link")) and probe.same_data("shapes", "shapes")
+    assert not probe.same_data("shapes", "cifar10") and not probe.same_data(None, "shapes")
 
 
 def test_a_table_names_data_that_differ_and_runs_of_one_name_by_their_path(capsys):
@@ -5733,6 +5764,24 @@ def test_a_run_knows_its_steps(given, steps):
 def test_a_run_is_named_by_its_folder_or_its_file():
     names = [probe.name_of(run) for run in ("out/a", "out/a/model.pt", "out/a_model.pt", "mage.pth")]
     assert names == ["a", "a", "a_model.pt", "mage.pth"]
+
+
+def test_a_run_goes_on_with_the_tokenizer_that_it_began_with(photos, finished, tmp_path):
+    """The run that lent it has another one meanwhile. And one that was lent before its end is told of."""
+    lender, run = shutil.copytree(finished[0], tmp_path / "lender"), tmp_path / "run"
+    state = unified.load_checkpoint(lender / "tokenizer.pt")
+    torch.save(state | {"step": 1}, lender / "tokenizer.pt")
+    printed = script("train.py", *flags(photos, run, "--tokenizer", lender, "--no-report"))
+    assert "tokenizer.pt: training stopped at step 1 of 3" in printed
+    own, other = unified.load_model(run)[0].vqgan.state_dict(), state["model"]
+    torch.save(state | {"model": {k: v + 0.1 * v.isfinite() for k, v in other.items()}},
+               lender / "tokenizer.pt")
+    cfg = train.settings(train.Config(**train.resumed({"resume": str(run), "steps": 8, "device": "cpu"})))
+    data = probe.open_data(str(photos), "", 32, True)
+    frozen, arch = train.get_tokenizer(cfg, data, data)
+    assert not frozen.encoder.conv_in.weight.equal(own["encoder.conv_in.weight"])
+    model, _ = train.build_model(cfg, frozen, arch, data)
+    assert all(v.equal(own[k]) for k, v in model.vqgan.state_dict().items())
 
 
 @pytest.mark.parametrize("seconds, words", [(33.4, "33 s"), (59.6, "1 min 00 s"), (3984, "1 h 06 min"),

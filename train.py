@@ -204,7 +204,7 @@ def settings(cfg):
     """A copy of cfg with nothing left open; UserError for what cannot be."""
     for path in filter(None, (cfg.predictor, cfg.tokenizer, cfg.init)):         # what it builds on decides
         cfg = dataclasses.replace(cfg, image_size=cfg.image_size or side_of_run(path))
-    if cfg.steps and cfg.epochs and not cfg.resume:
+    if cfg.steps and cfg.epochs:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
     answered = {"steps", "epochs"} if cfg.steps or cfg.epochs else set()
     values = {name: value for name, value in defaults(cfg).items()
@@ -381,7 +381,7 @@ def get_tokenizer(cfg, train_set, test_set):
         return load_predictor(cfg)
     if not cfg.tokenizer:
         return train_tokenizer(cfg, train_set, test_set)
-    vqgan, arch = unified.load_tokenizer(cfg.tokenizer)
+    vqgan, arch = unified.load_tokenizer(cfg.tokenizer, print_once)
     if cfg.image_size % vqgan.stride:
         raise UserError(f"--tokenizer {cfg.tokenizer} needs an --image-size that is a multiple of "
                         f"{vqgan.stride}, not {cfg.image_size}")
@@ -507,6 +507,11 @@ def build_model(cfg, frozen, arch, train_set):
         copy_weights(cfg, model, cfg.init)
     if cfg.init_encoder:
         copy_weights(cfg, model, cfg.init_encoder, (*model.stem, "blocks"))
+    path = pathlib.Path(cfg.out_dir, "model.pt")
+    if model.tokenizer and cfg.resume is not None and os.path.exists(path):     # ids are made with its own
+        own = unified.load_checkpoint(path)["model"]
+        model.load_state_dict({k: v for k, v in own.items() if k.startswith(("vqgan.", "token_predictor."))},
+                              strict=False)
     return model.to(cfg.device), arch
 
 
@@ -921,8 +926,8 @@ def open_folder(cfg, train_set, lock):
     except OSError:
         raise UserError(f"{folder} is in use by another train.py; take another --out-dir")
     if cfg.resume is None and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UserError(f"{folder} is not empty; --resume {folder} goes on with it and its flags, "
-                        "--out-dir takes another place")
+        raise UserError(f"{folder} is not empty; --resume {folder} goes on with it and its flags (with more "
+                        "--steps, if they are done), --out-dir takes another place")
     for path in (folder / "model.pt", folder / "tokenizer.pt"):
         if path.exists():
             return check_same_run(cfg, unified.load_checkpoint(path)["config"], train_set)

@@ -3433,7 +3433,9 @@ def other_run(path):
     run = path.parent if path.name == "model.pt" else path
     if os.path.exists(run / "tokenizer.pt"):
         return f"its training has stopped before: python train.py --resume {run} goes on"
-    runs = [str(p.parent) for folder in {run.parent, pathlib.Path("out")} for p in folder.glob("*/model.pt")]
+    places = {run.parent, pathlib.Path("out")}
+    runs = {str(p.parent) for place in places for p in place.glob("*/*.pt")
+            if p.stem in ("model", "tokenizer")}
     near = difflib.get_close_matches(str(run), runs, 1)
     return f"did you mean {near[0]}?" if near else f"there is {', '.join(sorted(runs)[:5])}" if runs else \
         "python train.py makes one"
@@ -3527,13 +3529,16 @@ def tokenizer_beside(path):
     return {f"vqgan.{name}": v for name, v in load_tokenizer(tokenizer)[0].state_dict().items()}
 
 
-def load_tokenizer(path):
-    """Trained VQGAN and its config from a run folder, a tokenizer.pt, or a published tokenizer file."""
+def load_tokenizer(path, tell=print):
+    """Trained VQGAN and its config from a run folder, a tokenizer.pt, or a published tokenizer file. tell: as
+    for load_model."""
     path = pathlib.Path(path, "tokenizer.pt" if os.path.isdir(path) else "")
     state = load_checkpoint(path)
     with reading(path, "a tokenizer of train.py or a published one"):
         if isinstance(state.get("config"), dict) and "tokenizer_arch" in state["config"]:
             config, weights = state["config"]["tokenizer_arch"], sub_state(state["model"], "vqgan.")
+            if state.get("step", math.inf) < (steps := state["config"].get("tokenizer_steps") or 0):
+                tell(f"{path}: training stopped at step {state['step']} of {steps}")
         elif any(sub_state(weights := published_weights(state), name) for name in (*PUBLISHED, "blocks.")):
             raise UserError(f"{path} is a model, not a tokenizer; name its run's folder or a tokenizer.pt")
         else:
