@@ -5396,11 +5396,9 @@ def test_the_untrained_twin_of_the_closing_report_does_not_depend_on_what_ran_be
 
 
 def test_one_run_is_called_by_its_name(finished):
-    printed = script("probe.py", finished[0], "--workers", 0)
-    name, of = printed.splitlines()[2].split("  ")[-1], printed.splitlines()[1]
-    assert name == finished[0].name and "48 training images, 16 test images" in of
-    again = script("probe.py", finished[0] / "model.pt", "--workers", 0)
-    assert again.splitlines()[2] == printed.splitlines()[2]
+    of, line = script("probe.py", finished[0], "--workers", 0).splitlines()[2:4]
+    assert line.split("  ")[-1] == finished[0].name and "48 training images, 16 test images" in of
+    assert script("probe.py", finished[0] / "model.pt", "--workers", 0).splitlines()[3] == line
 
 
 def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(photos, finished, diffused,
