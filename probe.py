@@ -2385,6 +2385,9 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     train     True: training part, False: test part, None: all there is, in a folder of any layout,
               with the label -1 where there is no class
     crop      min fraction of the area that a crop keeps; of shapes at least half, since less may show none
+
+    A kind of your own returns an ImageTensor, as cifar10 does, with the same classes for each part, and both
+    parts together for None. Its defaults, by name, stand in train.py.
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":

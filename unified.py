@@ -2774,6 +2774,11 @@ def build(config):
 #
 # If yours means something else, such as a mask_ratio of 0.3, give it another name: those are not checked.
 #
+# Tests hold it to this as well: sample_steps() yields as many states as num_steps(steps) says, for any
+# steps asked for, 10^30 included, and a guided step costs two passes. forward's t, if given, is one for
+# each image. A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(), and what its
+# __init__ sets.
+#
 # What else the scripts ask of a model has the default below. A class that differs sets its own, as the
 # methods above do where they say "for the scripts", and Denoiser with t_range. It may also override
 # num_steps, render and noise. To be fine-tuned, or to lend its encoder to --init-encoder, it calls its
