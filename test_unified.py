@@ -2728,7 +2728,8 @@ def test_every_head_reads_every_network(which, head, more, layer, rows, finished
     run, steps = (finished[0], [0.0, 0.3]) if which == "mage" else (finished_adm, [9, 30])
     more = [",".join(map(str, steps)) if word == "two" else word for word in more]
     printed, found = probed(monkeypatch, capsys, run, "--head", head, *more)
-    best, without_pixels = unified.load_model(run)[0].best_layer, head in (*probe.ON_MAPS, "finetune")
+    best = unified.load_model(run)[0].best_layer
+    without_pixels = head in (*probe.ON_MAPS, "finetune") or "--matryoshka" in more
     assert {row["head"].split("-")[0] for row in found} == {head} and len(found) == rows or not rows
     for row in found:
         assert row["layer"] == (best if layer == "best"
