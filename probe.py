@@ -1832,7 +1832,7 @@ def asked_to_stop():
 def progress_bar(total, title, unit, start=0, stay=False):
     """A bar that vanishes or stays, in the first process only; none without a title. Where there is no
     terminal, a line now and then, and at the start if it stays."""
-    lines = dict(file=Lines(), delay=0 if stay else 1, mininterval=30, miniters=1,
+    lines = dict(file=Lines(), delay=0 if stay else 1, mininterval=30, maxinterval=math.inf, miniters=1,
                  bar_format="{desc}: {n_fmt} of {total_fmt}{unit}{postfix}, {remaining} left")
     more = dict(leave=stay, dynamic_ncols=True) if sys.stderr.isatty() else dict(leave=False, **lines)
     silent = title is None or unified.rank_and_world()[0] > 0

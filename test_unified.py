@@ -5771,7 +5771,7 @@ def test_a_run_goes_on_with_the_tokenizer_that_it_began_with(photos, finished, t
     state = unified.load_checkpoint(lender / "tokenizer.pt")
     torch.save(state | {"step": 1}, lender / "tokenizer.pt")
     printed = script("train.py", *flags(photos, run, "--tokenizer", lender, "--no-report"))
-    assert "tokenizer.pt: training stopped at step 1 of 3" in printed
+    assert "tokenizer.pt: training stopped at step 1 of 3" in printed and "then the report" not in printed
     own, other = unified.load_model(run)[0].vqgan.state_dict(), state["model"]
     torch.save(state | {"model": {k: v + 0.1 * v.isfinite() for k, v in other.items()}},
                lender / "tokenizer.pt")

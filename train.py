@@ -448,7 +448,8 @@ def forecast(cfg, steps, net=None):
     stages[cfg.model] = (model, ids if net else x, steps * cfg.batch_size)
     seconds = {name: images * seconds_an_image(cfg, *stage) for name, (*stage, images) in stages.items()}
     parts = ", ".join(f"{name} {in_words(v)}" for name, v in seconds.items())
-    return f"about {in_words(sum(seconds.values()))} of training in all: {parts}; then the report"
+    total = in_words(sum(seconds.values()))
+    return f"about {total} of training in all: {parts}" + "; then the report" * cfg.report
 
 
 def in_words(seconds):
