@@ -3412,6 +3412,20 @@ def parse_flags(cls, doc, argv=None):
 # Checkpoints: a dict of plain values and tensors, written by train.py with the previous one beside them.
 
 
+def file_remedy(path, error):
+    """What to do about a file that could not be read because of error, in words."""
+    run = pathlib.Path(path).parent
+    if os.path.isdir(path):
+        return "it is a folder, name a file"
+    if os.path.exists(run / "model.pt") and "model.pt" not in str(path):
+        return f"name the run, {run}"
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "it is no image, or of a kind that Pillow does not know"
+    if os.path.exists(f"{path}.prev"):
+        return f"if it is damaged, rename {path}.prev to it"
+    return "if it is damaged, copy or download it again"
+
+
 @contextlib.contextmanager
 def reading(path, kind):
     """Whatever fails in here is the fault of the file at path: a UserError says so, caused by what failed."""
@@ -3424,13 +3438,7 @@ def reading(path, kind):
             raise UserError(f"{path} holds {held[1]} beside its tensors, and loading that could run code; "
                             "where the file was made, save the model's state_dict() alone") from error
         text = " ".join(f"{type(error).__name__}: {error}".partition(": Weights only")[0].split())[:200]
-        run = pathlib.Path(path).parent
-        mend = f"rename {path}.prev to it" if os.path.exists(f"{path}.prev") else "copy or download it again"
-        mend = "it is a folder, name a file" if os.path.isdir(path) else \
-            f"name the run, {run}" if os.path.exists(run / "model.pt") and "model.pt" not in str(path) else \
-            "it is no image, or of a kind that Pillow does not know" \
-            if isinstance(error, PIL.UnidentifiedImageError) else f"if it is damaged, {mend}"
-        raise UserError(f"{path} cannot be read as {kind} ({text}); {mend}") from error
+        raise UserError(f"{path} cannot be read as {kind} ({text}); {file_remedy(path, error)}") from error
 
 
 def other_run(path):
@@ -3442,8 +3450,9 @@ def other_run(path):
     runs = {str(p.parent) for place in places for p in place.glob("*/*.pt")
             if p.stem in ("model", "tokenizer")}
     near = difflib.get_close_matches(str(run), runs, 1)
-    return f"did you mean {near[0]}?" if near else f"there is {', '.join(sorted(runs)[:5])}" if runs else \
-        "python train.py makes one"
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"there is {', '.join(sorted(runs)[:5])}" if runs else "python train.py makes one"
 
 
 def load_checkpoint(path):
