@@ -34,7 +34,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     4  Masking and unmasking       which tokens are masked in training; parallel decoding, guided
     5  MAGE                        predict the masked ids
     6  A training loop             all of this, run: `python unified.py`, two minutes on a CPU
-    7  MAGE-C, MAGE-E              and tell which two crops, or echoes, belong to the same image
+    7  MAGE-C, MAGE-E              and tell which two crops, or which image and echo, belong together
     8  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
     9  Noise                       the noise schedule, and the way back: DDPM and DDIM
     10 UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
@@ -46,23 +46,30 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
 
 Look these up when you meet them.
 
-Sizes    B images; n, when they are generated           N of B images that are noised; or any number of rows
-         L tokens of an image, on a grid of h x w       M of them that enter an encoder
-         C channels of a token, C' in a decoder         S pixels on a side of an image
-         K entries of the codebook                      V of the vocabulary, or of a part of it
-Symbols  x pixels                                       ids token ids
-         z output of the tokenizer's encoder, or an embedding; h0, h1 ... outputs of a transformer's encoder
-         x0, eps, xt clean pixels, noise, and their mixture at timestep t; ADDP's xt is half decoded
-         x', x0', eps' what a network makes of x, x0, eps; in code x0_hat, eps_hat
-         alpha_bar how much of x0 is left in xt: the square of its factor
-         t of T: in sections 4 to 8 the number of a decoding step, 1 ... T, with fewer tokens masked as t
-           grows; in 9 to 11, the other way round, a timestep, noisier as t grows
-         t of features(): how corrupted x is, by a mask ratio in MAGE, by a timestep in UMD and ADM
+Sizes    B   images of a batch; n when they are generated
+         N   in UMD the images of a batch that are noised; elsewhere any number of rows
+         L   tokens of an image, on a grid of h x w; M of them enter an encoder
+         C   channels of a token; C' in a decoder
+         S   pixels on a side of an image
+         K   codes in the codebook; V ids in a vocabulary, which has more than the codes
+         k   class tokens, where there are several
 
-Pixels are floats in [0, 1] where they enter or leave a model; inside diffusion models they are in [-1, 1].
-Masks are bool, True = masked. They are over tokens, unless a shape or a name says pixels. What a loss draws
-at random, but for dropout and MAGE-E's echoes, can be passed in instead. Numbers that decide shapes or steps
-are kept on the CPU: to read them off a GPU is to wait for it.
+Symbols  x, ids          an image as pixels, or as token ids
+         z               output of the tokenizer's encoder, or an embedding
+         h0, h1 ...      outputs of a transformer's encoder
+         x0, eps, xt     clean pixels, noise, and their mixture; ADDP's xt is an image decoded from partly
+                         decided ids
+         x', x0', eps'   what a network makes of x, x0, eps; in code x0_hat, eps_hat
+         alpha_bar       how much of x0 is left in xt: the square of its factor
+         w               strength of guidance
+
+         t runs in two directions. In sections 4 to 8 it counts steps of decoding, 1 ... T: the larger t, the
+         less is masked. In 9 to 11 it is a timestep of diffusion: the larger t, the more noise. The t of
+         features() says how corrupted x is: by a mask ratio in MAGE, by a timestep in UMD and ADM.
+
+Pixels are floats in [0, 1] where they enter or leave a model. Inside diffusion models they are in [-1, 1].
+Masks are bool, True = masked. They are over tokens, unless a shape or a name says pixels. Nearly all that a
+loss draws at random can also be passed in.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
          [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
@@ -119,8 +126,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 #     x --+-- LayerNorm -- attention --+--+-- LayerNorm -- MLP --+--
 #         |____________________________|  |______________________|
 #
-# Both branches only add to x. So, as in a ResNet, gradients have a way to the first block on which nothing
-# shrinks them.
+# Both branches only add to x. So the gradient flows back along the upper line to the first block, and nothing
+# on this line shrinks it. ResNets rest on the same idea.
 
 
 class Attention(nn.Module):
@@ -129,8 +136,8 @@ class Attention(nn.Module):
     dim      width C, a multiple of heads, else ValueError
     heads    number of heads; each has d = C / heads channels
     dropout  of attention probabilities and of outputs, in training
-    fused    True: where it is faster, one fused kernel, and the (L, L) matrix never exists in memory.
-             False: the equation above, to be read (test_fused_attention_is_the_equation)
+    fused    False: the equation above. True: the same result from one fast kernel, where that is faster; the
+             (L, L) matrix then never exists in memory
     """
 
     def __init__(self, dim, heads, dropout=0.0, fused=True):
@@ -196,7 +203,15 @@ def scatter_tokens(into, index, x):
 # ------------------------------------------------------------------------------------------------------------
 # 2. The VQ tokenizer
 #
+# A transformer needs tokens. The tokenizer turns an image into a grid of integers, the ids, and back. It
+# has a codebook: a table of K learned vectors e_k, the codes. The encoder E makes a vector z for each place
+# of the grid. The id of the place is the number of the code nearest to z. The decoder D sees only this
+# code:
+#
 #     z = E(x)        id = argmin_k ||z - e_k||^2        x' = D(e_id)                    [VQ-VAE, eq. 1 and 2]
+#
+#     two codes of width 2:  e_0 = (0, 0), e_1 = (1, 1)
+#     z = (0.9, 0.6)         distances 1.17 and 0.17, so id = 1, and D reads (1, 1)
 #
 #     image 256 x 256 x 3                                                        image
 #       | E: residual blocks, average pooling                                ^  D: residual blocks, upsampling
@@ -207,10 +222,9 @@ def scatter_tokens(into, index, x):
 #       v     16 x 16 x 512                                               16 x 16 x 512
 #     z 16 x 16 x 256  --- nearest of the K = 1024 codes --->  ids 16 x 16  --->  e_id 16 x 16 x 256
 #
-# From here on an image is 256 integers below 1024. The layers are those of MaskGIT's tokenizer,
-# which MAGE uses frozen (official file: taming/modules/diffusionmodules/model.py). It differs from the
-# well-known VQGAN: no attention, no convolution around the codebook, average pooling on the way down, and
-# hardly any bias.
+# From here on this image is 256 integers below 1024. The layers are those of MaskGIT's tokenizer, which MAGE
+# uses as it is (official file: taming/modules/diffusionmodules/model.py). It is simpler than the well-known
+# VQGAN: no attention, no convolution around the codebook, average pooling on the way down, hardly any bias.
 
 
 def group_norm(channels, groups=32):
@@ -353,8 +367,8 @@ class VQGAN(nn.Module):
         return self.decode_codes(self.quantize.lookup(ids))
 
     def decode_codes(self, z, pixels=2**22):
-        """Codes, or weighted means of codes, (B, dim, h, w) -> pixels, as decode() returns them. At most so
-        many pixels are computed at once, which takes a few GiB."""
+        """As decode(), of codes or weighted means of codes, (B, dim, h, w). Large batches are decoded in
+        parts of so many pixels, to save memory."""
         images = max(1, pixels // (self.stride ** 2 * math.prod(z.shape[2:])))
         return torch.cat([self.decoder(part) for part in z.split(images)])
 
@@ -365,9 +379,12 @@ class VQGAN(nn.Module):
         return self.decode(ids).clamp(0, 1), ids
 
 
-# Training the tokenizer. The loss is a weighted sum of these terms, where sg is stop-gradient and
-# p = softmax(-distances / 0.01) over the K codes, H its entropy. All are means, over pixels, channels,
-# positions or codes; only the distances are sums over channels, as above:
+# Training the tokenizer. To choose the nearest code is rounding, and rounding has no gradient. So the decoder
+# reads z + sg(e_id - z), where sg is stop-gradient. Its value is e_id; its gradient goes straight to z:
+#
+#     z = 0.3, nearest code 0.5     the decoder reads 0.3 + sg(0.2) = 0.5, whose derivative by z is 1
+#
+# The loss is a weighted sum of these terms, each a mean over all its entries:
 #
 #     term        weight                               trains
 #     l1           3.0   |x' - x|                      decoder and encoder
@@ -376,29 +393,26 @@ class VQGAN(nn.Module):
 #     codebook     1.0   (sg(z) - e_id)^2              codes: each moves to its z             [VQ-VAE, eq. 3]
 #     coverage     0.5   (e_k - sg(nearest z))^2       codes, unused ones too: each moves to the z of
 #                                                      the batch nearest to it                       [ours]
-#     entropy      0.03  mean H(p) - H(mean p)         codes and encoder: positions are sure of their code,
-#                                                      and all codes are used                       [MaskGIT]
+#     entropy      0.03  mean H(p) - H(mean p)         codes and encoder, see below               [MaskGIT]
 #
-# From 256 pixels on train.py lets a patch discriminator d join, for sharper textures [VQGAN, eq. 7]:
+# Why the last two? With the others alone most codes stay unused, since a code that is nobody's nearest gets
+# no gradient. Coverage moves such codes, too. And entropy rewards the use of all codes. In it
+# p = softmax(-distances / 0.01) says how sure a place is of its code, and H is the entropy:
+#
+#     two places' p = (1, 0) and (0, 1)         0 - ln 2 = -0.69     best: sure, and both codes are used
+#                     (1, 0) and (1, 0)         0 - 0    =  0        sure, but one code is never used
+#                     (.5, .5) and (.5, .5)     ln 2 - ln 2 = 0      not sure
+#
+# From 256 pixels on train.py adds a patch discriminator d, for sharper textures [VQGAN, eq. 7]:
 #
 #     generator      0.8   -g d(x')                    decoder and encoder
 #     discriminator  1.0   hinge(d(x), d(sg(x'))) / 2  d alone
 #
-# where hinge(a, b) = max(0, 1 - a) + max(0, 1 + b). The factor g makes the generator term's gradient at the
-# decoder's last layer as long as that of l1 + l2, taken without their weights.
+# where hinge(a, b) = max(0, 1 - a) + max(0, 1 + b). The factor g is chosen anew in each step: it makes the
+# gradient of g d(x') at the decoder's last layer as long as that of l1 + l2, taken without their weights.
 #
-# Rounding has no gradient. So the decoder reads z + sg(e_id - z), whose value is the code, and its gradient
-# goes straight through to the encoder.
-#
-# VQ-VAE's terms alone leave most codes unused, since a code that is nobody's nearest gets no gradient: the
-# codebook term takes each z and moves its nearest code; coverage takes each code and moves it to its nearest
-# z. And entropy rewards the use of all.
-#
-# An image of one flat colour gets noise of half a grey level before all this: where nothing varies, group
-# norms divide by almost zero (add_grain, in section 14).
-#
-# MaskGIT's perceptual loss needs a pretrained network, which we do without. The price is texture: expect a
-# clearly higher reconstruction FID than the 2 to 3 of released tokenizers.
+# MaskGIT's perceptual loss needs a pretrained network. We do without, and pay in texture: expect a clearly
+# higher reconstruction FID than the 2 to 3 of released tokenizers.
 
 
 def straight_through(z, codes):
@@ -448,7 +462,7 @@ class TokenizerTraining(nn.Module):
         self.vqgan, self.discriminator = vqgan, PatchDiscriminator()
 
     def forward(self, x, labels=None, adversarial_weight=0.0, grain=None):
-        """Loss of one batch. Labels are not used; they are an argument so that all training loops are alike.
+        """Loss of one batch; labels are not used.
 
         x                   pixels (B, 3, S, S) in [0, 1]          grain  for add_grain, drawn if None
         adversarial_weight  of the generator term: 0.8 in [VQGAN]; 0: no discriminator, as below 256 pixels
@@ -489,21 +503,17 @@ class TokenizerTraining(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # 3. What every model offers
 #
-# All models below offer the same four calls. So the scripts, train.py, sample.py, and probe.py, which
-# fits linear classifiers to frozen embeddings ("linear probes"), need not know which one they have:
+# All models below offer the same four calls:
 #
 #     model(x, labels) -> loss, logs              training: how well is the corruption undone?
 #     model.sample(n, **options) -> images        generation, from nothing or into a hole
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        outputs of any block, at any degree of corruption t
 #
-# features() also takes noise, what the method's corruption draws: mask_noise or eps. Two of its arguments,
-# add and finetune, are for probe.py alone; read on as if they were not there. A wrong call of any of these
-# is a ValueError that says what the method takes: a wrapper around each, installed in section 14, checks
-# arguments and brings labels and seeds to the model's device.
-#
-# Model, their base class, has what they share. What else the scripts ask of a model has a default, which
-# section 12 sets, together with an example for a method of your own.
+# A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. features()
+# has two arguments for probe.py alone, add and finetune; read on as if they were not there. Wrong arguments
+# raise a ValueError that says what is wanted (section 14). What else the scripts ask of a model has a default
+# (section 12).
 
 
 class Model(nn.Module):
@@ -547,13 +557,14 @@ class Model(nn.Module):
 #
 #     r ~ N(0.55, 0.25^2) restricted to [0.5, 1]          mean 0.69
 #
-# At r = 0.5 half of the image is visible, and the network learns to represent it. Near r = 1 hardly anything
-# is, and it learns to generate. Which tokens are masked is decided by sorting random numbers, one for each:
-# mask_noise. They only rank the tokens; nothing is added to the image.
+# This one number joins two tasks. At r = 0.5 half of the tokens are visible: enough to learn a
+# representation. Near r = 1 almost none are, and the network learns to generate. Which tokens are masked?
+# Each gets a random number, its mask_noise, and those with the smallest numbers are masked. Nothing is
+# added to the image.
 #
-# Half of the tokens or more are masked. So L / 2 masked ones, rounded up, are dropped before the encoder,
-# as all are in MAE, to save time; as their number is fixed, shapes are static. The other masked tokens
-# enter as [MASK]:
+# To save time, L / 2 of the masked tokens (rounded up) are dropped: they do not enter the encoder. MAE drops
+# all masked ones. MAGE drops this fixed number, so that shapes stay the same from batch to batch, and the
+# other masked ones enter as [MASK]:
 #
 #     L = 256 tokens, r = 0.55, sorted by their random numbers; later each goes back to its place
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
@@ -589,26 +600,26 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
     return mask, ids_keep.sort(1).values
 
 
-# Generation starts with n0 masked tokens: all L, or the unknown ones of inpainting. Step t of T predicts
-# every masked token, keeps the predictions that are most confident, and masks the others again. How many stay
-# masked falls along a cosine [MaskGIT, 3.3]. In MAGE it is rounded down, and falls in each step by at least
-# one, but never below 1. (ADDP rounds up, and may keep nothing in a step. Both are as in the official codes.)
-#
-#     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1)),  num_masked(0) = n0  in MAGE
-#
-#     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
-#
-# One token is still in the mask after step T. It does no harm: every masked token is given an id in every
-# step, so that one has an id, too, and MAGE's image is complete.
+# Generation starts with n0 masked tokens: all L, or, when inpainting, the unknown ones. It takes T steps.
+# Each step predicts all masked tokens, keeps the most confident predictions, and masks the others again:
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
 #     confidence   -.1 -1.6        -.9            log p + temperature (1 - t/T) Gumbel, at masked tokens
 #     next           c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
-# The Gumbel noise varies the order in which tokens are kept, and with it the images. It ends at 0. The
-# temperature, 6 for 16 x 16 tokens and (ours) 6 h / 16 for h x h, scales this noise only: ids are always
-# sampled from p itself.
+# How many stay masked falls along a cosine [MaskGIT, 3.3], and in MAGE by at least one in each step:
+#
+#     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1)),       num_masked(0) = n0
+#
+#     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
+#
+# One token is still marked as masked after step T, as in the official code. It has an id all the same, since
+# each step predicts all masked tokens. So the image is complete.
+#
+# The Gumbel noise varies which tokens are kept first, and with that the images. It shrinks to 0 in step T.
+# The temperature scales this noise only: ids are always sampled from p itself. It is 6 for 16 x 16 tokens
+# and, which is our choice, 6 h / 16 for h x h.
 
 # The ratio of n0 that stays masked after step t of T. A name here is one for sample.py --schedule, too.
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
@@ -617,11 +628,11 @@ SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lam
 def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
     """How many tokens of each image stay masked after a step: int (n,) -> int (n,).
 
-    initial, before  how many were masked at the start, and before this step
-    step, steps      step counts from 0, so t = step + 1; and T
-    schedule         a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
-                     t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
-    round_up         as in ADDP; else, as in MAGE, rounded down, and at least one fewer than before, down to 1
+    initial   n0, how many were masked at the start          before  how many were before this step
+    step      t - 1: it counts from 0                        steps   T
+    schedule  a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
+              t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
+    round_up  False: the rule above. True: that of ADDP (section 8), which may keep nothing in a step
     """
     ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     wanted = initial.double() * ratio(step + 1, steps)
@@ -629,10 +640,9 @@ def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
     return wanted.clamp(min=1).minimum(before)
 
 
-# All random numbers of an image follow from its seed, so it is the same alone or among a thousand: with
-# torch, that would take a generator for each image. Read hashed_uniform(seeds, draw, L) of section 14, a
-# hash of seed, draw and position, as torch.rand(n, L), with a row for each seed, and another one for each
-# draw.
+# An image depends on its seed alone, not on the batch in which it is made, so torch.rand() will not do. Read
+# hashed_uniform(seeds, draw, L), of section 14, as torch.rand(n, L) whose row i follows from seeds[i] and the
+# number of the draw.
 
 
 def decoding_noise(seeds, step, L):
@@ -660,16 +670,17 @@ def sample_categorical(p, u):
 
 
 def unmask(logits, ids, mask, count, u, gumbel, order=None):
-    """One step of parallel decoding. It draws no random number of its own.
+    """One step of parallel decoding: the four lines of the picture above.
 
-    logits (n, L, K)    ids (n, L)    mask (n, L), True = masked    count int (n,): how many stay masked
-    u (n, L)     in (0, 1), samples the ids           gumbel (n, L)    is added to log p
-    order        None, or a function: confidence (n, L), noise included -> priority (n, L). Of the masked
-                 tokens those with the highest priority are kept. It sees neither mask nor step (for these,
-                 write a loop around unmask() of your own); what it says of visible tokens does not count. In
-                 raster order, say:
-                 model.sample(8, order=lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c))
-    returns      ids with every masked one predicted, mask (n, L); visible tokens stay as they are
+    logits  (n, L, K)
+    ids     (n, L)                          mask    (n, L), True = masked
+    count   int (n,): how many stay masked
+    u       (n, L) in (0, 1): samples the ids
+    gumbel  (n, L): is added to log p
+    order   None: by confidence. Or a function, confidence (n, L) -> priority (n, L), of which the highest are
+            kept; in raster order: lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c). It sees
+            neither mask nor step: for these write a loop around unmask() of your own
+    returns ids with every masked one predicted, and the new mask, (n, L) each
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
     ids = torch.where(mask, sample_categorical(p, u), ids)
@@ -713,16 +724,43 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-class TokenModel(Model):
-    """A network that predicts ids, of which MAGE and ADDP are two: sizes, and generation by parallel
-    decoding.
+# Guidance. Some models can be told the label y of an image, MAGE by the class token of section 5. In
+# training one label in ten is left out, so the network can predict with a label and without. Classifier-free
+# guidance exaggerates the difference [CFG]:
+#
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
+#
+#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
+#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
+#
+# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
+#
+# - An interval [Interval]. Guidance helps in one part of sampling and harms in the rest. Let progress run
+#   from 0, all noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere
+#   w_t is 1.
+# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
+#   makes the errors of the network, only larger. So the direction from its prediction to the network's leads
+#   away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the only guidance
+#   they have.
 
-    vqgan       the frozen tokenizer, which gives the sizes here
+
+def guidance_at(progress, w, interval):
+    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
+    low, high = interval
+    return w if low <= progress < high else 1.0
+
+
+class TokenModel(Model):
+    """What MAGE and ADDP share: both predict ids, and generate by parallel decoding.
+
+    vqgan       the frozen tokenizer
     image_size  S, a multiple of the tokenizer's stride, else ValueError
 
-    A subclass sets self.vqgan and self.norm (a layer whose weight is on the model's device). Besides what
-    every Model has it defines step_logits(state, labels=None) -> logits (n, L, K) of the next step after a
-    Decoding, and render(state); sample_steps() is here.
+    A subclass sets self.vqgan and self.norm (a layer whose weight is on the model's device), and defines
+
+    step_logits(state, labels=None)    a Decoding -> logits (n, L, K), the prediction of its next step
+    render(state)                      a Decoding -> pixels (n, 3, S, S) in [0, 1]
     """
 
     round_up = False                                            # of num_masked
@@ -750,11 +788,11 @@ class TokenModel(Model):
         return hashed_uniform(seeds, 0, self.length)
 
     def initial_state(self, n, known=None, mask=None):
-        """The Decoding to begin with. All tokens are masked, unless pixels are known.
+        """The Decoding to begin with. From nothing, all tokens are masked.
 
-        Inpainting: pixels that are to be generated are set to 0 before the image is tokenised, since ids
-        nearby would leak what was there. Tokens that contain such pixels are masked, and so are their
-        neighbours, whose ids may describe the 0."""
+        For inpainting the known image is tokenised. Its unknown pixels are set to 0 before, or ids nearby
+        would betray them. Tokens that contain unknown pixels are masked. So are their neighbours, whose ids
+        may describe the black hole."""
         device = self.norm.weight.device
         if known is None:
             return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
@@ -777,7 +815,7 @@ class TokenModel(Model):
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
         temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, 6 * h / 16 for h x h (ours)
         labels        int (n,), or None
-        guidance      w of classifier-free guidance (see the end of section 5); w_t grows to it linearly
+        guidance      w of classifier-free guidance, to which w_t grows
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked
@@ -796,8 +834,7 @@ class TokenModel(Model):
                                      schedule, order, self.round_up)
 
     def guided_logits(self, state, labels, w, guide=None):
-        """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K). With
-        w = 1 it is step_logits; the rest is explained at the end of section 5."""
+        """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K)."""
         wanted = self.step_logits(state, labels)
         if w == 1 or labels is None and guide is None:
             return wanted
@@ -808,12 +845,8 @@ class TokenModel(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 5. MAGE: predict the masked ids
 #
-#     loss = - mean over masked i of  log p(id_i | visible ids)     with label smoothing 0.1     [MAGE, eq. 1]
-#
-# An encoder reads the visible ids, filled up with [MASK] to L / 2 tokens, and before them, at position 0, the
-# class token. All attend to these [MASK], but the decoder does not use their outputs. The output at the class
-# token comes to summarise the image. A decoder gets the outputs of visible ids back at their places and this
-# summary at every masked place, and predicts the ids there:
+# An encoder reads what section 4 left: the visible ids and some [MASK]. Before them, at position 0, it reads
+# the class token. A decoder then predicts the masked ids:
 #
 #     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
 #     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
@@ -821,19 +854,21 @@ class TokenModel(Model):
 #     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place
 #     decode                p   p       p   p         each a softmax over the K codes
 #
-# (In section 4's example of 256 tokens: 129 in, then 257, with h0 at 141 masked places and at position 0.)
+# At masked places the decoder reads h0, the encoder's output at the class token. So training makes h0 a
+# summary of the image. The loss is a cross-entropy at masked places, with label smoothing 0.1:
 #
-# The class token is an embedded id like the others: a label or, without one, the "fake class", which stands
-# for any image. Codes, classes, fake class and [MASK] are one vocabulary (in the authors' files the fake
-# class has the id of class 76):
+#     loss = - mean over masked i of  log p(id_i | visible ids)                                  [MAGE, eq. 1]
+#
+# The class token is an embedded id like the others. It is the label of the image or, without a label, the
+# "fake class", which stands for any image. In training one label in ten is replaced by the fake class. Codes,
+# labels, fake class and [MASK] share one vocabulary:
 #
 #     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
 #
-# In training one label in ten is replaced by the fake class.
+# (In the authors' files the fake class has the id of class 76.)
 #
-# Generation is that of TokenModel in section 4, with logits = decode(encode(class id and masked ids), mask).
-# Nothing is dropped in it, as in the official code: dropping saves time in training. So the encoder then
-# reads up to L of [MASK], in training at most L / 2; what the decoder reads at masked places is h0 in both.
+# Generation is the loop of section 4. There, as in the official code, no [MASK] is dropped: dropping saves
+# time in training. So at the start the encoder reads L of them, twice as many as in training at most.
 
 
 class TokenEmbedding(nn.Module):
@@ -852,8 +887,9 @@ class TokenEmbedding(nn.Module):
 class Head(nn.Module):
     """Decoder output x (B, L, C') -> logits (B, L, V), in float32.
 
-    weight (V, C), the embeddings of the ids that can be predicted, is the output matrix (weight tying). It is
-    detached, as in the official code, which gives no reason: embeddings learn as inputs only."""
+    A logit is the product of the output with the embedding of that id, weight (V, C): input and output share
+    one table (weight tying). Here the table is detached, as in the official code, so it learns as an input
+    only."""
 
     def __init__(self, inp, dim, vocab_size):
         super().__init__()
@@ -981,13 +1017,13 @@ class MAGE(TokenModel):
         return self.mlm_layer(x, self.token_emb.word_embeddings.weight[:self.codes])
 
     def decoder_input(self, latent, mask, ids_keep=None):
-        """Encoder outputs back at their places, the output at position 0 wherever a token is masked:
-        (B, 1 + L, C')."""
+        """The line "fill" of the picture above, with positions: outputs of visible tokens at their places,
+        the output at position 0 at masked ones: (B, 1 + L, C')."""
         x = self.decoder_embed(latent)                                                      # (B, 1 + M, C')
         summary = x[:, :1].expand(-1, self.length, -1)                                      # (B, L, C')
-        # With the outputs of [MASK], which the summary then replaces.
-        visible = x[:, 1:] if ids_keep is None else scatter_tokens(summary, ids_keep, x[:, 1:])
-        x = torch.cat([x[:, :1], torch.where(mask[..., None], summary, visible)], 1)
+        placed = x[:, 1:] if ids_keep is None else scatter_tokens(summary, ids_keep, x[:, 1:])
+        # `placed` still has the outputs of [MASK], which the summary replaces.
+        x = torch.cat([x[:, :1], torch.where(mask[..., None], summary, placed)], 1)
         return x + self.decoder_pos_embed_learned
 
     # ---- generation
@@ -1032,9 +1068,11 @@ class MAGE(TokenModel):
         return encoder_decoder_features(self, x, lambda latent: self.decoder_input(latent, mask), layers, add)
 
     def embed(self, x, noise=None, pool="mean"):
-        """The vector that the paper probes: (B, C). 'mean': outputs of the encoder's last block, averaged
-        over the image, then through a LayerNorm without weights; 'class': the class token behind the
-        model's last LayerNorm. Nothing is masked."""
+        """The vector that the paper probes: (B, C). Nothing is masked.
+
+        pool  'mean': outputs of the encoder's last block, averaged over the image, then through a LayerNorm
+              without weights; 'class': h0, the encoder's normed output at the class token
+        """
         if pool == "mean":
             mean = self.features(x)[0].mean((2, 3))                                         # (B, C)
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
@@ -1047,91 +1085,30 @@ class MAGE(TokenModel):
     t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
 
 
-# Guidance. MAGE and UMD can be trained with labels. Then the network is told the label y of an image, in MAGE
-# by the class token, but for one image in ten it is not. So it can predict with and without a label.
-# Classifier-free guidance takes what the label changes in a prediction, and exaggerates it [CFG]:
-#
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
-#
-# w = 1 is prediction as trained, for which one pass is enough. Two variants:
-#
-# - An interval. Let progress be 0 at the start, all noise or all masked, and 1 at the image. Guidance helps
-#   on a part of this way and harms on the rest. So it acts while low <= progress < high; elsewhere w_t is 1
-#   [Interval].
-# - A guide. A weaker network, such as an earlier checkpoint, predicts in place of "no label". It errs where
-#   the network errs, only more so: the step from its prediction to the network's, taken further, leads away
-#   from the error [Autoguidance]. Both see the same labels. ADDP and ADM take no labels: a guide is the only
-#   guidance they have.
-
-
-def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
-    low, high = interval
-    return w if low <= progress < high else 1.0
-
-
-# How features() reads the middle of a network, here and in ADDP and UMD: it does not call encode() and
-# decode(), but runs their blocks through the first of these functions, and stops early. The second does so
-# for an encoder and a decoder. (Tests hold both ways equal.)
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
-
-    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, w)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
-    condition      further arguments of all blocks
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 6. A training loop
 #
-# The story so far, on drawn shapes and a CPU: `python unified.py` trains a tokenizer, then MAGE on its ids,
-# in two minutes on two cores. The images need no download: draw_shapes() of section 14 draws circles, stars
-# and six other kinds, in colours that say nothing about the kind. train.py has the same loop, and what a
-# long run needs: ids that are computed once, averaged weights, MAGE-E's after_step(), evaluation,
-# checkpoints, many GPUs. Seed 0, torch 2.13 on two threads, printed:
+# `python unified.py` runs the story so far: it trains a tokenizer, then MAGE on its ids, in two minutes on
+# two CPU cores. The images need no download: draw_shapes() of section 14 draws eight kinds, such as circles
+# and stars, whose colours say nothing about the kind. With seed 0, torch 2.13 and two threads it printed:
 #
-#     TokenizerTraining step   600   loss 0.031          a blurred copy of each image (the entropy term is
-#                                                        negative, with its weight -0.14)
-#     MAGE              step   100   loss 4.920          no better than guessing: ln 128 = 4.85
-#     MAGE              step   900   loss 2.258          it varies with the mask ratio of the batch; label
-#                                                        smoothing keeps it above 0.80
+#     TokenizerTraining step   600   loss 0.031
+#     MAGE              step   100   loss 4.920
+#     MAGE              step   900   loss 2.258
 #     linear probe with 40 labels: 64.1%, before training 42.0%
-#     linear probe with 1000 labels: 93.4%, before training 88.3%           random features of ids tell shapes
+#     linear probe with 1000 labels: 93.4%, before training 88.3%
 #
-# The probe is fitted to embeddings of eight classes; MAGE's tokenizer is trained in both. Of 64 samples, in
-# shapes.png, most are shapes, in two colours: all that the tokenizer tells apart so far. `python unified.py
-# umd` trains one of the methods to come (what they show stands at the end of section 11).
+# - At 0.031 the tokenizer makes a blurred copy of each image. (The entropy term in this loss is negative,
+#   -0.14.)
+# - At step 100 MAGE still guesses: ln 128 = 4.85. Its loss varies with the mask ratio of the batch, and label
+#   smoothing keeps it above 0.80.
+# - The probe tells the eight kinds apart. "Before training" is a fresh MAGE on the trained tokenizer: random
+#   features of ids tell much already.
+# - shapes.png shows 64 samples. Most are shapes, in two colours: the tokenizer has learned no more so far.
+#
+# `python unified.py umd` (or addp, adm) trains one of the methods to come; a table at the end of section 11
+# has the results. train.py has the same loop, and what a long run needs: ids that are computed once, averaged
+# weights, MAGE-E's after_step(), evaluation, checkpoints, many GPUs.
 
 
 def fit(net, steps, batch_size, peak_lr):
@@ -1197,31 +1174,32 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 # ------------------------------------------------------------------------------------------------------------
 # 7. MAGE-C and MAGE-E: which two views show the same image?
 #
-# Two crops of each image, its views, go through MAGE, masked each in its own places, but in the same ratio.
-# The mean of the encoder's normed outputs, of visible tokens and of [MASK] but not of the class token, goes
-# through Linear(C, 4096), ReLU and Linear(4096, 256) to a unit vector z. It must be closer to that of the
-# other crop than to those of all other images in the batch, whichever process holds them:
+# MAGE-C adds a contrastive loss to MAGE. Two random crops of an image, its views, are to have similar
+# embeddings, and views of different images are not. Each view is masked in its own places and goes through
+# MAGE. The encoder's outputs are averaged to one vector: those at visible tokens and at [MASK], but not the
+# class token's. Linear(C, 4096), ReLU and Linear(4096, 256) turn it into z, which is scaled to length 1:
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
-#     b: the other view of a's image. v: all views, of all processes                         [SimCLR, eq. 1]
+#     b: the other view of a's image. v: all views of the batch                              [SimCLR, eq. 1]
 #
-# The weight beside the masked loss is 0.1 [MAGE, section 3]. The authors released no training code for it:
-# the layers' sizes and tau = 0.2 are ours.
+#     three images with the views 0 1 | 2 3 | 4 5:  a = 2 is to find b = 3 among v = 0, 1, 3, 4, 5
+#
+# Its weight beside the masked loss is 0.1 [MAGE, section 3]. The authors released no training code for
+# MAGE-C: the layers' sizes and tau = 0.2 are ours.
 
 
 def info_nce(z, temperature=0.2):
     """Contrastive loss of unit vectors z (B, 2, P), row i holding the two views of image i.
 
-    The other 2B - 2 views are negatives. With several processes, which must have equal B, those of all of
-    them are, and gradients flow through all, as if one process held the whole batch.
+    In one process `everyone` is `views`, and `me` is 0 ... 2B - 1. With several, `everyone` holds the views
+    of all processes, gradients included; each must have the same B.
     """
     views = z.flatten(0, 1)                                                                 # (2B, P)
     everyone, me = of_all_processes(views)
     similarity = views @ everyone.T / temperature                                       # (2B, 2B * processes)
     similarity = similarity.scatter(1, me[:, None], -math.inf)                              # v != a
-    # The other view: XOR 1 turns 2i into 2i + 1 and back, and each process begins at an even number.
-    return F.cross_entropy(similarity, me ^ 1)
+    return F.cross_entropy(similarity, me ^ 1)                  # XOR 1: view 2i is to find 2i + 1, and back
 
 
 def of_all_processes(z):
@@ -1242,9 +1220,10 @@ class ContrastiveMAGE(MAGE):
         self.projection.apply(init_weights)
 
     def forward(self, x, labels=None, *, mask_ratio=None, mask_noise=None, keep_label=None):
-        """Loss of two crops of each image, pixels (B, 2, 3, S, S) or ids (B, 2, L). Otherwise as
-        MAGE.forward, with mask_noise (2B, L) and keep_label (2B,). Of one crop it is MAGE's."""
-        if x.dim() == (4 if x.is_floating_point() else 2):
+        """Loss of two crops of each image, pixels (B, 2, 3, S, S) or ids (B, 2, L), with mask_noise (2B, L)
+        and keep_label (2B,); otherwise as MAGE.forward. Of one crop, as in evaluations, it is MAGE's."""
+        one_crop = x.dim() == (4 if x.is_floating_point() else 2)
+        if one_crop:
             return super().forward(x, labels, mask_ratio=mask_ratio, mask_noise=mask_noise,
                                    keep_label=keep_label)
         ids = self.to_ids(x.flatten(0, 1))                                                  # (2B, L)
@@ -1255,30 +1234,31 @@ class ContrastiveMAGE(MAGE):
         return masked + self.contrastive * contrast, {"masked": masked, "contrast": contrast}
 
 
-# MAGE-E needs no second crop, so each image can be tokenised once, before training. The other view, the echo,
-# is drawn from the logits that the decoder predicts for the masked loss anyway [Sorcen]:
+# MAGE-E needs no second crop, so each image can be tokenised once, before training. Its second view is an
+# "echo": the image as MAGE itself redraws it [Sorcen]. The decoder's logits are there anyway, for the masked
+# loss, and where an id was masked, a new one is drawn from them:
 #
-#     ids     a  b  c  d     b is visible
-#     drawn   e  b  f  g     masked ids: each from its 2nd to 16th best code, so alike, not the same
+#     ids     a  b  c  d     b is visible; a, c and d are masked
+#     drawn   e  b  f  g     e, f, g: each from the 2nd to 16th best code, so alike, but not the same
 #     echo    _  b  f  _     [MASK] outside a random square, whose side is half to all of the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
-#     z_i = unit(prediction(projection(mean(encoder(image i)))))         partly masked as in MAGE; prediction:
-#                                                                        two more layers
-#     e_i = unit(projection'(mean(encoder'(echo i))))                    with the fake class; of a teacher,
-#                                                                        without gradient
+# The image, masked as in MAGE, goes through the encoder that is trained. The echo, with the fake class, goes
+# through a teacher: a slow copy of encoder and projection, marked ' here, through which no gradient flows.
+#
+#     z_i = unit(prediction(projection(mean(encoder(image i)))))         prediction: two more layers
+#     e_i = unit(projection'(mean(encoder'(echo i))))
 #
 #     loss = - mean over images i of  log( exp(e_i . z_i / tau) / sum_j exp(e_i . z_j / tau) )       tau = 0.3
 #
-# The weight beside the masked loss is 0.1, as in MAGE-C. The teacher is not trained. After each step its
-# weights move 0.4 % of the way to the model's: they are an average over some 250 steps. So the price of the
-# echo is one more pass of the encoder, over all tokens, without a backward pass.
+# Its weight beside the masked loss is 0.1, as in MAGE-C. After each step the teacher's weights move 0.4 % of
+# the way to the model's, so they are an average over some 250 steps. The cost of the echo is one more pass of
+# the encoder, over all tokens, without a backward pass.
 #
-# MAGE-E is our name; Sorcen's files are called LEASE. Where this differs from them (models_lease_tk_1600.py):
-# their teacher starts from random weights, has dropout, and its projection is trained besides; they draw
-# visible ids, too, though no loss teaches the decoder what those are. Left out are batch norm after the
-# encoder, a uniformity loss of weight 0.01, a first phase in which true ids are the echoes, and that the
-# teacher moves ever more slowly.
+# MAGE-E is our name; Sorcen's files are called LEASE (models_lease_tk_1600.py). There the teacher starts from
+# random weights and has dropout, its projection is trained, and visible ids are redrawn, too, though no loss
+# teaches the decoder what those are. And there is more: batch norm after the encoder, a uniformity loss of
+# weight 0.01, a first phase with true ids as echoes, and a teacher that moves ever more slowly.
 
 
 def echo_nce(z, e, temperature=0.3):
@@ -1336,45 +1316,50 @@ class EchoMAGE(ContrastiveMAGE):
 # ------------------------------------------------------------------------------------------------------------
 # 8. ADDP: read pixels, predict ids
 #
-# Ids are good for generation. For recognition pixels are better, since rounding to ids loses what may matter.
-# ADDP has an encoder of pixels and a decoder of ids, and generation alternates between the two spaces.
-# Between two steps it holds ids, a mask of those that are undecided, and p_prev: the distribution over codes
-# that the previous step predicted at each undecided place. (In code: a Decoding, and the softmax of its
-# logits.) A step
+# MAGE reads ids. They suit generation. For recognition pixels are better, since rounding to ids loses detail.
+# ADDP reads pixels and predicts ids. So each step of generation goes from ids to pixels and back to ids.
 #
-#     1. decodes an image xt with D, the frozen tokenizer's decoder. Where an id is visible D reads its code;
-#        where it is masked D reads the mean of all codes under p_prev, so that place looks blurred,
-#     2. encodes xt,
-#     3. predicts p, the new distribution, with a decoder. It reads what the encoder made of visible patches,
-#        and the visible ids,
-#     4. samples ids from p and keeps the most confident, as MAGE does (section 4), but so many stay masked:
-#        num_masked(t) = max(1, ceil(n0 cos(pi t / 2T))). So a step may keep nothing. In the next step this p,
-#        guided if there is a guide, is p_prev:
+# Between two steps ADDP holds ids, a mask of those that are undecided, and p_prev: what the previous step
+# predicted at each masked place, a distribution over the K codes. (In code: a Decoding, and the softmax of
+# its logits.) One step:
+#
+#     1. decode     D, the frozen tokenizer's decoder, makes an image xt. At a visible place D reads the id's
+#                   code. At a masked place it reads the mean code under p_prev, so this place looks blurred:
+#                   if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8.
+#     2. encode     The encoder reads the patches of xt.
+#     3. predict    The decoder predicts p, the new distribution at masked places.
+#     4. unmask     Ids are sampled from p, and the most confident are kept (section 4). This p, guided if
+#                   there is a guide, is the p_prev of the next step.
+#
+# MAGE rounds the number of masked tokens down, ADDP up. So a step of ADDP may keep nothing:
+#
+#     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
+#     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
 #
 #     ids,    --> code where visible,    -- D --> xt --> encoder --> decoder --> p --> unmask --> ids,
 #     p_prev      mean code where masked                                ^                         p as p_prev
 #                                                      visible ids -----+
 #
-# The encoder reads every patch of xt, but only its outputs at visible places reach the decoder. At masked
-# places, and at position 0, where MAGE has its summary, the decoder reads the mask token [M]. The visible ids
-# are appended:
+# The encoder reads every patch of xt. The decoder sees its outputs at visible places only. At masked places
+# it reads the mask token [M] instead, and also at position 0, where MAGE has the summary. The visible ids
+# follow at the end, as tokens of their own:
 #
 #     ids              _   b   _   _          _ is masked
 #     xt       [class] 1   2   3   4          all patches enter the encoder; 1, 3 and 4 are blurred
 #     encode     h0   h1  h2  h3  h4
 #     decode    [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
 #
-# So what the blur shows reaches the decoder only through h2, which has attended to it. (As in the official
-# code, which gives no reason. Perhaps it makes the outputs of visible patches carry the whole image.)
+# So h0, h1, h3 and h4 are thrown away. What the blur shows reaches the decoder through h2 alone, which has
+# attended to it. This is as in the official code, which gives no reason. Perhaps it makes the outputs of
+# visible patches carry the whole image.
 #
-# While everything is masked, in all images of a batch, there is nothing to see: the encoder is skipped, and
-# the decoder reads mask tokens alone. With 256 tokens and 20 steps this happens twice: after step 1,
-# ceil(256 cos(pi / 40)) = 256 are masked. (In training the encoder runs even then, unread.) Inpainting, whose
-# first step has no p_prev, takes that of the predictor.
+# While all tokens of all images are masked there is nothing to see: the encoder is skipped, and the decoder
+# reads mask tokens alone. With 256 tokens and 20 steps this happens in two steps: after the first,
+# ceil(256 cos(pi / 40)) = 256 tokens are still masked. (In training the encoder is never skipped.)
 #
-# Training needs what a step of generation finds: ids, a mask, and p_prev. To run ADDP's own steps for that
-# would be slow. So a frozen, trained MAGE takes the place of the previous step, and of the truth as well. It
-# runs twice, with two nested masks, of which mask_earlier masks more:
+# Training. A step starts from ids, a mask and p_prev. To make p_prev by running ADDP itself would be slow.
+# So a trained MAGE, the predictor, plays the previous step; and it provides the target, too. It is frozen,
+# and runs twice, with two nested masks: all that mask hides, mask_earlier hides, too, and mostly more.
 #
 #     MAGE(ids visible under mask_earlier) --> p_prev --> xt, what ADDP reads
 #     MAGE(ids visible under mask)         --> q, what ADDP is to predict
@@ -1387,20 +1372,21 @@ class EchoMAGE(ContrastiveMAGE):
 #     p                *                 *            what ADDP predicts at 1 and 4, from xt and b, c and e
 #     q                *                 *            its target: what MAGE predicts there from b, c and e
 #
-# So the target is not the one true id, but all that could stand there. Tokenizer and MAGE are frozen: no
-# gradient flows through xt or q. The encoder never sees original pixels in training, though it is probed and
-# fine-tuned on them.
+# So the target q is a distribution over codes, not the one true id. Tokenizer and MAGE are frozen: no
+# gradient flows through xt or q. (Inpainting has visible ids from the start, but no p_prev: its first step
+# takes the predictor's.) In training the encoder sees decoded images only; it is probed and fine-tuned on
+# real ones.
 #
 #     mean_i = sum over k of p_prev_i(k) e_k
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
 #
-# The mask ratios stand in a list, ascending: the 66 values of cos(pi / 2 * j / 100) that lie in [0.5, 1),
-# from 0.509 to 0.9999. mask has one of them, drawn with MAGE's normal density as weight, 74.5 % on average.
-# mask_earlier has one of the next 1 to 5, which are larger, or the last. Both masks rank the same random
-# numbers, so mask_earlier contains mask. Counts are rounded up: with 256 tokens, the five largest ratios mask
-# everything, and so teach the first steps of generation. No timestep enters the network: it can see how much
-# of the image is decided.
+# The mask ratios come from an ascending list of 66: cos(pi / 2 * j / 100) for j = 66, 65, ... 1, so 0.509
+# to 0.9999. mask takes number `index`, drawn with MAGE's normal density as weight: 74.5 % on average.
+# mask_earlier takes number index + gap, with gap from 1 to 5, or the last. Both masks rank the same random
+# numbers, which nests them. Counts are rounded up, so of 256 tokens the five largest ratios mask all: they
+# teach the first steps of generation. No timestep enters the network: it can see how much of the image is
+# decided.
 
 
 def nested_mask_ratios():
@@ -1417,15 +1403,14 @@ class ADDP(TokenModel):
     """Alternating denoising diffusion process (official files: models_addp.py, engine_generate.py,
     models_vit.py).
 
-    predictor       a trained MAGE, frozen; its tokenizer is this model's. Not needed to generate from nothing
+    predictor       a trained MAGE, which is frozen and lends its tokenizer. Training and inpainting run it
     image_size      S, which must be the predictor's, else ValueError
-    width, depth, heads, decoder_depth, decoder_heads, dropout      of encoder and decoder, of the same width
+    width, depth, heads, decoder_depth, decoder_heads, dropout      encoder and decoder have the same width
 
-    It differs from the paper's figure 4, as the official code does:
+    It follows the official code where that differs from the paper's figure 4:
     - the loss has label smoothing, and its softmax runs over the whole vocabulary;
     - visible ids enter the decoder as tokens, beside the encoder's output;
-    - p_prev comes from a mask that is 1 to 5 entries of nested_mask_ratios() larger, if there are as many
-      larger ones, not from exactly one step before.
+    - p_prev comes from a mask ratio 1 to 5 entries further in the list, not from exactly one step before.
     """
 
     def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
@@ -1518,15 +1503,6 @@ class ADDP(TokenModel):
         x = torch.cat([cls_token, x.flatten(2).mT], 1) + self.resized_pos_embed(x.size(-1))
         return x if finetune else self.dropout(self.tokenizer_norm(x))
 
-    def resized_pos_embed(self, side):
-        """Position embedding of side x side patches (1, 1 + side * side, C), interpolated if training had
-        another number."""
-        if side == self.grid:
-            return self.pos_embed
-        grid = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))                # (1, C, h, w)
-        grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
-
     def encode(self, x):
         """Pixels (B, 3, S, S) -> latent (B, 1 + L, C). Every patch enters; masked ids show as blur."""
         x = self.patches(x)
@@ -1615,6 +1591,15 @@ class ADDP(TokenModel):
         latent = self.encode(self.to_pixels(x))                                             # (B, 1 + L, C)
         return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
 
+    def resized_pos_embed(self, side):
+        """Position embedding of side x side patches (1, 1 + side * side, C), interpolated if training had
+        another number."""
+        if side == self.grid:
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))                # (1, C, h, w)
+        grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
+
     # ---- for the scripts, see section 12
 
     # reads_ids stays False: decoded ids are not the original image.
@@ -1627,51 +1612,55 @@ class ADDP(TokenModel):
 # ------------------------------------------------------------------------------------------------------------
 # 9. Noise
 #
-# Noise corrupts pixels by degrees, where a mask corrupts tokens at once. At timestep t the image is a mixture
+# A mask hides a token at once. Noise hides a pixel by degrees. At timestep t the image is a mixture
 #
 #     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, 1)                  [DDPM, eq. 4]
 #
-# and alpha_bar_t, the noise schedule, falls from almost 1 to almost 0 over T timesteps. They are counted in
-# two ways:
+# The noise schedule alpha_bar falls from almost 1, clean, to almost 0, noise, over T timesteps. They are
+# counted in two ways:
 #
 #     here and in ADM    t = 0 ... T-1      at 0 there is a little noise already
-#     UMD                t = 0 ... T        at 0 there is none: 1 is put in front of alpha_bar, for clean
-#                                           images, so that UMD's t = 1 is t = 0 here
+#     UMD                t = 0 ... T        at 0 there is none; UMD's t = 1 is t = 0 here
 #
-# Predicting eps is predicting x0: solve the equation for either. So an error of one is an error of the other,
-# rescaled:
+# (1 - alpha_bar_t / alpha_bar_(t-1) is called beta_t: the variance of the noise that timestep t adds.)
+#
+# The network reads xt and t, and predicts eps. That is as good as predicting x0, since the mixture can be
+# solved for x0. The error is only rescaled:
 #
 #     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2
 #
-# (The noise that timestep t adds has the variance beta_t = 1 - alpha_bar_t / alpha_bar_(t-1): alpha_bar is
-# the product of all 1 - beta so far.)
+# The loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. By the line above it is the error of x0 with
+# the weight alpha_bar_t / (1 - alpha_bar_t), which is small where there is much noise.
 #
-# The loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. That is the error of x0 with the weight
-# alpha_bar_t / (1 - alpha_bar_t), which is small where there is much noise.
+# A step of sampling leads from xt to x_next, which is less noisy: the image at timestep t - 1, or at a
+# smaller one if some are skipped. From here on alpha_bar is that of xt, and alpha_bar_next, which is
+# larger, that of x_next. A step
 #
-# The way back goes from xt to x_next, which is less noisy: the image at timestep t - 1, or at a smaller one
-# if some are skipped. From here on alpha_bar is that of xt, and alpha_bar_next, which is larger, that of
-# x_next. A step
-#
-#     1. solves the mixture for x0', given the predicted eps, and clamps it to [-1, 1], where pixels lie,
-#     2. solves it for eps', given this x0': the predicted eps again, but for what the clamp has changed,
-#     3. mixes both anew:
+#     1. solves the mixture for x0', given the predicted eps, and clamps x0' to [-1, 1], where pixels lie,
+#     2. solves it for eps', given this x0' (without the clamp that is the predicted eps again),
+#     3. mixes the two anew:
 #
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
 #     sigma^2 = eta^2 beta~                                                                       [DDIM, 16]
 #     beta~   = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
 #
-# eta = 0 adds no noise: DDIM. eta = 1 is DDPM's ancestral sampling, because beta~ is the variance of the
-# posterior q(x_next | xt, x0), and what stands before sigma noise is its mean [DDPM, eq. 7]. To see it, put
-# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into the second term, whose root goes away, as
-# with eta = 1
+# eta = 0 adds no noise: this is DDIM. eta = 1 is DDPM. One pixel, in figures:
+#
+#     alpha_bar = 0.25, x0 = 0.8, eps = -0.4       xt = 0.5 * 0.8 + 0.866 * -0.4              =  0.054
+#     the network predicts -0.5                    x0' = (0.054 + 0.866 * 0.5) / 0.5          =  0.973
+#     alpha_bar_next = 0.64, eta = 0               x_next = 0.8 * 0.973 + 0.6 * -0.5          =  0.479
+#
+# The error of eps is 0.1, that of x0' is 0.173: sqrt(1 / 0.25 - 1) = 1.73 times as large.
+#
+# Why eta = 1 is DDPM. The posterior q(x_next | xt, x0) has the variance beta~ and the mean [DDPM, eq. 7]
+#
+#     sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar) * xt
+#         + sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar) * x0
+#
+# Step 3 without its noise is this mean, with x0' for x0. To see it, put
+# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into step 3, whose root with eta = 1 goes away, as
 #
 #     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 * (alpha_bar / alpha_bar_next) / (1 - alpha_bar)
-#
-# Then the step without its noise is DDPM's mean, xt and x0' with these factors:
-#
-#     xt     sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar)
-#     x0'    sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
 # tensor on the CPU: (B,), () or, of several timesteps, (T,).
@@ -1718,15 +1707,11 @@ def posterior_variance(alpha_bar, alpha_bar_next):
 
 
 def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
-    """One step back, from xt to x_next, given a prediction of x0; with eps from both, as in step 2 above:
+    """Steps 2 and 3 above, from xt and a prediction of x0 to x_next. With alpha_bar_next = 1 that is x0.
 
-        sqrt(alpha_bar_next) x0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise
-
-    noise  standard normal, like xt
-    std    standard deviation of the added noise. None: sigma. ADM passes a learned one (section 11), a tensor
-           like xt, which replaces sigma in the last term only, not in the root
-
-    With alpha_bar_next = 1 the result is x0.
+    noise  standard normal, like xt; 0 gives the mean
+    std    the factor of the noise, like xt. None: sigma. ADM passes its learned s (section 11); the root
+           keeps sigma
     """
     eps = (per_image(alpha_bar.rsqrt(), xt) * xt - x0) / per_image((1 / alpha_bar - 1).sqrt(), xt)
     variance = eta ** 2 * posterior_variance(alpha_bar, alpha_bar_next)
@@ -1751,14 +1736,11 @@ class Denoising(typing.NamedTuple):
 def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
     """From noise to images: yields a Denoising after each step; the last one is clean.
 
-    predict_x0   function (x, step) -> (x0, clamped to [-1, 1], since pixels lie there; std of ddim_step, None
-                 for sigma)
-    draw_noise   function k -> draw number k of each image, standard normal (n, 3, S, S): 0 is the start,
-                 2 s + 1 the noise that step s = 0, 1, ... adds
+    predict_x0   function (x, step) -> two things: x0, clamped to [-1, 1]; std, as for ddim_step
+    draw_noise   function k -> draw number k of each image, standard normal (n, 3, S, S)
     alpha_bar    (steps,): that of x when each step begins, so ascending
     known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the
-                 known pixels are put back, with as much noise (number 2 s + 2) as x has then [RePaint,
-                 without its jumps back]
+                 known pixels are put back, with as much noise as x has then [RePaint, without its jumps back]
     """
     x = draw_noise(0)
     alpha_bar_next = F.pad(alpha_bar[1:], (0, 1), value=1.0)
@@ -1772,9 +1754,10 @@ def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
 
 
 def timestep_embedding(t, dim, denominator, layout):
-    """t (B,) -> (B, dim), float32: sines and cosines of t 10000^(-j / denominator), j = 0 ... dim / 2 - 1.
+    """Timesteps t (B,) as waves of many lengths, which a network can read: (B, dim), float32.
 
-    The denominator is dim / 2 - 1 in UMD and dim / 2 in ADM, the layout "sin cos" and "cos sin"."""
+    Sines and cosines of t 10000^(-j / denominator), j = 0 ... dim / 2 - 1. In UMD the denominator is
+    dim / 2 - 1 and the layout "sin cos", in ADM dim / 2 and "cos sin"."""
     w = (-math.log(10000) / denominator * torch.arange(dim // 2, device=t.device)).exp()    # (dim / 2,)
     phase = t.float()[:, None] * w                                                          # (B, dim / 2)
     return torch.cat([phase.sin(), phase.cos()] if layout == "sin cos" else [phase.cos(), phase.sin()], 1)
@@ -1783,19 +1766,21 @@ def timestep_embedding(t, dim, denominator, layout):
 # ------------------------------------------------------------------------------------------------------------
 # 10. UMD, MAE, MaskDiT, DiT: predict masked patches, or the noise, or both
 #
-# A token is now a patch of pixels. A batch has two parts, with a loss on each:
+# A token is now a patch of pixels. UMD trains one network on two tasks. To fill in masked patches, as MAE
+# does, it must learn the large structure of images. To remove noise, as DDPM does, it must learn every scale
+# of detail. A batch of B images has two parts:
 #
-#     noised part, the first N images:        t uniform in 1 ... T, mask ratio r_noised at any t
+#     the first N, noised     t uniform in 1 ... T, and a ratio r_noised of the patches masked
 #         L_x0    = mean over masked pixels of (x0 - x0')^2
 #         L_eps   = mean over visible pixels of (eps - eps')^2
-#     clean part, the last B - N images:      t = 0, mask ratio r_clean
+#     the other B - N, clean  t = 0, and a ratio r_clean of the patches masked
 #         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
 #     with mask ratio 0, as in DiT, each term is a mean over all pixels
 #
 #     loss = (N / B) (L_x0 + L_eps) / 2  +  ((B - N) / B) L_clean                            [UMD, section 3]
 #
-# Masking patches teaches the large structure of images, removing noise every scale of detail. The noise on a
-# masked patch cannot be known, only what is behind it: so x0 is predicted there, and eps where xt is visible.
+# The network predicts x0 and eps for every patch. At visible patches eps counts. At masked ones x0 counts:
+# nothing there tells which noise was drawn, but the rest of the image tells what the patch may show.
 #
 #     noised part            1    _    3    4    _    6    _    8     3 of 8 patches are masked
 #     encode   k k k k      h1        h3   h4        h6        h8     4 class tokens and the visible patches
@@ -1805,11 +1790,12 @@ def timestep_embedding(t, dim, denominator, layout):
 #     clean part             1    _    _    _    _    6    _    _     6 of 8 patches are masked
 #     loss                   -   x0   x0   x0   x0    -   x0   x0
 #
-# The class tokens start equal and have no positions, so they stay equal: in effect one token with four times
-# the weight in attention, kept as in the authors' code.
+# The 4 class tokens are learned vectors, whose outputs summarise the image. They start equal and have no
+# positions, so they stay equal: in effect one token with four times the weight in attention. The authors'
+# code has them, so they are kept.
 #
-# Every block is told the timestep t: 0 for clean images, where alpha_bar_0 = 1, so that q_sample covers both
-# parts. T is 1,000, the noise schedule the cosine. Three numbers make four methods of it:
+# Every block is told the timestep t. For clean images t = 0 and alpha_bar_0 = 1, so q_sample returns x0. T is
+# 1,000, and the noise schedule is the cosine. Three numbers make four methods of this:
 #
 #              clean_ratio   mask_ratio_clean   mask_ratio_noised   loss
 #              (B - N) / B       r_clean            r_noised
@@ -1819,19 +1805,20 @@ def timestep_embedding(t, dim, denominator, layout):
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #                                                                   (-: not used)
 #
-# In generation the network sees all patches, in training mostly some of them: attention takes any number. The
-# prediction of eps alone is used, as in DDPM.
+# In generation nothing is masked. (In training patches of most images are; attention takes any number of
+# tokens.) Only the prediction of eps is used, as in DDPM.
 #
-# Labels condition the noised part only, as in the official code, and are hidden in one image of ten. As a
-# rule they are learned last: a model trained without labels is trained further with them, with r_noised = 0
-# and 5 % clean images, or none if it never saw any (umd_method in section 12). Guidance is as in MAGE, but w
-# does not grow:
+# Labels. Only the noised part is told its labels, as in the official code. One label in ten is hidden, for
+# guidance, which works as in MAGE, but with the same w in every step:
 #
 #     eps = eps(no label) + w (eps(label) - eps(no label))
 #
-# These are UMD's own versions. The published MAE has fixed positions, a narrow decoder, and targets
-# normalised patch by patch; the published DiT reads latents, has no decoder, predicts the noise alone and
-# learns a variance. Their weights do not fit.
+# As a rule a model is trained without labels first, and then trained on with them. In this second training
+# r_noised is 0, and 5 % of the images are clean, or none if there were none in the first.
+#
+# MAE and DiT in this table are UMD's versions. The published ones are other networks. That MAE has fixed
+# positions, a narrow decoder, and targets normalised patch by patch. That DiT reads latents, has no decoder,
+# predicts the noise alone and learns a variance. Their weights do not fit.
 
 
 def zero_init(module):
@@ -1842,12 +1829,13 @@ def zero_init(module):
 
 
 class ConditionedBlock(Block):
-    """A Block whose halves are shifted, scaled and gated by a condition c (adaLN-Zero [DiT, 3.2]): x
-    (B, L, C), c (B, C) -> (B, L, C).
+    """A Block that is told a condition c, which stands for timestep and label (adaLN-Zero [DiT, 3.2]): x
+    (B, L, C), c (B, C) -> (B, L, C). A linear layer turns c into six vectors, three for each half:
 
-        x + gate1 * attention(LayerNorm(x) (1 + scale1) + shift1), then the same with the MLP
+        x = x + gate1 * attention(LayerNorm(x) * (1 + scale1) + shift1)
+        x = x + gate2 *       MLP(LayerNorm(x) * (1 + scale2) + shift2)
 
-    All six start at 0, so a fresh block passes x on unchanged."""
+    This layer starts at 0. So the gates are 0, and a fresh block passes x on unchanged."""
 
     def __init__(self, dim, heads):
         super().__init__(dim, heads, gelu="tanh")
@@ -1885,7 +1873,7 @@ class UMD(Model):
         self.image_size, self.grid, self.length, self.classes = image_size, grid, grid ** 2, classes
         self.clean_ratio = clean_ratio
         self.mask_ratio_clean, self.mask_ratio_noised = mask_ratio_clean, mask_ratio_noised
-        self.alpha_bar = torch.cat([torch.ones(1).double(), noise_schedule("cosine")])  # (1 + T,), no buffer
+        self.alpha_bar = torch.cat([torch.ones(1).double(), noise_schedule("cosine")])  # (1 + T,)
         patch = image_size // grid
         self.time_embed = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
         if classes:
@@ -1895,8 +1883,7 @@ class UMD(Model):
         self.pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
         self.decoder_pos_embed = nn.Parameter(torch.randn(1, self.length, width) / self.length ** 0.5)
         self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, width))
-        # Training on several GPUs waits for the gradient of every parameter. If nothing is masked, this one
-        # gets none.
+        # Frozen if nothing is ever masked: several GPUs would wait for its gradient.
         masks = bool(clean_ratio and mask_ratio_clean) or mask_ratio_noised > 0
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masks)
         self.blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(depth))
@@ -1913,29 +1900,6 @@ class UMD(Model):
         self.generates, self.reconstructs = clean_ratio < 1, mask_ratio_clean > 0
         self.max_steps = len(self.alpha_bar) - 1                                            # T
         self.t_range = (0, self.max_steps, "the timestep, 0 for no noise")
-
-    @torch.no_grad()
-    def initialise(self):
-        """The authors' initialisation: Xavier-uniform matrices (q, k and v one by one); LeCun-normal
-        embeddings of patches, timestep and label; normal output and, almost zero, biases of MLPs."""
-        for block in (*self.blocks, *self.decoder_blocks):
-            attn, mlp = block.attn, block.mlp
-            for weight in (*attn.qkv.weight.chunk(3), attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight):
-                nn.init.xavier_uniform_(weight)
-            for bias in (attn.qkv.bias, attn.proj.bias):
-                nn.init.zeros_(bias)
-            for bias in (mlp.fc1.bias, mlp.fc2.bias):
-                nn.init.normal_(bias, std=1e-6)
-        for layer in (self.patch_embed, *self.time_embed, *(self.label_embed if self.classes else ())):
-            if isinstance(layer, nn.Embedding):
-                nn.init.normal_(layer.weight, std=layer.embedding_dim ** -0.5)
-            elif not isinstance(layer, nn.SiLU):
-                # 0.8796: std of a standard normal truncated at +-2.
-                std = layer.weight[0].numel() ** -0.5 / 0.8796
-                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-                nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.to_pixels.weight, std=0.02)
-        nn.init.zeros_(self.to_pixels.bias)
 
     # ---- training
 
@@ -1979,9 +1943,8 @@ class UMD(Model):
         return masked_mse(x0_hat, x0, mask), masked_mse(eps_hat, eps, ~mask)
 
     def visible_patches(self, mask_noise, mask_ratio):
-        """ids_keep, MAE's name for the positions of the patches that enter the encoder: int (B, M), in any
-        order, since each has a position embedding. Those of the smallest mask_noise are masked. The number of
-        visible ones is rounded down, as in the official code."""
+        """Positions of the patches that enter the encoder, ids_keep: int (B, M), in any order. Those with the
+        smallest mask_noise do not enter. M is rounded down: of 49 patches 12 enter at ratio 0.75."""
         return mask_noise.argsort(dim=1, stable=True)[:, self.length - int(self.length * (1 - mask_ratio)):]
 
     def pixel_mask(self, ids_keep):
@@ -2063,7 +2026,8 @@ class UMD(Model):
 
     def timesteps(self, steps=None):
         """From T down in strides of T / steps, rounded up, and then 1. None is 125 strides, as published:
-        1000, 992, ..., 8, and 1. So there is often one more than asked for or, after rounding, fewer."""
+        1000, 992, ... 8, 1. So steps = 4 gives five timesteps, 1000, 750, 500, 250 and 1, and 300 gives
+        251."""
         return [*range(self.max_steps, 1, -math.ceil(self.max_steps / (steps or 125))), 1]
 
     @torch.no_grad()
@@ -2137,6 +2101,29 @@ class UMD(Model):
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         return self.encode(*self.noised(x, self.best_t, noise))[:, :self.cls_token.size(1)].mean(1)
 
+    @torch.no_grad()
+    def initialise(self):
+        """The authors' initialisation: Xavier-uniform matrices (q, k and v one by one); LeCun-normal
+        embeddings of patches, timestep and label; normal output and, almost zero, biases of MLPs."""
+        for block in (*self.blocks, *self.decoder_blocks):
+            attn, mlp = block.attn, block.mlp
+            for weight in (*attn.qkv.weight.chunk(3), attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight):
+                nn.init.xavier_uniform_(weight)
+            for bias in (attn.qkv.bias, attn.proj.bias):
+                nn.init.zeros_(bias)
+            for bias in (mlp.fc1.bias, mlp.fc2.bias):
+                nn.init.normal_(bias, std=1e-6)
+        for layer in (self.patch_embed, *self.time_embed, *(self.label_embed if self.classes else ())):
+            if isinstance(layer, nn.Embedding):
+                nn.init.normal_(layer.weight, std=layer.embedding_dim ** -0.5)
+            elif not isinstance(layer, nn.SiLU):
+                # 0.8796: std of a standard normal truncated at +-2.
+                std = layer.weight[0].numel() ** -0.5 / 0.8796
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.to_pixels.weight, std=0.02)
+        nn.init.zeros_(self.to_pixels.bias)
+
     # ---- for the scripts, see section 12
 
     takes_labels = True
@@ -2152,10 +2139,10 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2 + L_vb       t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
-# L_vb trains a second output, for the variance of the steps back. It comes after the U-Net's blocks.
-#
-# A network sees the noised image and predicts the noise: a U-Net of residual blocks, with attention on small
-# maps. Outputs on the way down are kept. Each joins the input of the block at its mirror on the way up:
+# The network reads the noised image xt and predicts the noise. (L_vb trains a second output, for the variance
+# of a step. It is explained below, before log_variances().) The network is a U-Net of residual blocks, with
+# attention on small maps. The side is halved on the way down and doubled on the way up. The output of each
+# block on the way down is kept, and its mirror, the block as far from the other end, reads it, too:
 #
 #     size "tiny", 32 pixels
 #     block                              1   2   3   4   5   6   7   8   9  10  11  12  13
@@ -2163,11 +2150,12 @@ class UMD(Model):
 #     channels                          16  16  16  32  32  64  64  64  64  32  32  16  16
 #     also reads the output of block                                 6   5   4   3   2   1
 #
-# Blocks 3 and 5 halve the side, 9 and 11 end in doubling it. Every residual block reads the timestep.
+# Blocks 3 and 5 halve the side; 9 and 11 end by doubling it. Every residual block is told the timestep.
 #
-# Frozen, the network is a representation, too [DiffSSL]: best soon after the middle, of an image with a
-# little noise. DifFeed, a head in probe.py, runs it twice: in the second pass it adds what late blocks found
-# to the outputs of their mirrors. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
+# The frozen network is a representation, too [DiffSSL]. The best features come from blocks soon after the
+# middle, of an image with a little noise. DifFeed, a head in probe.py, runs it twice: in the second pass it
+# adds what late blocks found to the outputs of their mirrors. (Official files: unet.py,
+# gaussian_diffusion.py, nn.py.)
 
 
 class ADMResBlock(nn.Module):
@@ -2234,16 +2222,19 @@ class ADMBlock(nn.Sequential):
         return x
 
 
-# The network also predicts the variance s^2 of each step back. It lies between two bounds:
+# The network also predicts the variance s^2 of each step. The best one lies between two bounds:
 #
-#     beta  = 1 - alpha_bar / alpha_bar_next                         right if images were pure noise, N(0, 1)
-#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if there were one image, and so x0
-#                                                                    known: as in section 9
+#     beta  = 1 - alpha_bar / alpha_bar_next                         right if all images were pure noise
+#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
 #
-# The network's second output v interpolates between them for every pixel, on a logarithmic scale: -1 is
-# beta~, 1 is beta, and v is not clamped [iDDPM, eq. 15]. (The last step's beta~ is 0. As that has no
-# logarithm, the beta~ of t = 1 stands in, which matters to L_vb alone.) A step of sampling with
-# eta = 1:
+# The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
+# v = -1 gives beta~, v = 1 gives beta. It is not clamped [iDDPM, eq. 15]. In figures:
+#
+#     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
+#                                                 geometric mean
+#
+# (In the last step beta~ is 0 and has no logarithm: there the beta~ of the step before stands in. It
+# matters to L_vb alone, as the last step adds no noise.) A step of sampling with eta = 1:
 #
 #     1. (eps', v) = network(xt, t)
 #     2. x0' = (xt - sqrt(1 - alpha_bar) eps') / sqrt(alpha_bar), clamped to [-1, 1]; then, anew,
@@ -2259,25 +2250,22 @@ class ADMBlock(nn.Sequential):
 #
 # As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
 #
-# What trains v is L_vb, a term of the variational bound. It compares two normal distributions of x_next:
-# the true one, q, which knows x0, and the network's, p, with the predicted x0' in its place and the learned
-# variance:
+# L_vb, a term of the variational bound, trains v. It compares two normal distributions of x_next. q knows the
+# true x0. p has the prediction x0' instead, and the variance s^2:
 #
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# where mean(xt, x0) is that of step 3, with this x0 and the eps that goes with it: posterior_mean(). Per
-# pixel and channel, in bits:
+# mean() is that of step 3, see posterior_mean(). For each pixel and channel, in bits:
 #
 #     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
 #            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
 #     L_vb = - log P(x0 | xt) / ln 2     in the last, to x0. As x0 is a byte, P is the probability, under p,
 #                                        of half a grey level around it on either side
 #
-# As eps' is detached in p's mean, the gradient of L_vb enters the network through v alone: none reaches the
-# output eps', though the layers that v and eps' share move. The paper adds 0.001 times the sum of these
-# terms over all t, which for T = 1000 is their mean, and one random t estimates that: so the weight is 1.
-# It stays 1 for another T, as is the official code's default.
+# L_vb is to train v, not eps', so eps' is detached in the mean of p. (Both terms move the layers that v and
+# eps' share.) Its weight is 1: the paper adds 0.001 times the sum over all timesteps, which for T = 1000 is
+# their mean, and one random t estimates that. It stays 1 for another T, as is the official code's default.
 
 
 def log_variances(alpha_bar):
@@ -2328,9 +2316,9 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 
 
 def spaced_timesteps(steps, counts):
-    """A shorter process: timesteps 0 ... steps - 1 in as many equal sections as there are counts, of each
-    section that many, evenly spaced. Ascending. ValueError if a section has fewer than asked for.
-    (Official file: respace.py.)"""
+    """A shorter process, ascending: spaced_timesteps(1000, [4]) is [0, 333, 666, 999]. With several counts
+    the timesteps 0 ... steps - 1 are cut into as many equal sections, of which each gets its own count.
+    ValueError if a section has fewer timesteps. (Official file: respace.py.)"""
     kept, start = [], 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (i < steps % len(counts))
@@ -2345,9 +2333,9 @@ def spaced_timesteps(steps, counts):
 
 
 def strided_timesteps(steps, count):
-    """The same with one whole stride from 0 on, as DDIM was evaluated
-    ('ddimN' in respace.py, which refuses a count that no stride gives; here the next smaller possible one is
-    taken)."""
+    """The same with one whole stride from 0 on, as DDIM was evaluated: strided_timesteps(1000, 4) is
+    [0, 250, 500, 750]. If no stride gives this count the next smaller one is taken: 250 for 300. ('ddimN' in
+    respace.py, which refuses such counts.)"""
     return list(range(0, steps, -(-steps // count)))
 
 
@@ -2371,7 +2359,7 @@ class ADM(Model):
         if image_size % 2 ** (len(ch_mult) - 1):
             raise ValueError(f"image size {image_size} cannot be halved {len(ch_mult) - 1} times")
         self.image_size, self.stride, self.layers = image_size, 2 ** (len(ch_mult) - 1), {}
-        self.alpha_bar = noise_schedule(schedule, steps)                                    # (T,); no buffer
+        self.alpha_bar = noise_schedule(schedule, steps)                                    # (T,)
         self.max_steps = steps
         # [DiffSSL] reads at 90 of 1000.
         self.t_range, self.best_t = (0, steps - 1, "the timestep"), round(0.09 * steps)
@@ -2729,11 +2717,10 @@ def build(config):
 # A method of your own takes three things:
 #
 #     1. a class, such as Denoiser below
-#     2. after it, in this file, whose MODELS the scripts read, a row
+#     2. after it, in this file, a row:
 #        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
-#        (which is left out here, so that the example is no choice of train.py). As its tokens are patches, it
-#        is built as Denoiser(image_size=..., grid=..., **sizes["tiny"])
-#     3. python train.py --model denoiser          (--size tiny, the row's only one, is what shapes get)
+#        Its tokens are patches, so it is built as Denoiser(image_size=..., grid=..., **sizes["tiny"]).
+#     3. python train.py --model denoiser
 #        python sample.py out/shapes-denoiser
 #        python probe.py out/shapes-denoiser
 #        python -m pytest -q -k denoiser              (what is tested of every method)
@@ -2748,41 +2735,27 @@ def build(config):
 # and it defines
 #
 #     forward(x, labels=None)
-#         images x (B, 3, S, S), or ids (B, L) -> scalar loss, dict of its terms. With views=2 in its row two
-#         crops of each image: x (B, 2, 3, S, S), or ids (B, 2, L)
+#         images (B, 3, S, S) -> scalar loss, dict of its terms; with views=2 in its row x is (B, 2, 3, S, S)
 #     sample_steps(n, steps=None, seeds=None)
-#         yields a Denoising after each step, or what its own render() takes, without gradient. It may also
+#         yields a Denoising after each step, as many as num_steps(steps) says, without gradient. It may also
 #         take temperature, schedule and order as MAGE does, eta as UMD does, and guidance, guidance_interval,
 #         guide, labels, known and mask, as both do
 #     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
-#         -> [map (B, C, h, w) for each of layers], of x at corruption t, as in MAGE. add, which only DifFeed
-#         passes, and finetune may be ignored
+#         -> [map (B, C, h, w) for each of layers]; add and finetune may be ignored
 #     embed(x, noise=None, pool="mean")
 #         -> a vector for each image, (B, C)
 #
-# A model that predicts ids is a TokenModel, and its row has tokens="ids". It calls super().__init__(vqgan,
-# image_size), sets self.vqgan and self.norm, and defines step_logits() and render() in place of
-# sample_steps().
+# A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
+# calls super().__init__(vqgan, image_size), sets self.vqgan and self.norm, and defines step_logits() and
+# render() in place of sample_steps(). A subclass of UMD inherits micro_batch_args(), which passes n_clean
+# to forward().
 #
-# Arguments are checked by name before these methods run (the table FORMS, in section 14, has all):
+# An argument with a name known from above, such as mask_ratio, is checked before the method runs (FORMS, in
+# section 14, has all). If yours means something else, such as a mask_ratio of 0.3, give it another name.
 #
-#     x            (B, 3, S, S)                          labels          int (B,)
-#     t            in t_range                            layers          numbers of blocks
-#     noise        (B, 3, S, S); of ids (B, L)           mask_noise      (B, L)
-#     mask_ratio   in [0.5, 1]                           eta             in [0, 1]
-#     n, steps     1 or more                             known, mask     (B, 3, S, S), bool (B, S, S)
-#
-# If yours means something else, such as a mask_ratio of 0.3, give it another name: those are not checked.
-#
-# Tests hold it to this as well: sample_steps() yields as many states as num_steps(steps) says, for any
-# steps asked for, 10^30 included, and a guided step costs two passes. forward's t, if given, is one for
-# each image. A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(), and what its
-# __init__ sets.
-#
-# What else the scripts ask of a model has the default below. A class that differs sets its own, as the
-# methods above do where they say "for the scripts", and Denoiser with t_range. It may also override
-# num_steps, render and noise. To be fine-tuned, or to lend its encoder to --init-encoder, it calls its
-# transformer blocks `blocks`.
+# What else the scripts ask of a model has a default. A class that differs sets its own, as the methods above
+# do where they say "for the scripts". It may also override num_steps, render and noise. To be fine-tuned, or
+# to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
 
 Model.best_t = 0                    # the t at which the authors probe best_layer
 Model.t_range = (0, 0, "always 0")  # least t, largest t, and what t is; if both are ints, t is one, too
@@ -3000,6 +2973,46 @@ def hashed_uniform(seeds, draw, n):
     row = murmur(murmur(murmur(seeds) ^ (seeds >> 32)) + draw)
     bits = murmur(row[:, None] + 0x9E3779B9 * torch.arange(1, n + 1, device=seeds.device))
     return ((bits >> 9).float() + 0.5) / 2**23                                   # 23 bits: 1 is never reached
+
+# Feature maps of transformers. features() of MAGE, ADDP and UMD runs the blocks with these two functions in
+# place of encode() and decode(), so it can stop after the last block that is wanted. (Tests hold both ways
+# equal.)
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
+
+    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, w)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
+    condition      further arguments of all blocks
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
 
 
 def to_device(x, device):
