@@ -1772,6 +1772,10 @@ def test_fresh_addp_weights_are_drawn_as_the_authors_drew_them():
     (lambda: unified.Attention(30, 4), "30.*4"), (lambda: mage(18), "18.*4"),
     (lambda: addp(32, predictor=mage(16)), "32.*16"), (lambda: umd(image_size=18), "18.*4"),
     (lambda: adm(18, ch_mult=(1, 1, 1)), "18"), (lambda: adm(head=12), "16.*12"),
+    (lambda: unified.Attention(30, -1), "-1 heads"), (lambda: adm(head=-4), "-4"), (lambda: adm(0), "size 0"),
+    (lambda: umd(mask_ratio_clean=75), "75"), (lambda: umd(mask_ratio_noised=1.0), r"\[0, 1\)"),
+    (lambda: umd(clean=2.0), "2.0"), (lambda: unified.VQGAN(8, 4, 8, [1], 1, groups=-1), "-1"),
+    (lambda: unified.tokenizer_config("toy", 32), "2, 4, 8 or 16, not 32"),
     (lambda: unified.spaced_timesteps(6, [1, 4]), "4 steps.*3"),
     (lambda: unified.noise_schedule("sqrt"), "'sqrt'"), (lambda: umd(clean=1.0).sample(2), "from nothing")])
 def test_sizes_that_do_not_fit_are_refused(build, words):
@@ -3602,11 +3606,15 @@ def with_another_value(nested, value):
 @pytest.mark.parametrize("name", [*TINY, "tokenizer"])
 @pytest.mark.parametrize("value", [10**9, -1, 0, 1.5, "many", None, ...], ids=str)
 def test_absurd_sizes_in_a_checkpoint_end_in_one_sentence(tmp_path, name, value):
+    """What no weight depends on may differ: ratios that are in range, no labels, the side of a U-Net's image."""
     state = run_checkpoint(TINY.get(name, TINY_VQGAN))
+    [(part, arch)] = state["config"].items()
+    harmless = [("classes", None), ("image_size", 10**9), *((k, 0) for k in arch if "ratio" in k)]
     with limits(60, 1):
         for config in with_another_value(state["config"], value):
             torch.save({**state, "config": config}, tmp_path / f"{name}.pt")
-            result_or_sentence(load_any, tmp_path / f"{name}.pt")
+            if result_or_sentence(load_any, tmp_path / f"{name}.pt") is not None:
+                assert all(v == arch.get(k) or (k, v) in harmless for k, v in config.get(part, {}).items())
 
 
 @pytest.mark.parametrize("name", ["mage", "tokenizer"])
@@ -6944,6 +6952,39 @@ def test_wrong_options_are_refused_before_the_first_step(name):
                     dict(temperature=math.nan), dict(mask=torch.ones(2, 32, 32) > 0)):
         with pytest.raises(ValueError):
             model.sample_steps(2, **options)
+
+
+class Plugin:
+    """A base class beside Model that wants to know of its subclasses."""
+    found = []
+
+    def __init_subclass__(cls, tag, **options):
+        super().__init_subclass__(**options)
+        Plugin.found.append(tag)
+
+
+def test_a_subclass_may_pass_arguments_on_and_have_other_bases():
+    class Own(unified.UMD, Plugin, tag="own"):
+        def forward(self, x, *args, **options):
+            return super().forward(x, *args, **options)
+
+        def sample_steps(self, n, **options):
+            return super().sample_steps(n, **options)
+
+    model, x = Own(16, 4, 32, 2, 4, 1, 0.5, 0.75, 0.375), some_images(2, 16)
+    loss, _ = model(x, n_clean=1)
+    assert loss.isfinite() and model.sample(2, steps=2).shape == x.shape and Plugin.found == ["own"]
+    with pytest.raises(ValueError, match="n_clean must be"):
+        model(x, n_clean=3)
+    with pytest.raises(ValueError, match="takes no n_cleen"):
+        model(x, n_cleen=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_sixteen_bits_are_refused_with_a_word_on_autocast(dtype):
+    model = small("umd").eval().to(dtype)
+    with pytest.raises(ValueError, match=f"float32, not {dtype}; torch.autocast"):
+        model.embed(some_images(2, 32).to(dtype))
 
 
 def test_labels_and_seeds_may_lie_on_the_cpu():

@@ -142,7 +142,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads, dropout=0.0, fused=True):
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"width {dim} is not a multiple of {heads} heads")
         self.heads, self.dropout, self.fused = heads, dropout, fused
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -350,6 +350,8 @@ class VQGAN(nn.Module):
 
     def __init__(self, codebook_size, codebook_dim, ch, ch_mult, blocks, groups=32):
         super().__init__()
+        if min(blocks, groups) < 1:
+            raise ValueError(f"blocks and groups are 1 or more, not {blocks} and {groups}")
         self.codes, self.stride = codebook_size, 2 ** (len(ch_mult) - 1)
         self.encoder = Encoder(ch, ch_mult, blocks, codebook_dim, groups)
         self.decoder = Decoder(ch, ch_mult, blocks, codebook_dim, groups)
@@ -1870,6 +1872,9 @@ class UMD(Model):
         super().__init__()
         if image_size % grid:
             raise ValueError(f"image size {image_size} is not a multiple of the grid, {grid}")
+        if not (0 <= clean_ratio <= 1 and 0 <= mask_ratio_clean < 1 and 0 <= mask_ratio_noised < 1):
+            raise ValueError("clean_ratio lies in [0, 1], mask ratios in [0, 1), not "
+                             f"{clean_ratio}, {mask_ratio_clean} and {mask_ratio_noised}")
         self.image_size, self.grid, self.length, self.classes = image_size, grid, grid ** 2, classes
         self.clean_ratio = clean_ratio
         self.mask_ratio_clean, self.mask_ratio_noised = mask_ratio_clean, mask_ratio_noised
@@ -2194,7 +2199,7 @@ class ADMAttention(nn.Module):
 
     def __init__(self, dim, head, groups, heads=None, order="legacy"):
         super().__init__()
-        if dim % (heads or head):
+        if (heads or head) < 1 or dim % (heads or head):
             raise ValueError(f"width {dim} is no multiple of {heads or head}, see --adm-heads")
         self.heads, self.order = heads or dim // head, order
         self.norm = nn.GroupNorm(groups, dim)
@@ -2356,7 +2361,7 @@ class ADM(Model):
     def __init__(self, image_size, ch, ch_mult, blocks, attention, head=64, dropout=0.0, groups=32,
                  schedule="linear", steps=1000, heads=None, order="legacy"):
         super().__init__()
-        if image_size % 2 ** (len(ch_mult) - 1):
+        if image_size < 1 or image_size % 2 ** (len(ch_mult) - 1):
             raise ValueError(f"image size {image_size} cannot be halved {len(ch_mult) - 1} times")
         self.image_size, self.stride, self.layers = image_size, 2 ** (len(ch_mult) - 1), {}
         self.alpha_bar = noise_schedule(schedule, steps)                                    # (T,)
@@ -2672,6 +2677,8 @@ MODELS = {
 
 def tokenizer_config(size, stride, codes=1024):
     """VQGAN arguments of a preset, cut down to the levels that a stride of 2, 4, 8 or 16 needs."""
+    if stride not in (2, 4, 8, 16):
+        raise ValueError(f"a tokenizer's stride is 2, 4, 8 or 16, not {stride}")
     config = dict(TOKENIZERS[size], codebook_size=codes)
     config["ch_mult"] = list(config["ch_mult"][:int(math.log2(stride)) + 1])
     return config
@@ -2750,8 +2757,8 @@ def build(config):
 # render() in place of sample_steps(). A subclass of UMD inherits micro_batch_args(), which passes n_clean
 # to forward().
 #
-# An argument with a name known from above, such as mask_ratio, is checked before the method runs (FORMS, in
-# section 14, has all). If yours means something else, such as a mask_ratio of 0.3, give it another name.
+# An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
+# (FORMS, in section 14, has all). If yours means something else give it another name.
 #
 # What else the scripts ask of a model has a default. A class that differs sets its own, as the methods above
 # do where they say "for the scripts". It may also override num_steps, render and noise. To be fine-tuned, or
@@ -3122,9 +3129,9 @@ FORMS = {                               # by [class.][method.]argument; decoders
     "ADDP.forward.x": PIXELS, "ADDP.embed.x": PIXELS,
     "VQGAN.x": PIXELS + " in [-0.5, 1.5]", "VQGAN.ids": "int (B, h, w) in [0, {m.codes})",
     "labels": "int ({B}) in [0, {m.classes})", "keep_label": "bool ({N})",
-    "mask_ratio": "float in [0.5, 1]", "mask_noise": "float ({N}, {m.length})",
-    "UMD.mask_noise": "float ({B}, {m.length})", "n_clean": "int in [0, {B}]",
-    "index": "int in [0, 66)", "gap": "int in [1, 5]",
+    "MAGE.mask_ratio": "float in [0.5, 1]", "mask_noise": "float ({N}, {m.length})",
+    "UMD.mask_noise": "float ({B}, {m.length})", "UMD.n_clean": "int in [0, {B}]",
+    "ADDP.index": "int in [0, 66)", "ADDP.gap": "int in [1, 5]",
     "t": "{time} in [{m.t_range[0]}, {m.t_range[1]}]",
     "forward.t": "{time} ({N}) in [{m.t_range[0]}, {m.t_range[1]}]",
     "ADM.features.t": "int in [0, {m.t_range[1]}] or int ({B}) in [0, {m.t_range[1]}]",
@@ -3202,7 +3209,7 @@ def letters_of(model, a):
     B = int(n) if is_number(n, "int", 1, math.inf) else "B"
     B = len(x) if isinstance(x, torch.Tensor) and x.dim() else B
     N = B
-    if "n_clean" in a and B != "B":
+    if isinstance(m, UMD) and "n_clean" in a and B != "B":
         N = B - (int(a["n_clean"]) if is_number(a["n_clean"], "int", 0, B) else int(B * m.clean_ratio))
     elif isinstance(x, torch.Tensor) and x.dim() in (3, 5):                       # (B, 2, L), (B, 2, 3, S, S)
         N = 2 * B
@@ -3248,12 +3255,15 @@ def checked(method, args, options):
     """Call a method if its arguments are of the forms that its class states, else ValueError. Integers become
     int or int64; labels and seeds go to the model's device."""
     signature, model = inspect.signature(method), args[0]
-    if unknown := [name for name in options if name not in signature.parameters]:
+    anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if not anything and (unknown := [name for name in options if name not in signature.parameters]):
         raise ValueError(f"{type(model).__name__}.{method.__name__} takes no {unknown[0]}; it takes "
                          + ", ".join([*signature.parameters][1:]))
     given = signature.bind(*args, **options)
     given.apply_defaults()
     a, weight = given.arguments, next(model.parameters())
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"weights must be float32, not {weight.dtype}; torch.autocast computes in less")
     known, generating = a.get("known") is not None, method.__name__ == "sample_steps"
     if generating and (known != (a.get("mask") is not None) or not (known or model.generates)):
         raise ValueError("known and mask go together, and a model that cannot start from nothing needs both")
@@ -3299,7 +3309,15 @@ def with_subclasses(cls):
 
 for _class in with_subclasses(Model):
     guard(_class)
-Model.__init_subclass__ = classmethod(guard)            # and those to come
+
+
+def guard_subclass(cls, **options):
+    """The same for classes to come."""
+    super(Model, cls).__init_subclass__(**options)
+    guard(cls)
+
+
+Model.__init_subclass__ = classmethod(guard_subclass)
 guard(VQGAN, ("encode", "decode", "reconstruct"))
 
 
@@ -3359,7 +3377,7 @@ def pick_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not to be had here; --device cpu always is")
+        raise UserError(f"--device {name} is not available here; --device cpu always is")
 
 
 def default_dtype(name):
