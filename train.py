@@ -166,14 +166,22 @@ def noise_fits(cfg, size, side, ids):
     return 3 * side ** 2 / ids <= unified.MODELS[cfg.model].sizes[size].get("width", math.inf)
 
 
+CHECKPOINTS = ("model.pt", "tokenizer.pt")
+
+
+def checkpoint_in(folder, names=CHECKPOINTS):
+    """Path of the first of these files that is in the folder, if only as its .prev; None without any."""
+    paths = (pathlib.Path(folder, name) for name in names)
+    return next((p for p in paths if os.path.exists(p) or os.path.exists(f"{p}.prev")), None)
+
+
 def resumed(given):
     """{flag: value} with those of the run that --resume names, but for what may change and was given.
     UserError if others contradict the run."""
     if not given.get("resume"):
         return given
     folder = pathlib.Path(given["resume"])
-    path = next((p for p in (folder / "model.pt", folder / "tokenizer.pt")
-                 if os.path.exists(p) or os.path.exists(f"{p}.prev")), None)
+    path = checkpoint_in(folder)
     if path is None:
         raise UserError(f"--resume {folder}: no checkpoint is there; {unified.other_run(folder)}")
     config = dict(unified.load_checkpoint(path)["config"], out_dir=str(folder))
@@ -192,12 +200,10 @@ def resumed(given):
 
 def side_of_run(path):
     """The image size of the run that path names, by its folder or a checkpoint in it; None of other files."""
-    folder = pathlib.Path(path) if os.path.isdir(path) else pathlib.Path(path).parent
-    for file in (folder / "model.pt", folder / "tokenizer.pt"):
-        if file.exists() and pathlib.Path(path) in (file, folder):
-            config = unified.load_checkpoint(file).get("config")
-            return config.get("image_size") if isinstance(config, dict) else None
-    return None
+    folder, name = os.path.split(path)
+    file = checkpoint_in(path) if os.path.isdir(path) else checkpoint_in(folder, {name} & {*CHECKPOINTS})
+    config = unified.load_checkpoint(file).get("config") if file else None
+    return config.get("image_size") if isinstance(config, dict) else None
 
 
 def settings(cfg):
@@ -508,8 +514,8 @@ def build_model(cfg, frozen, arch, train_set):
         copy_weights(cfg, model, cfg.init)
     if cfg.init_encoder:
         copy_weights(cfg, model, cfg.init_encoder, (*model.stem, "blocks"))
-    path = pathlib.Path(cfg.out_dir, "model.pt")
-    if model.tokenizer and cfg.resume is not None and os.path.exists(path):     # ids are made with its own
+    path = checkpoint_in(cfg.out_dir, ["model.pt"])
+    if path and model.tokenizer and cfg.resume is not None:         # ids are made with its own
         own = unified.load_checkpoint(path)["model"]
         model.load_state_dict({k: v for k, v in own.items() if k.startswith(("vqgan.", "token_predictor."))},
                               strict=False)
@@ -929,9 +935,8 @@ def open_folder(cfg, train_set, lock):
     if cfg.resume is None and any(p.name != ".lock" for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty; --resume {folder} goes on with it and its flags (with more "
                         "--steps, if they are done), --out-dir takes another place")
-    for path in (folder / "model.pt", folder / "tokenizer.pt"):
-        if path.exists():
-            return check_same_run(cfg, unified.load_checkpoint(path)["config"], train_set)
+    if path := checkpoint_in(folder):
+        check_same_run(cfg, unified.load_checkpoint(path)["config"], train_set)
 
 
 def check_same_run(cfg, config, train_set):
@@ -986,8 +991,7 @@ def load_checkpoint(cfg, name, model, optimizer, ema):
     """Load NAME.pt if it is there, drop the log's rows that came after it, and return the step to go on
     from."""
     folder, step = pathlib.Path(cfg.out_dir), 0
-    path = folder / f"{name}.pt"
-    if path.exists() or path.with_name(path.name + ".prev").exists():
+    if path := checkpoint_in(folder, [f"{name}.pt"]):
         state = unified.load_checkpoint(path)
         unified.load_strictly(model, state["model"], path)
         with unified.reading(path, "a state of this method's optimizer: put that back, or start another run"):
