@@ -187,15 +187,19 @@ def resumed(given):
     config = dict(unified.load_checkpoint(path)["config"], out_dir=str(folder))
     if config.get("predictor"):                         # which brings its tokenizer along
         config["tokenizer"] = ""
-    fixed = given.keys() & config.keys() - (RESUME_MAY_CHANGE - {"out_dir"})
-    wrong = [f"--{name.replace('_', '-')} {config[name]}, not {given[name]}" for name in sorted(fixed)
-             if config[name] != given[name]]
-    if wrong:
-        raise UserError(f"{folder} was made with {'; '.join(wrong)}: leave that out, or start another run "
-                        "with --out-dir")
+    fixed = sorted(given.keys() - (RESUME_MAY_CHANGE - {"out_dir"}))
+    if wrong := contradictions(config, {name: given[name] for name in fixed}):
+        raise UserError(f"{folder} was made with {wrong}: leave that out, or start another run with "
+                        "--out-dir")
     length = {"steps", "epochs"} if given.keys() & {"steps", "epochs"} else set()
     kept = vars(Config()).keys() & config.keys() - length - {"device", "workers", "resume", "report"}
     return {**{name: config[name] for name in kept}, **given}
+
+
+def contradictions(config, flags):
+    """Those of the flags {name: value} of which a checkpoint's config says something else, in words."""
+    return "; ".join(f"--{name.replace('_', '-')} {config[name]}, not {now}" for name, now in flags.items()
+                     if config.get(name, now) != now)
 
 
 def side_of_run(path):
@@ -936,17 +940,12 @@ def open_folder(cfg, train_set, lock):
         raise UserError(f"{folder} is not empty; --resume {folder} goes on with it and its flags (with more "
                         "--steps, if they are done), --out-dir takes another place")
     if path := checkpoint_in(folder):
-        check_same_run(cfg, unified.load_checkpoint(path)["config"], train_set)
-
-
-def check_same_run(cfg, config, train_set):
-    """UserError if a checkpoint's config says other flags, or other data."""
-    wrong = [f"--{name.replace('_', '-')} {config[name]}, not {now}" for name, now in vars(cfg).items()
-             if name not in RESUME_MAY_CHANGE and config.get(name, now) != now]
-    if wrong:
-        raise UserError(f"this run has {'; '.join(wrong)}: --resume {cfg.out_dir} alone repeats its flags, "
-                        "and --out-dir takes another place")
-    probe.check_same_data(config, train_set, cfg.out_dir, "put them back, or take another --out-dir")
+        config = unified.load_checkpoint(path)["config"]
+        fixed = {name: value for name, value in vars(cfg).items() if name not in RESUME_MAY_CHANGE}
+        if wrong := contradictions(config, fixed):
+            raise UserError(f"this run has {wrong}: --resume {cfg.out_dir} alone repeats its flags, and "
+                            "--out-dir takes another place")
+        probe.check_same_data(config, train_set, cfg.out_dir, "put them back, or take another --out-dir")
 
 
 def save_stage(cfg, name, model, optimizer, ema, step, config):
