@@ -896,18 +896,16 @@ def write_evaluation(cfg, name, step, model, ema, evaluate):
 def images_to_blame(cfg, model, recipe, data, read, step):
     """Names of the images, at most three, whose gradient alone is not finite; none if that of every
     image of the step is not."""
-    found, images = [], 0
-    for index, crops in plan(len(data), cfg.seed, recipe, step - 1, step):
-        alone = [(index[i:i + 1], None if crops is None else crops[i:i + 1]) for i in range(len(index))]
-        for i, batch in zip(index.tolist(), read(alone)):
-            (x, labels), images = (unified.to_device(v, cfg.device) for v in batch), images + 1
-            with probe.autocast(cfg):
-                loss, _ = model(x.squeeze(1), labels if cfg.labels else None)
-            gradients = torch.autograd.grad(loss, trainable(model).values(), allow_unused=True)
-            if not all(g.isfinite().all() for g in gradients if g is not None):
-                in_files = isinstance(data, probe.ImageFolder)
-                found.append(probe.shown(data.paths[i]) if in_files else f"image {i}")
-    return found[:3] if len(found) < images else []
+    found, alone = [], list(plan(len(data), cfg.seed, dict(recipe, micro_batch=1), step - 1, step))
+    for (index, _), batch in zip(alone, read(alone)):
+        x, labels = (unified.to_device(v, cfg.device) for v in batch)
+        with probe.autocast(cfg):
+            loss, _ = model(x.squeeze(1), labels if cfg.labels else None)
+        gradients = torch.autograd.grad(loss, trainable(model).values(), allow_unused=True)
+        if not all(g.isfinite().all() for g in gradients if g is not None):
+            in_files = isinstance(data, probe.ImageFolder)
+            found.append(probe.shown(data.paths[index]) if in_files else f"image {index.item()}")
+    return found[:3] if len(found) < len(alone) else []
 
 
 # Files: the run's folder, checkpoints; and signals, which end a run only when all is saved
