@@ -755,11 +755,8 @@ def trainable(model):
 
 def adamw(weights, recipe, fused=True):
     """AdamW for {name: parameter} as the recipe says. fused: in one kernel; None: as torch would."""
-    groups = {True: [], False: []}
-    for name, p in weights.items():
-        groups[recipe["no_decay"](name, p)].append(p)
-    decay = {True: 0.0, False: recipe["weight_decay"]}
-    groups = [{"params": groups[plain], "weight_decay": decay[plain]} for plain in groups]
+    groups = [{"params": [p for name, p in weights.items() if bool(recipe["no_decay"](name, p)) == plain],
+               "weight_decay": 0.0 if plain else recipe["weight_decay"]} for plain in (True, False)]
     return torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"], fused=fused)
 
 
