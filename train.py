@@ -620,8 +620,9 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
     model.train()
 
     def save():
-        config = {**dataclasses.asdict(cfg), **arch, **probe.describe_data(data)}
-        save_stage(cfg, name, model, optimizer, ema, step, config)
+        save_checkpoint(pathlib.Path(cfg.out_dir, f"{name}.pt"), {
+            "model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "stage": name,
+            "step": step, "config": {**vars(cfg), **arch, **probe.describe_data(data)}})
     while step < steps:
         for i in range(accumulate):
             try:
@@ -943,18 +944,12 @@ def open_folder(cfg, train_set, lock):
         probe.check_same_data(config, train_set, cfg.out_dir, "put them back, or take another --out-dir")
 
 
-def save_stage(cfg, name, model, optimizer, ema, step, config):
-    """NAME.pt of the run, by the first process alone."""
-    if unified.rank_and_world()[0] == 0:
-        save_checkpoint(pathlib.Path(cfg.out_dir, f"{name}.pt"), {
-            "model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(),
-            "stage": name, "step": step, "config": config})
-
-
 def save_checkpoint(path, state):
-    """Write under a temporary name, flush, keep the previous file as NAME.prev, rename: a crash at any
-    moment leaves a whole one. UserError if it cannot be written, for want of room say; then nothing has
-    changed."""
+    """Write, by the first process alone, under a temporary name, flush, keep the previous file as
+    NAME.prev, rename: a crash at any moment leaves a whole one. UserError if it cannot be written, for want
+    of room say; then nothing has changed."""
+    if unified.rank_and_world()[0] > 0:
+        return
     path = pathlib.Path(path)
     new = path.with_name(path.name + ".tmp")
     try:
