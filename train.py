@@ -1115,27 +1115,22 @@ def cache_ids(folder, vqgan, data, views, workers=0):
 # Images, charts, and what the run has learned
 
 
-def draw_images(cfg, model, test_set, steps=None):
-    """samples.png, if the model can start from nothing; reconstructions.png, if it rebuilds what is
-    masked of an image."""
-    if model.generates:
-        unified.image_grid(sample_images(cfg, model, steps)).save(pathlib.Path(cfg.out_dir, "samples.png"))
-    if model.reconstructs and not model.tokenizer:
-        draw_reconstructions(cfg, model.reconstruct, test_set)
-
-
 SAMPLES = 64                                            # images on samples.png
 
 
-def sample_images(cfg, model, steps):
-    """SAMPLES images of fixed seeds, (n, 3, S, S); with labels, a column a class."""
-    n = SAMPLES
-    options = {"labels": torch.arange(n, device=cfg.device) % 8 % model.classes} if cfg.labels else {}
-    options.update({"steps": steps} if steps else {})
-    with probe.autocast(cfg):
-        for state in until_asked(model.sample_steps(n, **options)):
-            pass
-        return model.render(state).float().cpu()
+def draw_images(cfg, model, test_set, steps):
+    """samples.png of fixed seeds, with labels a column a class, if the model can start from nothing;
+    reconstructions.png, if it rebuilds what is masked of an image."""
+    if model.generates:
+        columns = torch.arange(SAMPLES, device=cfg.device) % 8
+        options = {"labels": columns % model.classes} if cfg.labels else {}
+        with probe.autocast(cfg):
+            for state in until_asked(model.sample_steps(SAMPLES, steps=steps, **options)):
+                pass
+            x = model.render(state).float().cpu()
+        unified.image_grid(x).save(pathlib.Path(cfg.out_dir, "samples.png"))
+    if model.reconstructs and not model.tokenizer:
+        draw_reconstructions(cfg, model.reconstruct, test_set)
 
 
 def draw_reconstructions(cfg, reconstruct, data):
@@ -1223,7 +1218,7 @@ def report(cfg, model, ema, train_set, test_set):
     vqgan, folder = model.tokenizer, pathlib.Path(cfg.out_dir)
     figures, floor = measure_tokenizer(cfg, vqgan, test_set, len(test_set)) if vqgan else ({}, 0)
     with averaged(model, ema):
-        draw_images(cfg, model, test_set, steps=None if unified.MODELS[cfg.model].tokenizer else 25)
+        draw_images(cfg, model, test_set, steps=None if vqgan else 25)
     stack_images(list(loss_charts(folder))).save(folder / "loss.png")
     no_probe = probe.no_probe(train_set, test_set)
     top1 = {} if no_probe else probe_features(cfg, model, ema, train_set, test_set)
