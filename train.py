@@ -382,13 +382,23 @@ def ids_or_images(cfg, vqgan, train_set):
 def get_tokenizer(cfg, train_set, test_set):
     """What the model is built on, and its config: the MAGE named by --predictor, the tokenizer named by
     --tokenizer, what the run named by --init was built on, or a tokenizer that is trained here; None for
-    models of pixels."""
-    if not unified.MODELS[cfg.model].tokenizer:
+    models of pixels, and for --init, whose weights come all together, see copy_weights."""
+    method = unified.MODELS[cfg.model]
+    if not method.tokenizer:
         return None, None
     if cfg.init:
-        return foundation(cfg)
+        arch = unified.load_model(cfg.init, tell=print_once)[1]["arch"]
+        if arch["model"] != cfg.model:
+            raise UserError(f"--init {cfg.init} holds {arch['model']}, not {cfg.model}; name a run of the "
+                            "same model")
+        return None, arch["predictor" if method.predictor else "tokenizer"]
     if cfg.predictor:
-        return load_predictor(cfg)
+        predictor, config = unified.load_model(cfg.predictor, tell=print_once)
+        wanted, side = method.predictor, predictor.image_size
+        if not isinstance(predictor, unified.MODELS[wanted].model) or side != cfg.image_size:
+            raise UserError(f"--predictor {cfg.predictor} holds {config['arch']['model']} at --image-size "
+                            f"{side}; {cfg.model} needs {wanted} at --image-size {cfg.image_size}")
+        return predictor, config["arch"]
     if not cfg.tokenizer:
         return train_tokenizer(cfg, train_set, test_set)
     vqgan, arch = unified.load_tokenizer(cfg.tokenizer, print_once)
@@ -396,27 +406,6 @@ def get_tokenizer(cfg, train_set, test_set):
         raise UserError(f"--tokenizer {cfg.tokenizer} needs an --image-size that is a multiple of "
                         f"{vqgan.stride}, not {cfg.image_size}")
     return vqgan.to(cfg.device), arch
-
-
-def foundation(cfg):
-    """None, and the config of the tokenizer of the run that --init names, or of its predictor. Their weights
-    come with all others, see copy_weights."""
-    arch = unified.load_model(cfg.init, tell=print_once)[1]["arch"]
-    if arch["model"] != cfg.model:
-        raise UserError(f"--init {cfg.init} holds {arch['model']}, not {cfg.model}; name a run of the same "
-                        "model")
-    return None, arch["predictor" if unified.MODELS[cfg.model].predictor else "tokenizer"]
-
-
-def load_predictor(cfg):
-    """The trained MAGE that ADDP learns from, and its config."""
-    predictor, config = unified.load_model(cfg.predictor, tell=print_once)
-    wanted = unified.MODELS[cfg.model].predictor
-    if not isinstance(predictor, unified.MODELS[wanted].model) or predictor.image_size != cfg.image_size:
-        raise UserError(f"--predictor {cfg.predictor} holds {config['arch']['model']} at --image-size "
-                        f"{predictor.image_size}; {cfg.model} needs {wanted} at --image-size "
-                        f"{cfg.image_size}")
-    return predictor, config["arch"]
 
 
 def tokenizer_arch(cfg):
