@@ -833,14 +833,11 @@ class Log:
         if done == 1:                                   # the very first is no measure: it compiles
             self.started = time.time()
         if done == 4 and not self.bar.disable:
-            self.warn_if_long(self.recipe["steps"] - step, (time.time() - self.started) / 3)
-
-    def warn_if_long(self, steps, seconds):
-        """Say so if the steps that are left, of so many seconds each, take more than a day."""
-        days, prefix = steps * seconds / 86400, "--tokenizer-" if self.name == "tokenizer" else "--"
-        if days > 1:
-            print_once(f"at this pace the {self.name} takes {days:.0f} more days; {prefix}steps, "
-                       f"{prefix}batch-size, --size tiny or --image-size 64 shorten that")
+            days = (self.recipe["steps"] - step) * (time.time() - self.started) / 3 / 86400
+            prefix = "--tokenizer-" if self.name == "tokenizer" else "--"
+            if days > 1:
+                print_once(f"at this pace the {self.name} takes {days:.0f} more days; {prefix}steps, "
+                           f"{prefix}batch-size, --size tiny or --image-size 64 shorten that")
 
     def check_finite(self, step):
         """Tell of steps whose gradient was not finite, which have moved no weight; several in a row end
