@@ -242,11 +242,8 @@ def decode(model, cfg, index, labels, **inpainting):
 def halton_cell(i, base, side):
     """In which of side cells in a row the i-th point lies. Its digits are those of i, mirrored at the point:
     i = 6, which is 110 in base 2, gives 0.011, which is 3/8."""
-    numerator, denominator = 0, 1
-    while i:
-        i, digit = divmod(i, base)
-        numerator, denominator = base * numerator + digit, base * denominator
-    return side * numerator // denominator
+    digits = numpy.base_repr(i, base)
+    return side * int(digits[::-1], base) // base ** len(digits)
 
 
 @functools.cache
