@@ -1125,11 +1125,11 @@ def draw_reconstructions(cfg, reconstruct, data):
     x, _ = probe.map_images(lambda x: x, data, 32, workers=cfg.workers)
     torch.manual_seed(0)
     with probe.autocast(cfg):
-        columns = [x, *(y.cpu() for y in reconstruct(x.to(cfg.device)))]
-    rows = [part for rows in zip(*(c.split(8) for c in columns)) if len(rows[0]) == min(8, len(x))
-            for part in rows]
-    names = (["input"] + ["masked"] * (len(columns) - 2) + ["output"]) * (len(rows) // len(columns))
-    sheet = unified.image_grid(torch.cat(rows), min(8, len(x)), rows=names)
+        kinds = [x, *(y.cpu() for y in reconstruct(x.to(cfg.device)))]
+    columns = min(8, len(x))
+    rows = torch.stack([y[:len(x) // columns * columns].unflatten(0, (-1, columns)) for y in kinds], 1)
+    names = (["input"] + ["masked"] * (len(kinds) - 2) + ["output"]) * len(rows)
+    sheet = unified.image_grid(rows.flatten(0, 2), columns, rows=names)
     sheet.save(pathlib.Path(cfg.out_dir, "reconstructions.png"))
 
 
