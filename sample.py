@@ -432,11 +432,8 @@ def sheet_path(cfg):
     path = pathlib.Path(cfg.out) if cfg.out else results_folder(cfg.run) / f"{kind}-{cfg.seed}.png"
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {path} is to be a PNG; give it a name that ends in .png")
-    files = [writable(path, "--out")]
-    if cfg.gif:
-        files.append(writable(path.with_suffix(".gif"), "--gif"))
-    if cfg.npz:
-        files.append(writable(cfg.npz, "--npz"))
+    places = {"--out": path, "--gif": cfg.gif and path.with_suffix(".gif"), "--npz": cfg.npz}
+    files = [writable(place, name) for name, place in places.items() if place]
     for file in files:
         if file.exists() and not cfg.overwrite:
             raise UserError(f"{file} is there already; --overwrite replaces it, --out takes another name, "
