@@ -1019,11 +1019,9 @@ SHARD = 2048                                            # images
 def read_shard(path):
     """Ids (m, V, L) and labels (m,) of the images that are done, in lists of one; empty lists if the
     file is damaged or not there."""
-    try:
-        with numpy.load(path) as shard:
-            return [shard["ids"]], [shard["labels"]]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return [], []
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), numpy.load(path) as shard:
+        return [shard["ids"]], [shard["labels"]]
+    return [], []
 
 
 def make_shards(shards, vqgan, data, views, workers):
@@ -1191,11 +1189,10 @@ def stack_images(images):
 def loss_charts(folder):
     """Training and held-out loss of tokenizer and model, by step; without a contrastive term."""
     for stage in ("tokenizer", "model"):
-        rows, curves = [r for r in read_rows(folder) if r["stage"] == stage], {}
-        for name in ("loss", "held_out"):
-            curves[name] = [(r["step"], r.get("masked", r[name])) for r in rows if name in r]
-        curves = {name: curve for name, curve in curves.items() if curve}
-        if curves:
+        rows = [r for r in read_rows(folder) if r["stage"] == stage]
+        curves = {name: [(r["step"], r.get("masked", r[name])) for r in rows if name in r]
+                  for name in ("loss", "held_out")}
+        if any(curves.values()):
             yield line_chart(curves, stage)
 
 
