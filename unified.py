@@ -542,8 +542,8 @@ class Model(nn.Module):
     def noise(self, seeds, draw=0):
         """Standard normal (B, 3, S, S), for sampling and for features(noise=), from a seed for each image,
         int64 (B,). Read it as torch.randn, but row i depends on seeds[i] and the number of the draw alone."""
-        S = self.image_size
-        return to_normal(hashed_uniform(seeds, draw, 3 * S * S)).view(-1, 3, S, S)
+        S, dtype = self.image_size, next(self.parameters()).dtype
+        return to_normal(hashed_uniform(seeds, draw, 3 * S * S)).view(-1, 3, S, S).to(dtype)
 
     @property
     def tokenizer(self):
@@ -704,7 +704,7 @@ class Decoding(typing.NamedTuple):
 
     def with_known(self, x):
         """Pixels x (n, 3, S, S), with the known ones put back."""
-        return x if self.known is None else torch.where(self.inpaint_mask[:, None], x, self.known)
+        return x if self.known is None else torch.where(self.inpaint_mask[:, None], x, self.known.clamp(0, 1))
 
 
 def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosine", order=None,
@@ -900,7 +900,8 @@ class Head(nn.Module):
 
     def forward(self, x, weight):
         x = self.ln(F.gelu(self.fc(x)))                                                     # (B, L, C)
-        return F.linear(x, weight.detach(), self.bias[0, 0, :len(weight)]).float()
+        logits = F.linear(x, weight.detach(), self.bias[0, 0, :len(weight)])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def masked_cross_entropy(logits, target, mask):
@@ -1760,7 +1761,8 @@ def timestep_embedding(t, dim, denominator, layout):
 
     Sines and cosines of t 10000^(-j / denominator), j = 0 ... dim / 2 - 1. In UMD the denominator is
     dim / 2 - 1 and the layout "sin cos", in ADM dim / 2 and "cos sin"."""
-    w = (-math.log(10000) / denominator * torch.arange(dim // 2, device=t.device)).exp()    # (dim / 2,)
+    j = torch.arange(dim // 2, dtype=torch.float32, device=t.device)                        # (dim / 2,)
+    w = (-math.log(10000) / denominator * j).exp()
     phase = t.float()[:, None] * w                                                          # (B, dim / 2)
     return torch.cat([phase.sin(), phase.cos()] if layout == "sin cos" else [phase.cos(), phase.sin()], 1)
 
@@ -1973,7 +1975,7 @@ class UMD(Model):
         """Timestep (B,) and labels -> c of the blocks (B, C). In training one label in ten is hidden, for
         classifier-free guidance."""
         width = self.norm.weight.numel()
-        c = self.time_embed(timestep_embedding(t, width, width / 2 - 1, "sin cos"))
+        c = self.time_embed(timestep_embedding(t, width, width / 2 - 1, "sin cos").to(self.norm.weight.dtype))
         if self.classes:
             if labels is not None and keep_label is None:
                 keep_label = torch.rand(labels.shape, device=t.device) >= (0.1 if self.training else 0.0)
@@ -3637,7 +3639,9 @@ def upright(image, ground="white"):
         image = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, ground), image)
     image = image.convert("RGB")
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    return PIL.Image.fromarray(numpy.asarray(image.transpose(turn)))        # without EXIF, or it is turned again
 
 
 def from_image(image, size, nearest=False):
