@@ -684,24 +684,14 @@ def fresh_batches(read, data, index, cfg):
 
 def score_heads(heads, read, data, dims, cfg):
     """How many images of a data set can be read; {name: [accuracy in [0, 1] on these for each d of dims]}."""
-    def logits(features):
-        return [v for name, head in heads.items()
-                for v in head.eval().nested(*features_of(features, name), dims=dims)]
-    counts = count_right(logits, len(heads) * len(dims), read, data, cfg)
-    return int(counts[0]), dict(zip(heads, (counts[1:] / counts[0]).view(len(heads), -1).tolist()))
-
-
-@torch.no_grad()
-def count_right(logits, n, read, data, cfg):
-    """How many whole images of a data set can be read, and in how many each of n logits is largest at the
-    label: float (1 + n,). logits(features) -> [(B, classes), ...], n of them."""
-    counts = torch.zeros(1 + n, device=cfg.device)
-    plan = whole_images(local_shard(torch.arange(len(data))), data, cfg.device)
-    for features, y in read_batches(read, data, plan, cfg.device, cfg.workers):
-        counts += torch.stack([(y >= 0).sum(), *((v.argmax(1) == y).sum() for v in logits(features))])
-    if unified.rank_and_world()[1] > 1:
-        torch.distributed.all_reduce(counts)
-    return counts
+    @torch.no_grad()
+    def predict(x, names):
+        features = read(x, names)
+        return {name: torch.stack([v.argmax(1) for v in head.eval().nested(*features_of(features, name),
+                                                                           dims=dims)], 1)
+                for name, head in heads.items()}                                            # (B, len(dims))
+    found, y = extract_features(predict, data, torch.arange(len(data)), cfg, None)
+    return len(y), {name: (v == y[:, None]).float().mean(0).tolist() for name, v in found.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1314,8 +1304,8 @@ def classifier_of(name, train_set, test_set, cfg):
         if state.get("fingerprint") == mark:
             return unified.load_strictly(net, state["model"], path).eval(), state["top1"]
     train_classifier(net, train_set, cfg)
-    n, right = count_right(lambda x: [net.eval()(x)], 1, lambda x, names: x, test_set, cfg).tolist()
-    state = {"fingerprint": mark, "model": net.state_dict(), "top1": right / n}
+    found, y = map_images(lambda x: net.eval()(x).argmax(1), test_set, None, cfg.workers, cfg.device)
+    state = {"fingerprint": mark, "model": net.state_dict(), "top1": (found == y).double().mean().item()}
     write_file(path, lambda file: torch.save(state, file))
     return net, state["top1"]
 
