@@ -2141,17 +2141,9 @@ def entries(folder):
     """What lies in a folder, sorted by name: (folders, files)."""
     found = sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else []
     found = [e for e in found if not e.name.startswith((".", "__"))]
-    inner = [e for e in found if leads_to_folder(e)]
+    inner = [e for e in found if (os.path.isdir(e) if e.is_symlink() else e.is_dir())]     # no link in a circle
     files = [e for e in found if e not in inner and (e.is_symlink() or e.is_file())]         # no pipe
     return [folder / e.name for e in inner], [folder / e.name for e in files]
-
-
-def leads_to_folder(entry):
-    """Whether an os.DirEntry is a folder, or a link to one; a link in a circle is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
 
 
 def is_image(path):
