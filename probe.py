@@ -599,24 +599,15 @@ def mixup_loss(logits, x, y, alpha=0.8, smoothing=0.1):
 def layer_groups(head, decay, weight_decay=0.05):
     """Parameters of a FineTuned for an optimizer. The further from the output, the less is left to learn:
     'scale' is decay ** (layers above). Vectors, such as biases, are not pulled to zero."""
-    named = [(name, p) for name, p in head.net.named_parameters() if p.requires_grad]
-    blocks = 1 + max([int(name.split(".")[1]) for name, _ in named if name.startswith("blocks.")], default=-1)
-    placed = [(depth_of(name, blocks, head.net.stem), p) for name, p in named]
-    placed += [(blocks + 1, p) for part in (head.norm, head.linear) for p in part.parameters()]
-    groups = {}
-    for depth, p in placed:
-        groups.setdefault((depth, p.dim() > 1), []).append(p)
-    return [{"params": params, "scale": decay ** (blocks + 1 - depth),
+    groups, top = {}, len(getattr(head.net, "blocks", ())) + 1          # 0 is the stem, i + 1 is blocks.i
+    for name, p in head.named_parameters():
+        part, *rest = name.removeprefix("net.").split(".")
+        depth = int(rest[0]) + 1 if part == "blocks" else 0 if part in head.net.stem else top
+        if p.requires_grad:
+            groups.setdefault((depth, p.dim() > 1), []).append(p)
+    return [{"params": params, "scale": decay ** (top - depth),
              "weight_decay": weight_decay if is_matrix else 0.0}
             for (depth, is_matrix), params in groups.items()]
-
-
-def depth_of(name, blocks, stem):
-    """0 for what comes before the blocks, i + 1 for blocks.i, blocks + 1 for all that comes after."""
-    first, *rest = name.split(".")
-    if first == "blocks":
-        return int(rest[0]) + 1
-    return 0 if first in stem else blocks + 1
 
 
 class LARS(torch.optim.Optimizer):
