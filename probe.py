@@ -457,21 +457,16 @@ def new_head(name, nets, places, sample, classes, cfg):
     if cfg.head == "segment":
         return SegmentHead(sum(m.size(1) for m in features_of(sample, name)), classes)
     if cfg.head in ON_MAPS:
-        return map_head(nets[name], places, classes, cfg)
+        model, steps = nets[name], {t: [place.layer for place in at_t] for t, at_t in by_t(places).items()}
+        head = DifFormer(model.layers, steps, classes, int(cfg.pool))
+        if cfg.head == "diffeed":
+            model.requires_grad_(False)
+            head = DifFeed(float32_features(model, cfg), model.layers, feedback_of(model, cfg), head)
+        return head
     width = features_of(sample, name)[0].size(1)
     if cfg.head == "linear" and not cfg.sgd:
         return ProbeHead(width, classes)
     return MLPHead(width, classes, parse_numbers(cfg.hidden, int, "--hidden") if cfg.head == "mlp" else ())
-
-
-def map_head(model, places, classes, cfg):
-    """A DifFormer over the places, with DifFeed around it if asked for; the model is then frozen."""
-    steps = {t: [place.layer for place in at_t] for t, at_t in by_t(places).items()}
-    head = DifFormer(model.layers, steps, classes, int(cfg.pool))
-    if cfg.head != "diffeed":
-        return head
-    model.requires_grad_(False)
-    return DifFeed(float32_features(model, cfg), model.layers, feedback_of(model, cfg), head)
 
 
 # ----------------------------------------------------------------------------------------------------------
