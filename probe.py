@@ -1006,8 +1006,11 @@ def run(cfg, first):
 def compare(nets, places, train_set, index, test_set, cfg):
     """Accuracies of the networks {'model': ..., 'untrained': ...}, and of 'pixels', read by --head.
     Returns [(head, training images, readable test images, {name: [accuracy, ...]}), ...]."""
-    if cfg.head == "finetune":
-        return compare_finetuned(nets, train_set, index, test_set, cfg)
+    if cfg.head == "finetune":                      # from scratch without layer decay
+        decay = finetuning_of(nets["model"])[1]
+        n, tuned = finetune(nets["model"], train_set, index, test_set, decay, "fine-tuning", cfg)
+        n, fresh = finetune(nets["untrained"], train_set, index, test_set, 1.0, "from scratch", cfg)
+        return [("finetune", len(index), n, {"model": tuned["model"], "untrained": fresh["model"]})]
     read = reader(nets, places, cfg)
     if cfg.head in RECIPES:
         return compare_trained(read, nets, places, train_set, index, test_set, cfg)
@@ -1048,14 +1051,6 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
     titles = [f"{cfg.head}-{d}" if d else cfg.head for d in dims]
     return [(title, images, n, {name: [values[i]] for name, values in scores.items()})
             for i, title in enumerate(titles)]
-
-
-def compare_finetuned(nets, train_set, index, test_set, cfg):
-    """compare() for fine-tuning, with the layer decay published for the model's size, none from scratch."""
-    decay = finetuning_of(nets["model"])[1]
-    n, tuned = finetune(nets["model"], train_set, index, test_set, decay, "fine-tuning", cfg)
-    n, fresh = finetune(nets["untrained"], train_set, index, test_set, 1.0, "from scratch", cfg)
-    return [("finetune", len(index), n, {"model": tuned["model"], "untrained": fresh["model"]})]
 
 
 def titles(model, cfg):
