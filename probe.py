@@ -475,20 +475,20 @@ def new_head(name, nets, places, sample, classes, cfg):
 # One loop for all heads. lr is for 256 images a step; fit_recipe fills in where it is None.
 
 RECIPES = {
-    "linear": dict(batch_size=4096, epochs=90, lr=None),        # of MAE and MAGE
-    "mlp": dict(batch_size=128, epochs=10, lr=2e-3),            # ours, for small data sets
-    "attention": dict(batch_size=128, epochs=10, lr=2e-3),
-    "difformer": dict(batch_size=128, epochs=10, lr=2e-3),
-    "diffeed": dict(batch_size=16, epochs=10, lr=1.6e-2),
-    "finetune": dict(batch_size=256, epochs=20, lr=None),       # MAGE's has 1024 and 100
-    "segment": dict(batch_size=16, epochs=10, lr=1.6e-2),       # DINOv3 has 32 on ADE20K
+    "linear": dict(batch_size=4096, epochs=90, lr=None),                    # of MAE and MAGE
+    "mlp": dict(batch_size=128, epochs=10, lr=2e-3, pool="1"),              # ours, for small data sets
+    "attention": dict(batch_size=128, epochs=10, lr=2e-3, pool="16"),
+    "difformer": dict(batch_size=128, epochs=10, lr=2e-3, pool="16"),
+    "diffeed": dict(batch_size=16, epochs=10, lr=1.6e-2, pool="16"),
+    "finetune": dict(batch_size=256, epochs=20, lr=None),                   # MAGE's has 1024 and 100
+    "segment": dict(batch_size=16, epochs=10, lr=1.6e-2, pool="256"),       # DINOv3 has 32 on ADE20K
 }
-SGD = {                                                         # of DiffSSL: 0.01 or 0.05 at these batches
-    "linear": dict(batch_size=128, epochs=28, lr=0.02),
-    "mlp": dict(batch_size=128, epochs=28, lr=0.02),
-    "attention": dict(batch_size=128, epochs=28, lr=0.1),
-    "difformer": dict(batch_size=128, epochs=28, lr=0.1),
-    "diffeed": dict(batch_size=16, epochs=28, lr=0.16),
+SGD = {                                                     # of DiffSSL: 0.01 or 0.05 at these batches
+    "linear": dict(batch_size=128, epochs=28, lr=0.02, pool="1"),
+    "mlp": dict(batch_size=128, epochs=28, lr=0.02, pool="1"),
+    "attention": dict(batch_size=128, epochs=28, lr=0.1, pool="16"),
+    "difformer": dict(batch_size=128, epochs=28, lr=0.1, pool="16"),
+    "diffeed": dict(batch_size=16, epochs=28, lr=0.16, pool="16"),
 }
 
 
@@ -1384,12 +1384,10 @@ def judge_samples(model, config, cfg):
 def settle(cfg):
     """The settings for one run, with the defaults that depend on others. UserError for what cannot be."""
     recipe = {"k": 20} if cfg.head in BY_NEIGHBOURS else (SGD if cfg.sgd else RECIPES).get(cfg.head, {})
-    pool = "256" if cfg.head == "segment" else "16" if cfg.head in ON_MAPS else \
-        "1" if cfg.sgd or cfg.head == "mlp" else ""
     cfg = dataclasses.replace(
-        cfg, pool=cfg.pool or pool, dtype=cfg.dtype or unified.default_dtype(cfg.device),
+        cfg, dtype=cfg.dtype or unified.default_dtype(cfg.device),
         compile=cfg.device.startswith("cuda") if cfg.compile is None else cfg.compile,
-        **{name: value for name, value in recipe.items() if getattr(cfg, name) is None})
+        **{name: value for name, value in recipe.items() if getattr(cfg, name) in (None, "")})
     if cfg.head in ON_MAPS and not is_side(cfg.pool):
         raise UserError(f"--head {cfg.head} reads maps; --pool takes the number of cells on a side, "
                         "16 if not given, for segment all up to 256")
