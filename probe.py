@@ -1636,10 +1636,7 @@ def score_segments(heads, read, data, cfg):
                 confusions[name] += confusion_of(y, prediction, len(data.classes))
             examples += [*zip(x[:, :3], y, found["model"])][:8 - len(examples)]
             bar.update()
-    if unified.rank_and_world()[1] > 1:
-        for confusion in confusions.values():
-            torch.distributed.all_reduce(confusion)
-    return confusions, examples
+    return {name: summed(confusion) for name, confusion in confusions.items()}, examples
 
 
 def confusion_of(y, prediction, classes):
@@ -1792,10 +1789,7 @@ SIGNALS = {}    # {number: when it came}: what has asked a training for its end;
 def asked_to_stop():
     """Whether a signal has reached any of the processes. All of them come here together, so all stop after
     the same step."""
-    asked = torch.tensor(len(SIGNALS))
-    if unified.rank_and_world()[1] > 1:
-        torch.distributed.all_reduce(asked)                              # on the CPU: no device is waited for
-    return bool(asked)
+    return bool(summed(torch.tensor(len(SIGNALS))))                      # on the CPU: no device is waited for
 
 
 def progress_bar(total, title, unit, start=0, stay=False):
@@ -1822,23 +1816,27 @@ def local_shard(items):
     return items[rank::world]
 
 
+def summed(x):
+    """A tensor, to which those of the other processes have been added."""
+    if unified.rank_and_world()[1] > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
 def gather(mine, n):
     """Rows of local_shard -> all n rows, in every process."""
     if unified.rank_and_world()[1] == 1:
         return mine
     everything = mine.new_zeros(n, *mine.shape[1:])
     local_shard(everything)[:] = mine
-    torch.distributed.all_reduce(everything)
-    return everything
+    return summed(everything)
 
 
 def average_gradients(parameters):
     """Over the processes, each of which has seen its part of the batch."""
-    world = unified.rank_and_world()[1]
     for p in parameters:
-        if world > 1 and p.grad is not None:
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= world
+        if p.grad is not None:
+            summed(p.grad).div_(unified.rank_and_world()[1])
 
 
 # What train.py uses, too.
