@@ -1713,10 +1713,10 @@ def extract_features(read, data, index, cfg, title):
     return {key: gather(v, len(index))[y >= 0] for key, v in features.items()}, y[y >= 0]
 
 
-def read_images(read, data, index, workers=0, device="cpu", name=None):
+def read_images(read, data, index, workers, device, name):
     """Features {key: (N, ...)} and labels (N,) of the whole images index (N,), without gradient, on the
     device or where read puts them. name: of a progress bar. Stopped if a signal asks for the end."""
-    plan = whole_images(index, data, device)
+    plan = [(part, None) for part in index.split(images_at_once(data, device))]
     features, labels, done = {}, torch.empty(len(index), dtype=torch.long, device=device), 0
     with torch.no_grad(), progress_bar(len(plan), name, "batches") as bar:
         for of_batch, y in read_batches(read, data, plan, device, workers):
@@ -1758,11 +1758,6 @@ def read_batches(read, data, plan, device, workers=0, replace=False):
     for (index, crops), (x, y) in zip(plan, data.batches(plan, workers, replace)):
         x, y = unified.to_device(x.flatten(0, -4), device), unified.to_device(y, device)
         yield read(x, index if crops is None else crops.flatten()), y
-
-
-def whole_images(index, data, device):
-    """The plan of whole images index (N,), images_at_once() a batch."""
-    return [(part, None) for part in index.split(images_at_once(data, device))]
 
 
 def images_at_once(data, device):
