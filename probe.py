@@ -2286,7 +2286,8 @@ def find_images(root):
         some = ", ".join(odd[:5]) + " ..." * (len(odd) > 5)
         raise UserError(f"{shown(root)}/{names[0]} and {shown(root)}/{second} differ in their classes: "
                         f"{some} only in one of them" + ("; expected" + tree) * ("" in odd))
-    (files, labels), *rest = (files_and_labels(part) for part in parts)
+    (files, labels), *rest = (([p for files in part.values() for p in files],
+                               [c for c, files in enumerate(part.values()) for _ in files]) for part in parts)
     if second:
         how, train, test = f"{second}/", (files, labels), rest[0]
     else:
@@ -2301,12 +2302,6 @@ def find_images(root):
     notes.insert(0, f"{shown(root)}: {len(train[0])} images {kind} to train on, {tests}")
     layout = f"{' and '.join(names) or 'one part'}, {'class folders' if classes else 'flat'}"
     return layout, classes, {True: train, False: test}, "\n".join(notes)
-
-
-def files_and_labels(part):
-    """{class: files} -> files, and their class numbers."""
-    return ([p for files in part.values() for p in files],
-            [c for c, files in enumerate(part.values()) for _ in files])
 
 
 def check_sample(data, count=500):
