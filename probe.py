@@ -813,24 +813,14 @@ SWEEP = (0, 0.01, 0.03, 0.05, 0.09, 0.15, 0.3, 0.5)             # of the largest
 
 
 def places_to_read(model, cfg):
-    """All combinations of --layers, --t and --pool; the class position only where the model reads it."""
+    """All combinations of --layers, --t and --pool; the class position only where the model reads it.
+    UserError if the model has no such place."""
     layers, ts = parse_numbers(cfg.layers, int, "--layers"), parse_numbers(cfg.t, float, "--t")
     searched = bool(layers or ts or cfg.sweep)
     if cfg.head in ON_MAPS:
         pools = ["mean"]                                        # a place for maps is chosen by their means
     else:
         pools = cfg.pool.split(",") if cfg.pool else ["mean" if searched else model.pools[0]]
-    check_places(model, layers, ts, pools, searched)
-    low, high, _ = model.t_range
-    layers = layers or (list(model.layers) if cfg.sweep else [model.best_layer])
-    ts = ts or ([low + fraction * (high - low) for fraction in SWEEP] if cfg.sweep else [model.best_t])
-    ts = map(round if isinstance(high, int) else float, ts)
-    places = [Place(layer, t, pool) for t in ts for layer in layers for pool in pools if pool != "class"]
-    return distinct(places + [Place(model.best_layer, model.best_t, "class")] * ("class" in pools))
-
-
-def check_places(model, layers, ts, pools, searched):
-    """UserError if the model has no such place."""
     low, high, meaning = model.t_range
     for layer in layers:
         if layer not in model.layers:
@@ -847,6 +837,11 @@ def check_places(model, layers, ts, pools, searched):
     if pools == ["class"] and searched:
         raise UserError(f"--pool class reads layer {model.best_layer} of the whole image; "
                         "leave --layers, --t and --sweep out")
+    layers = layers or (list(model.layers) if cfg.sweep else [model.best_layer])
+    ts = ts or ([low + fraction * (high - low) for fraction in SWEEP] if cfg.sweep else [model.best_t])
+    ts = map(round if isinstance(high, int) else float, ts)
+    places = [Place(layer, t, pool) for t in ts for layer in layers for pool in pools if pool != "class"]
+    return distinct(places + [Place(model.best_layer, model.best_t, "class")] * ("class" in pools))
 
 
 def choose(model, places, train_set, index, cfg):
