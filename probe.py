@@ -2115,13 +2115,16 @@ def entries(folder):
 
 def is_image(path):
     """By its suffix or, if that says nothing, by how the file begins."""
-    if path.suffix.lower() in SUFFIXES:
-        return True
     PIL.Image.init()
+    return path.suffix.lower() in SUFFIXES or opens(path, [f for f in FORMATS if f in PIL.Image.OPEN])
+
+
+def opens(path, formats=None):
+    """Whether Pillow makes sense of the head of a file."""
     try:
-        with PIL.Image.open(path, formats=[f for f in FORMATS if f in PIL.Image.OPEN]):
+        with PIL.Image.open(path, formats=formats):
             return True
-    except Exception:                                                            # anything else than an image
+    except Exception:                                       # of any kind; it is told when the image is read
         return False
 
 
@@ -2307,13 +2310,7 @@ def check_sample(data, count=500):
         index = (data.labels == c).nonzero().flatten()
         some = min(len(index), max(2, count // max(1, len(data.classes))))
         some = index[torch.linspace(0, len(index) - 1, some).long()].tolist()
-        failed = []
-        for i in some:
-            try:
-                with PIL.Image.open(data.paths[i]):
-                    pass
-            except Exception:                                        # what it is will be said when it is read
-                failed.append(i)
+        failed = [i for i in some if not opens(data.paths[i])]
         bad, seen, whole = bad + failed, seen + len(some), whole + [name] * (len(failed) == len(some))
     if whole or len(bad) > max(1, seen / 10):
         none = f"; none of {', '.join(whole[:3])}" if data.classes and whole else ""
