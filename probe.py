@@ -1398,25 +1398,24 @@ def check_flags(cfg):
     for key, heads in belongs.items():
         if getattr(cfg, key) != getattr(Config, key) and cfg.head not in heads:
             raise UserError(f"--{key.replace('_', '-')} belongs to --head {', '.join(heads)}, not {cfg.head}")
-    if cfg.save and (cfg.head != "ridge" or cfg.sweep or cfg.labels or cfg.subset or len(cfg.run) > 1
-                     or "," in cfg.layers + cfg.t + cfg.pool):
-        raise UserError("--save reads one place of one run and probes nothing; name one run, the images with "
-                        "--dataset, and leave --head and --sweep out")
-    about_features = (cfg.save, cfg.sweep, cfg.layers, cfg.t, cfg.pool, cfg.labels, cfg.subset, cfg.limit)
-    if cfg.samples and (cfg.head != "ridge" or len(cfg.run) > 1 or any(about_features)):
-        raise UserError("--samples is about images, of one run, beside its whole data set; leave --head, "
-                        "--layers, --t, --pool, --sweep, --labels, --subset, --limit and --save out")
-    faults = {"is there already; take another name": os.path.exists(cfg.save),
-              "has no .npz at its end; add it": not cfg.save.endswith(".npz"),
-              "is in no folder that can be written to; make it, or take another":
-                  not os.access(os.path.dirname(cfg.save) or ".", os.W_OK)}
+    place = cfg.layers + cfg.t + cfg.pool
+    other_probe = cfg.head != "ridge" or cfg.sweep or cfg.labels or cfg.subset or len(cfg.run) > 1
+    faults = {
+        "--save reads one place of one run and probes nothing; name one run, the images with --dataset, and "
+        "leave --head and --sweep out": cfg.save and (other_probe or "," in place),
+        "--samples is about images, of one run, beside its whole data set; leave --head, --layers, --t, "
+        "--pool, --sweep, --labels, --subset, --limit and --save out":
+            cfg.samples and (other_probe or place or cfg.limit or cfg.save),
+        f"--save {cfg.save} is there already; take another name": cfg.save and os.path.exists(cfg.save),
+        f"--save {cfg.save} has no .npz at its end; add it": cfg.save and not cfg.save.endswith(".npz"),
+        f"--save {cfg.save} is in no folder that can be written to; make it, or take another":
+            cfg.save and not os.access(os.path.dirname(cfg.save) or ".", os.W_OK),
+        "--head finetune trains all that leads to the layer the paper reads; leave --layers, --t and --pool "
+        "out": cfg.head == "finetune" and place}
     for fault, found in faults.items():
-        if cfg.save and found:
-            raise UserError(f"--save {cfg.save} {fault}")
+        if found:
+            raise UserError(fault)
     parse_numbers(cfg.hidden, int, "--hidden", low=1, high=2**16)
-    if cfg.head == "finetune" and (cfg.layers, cfg.t, cfg.pool) != ("", "", ""):
-        raise UserError("--head finetune trains all that leads to the layer the paper reads; "
-                        "leave --layers, --t and --pool out")
 
 
 def parse_numbers(text, kind, flag, low=0, high=10**6):
@@ -2108,7 +2107,7 @@ def entries(folder):
     """What lies in a folder, sorted by name: (folders, files)."""
     found = sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else []
     found = [e for e in found if not e.name.startswith((".", "__"))]
-    inner = [e for e in found if (os.path.isdir(e) if e.is_symlink() else e.is_dir())]     # no link in a circle
+    inner = [e for e in found if (os.path.isdir(e) if e.is_symlink() else e.is_dir())]    # no link in a circle
     files = [e for e in found if e not in inner and (e.is_symlink() or e.is_file())]         # no pipe
     return [folder / e.name for e in inner], [folder / e.name for e in files]
 
