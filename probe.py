@@ -1596,10 +1596,11 @@ def over_windows(predict, x, S):
     return total / total.sum(-3, keepdim=True)
 
 
-def segment(heads, read, x, names, S, classes, ignored=()):
+def segment(heads, read, x, names, data):
     """Images with masks (B, 4, H, W) of any size, their names (B,) -> {name: class of each pixel (B, H, W)},
     none of those ignored, by windows of the network's own size S: no position embedding is stretched. What
     is called ceiling is predicted by the mask itself, averaged to the cells of the head's map."""
+    S = data.size
     sides = [max(S, round(S * side / min(x.shape[2:]))) for side in x.shape[2:]]
     small = torch.cat([F.interpolate(x[:, :3], sides, mode="bilinear", antialias=True),
                        F.interpolate(x[:, 3:], sides, mode="nearest-exact")], 1)
@@ -1607,11 +1608,11 @@ def segment(heads, read, x, names, S, classes, ignored=()):
     def predict(window, i):
         features = read(window, unified.hash_ints(names, i))
         logits = [head.eval()(*features_of(features, name)) for name, head in heads.items()]
-        one_hot = F.one_hot(features["mask", None].long(), classes + 1)[..., 1:].movedim(-1, 1).float()
+        one_hot = F.one_hot(features["mask", None].long(), 1 + len(data.classes))[..., 1:].movedim(-1, 1).float()
         logits.append(F.adaptive_avg_pool2d(one_hot, logits[0].shape[2:]))
         return torch.stack([enlarged(v, (S, S)).softmax(1) for v in logits])                # (n, B, K, S, S)
     p = over_windows(predict, small, S)
-    p[:, :, list(ignored)] = -1                         # else a stray pixel would make the class count, as 0
+    p[:, :, list(data.ignored)] = -1                    # else a stray pixel would make the class count, as 0
     return {name: enlarged(v, x.shape[2:]).argmax(1) for name, v in zip([*heads, "ceiling"], p)}
 
 
@@ -1623,8 +1624,7 @@ def score_segments(heads, read, data, cfg):
     index = local_shard(torch.arange(len(data))).split(images_at_once(data, cfg.device) if together else 1)
     with progress_bar(len(index), "test set", "batches") as bar:
         for part, (x, _) in zip(index, data.batches([(part, None) for part in index], 0, False)):
-            found = segment(heads, read, x, unified.to_device(part, x.device), data.size, len(data.classes),
-                            data.ignored)
+            found = segment(heads, read, x, unified.to_device(part, x.device), data)
             y = (255 * x[:, 3]).round().long() - 1                                          # (B, H, W)
             for name, prediction in found.items():
                 confusions[name] += confusion_of(y, prediction, len(data.classes))
