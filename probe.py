@@ -399,7 +399,7 @@ class DifFeed(Head):
 
     def fed_back(self, maps):
         """Maps of the late layers -> {early layer: what is added to it (B, C, h, w)}."""
-        return {early: F.interpolate(layer(m), self.shapes[early][1:], mode="bilinear")
+        return {early: enlarged(layer(m), self.shapes[early][1:])
                 for early, layer, m in zip(self.feedback.values(), self.feedback_layers, maps)}
 
     def read(self, x, *noise):
@@ -1573,9 +1573,7 @@ class SegmentHead(Head):
         return self.norm(torch.cat([enlarged(m, size) for m in maps], 1))
 
 
-def enlarged(m, size):
-    """A map (B, C, h, w), bilinearly -> (B, C, *size)."""
-    return F.interpolate(m, tuple(size), mode="bilinear")
+enlarged = functools.partial(F.interpolate, mode="bilinear")        # map (B, C, h, w), size -> (B, C, *size)
 
 
 def segment_loss(logits, mask):
@@ -1600,7 +1598,7 @@ def segment(heads, read, x, names, data):
     """Images with masks (B, 4, H, W) of any size, their names (B,) -> {name: class of each pixel (B, H, W)},
     none of those ignored, by windows of the network's own size S: no position embedding is stretched. What
     is called ceiling is predicted by the mask itself, averaged to the cells of the head's map."""
-    S = data.size
+    S, classes = data.size, len(data.classes)
     sides = [max(S, round(S * side / min(x.shape[2:]))) for side in x.shape[2:]]
     small = torch.cat([F.interpolate(x[:, :3], sides, mode="bilinear", antialias=True),
                        F.interpolate(x[:, 3:], sides, mode="nearest-exact")], 1)
@@ -1608,7 +1606,7 @@ def segment(heads, read, x, names, data):
     def predict(window, i):
         features = read(window, unified.hash_ints(names, i))
         logits = [head.eval()(*features_of(features, name)) for name, head in heads.items()]
-        one_hot = F.one_hot(features["mask", None].long(), 1 + len(data.classes))[..., 1:].movedim(-1, 1).float()
+        one_hot = F.one_hot(features["mask", None].long(), classes + 1)[..., 1:].movedim(-1, 1).float()
         logits.append(F.adaptive_avg_pool2d(one_hot, logits[0].shape[2:]))
         return torch.stack([enlarged(v, (S, S)).softmax(1) for v in logits])                # (n, B, K, S, S)
     p = over_windows(predict, small, S)
@@ -2107,7 +2105,8 @@ def entries(folder):
     """What lies in a folder, sorted by name: (folders, files)."""
     found = sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else []
     found = [e for e in found if not e.name.startswith((".", "__"))]
-    inner = [e for e in found if (os.path.isdir(e) if e.is_symlink() else e.is_dir())]    # no link in a circle
+    # isdir() forgives a link in a circle.
+    inner = [e for e in found if (os.path.isdir(e) if e.is_symlink() else e.is_dir())]
     files = [e for e in found if e not in inner and (e.is_symlink() or e.is_file())]         # no pipe
     return [folder / e.name for e in inner], [folder / e.name for e in files]
 
