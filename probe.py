@@ -2215,10 +2215,10 @@ Class folders without train/ and val/, or images without classes, will do too.""
 def labelled(folder, notes):
     """{class: its image files} of a folder of class folders, {"": files} if images lie right in it. Notes
     gets a line on all that was left out."""
-    others = []
-    found = {p.name: image_files(p, others) for p in entries(folder)[0]}
-    loose = [p for p in entries(folder)[1] if is_image(p)]
-    others += [p for p in entries(folder)[1] if not is_image(p)]
+    others, (folders, files) = [], entries(folder)
+    found = {p.name: image_files(p, others) for p in folders}
+    loose = [p for p in files if is_image(p)]
+    others += sorted(set(files) - set(loose))
     empty = [name for name, files in found.items() if not files]
     found = {name: files for name, files in found.items() if files} or ({"": loose} if loose else {})
     beside = [p.name for p in loose if "" not in found]
