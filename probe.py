@@ -387,11 +387,9 @@ class DifFeed(Head):
     def __init__(self, features, shapes, feedback, head):
         super().__init__()
         self.features, self.shapes, self.feedback, self.head = features, shapes, feedback, head
-
-        def projection(late, early):
-            return nn.Sequential(nn.Conv2d(late, early, 1, bias=False), nn.BatchNorm2d(early), nn.ReLU())
+        channels = ((shapes[late][0], shapes[early][0]) for late, early in feedback.items())
         self.feedback_layers = nn.ModuleList(
-            projection(shapes[late][0], shapes[early][0]) for late, early in feedback.items())
+            nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU()) for c, d in channels)
 
     @property
     def linear(self):
