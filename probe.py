@@ -1922,9 +1922,8 @@ class ImageTensor:
         *box, flip = crop_boxes(crops, side, side, self.scale)
         left, top, w, h = (v / side for v in box)
         zero, sign = torch.zeros_like(w), 1 - 2 * flip.float()
-        rows = [w * sign, zero, 2 * left + w - 1], [zero, h, 2 * top + h - 1]
-        matrix = torch.stack([torch.stack(row, 1) for row in rows], 1)                      # (B, 2, 3)
-        grid = F.affine_grid(matrix, x.shape, align_corners=False)
+        matrix = torch.stack([w * sign, zero, 2 * left + w - 1, zero, h, 2 * top + h - 1], 1)
+        grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
         cut = functools.partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
         return torch.cat([cut(x[:, :3]), cut(x[:, 3:], mode="nearest")], 1) if x.size(1) > 3 else cut(x)
 
