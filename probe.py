@@ -1041,9 +1041,8 @@ def compare_trained(read, nets, places, train_set, index, test_set, cfg):
         cells = max(m.size(-1) for m in features_of(sample, "model"))
         return segment_results(heads, read, test_set, images, cells, cfg)
     n, scores = score_heads(heads, read, test_set, dims, cfg)
-    titles = [f"{cfg.head}-{d}" if d else cfg.head for d in dims]
-    return [(title, images, n, {name: [values[i]] for name, values in scores.items()})
-            for i, title in enumerate(titles)]
+    return [(f"{cfg.head}-{d}" if d else cfg.head, images, n,
+             {name: [values[i]] for name, values in scores.items()}) for i, d in enumerate(dims)]
 
 
 def titles(model, cfg):
