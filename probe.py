@@ -99,7 +99,7 @@ class Config:
     labels: float = flag(None, "fraction of the training images, such as 0.01: equally many of each class, "
                                "the same for every model", min=1e-9, max=1)
     subset: str = flag("", "file of the training images, NAME or CLASS/NAME a line, as SimCLR's 1percent.txt")
-    strict_images: bool = flag(False, "stop at an unreadable image instead of leaving it out")
+    strict_images: bool = flag(None, "stop at an unreadable image instead of leaving it out")
 
     k: int = flag(None, "knn: neighbours that vote, for fewshot on the place to read [20]",
                   group="single heads")
@@ -592,12 +592,13 @@ def mixup_loss(logits, x, y, alpha=0.8, smoothing=0.1):
 def layer_groups(head, decay, weight_decay=0.05):
     """Parameters of a FineTuned for an optimizer. The further from the output, the less is left to learn:
     'scale' is decay ** (layers above). Vectors, such as biases, are not pulled to zero."""
-    groups, top = {}, len(getattr(head.net, "blocks", ())) + 1          # 0 is the stem, i + 1 is blocks.i
-    for name, p in head.named_parameters():
-        part, *rest = name.removeprefix("net.").split(".")
+    named = [(name.removeprefix("net.").split("."), p) for name, p in head.named_parameters()
+             if p.requires_grad]
+    top = 1 + len({rest[0] for (part, *rest), _ in named if part == "blocks"})
+    groups = {}
+    for (part, *rest), p in named:                          # 0 is the stem, i + 1 is blocks.i, top the rest
         depth = int(rest[0]) + 1 if part == "blocks" else 0 if part in head.net.stem else top
-        if p.requires_grad:
-            groups.setdefault((depth, p.dim() > 1), []).append(p)
+        groups.setdefault((depth, p.dim() > 1), []).append(p)
     return [{"params": params, "scale": decay ** (top - depth),
              "weight_decay": weight_decay if is_matrix else 0.0}
             for (depth, is_matrix), params in groups.items()]
@@ -954,6 +955,8 @@ def load(cfg):
     """Model, its config, and the places to read. UserError for flags that do not fit it."""
     model, config = unified.load_model(cfg.run, {"raw": False, "ema": True}.get(cfg.weights),
                                        heads=cfg.adm_heads, order=cfg.adm_order)
+    if cfg.weights == "ema" and not unified.MODELS[config["arch"]["model"]].recipe["ema"]:
+        raise UserError(f"--weights ema: {cfg.run} keeps no averaged weights; leave that out")
     places = places_to_read(model, cfg)
     if cfg.head == "diffeed":
         feedback_of(model, cfg)
@@ -1522,8 +1525,13 @@ def open_sets(model, config, cfg):
 
 def no_probe(train_set, test_set):
     """Why these sets cannot be probed; "" if they can. In a single class, every accuracy means nothing."""
-    if not all(len(data.labels.unique()) > 1 for data in (train_set, test_set)):
-        return "it takes images of two classes or more, to train on and to test on"
+    train, test = (len(data.labels.unique()) for data in (train_set, test_set))
+    if train > 1 >= test and not test_set.unseen:
+        return "it takes others to test on"
+    if train > 1 >= test:
+        return "all images to test on are of one class; lay some of every class into val/"
+    if train < 2:
+        return "it takes images of two classes or more"
     few = f"it takes 20 images to train on, not {len(train_set)}" * (len(train_set) < 20)
     return few or "it takes others to test on" * (not test_set.unseen)
 
@@ -1659,7 +1667,8 @@ def segment_results(heads, read, data, images, cells, cfg):
     print(f"{protocol}; {right:.1%} of the pixels are right, mIoU:")
     about = {"iou": {c: None if v != v else round(v, 4) for c, v in zip(data.classes, iou["model"].tolist())},
              "pixel_accuracy": round(right, 4), "protocol": protocol}
-    return [("segment", images, len(data), {name: [v.nanmean().item()] for name, v in iou.items()}, about)]
+    n = len(data) - len(data.unreadable)
+    return [("segment", images, n, {name: [v.nanmean().item()] for name, v in iou.items()}, about)]
 
 
 def segment_sheet(examples, classes, side=128):
@@ -1859,6 +1868,18 @@ def write_file(path, write):
         new.unlink(missing_ok=True)
 
 
+def writable(path, flag, folder=False):
+    """The pathlib.Path of a file, or folder, that can be written or made; UserError with the flag, if not."""
+    path = place = pathlib.Path(path)
+    while not os.path.exists(place) and (folder or place == path):
+        place = place.parent
+    right = os.path.isdir(place) == (folder or place != path)
+    if not right or not os.access(place, os.W_OK) or len(os.fsencode(path.name)) > 240:
+        raise UserError(f"{flag} {path} cannot be written as a {'folder' if folder else 'file'} here; "
+                        "name another place" + ", in a folder that is there" * (not folder))
+    return path
+
+
 def distinct(values):
     """Values without repetitions, in their order."""
     return list(dict.fromkeys(values))
@@ -2016,7 +2037,7 @@ class ImageFolder(torch.utils.data.Dataset):
                 if self.strict or replace and -1 in y:
                     remedy = f": no other in {shown(self.root)} can"
                     raise UserError(f"{shown(self.paths[i])} cannot be read as an image ({error}); mend it"
-                                    + (", or leave --strict-images out" if self.strict else remedy))
+                                    + (", or take --no-strict-images" if self.strict else remedy))
                 if i not in self.named:
                     fate = "another image takes its place" if replace else "left out"
                     print(f"unreadable, {fate}: {shown(self.paths[i])} ({error})", file=sys.stderr)
@@ -2098,13 +2119,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF
 
 
 def entries(folder):
-    """What lies in a folder, sorted by name: (folders, files)."""
+    """What lies in a folder, sorted by name: (folders but for runs of train.py, files)."""
     found = sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else []
     found = [e for e in found if not e.name.startswith((".", "__"))]
     # isdir() forgives a link in a circle.
     inner = [e for e in found if (os.path.isdir(e) if e.is_symlink() else e.is_dir())]
     files = [e for e in found if e not in inner and (e.is_symlink() or e.is_file())]         # no pipe
-    return [folder / e.name for e in inner], [folder / e.name for e in files]
+    inner = [folder / e.name for e in inner]
+    return [p for p in inner if not (p / "log.jsonl").exists()], [folder / e.name for e in files]
 
 
 def is_image(path):
@@ -2123,13 +2145,13 @@ def opens(path, formats=None):
 
 
 def image_files(folder, others, above=frozenset()):
-    """Image files in a folder and in those inside it, but for links that lead back and for runs of train.py.
-    What is no image joins the list others. above: folders on the way here."""
+    """Image files in a folder and in those inside it, but for links that lead back. What is no image joins
+    the list others. above: folders on the way here."""
     folders, files = entries(folder)
     images = [p for p in files if is_image(p)]
     others += sorted(set(files) - set(images))
     above = above | {folder.resolve(), *folder.resolve().parents}
-    inner = [p for p in folders if p.resolve() not in above and not (p / "log.jsonl").exists()]
+    inner = [p for p in folders if p.resolve() not in above]
     return images + [file for p in inner for file in image_files(p, others, above)]
 
 
@@ -2260,13 +2282,14 @@ def find_images(root):
     """(layout, classes, {True: files and labels to train on, False: to test on}, lines on what was found) of
     a folder. UserError if there is nothing, or if the classes of its parts differ."""
     notes, tree = [], EXPECTED_TREE.format(root=shown(root))
-    inner = {p.name.lower(): p.name for p in entries(root)[0]}
+    folders, _ = entries(root)
+    inner = {p.name.lower(): p.name for p in folders}
     first, second = (next((inner[name] for name in names if name in inner), None) for names in
                      (("train", "training"), ("val", "valid", "validation", "test", "testing")))
     split = second or first and entries(root / first)[0]                    # else it may be a class of trains
     names = [first or "train", second] if second else [first] if split else [""]
     parts = [labelled(root / name, notes) for name in names]
-    beside = [name for name in inner.values() if name not in names and image_files(root / name, [])]
+    beside = [p.name for p in folders if p.name not in names and image_files(p, [])]
     notes += left_out(root, f"folders beside {names[0]}", beside) if split else []
     for name, part in zip(names, parts):
         if not part:
@@ -2420,16 +2443,21 @@ def open_masks(dataset, data_dir, size, cfg):
         sets = [ImageTensor(images[:4000], labels[:4000], ["ground", *names], (0.5, 1.0), cfg.device)
                 for images, labels, names in sets]
         return [without(data, void) for data in sets]
-    root, sets, highest = pathlib.Path(data_dir or dataset), [], 2
+    root, sets, tops = pathlib.Path(data_dir or dataset), [], []
     check_folder(root)
     layout, first, classes, parts, others = find_masks(root)
     rule = first, [255, *range(first), *void], first + len(classes) - 1 if classes else 254
     with progress_bar(sum(map(len, parts)), "masks", "masks") as bar:
         for image, mask in sum(parts, []):
             with unified.reading(image, "an image"), PIL.Image.open(image) as opened:
-                highest = max(highest, read_mask(mask, *rule, shown_size(opened)).max())
+                tops.append(read_mask(mask, *rule, shown_size(opened)).max())
             bar.update()
-    classes = classes or [str(value) for value in range(highest)]
+    n = len(parts[0])
+    for purpose, of_part in (("train", tops[:n]), ("test", tops[n:])):
+        if not any(of_part):
+            raise UserError(f"no mask to {purpose} on in {shown(root)} has a pixel of any class: all are 255 "
+                            "or ignored")
+    classes = classes or [str(value) for value in range(max(2, *tops))]
     summary = f"{shown(root)}: {layout}, {' and '.join(str(len(part)) for part in parts)} images with masks"
     summary = "\n".join([summary, *no_images(root, others)])
     for part, whole in zip(parts, (False, True)):
@@ -2453,8 +2481,11 @@ def find_masks(root):
     for path in (root / "classes.txt", root / "objectInfo150.txt"):
         if path.exists():                                               # ADE20K's begins with titles
             with unified.reading(path, "a list of names"):
-                lines = path.read_text("utf-8-sig").splitlines()[path.name != "classes.txt":]
-            classes = [line.split("\t")[-1] for line in lines]
+                lines = path.read_text("utf-8-sig").rstrip().splitlines()[path.name != "classes.txt":]
+            classes = [line.split("\t")[-1].strip() for line in lines]
+            if "" in classes:
+                raise UserError(f"{shown(path)} has no name for class {classes.index('')}; every line is the "
+                                "name of a class")
             if twice := [c for c in classes if classes.count(c) > 1]:
                 raise UserError(f"{shown(path)} names {twice[0]} twice; give every class a name of its own")
     parts, others = [], []

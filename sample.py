@@ -32,8 +32,8 @@ import torch
 import torch.distributed
 
 import unified
-from probe import compile_blocks, image_files, is_image, progress_bar, results_folder, shown_size, write_file
-from train import writable
+from probe import (compile_blocks, image_files, is_image, progress_bar, results_folder, shown_size, writable,
+                   write_file)
 from unified import UserError, flag
 
 
@@ -41,7 +41,8 @@ from unified import UserError, flag
 class Config:
     run: str = flag(None, "run folder, checkpoint, or weight file published by the authors",
                     positional=True, nargs="?", group="what is generated")
-    n: int = flag(None, "number of images [64, or 6 for each --image]", max=10**7)
+    n: int = flag(None, "number of images [64, or 6 for each --image; 1 where all is predicted at once]",
+                  max=10**7)
     seed: int = flag(0, "random seed; another one gives other images", min=0, max=2**32 - 1)
     label: str = flag("", "class name or number; several with commas take turns, all takes every class")
     guidance: float = flag(1.0, "how much to exaggerate what the label changes; 1 is not at all",
@@ -96,7 +97,7 @@ def main():
     check_flags(cfg)
     path = sheet_path(cfg)
     device = unified.join_processes(cfg.device)
-    cfg = dataclasses.replace(cfg, out=str(path), n=cfg.n or (6 if cfg.image else 64), device=str(device),
+    cfg = dataclasses.replace(cfg, out=str(path), device=str(device),
                               dtype=cfg.dtype or unified.default_dtype(device))
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -116,10 +117,16 @@ def run(cfg, device):
     if cfg.guide and not unified.can_guide(guide_of(cfg), model):
         raise UserError(f"--guide {cfg.guide} cannot guide {cfg.run}; take a run {unified.GUIDE}")
     labels = class_numbers(cfg, config.get("classes") if config.get("labels") else None)
-    first = unified.rank_and_world()[0] == 0
+    cfg = dataclasses.replace(cfg, n=cfg.n or (64 if not cfg.image else 6 if model.generates else 1))
+    first, taken = unified.rank_and_world()[0] == 0, model.num_steps(cfg.steps, cfg.eta)
     if cfg.steps and model.max_steps < cfg.steps and first:
         unit = "ids" if model.tokenizer else "timesteps"
         print(f"--steps {cfg.steps}: there are {model.max_steps} {unit} only, and more steps gain nothing")
+    elif cfg.steps not in (None, taken) and first:
+        print(f"--steps {cfg.steps}: {taken} are taken, in strides of whole timesteps")
+    film = film_path(cfg)
+    if film.exists() and not cfg.gif and first:
+        print(f"{film} is of an earlier command; --gif with --overwrite makes it anew")
     if not cfg.image:
         generate(model, config, cfg, labels)
     elif first and cfg.reconstruct:
@@ -127,7 +134,7 @@ def run(cfg, device):
     elif first:
         inpaint(model, cfg, labels)
     if first:
-        print(f"wrote {cfg.out}" + (f", {film_path(cfg)}" if cfg.gif else ""))
+        print(f"wrote {cfg.out}" + f", {film}" * cfg.gif)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -169,7 +176,7 @@ def inpaint(model, cfg, labels):
     film = torch.cat(films, 1).unflatten(1, (len(x), cfg.n))                    # (steps, images, n, 3, S, S)
     given = torch.stack([x, torch.where(mask[:, None], 0.2, x)], 1).cpu()       # (images, 2, 3, S, S)
     sheets = [torch.cat([given, frame], 1).flatten(0, 1) for frame in film]
-    names = ["input", "mask"] + ["sample"] * cfg.n
+    names = ["input", "mask"] + ["sample" if model.generates else "output"] * cfg.n
     unified.image_grid(sheets[-1], names=names).save(cfg.out)
     if cfg.gif:
         write_film(film_path(cfg), sheets, names)
@@ -347,8 +354,9 @@ def missing_pngs(folder, note, cfg):
                                     "take another --png-dir")
                 lacking = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
                 return torch.tensor(lacking, dtype=torch.long)
-        raise UserError(f"{folder} holds images that other weights, options or a seed made, or who knows "
-                        "what; take another --png-dir, or --overwrite, which deletes those that are numbered")
+        raise UserError(f"{folder} holds images that other weights, options or another seed made, or no "
+                        "sample.py at all; take another --png-dir, or --overwrite, which deletes those that "
+                        "are numbered")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / NOTE, lambda file: file.write(json.dumps(note).encode()))
     return torch.arange(cfg.n)
@@ -505,22 +513,25 @@ def check_model(model, config, cfg):
         raise UserError(f"--reconstruct: {cfg.run} has neither a tokenizer "
                         "nor learned to predict what is masked")
     takes = inspect.signature(model.sample_steps).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     asked = {name: getattr(cfg, name) for name in (*OPTIONS, "guide", "guidance_interval")}
-    idle = [name for name, value in (*asked.items(), ("label", cfg.label or None)) if value is not None]
+    others = {"label": cfg.label or None, "n": cfg.n, "seed": None if cfg.reconstruct else cfg.seed or None}
+    idle = [name for name, value in {**asked, **others}.items() if value is not None]
     if idle and (cfg.reconstruct or not model.generates):
         raise UserError(f"--{idle[0].replace('_', '-')} changes nothing where all is predicted at once; "
                         "leave it out")
     if cfg.image and not cfg.reconstruct:
         asked["known"] = cfg.image
     for name, value in asked.items():
-        if value is not None and name not in takes:
+        if value is not None and name not in takes and not anything:
             flag_name = "image" if name == "known" else name.replace("_", "-")
             other = {"temperature": "eta", "eta": "temperature"}.get(name)
             remedy = f"take --{other}" if other in takes else "leave it out"
-            raise UserError(f"--{flag_name} is nothing that {config['arch']['model']} knows; {remedy}")
+            raise UserError(f"{config['arch']['model']} does not take --{flag_name}; {remedy}")
     widest = 65_000 // (model.image_size + 2) - 2               # a GIF's sides are below 2 ** 16
-    if cfg.image and max(cfg.n, len(cfg.image)) > widest:
-        raise UserError(f"{len(cfg.image)} rows of --n {cfg.n} are too large a sheet; take {widest} at most")
+    if cfg.image and max(cfg.n or 6, len(cfg.image)) > widest:
+        raise UserError(f"{len(cfg.image)} rows of --n {cfg.n or 6} are too large a sheet; take {widest} at "
+                        "most")
 
 
 if __name__ == "__main__":

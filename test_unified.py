@@ -3001,12 +3001,22 @@ def test_a_list_that_voc_lacks_is_asked_for(tmp_path):
         probe.open_masks(str(root), "", 16, settings(head="segment"))
 
 
+def test_masks_without_a_pixel_that_counts_are_refused_before_any_work(tmp_path):
+    root = masks_tree(tmp_path, "tree")
+    PIL.Image.new("L", (20, 24), 255).save(root / "masks/val/3.png")
+    with pytest.raises(unified.UserError, match="no mask to test on .* has a pixel of any class"):
+        probe.open_masks(root, "", 16, settings(head="segment"))
+
+
 def test_names_of_classes_are_read(tmp_path):
     root = masks_tree(tmp_path / "tree", "tree")
     (root / "classes.txt").write_text("ground\ncat\ndog\nbird\n")
     names = probe.open_masks(root, "", 16, settings(head="segment"))[0].classes
     assert names == ["ground", "cat", "dog", "bird"]
+    (root / "classes.txt").write_text("ground\ncat\ndog\n\n")                       # a blank line is no class
+    assert len(probe.open_masks(root, "", 16, settings(head="segment"))[0].classes) == 3
     for text, sentence in (("\xe9t\xe9\n".encode("latin1"), "cannot be read as a list of names"),
+                           (b"ground\n\nother\n", "has no name for class 1"),
                            (b"ground\nother\nother\n", "names other twice")):
         (root / "classes.txt").write_bytes(text)
         with pytest.raises(unified.UserError, match=sentence):
@@ -3606,7 +3616,7 @@ def with_another_value(nested, value):
 @pytest.mark.parametrize("name", [*TINY, "tokenizer"])
 @pytest.mark.parametrize("value", [10**9, -1, 0, 1.5, "many", None, ...], ids=str)
 def test_absurd_sizes_in_a_checkpoint_end_in_one_sentence(tmp_path, name, value):
-    """What no weight depends on may differ: ratios that are in range, no labels, the side of a U-Net's image."""
+    """What no weight depends on may differ: ratios in their range, no labels, the side of a U-Net's image."""
     state = run_checkpoint(TINY.get(name, TINY_VQGAN))
     [(part, arch)] = state["config"].items()
     harmless = [("classes", None), ("image_size", 10**9), *((k, 0) for k in arch if "ratio" in k)]
@@ -5315,6 +5325,76 @@ def diffused(photos, tmp_path_factory):
                                              1, "--save-every", 2))
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again_by_the_same_command(photos, tmp_path):
+    run = tmp_path / "run"
+    make_images(run, ["samples.png", "reconstructions.png"])
+    (run / "log.jsonl").write_text('{"stage": "model", "step": 2, "loss": 9.0}\n')
+    assert "type the command that began it once more" in script("train.py", "--resume", run, expect=2)
+    script("train.py", *flags(photos, run, "--model", "umd", "--views", 1, "--no-report"))
+    assert 9.0 not in [row.get("loss") for row in train.read_rows(run)]
+    (run / "notes.txt").write_text("mine")
+    assert "is not empty" in script("train.py", *flags(photos, run, "--model", "umd", "--views", 1), expect=2)
+
+
+def test_a_resumed_run_may_stop_being_strict_and_spells_its_data_as_it_likes(photos, diffused, tmp_path):
+    run = shutil.copytree(diffused[0], tmp_path / "run")
+    script("train.py", "--resume", run, "--steps", 7, "--no-strict-images", "--no-report")
+    script("train.py", "--resume", run, "--steps", 8, "--dataset", f"{photos}/", "--no-report")
+    (run / "log.jsonl").unlink()
+    assert "out" in script("train.py", "--resume", run) and not (run / "nothing").exists()
+
+
+def test_init_takes_the_weights_of_the_same_method_alone_of_pixels_too(photos, diffused, tmp_path):
+    assert "holds umd, not dit" in script("train.py", *flags(
+        photos, tmp_path / "dit", "--model", "dit", "--views", 1, "--init", diffused[0]), expect=2)
+
+
+def test_a_film_of_an_earlier_command_is_not_passed_off_as_one_of_this_sheet(finished, tmp_path):
+    args = (finished[0], "--n", 2, "--out", tmp_path / "a.png", "--steps", 2)
+    assert "earlier command" not in script("sample.py", *args, "--gif")
+    assert "a.gif is of an earlier command" in script("sample.py", *args, "--overwrite")
+
+
+def test_where_all_is_predicted_at_once_there_is_one_image_and_no_seed(finished, photos, tmp_path):
+    image = ("--image", sorted(photos.rglob("*.png"))[0], "--out", tmp_path / "a.png")
+    for flag, value in (("--n", 2), ("--steps", 3)):
+        refused = script("sample.py", finished[0], *image, "--reconstruct", flag, value, expect=2)
+        assert f"{flag} changes nothing" in refused
+    script("train.py", *flags(photos, tmp_path / "mae", "--model", "mae", "--views", 1, "--no-report"))
+    for flag, value in (("--n", 2), ("--seed", 4)):
+        refused = script("sample.py", tmp_path / "mae", *image, "--box", "0,0,9,9", flag, value, expect=2)
+        assert f"{flag} changes nothing" in refused
+    script("sample.py", tmp_path / "mae", *image, "--box", "0,0,9,9")
+
+
+def test_steps_that_strides_do_not_allow_are_told(diffused, tmp_path):
+    printed = script("sample.py", diffused[0], "--n", 2, "--steps", 3, "--out", tmp_path / "a.png")
+    assert "--steps 3: 4 are taken" in printed
+
+
+def test_a_mask_that_its_exif_turns_is_turned_once(tmp_path):
+    mask, exif = PIL.Image.new("L", (100, 60)), PIL.Image.Exif()
+    PIL.Image.new("RGB", (100, 60)).save(tmp_path / "a.png")
+    PIL.ImageDraw.Draw(mask).rectangle((20, 0, 50, 30), fill=255)
+    mask.save(tmp_path / "m.png")
+    exif[0x0112] = 6
+    mask.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    plain, turned = (sample.read_mask(tmp_path / name, tmp_path / "a.png", 32)
+                     for name in ("m.png", "turned.png"))
+    assert plain.any() and turned.equal(plain)
+
+
+def test_averaged_weights_that_a_method_does_not_keep_cannot_be_asked_for(finished):
+    assert "keeps no averaged weights" in script("probe.py", finished[0], "--weights", "ema", expect=2)
+
+
+def test_many_threads_load_models_at_once(finished):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        models = [*pool.map(lambda _: unified.load_model(finished[0], tell=lambda line: None)[0], range(16))]
+    weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
+    assert all(w.equal(weights[0]) for w in weights)
+
+
 def test_a_model_of_pixels_trains_samples_inpaints_and_is_probed_like_any_other(photos, diffused, tmp_path):
     run, printed = diffused
     assert "16 tokens an image" in printed and "untrained" in printed and not (run / "tokenizer.pt").exists()
@@ -5569,6 +5649,30 @@ def test_a_set_in_memory_can_be_read_whole(tmp_path, monkeypatch):
     small_cifar(tmp_path, monkeypatch)
     parts = [probe.cifar10(tmp_path, part)[0] for part in (True, False, None)]
     assert torch.cat(parts[:2]).equal(parts[2]) and len(parts[2]) == 60
+
+
+def test_a_run_inside_a_data_set_is_no_class_of_it(tree, tmp_path):
+    for root in (tree, tree / "train", tmp_path / "flat"):
+        make_images(tmp_path / "flat", ["a.png", "b.png", "c.png"])
+        for folder in (root / "look", root / "train/look"):
+            make_images(folder, ["samples.png", "reconstructions.png"])
+            (folder / "log.jsonl").write_text("{}\n")
+        _, classes, parts, notes = probe.find_images(root)
+        assert classes == (["ant", "bee"] if root != tmp_path / "flat" else [])
+        assert not any("look" in str(path) for files, _ in parts.values() for path in files)
+        assert "beside the class folders" not in notes
+
+
+def test_a_part_that_differs_from_another_in_capitals_alone_is_told_as_left_out(tree):
+    shutil.copytree(tree / "train", tree / "Train")
+    _, _, parts, notes = probe.find_images(tree)
+    assert len(parts[True][0]) == 6 and "1 folders beside train (Train)" in notes
+
+
+def test_a_single_class_to_test_on_is_given_as_the_reason():
+    sets = [types.SimpleNamespace(labels=torch.tensor(v), unseen=True) for v in ([0, 1] * 20, [0, 0])]
+    assert "of one class; lay some of every class into val/" in probe.no_probe(*sets)
+    assert "two classes or more" in probe.no_probe(*sets[::-1])
 
 
 def broken_tree(root, what):
@@ -6939,7 +7043,9 @@ def test_a_refusal_says_what_was_given_and_what_is_expected(name):
 def test_pixels_that_are_far_outside_are_refused_where_an_image_is_finished():
     model, x = small("umd").eval(), some_images(2, 32)
     for wrong in (255 * x, 2 * x - 1, x / 0):
-        for call in (model.embed, model.reconstruct, tokenizer().encode, small("mage").eval().embed,
+        for call in (model, model.features, small("adm"), small("adm").features, small("addp").features,
+                     small("addp").eval().embed,
+                     model.embed, model.reconstruct, tokenizer().encode, small("mage").eval().embed,
                      lambda x: model.sample(2, steps=1, known=x, mask=x[:, 0] > 0)):
             with pytest.raises(ValueError, match="^(x|known) must be"):
                 call(wrong)
@@ -6985,6 +7091,43 @@ def test_weights_of_sixteen_bits_are_refused_with_a_word_on_autocast(dtype):
     model = small("umd").eval().to(dtype)
     with pytest.raises(ValueError, match=f"float32, not {dtype}; torch.autocast"):
         model.embed(some_images(2, 32).to(dtype))
+
+
+@pytest.mark.parametrize("name", list(unified.MODELS))
+def test_every_model_computes_in_float64(name):
+    model = small(name).double()
+    x = some_images(2 * METHODS[name].views, 32).double()
+    loss, _ = model(x.unflatten(0, (2, 2)) if METHODS[name].views == 2 else x)
+    loss.backward()
+    maps = [model.eval().embed(x), *model.features(x)]
+    maps += [model.sample(2, steps=2)] if model.generates else []
+    assert {v.dtype for v in maps} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", list(unified.MODELS))
+def test_a_float32_model_does_not_depend_on_torchs_default_dtype(name):
+    model, x = small(name).eval(), some_images(2, 32)
+    t = min(model.t_range[1], 500)
+
+    def everything():
+        noise = model.noise(torch.arange(2))
+        maps = [model.embed(x, noise=noise), *model.features(x, t=t, noise=noise)]
+        return maps + [model.sample(2, steps=2)] if model.generates else maps
+    before = everything()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        after = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.equal(b) for a, b in zip(before, after))
+
+
+@pytest.mark.parametrize("name", list(unified.MODELS))
+def test_no_images_at_all_are_refused(name):
+    model = small(name).eval()
+    for call in (model, model.features, model.embed):
+        with pytest.raises(ValueError, match=r"x must be .*\(0, 3, 32, 32\)"):
+            call(some_images(2, 32)[:0])
 
 
 def test_labels_and_seeds_may_lie_on_the_cpu():

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -62,7 +63,7 @@ class Config:
                             "Models of pixels: 0 takes the whole image, 1 a fresh crop in every step "
                             "[shapes 0, else 1]", min=0, max=1000)
     workers: int = flag(min(8, os.cpu_count()), "data-loading processes, for folders", min=0, max=1000)
-    strict_images: bool = flag(False, "stop at an unreadable image instead of training on another")
+    strict_images: bool = flag(None, "stop at an unreadable image instead of training on another")
     model: str = flag("mage", "what to train; mae, maskdit and dit are special cases of UMD, not the "
                               "official networks", choices=list(unified.MODELS), group="model")
     size: str = flag(None, "of model and tokenizer [tiny; folders small on a GPU; imagenet base]; imagenet, "
@@ -126,7 +127,7 @@ SMALL_FOLDER = dict(CIFAR10, image_size=64, ids=None)
 
 TOKENIZER_RECIPE = dict(unified.MAGE_RECIPE, betas=(0.9, 0.99), weight_decay=0.0)
 RESUME_MAY_CHANGE = {"steps", "epochs", "workers", "device", "log_every", "save_every", "eval_every",
-                     "resume", "report", "out_dir", "compile"}
+                     "resume", "report", "out_dir", "compile", "strict_images", "data_dir"}
 SEEDS = {"tokenizer": 9, "model": 5}  # keep their random numbers apart; these are the lengths of the names
 
 
@@ -183,7 +184,10 @@ def resumed(given):
     folder = pathlib.Path(given["resume"])
     path = checkpoint_in(folder)
     if path is None:
-        raise UserError(f"--resume {folder}: no checkpoint is there; {unified.other_run(folder)}")
+        unsaved = (folder / "log.jsonl").exists()
+        raise UserError(f"--resume {folder}: no checkpoint is there; "
+                        + ("it ended before its first: type the command that began it once more" if unsaved
+                           else unified.other_run(folder)))
     config = dict(unified.load_checkpoint(path)["config"], out_dir=str(folder))
     if config.get("predictor"):                         # which brings its tokenizer along
         config["tokenizer"] = ""
@@ -198,8 +202,11 @@ def resumed(given):
 
 def contradictions(config, flags):
     """Those of the flags {name: value} of which a checkpoint's config says something else, in words."""
+    def same(a, b):
+        paths = isinstance(a, str) and isinstance(b, str)
+        return a == b or paths and os.path.realpath(a) == os.path.realpath(b)
     return "; ".join(f"--{name.replace('_', '-')} {config[name]}, not {now}" for name, now in flags.items()
-                     if config.get(name, now) != now)
+                     if not same(config.get(name, now), now))
 
 
 def side_of_run(path):
@@ -260,7 +267,7 @@ def check(cfg):
         if not os.path.exists(path or "."):
             raise UserError(f"--{name.replace('_', '-')}: there is no {path}; name a run or a checkpoint")
     if not cfg.benchmark:
-        writable(cfg.out_dir, "--out-dir", folder=True)
+        probe.writable(cfg.out_dir, "--out-dir", folder=True)
 
 
 def check_sizes(cfg, method):
@@ -384,14 +391,14 @@ def get_tokenizer(cfg, train_set, test_set):
     --tokenizer, what the run named by --init was built on, or a tokenizer that is trained here; None for
     models of pixels, and for --init, whose weights come all together, see copy_weights."""
     method = unified.MODELS[cfg.model]
-    if not method.tokenizer:
-        return None, None
     if cfg.init:
         arch = unified.load_model(cfg.init, tell=print_once)[1]["arch"]
         if arch["model"] != cfg.model:
             raise UserError(f"--init {cfg.init} holds {arch['model']}, not {cfg.model}; name a run of the "
                             "same model")
-        return None, arch["predictor" if method.predictor else "tokenizer"]
+        return None, arch.get("predictor" if method.predictor else "tokenizer")
+    if not method.tokenizer:
+        return None, None
     if cfg.predictor:
         predictor, config = unified.load_model(cfg.predictor, tell=print_once)
         wanted, side = method.predictor, predictor.image_size
@@ -895,16 +902,9 @@ def images_to_blame(cfg, model, recipe, data, read, step):
 # Files: the run's folder, checkpoints; and signals, which end a run only when all is saved
 
 
-def writable(path, flag, folder=False):
-    """The pathlib.Path of a file, or folder, that can be written or made; UserError with the flag, if not."""
-    path = place = pathlib.Path(path)
-    while not os.path.exists(place) and (folder or place == path):
-        place = place.parent
-    right = os.path.isdir(place) == (folder or place != path)
-    if not right or not os.access(place, os.W_OK) or len(os.fsencode(path.name)) > 240:
-        raise UserError(f"{flag} {path} cannot be written as a {'folder' if folder else 'file'} here; "
-                        "name another place" + ", in a folder that is there" * (not folder))
-    return path
+# What is in a run's folder before its first checkpoint.
+UNSAVED = re.compile(r"\.lock|log\.jsonl|(samples|reconstructions)\.png|(ids|labels)-\w+(\.npy)?|"
+                     r"\w+\.pt\.tmp")
 
 
 def open_folder(cfg, train_set, lock):
@@ -918,7 +918,7 @@ def open_folder(cfg, train_set, lock):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # it dies with the process
     except OSError:
         raise UserError(f"{folder} is in use by another train.py; take another --out-dir")
-    if cfg.resume is None and any(p.name != ".lock" for p in folder.iterdir()):
+    if cfg.resume is None and not all(UNSAVED.fullmatch(p.name) for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty; --resume {folder} goes on with it and its flags (with more "
                         "--steps, if they are done), --out-dir takes another place")
     if path := checkpoint_in(folder):
@@ -1202,7 +1202,8 @@ def report(cfg, model, ema, train_set, test_set):
     figures, floor = measure_tokenizer(cfg, vqgan, test_set, len(test_set)) if vqgan else ({}, 0)
     with averaged(model, ema):
         draw_images(cfg, model, test_set, steps=None if vqgan else 25)
-    stack_images(list(loss_charts(folder))).save(folder / "loss.png")
+    if charts := list(loss_charts(folder)):             # none if log.jsonl is gone
+        stack_images(charts).save(folder / "loss.png")
     no_probe = probe.no_probe(train_set, test_set)
     top1 = {} if no_probe else probe_features(cfg, model, ema, train_set, test_set)
     spent = {"cpu_minutes": time.process_time() / 60} if cfg.resume is None else {}    # of this process alone

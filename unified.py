@@ -101,6 +101,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 import traceback
 import typing
 import zipfile
@@ -524,8 +525,9 @@ class Model(nn.Module):
     image_size, layers = {number of a block: (channels, h, w)}, and best_layer, the block features() reads."""
 
     def sample(self, n, **options):
-        """Images (n, 3, S, S) in [0, 1]. Options as for sample_steps. An image depends on its seed, not on
-        how many are made at once: for first in range(0, 1024, 64): x = model.sample(64, seeds=first)."""
+        """Images (n, 3, S, S) in [0, 1], options as for sample_steps. Call eval() before: in training mode
+        dropout acts, and labels are hidden now and then. An image depends on its seed, not on how many are
+        made at once: for first in range(0, 1024, 64): x = model.sample(64, seeds=first)."""
         for state in self.sample_steps(n, **options):
             pass
         return self.render(state)
@@ -3125,10 +3127,12 @@ def complete(model):
 PIXELS, IDS = "float (B, 3, {S}, {S})", "int (B, {m.length}) in [0, {m.codes})"
 FORMS = {                               # by [class.][method.]argument; decoders overshoot [0, 1] a little
     "x": PIXELS, "embed.x": PIXELS + " in [-0.5, 1.5]", "reconstruct.x": PIXELS + " in [-0.5, 1.5]",
+    "UMD.x": PIXELS + " in [-0.5, 1.5]", "ADM.x": PIXELS + " in [-0.5, 1.5]",
+    "ADDP.features.x": PIXELS + " in [-0.5, 1.5]",
     "ContrastiveMAGE.forward.x": f"{PIXELS} or {IDS} or float (B, 2, 3, {{S}}, {{S}}) or "
                                  "int (B, 2, {m.length}) in [0, {m.codes})",
     "EchoMAGE.forward.x": PIXELS,
-    "ADDP.forward.x": PIXELS, "ADDP.embed.x": PIXELS,
+    "ADDP.forward.x": PIXELS,
     "VQGAN.x": PIXELS + " in [-0.5, 1.5]", "VQGAN.ids": "int (B, h, w) in [0, {m.codes})",
     "labels": "int ({B}) in [0, {m.classes})", "keep_label": "bool ({N})",
     "MAGE.mask_ratio": "float in [0.5, 1]", "mask_noise": "float ({N}, {m.length})",
@@ -3170,7 +3174,9 @@ def is_tensor(v, kind, shape, low, high, weight, near, wait):
     if kind == "float" and v.dtype != weight.dtype:
         return v.element_size() < 8 and torch.is_autocast_enabled("cpu" if v.is_meta else v.device.type)
     unbounded, hidden = (low, high) == (-math.inf, math.inf), v.device.type != "cpu" and not wait
-    if unbounded or hidden or v.is_meta or not v.numel():
+    if not v.numel():
+        return False
+    if unbounded or hidden or v.is_meta:
         return True
     least, most = (v.long() if kind == "int" else v).aminmax()
     return bool(low <= least and most <= high)
@@ -3513,10 +3519,18 @@ def load_strictly(model, state, path):
     return model
 
 
+REBUILDING = threading.Lock()
+
+
 def rebuild(config, state, path):
     """A config's model with these weights, in eval mode. Absurd sizes: UserError before they take memory."""
-    left = iter([None] * (2 * len(state) + 1000))                   # each is set twice, and some may lack
-    with torch.device("meta"), register_module_parameter_registration_hook(lambda *_: next(left)):
+    left, me = iter([None] * (2 * len(state) + 1000)), threading.get_ident()    # each is set twice; some lack
+
+    def count(*_):
+        if threading.get_ident() == me:
+            next(left)
+    # The hook is one for all threads.
+    with REBUILDING, torch.device("meta"), register_module_parameter_registration_hook(count):
         build(config).load_state_dict(state, assign=True)
     return load_strictly(build(config), state, path).eval()
 
@@ -3641,7 +3655,7 @@ def upright(image, ground="white"):
     image = image.convert("RGB")
     if turn is None:
         return image
-    return PIL.Image.fromarray(numpy.asarray(image.transpose(turn)))        # without EXIF, or it is turned again
+    return PIL.Image.fromarray(numpy.asarray(image.transpose(turn)))    # without EXIF, or it is turned again
 
 
 def from_image(image, size, nearest=False):
