@@ -325,7 +325,7 @@ class HeadBlock(unified.Block):
 
 class DifFormer(Head):
     """Reads any places of a network together; with a single one it is DiffSSL's attention head.
-    [DiffSSL, 2311.17921] (official file: attention_fusion.py)
+    [DifFeed, 2311.17921] (official file: attention_fusion.py)
 
     Each map is pooled and projected by its layer's tokenizer. The cells of all maps of one t become the
     tokens of a small transformer, behind a class token, whose outputs for all t, side by side, are z. No
@@ -369,7 +369,7 @@ class DifFormer(Head):
 
 class DifFeed(Head):
     """Two passes through the frozen network: what late layers have seen is projected and added to early
-    ones, and the second pass is read. [DiffSSL, 2311.17921] (official file: ssl_model_feedback_fusion.py)
+    ones, and the second pass is read. [DifFeed, 2311.17921] (official file: ssl_model_feedback_fusion.py)
 
         image, noise -- network -- late maps
                                       | 1x1 convolution, BatchNorm, ReLU, resize
@@ -1164,11 +1164,11 @@ def print_table(runs):
         for (title, *cells), of in lines.items()])
     for key, remedy in (("pool", "--pool mean"), ("dataset", "--dataset")):
         if len(found := distinct(rows[0][key] for rows in runs)) > 1:
-            print(f"mind that the {key} differs: {', '.join(found)}; {remedy} makes it the same")
+            print(f"note that the {key} differs: {', '.join(found)}; {remedy} makes it the same")
     at_home = [name for name, (row, *_) in zip(names, runs)
                if same_data(row.get("trained_on"), row["dataset"])]
     if 0 < len(at_home) < len(names):
-        print(f"mind that {', '.join(at_home)} learned from this data set, and the others did not")
+        print(f"note that {', '.join(at_home)} learned from this data set, and the others did not")
 
 
 def table_cells(rows, heads, kind):

@@ -5507,13 +5507,13 @@ def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(photos,
     assert [line[0] for line in lines[4:7]] == ["untrained (run, twin)", "untrained (umd)", "raw pixels"]
     assert [line[1].split("%")[0] for line in lines[4:7]] == \
         [f"{100 * v:.1f}" for v in (rows[0]["untrained"], rows[1]["untrained"], rows[0]["pixels"])]
-    assert lines[7:] == [["mind that the pool differs: mean, class; --pool mean makes it the same"]]
+    assert lines[7:] == [["note that the pool differs: mean, class; --pool mean makes it the same"]]
 
 
 def test_a_table_of_runs_that_are_read_alike_warns_of_nothing(finished, diffused):
     same = script("probe.py", finished[0], diffused[0], "--workers", 0, "--pool", "mean",
                   "--head", "fewshot", "--shots", 4)
-    assert "mind that" not in same and same.splitlines()[-6].split()[0] == "fewshot-4"
+    assert "note that" not in same and same.splitlines()[-6].split()[0] == "fewshot-4"
 
 
 @pytest.mark.parametrize("homes, told", [(("cats", "dogs"), True), (("cats", "cats"), False),
@@ -5522,7 +5522,7 @@ def test_a_table_tells_which_run_is_at_home_on_the_data(homes, told, capsys):
     row = {"head": "knn", "layer": 4, "t": 0, "pool": "mean", "top1": 0.5, "untrained": None, "pixels": None,
            "n_train": 9, "n_test": 4, "training": "mage", "model": "mage", "dataset": "cats"}
     probe.print_table([[row | {"run": run, "trained_on": home}] for run, home in zip("ab", homes)])
-    assert ("mind that a learned from this data set, and the others" in capsys.readouterr().out) == told
+    assert ("note that a learned from this data set, and the others" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("p, n, error", [(0.5, 100, 0.05), (0.0, 3, 0.231), (1.0, 3, 0.231)])

@@ -114,8 +114,8 @@ class Config:
 
 
 # Defaults by data set. FOLDER is the papers' recipe: the method's own for the model, see
-# unified.MODELS, and MaskGIT's for the tokenizer. It is for imagenet, and for who asks for --size base or
-# large. SMALL_FOLDER is for other folders, and for --size tiny and small.
+# unified.MODELS, and MaskGIT's for the tokenizer. It is for imagenet, and for anyone who asks for --size
+# base or large. SMALL_FOLDER is for other folders, and for --size tiny and small.
 
 SHAPES = dict(size="tiny", image_size=32, ids=16, codes=128, views=1, steps=3000, batch_size=64, lr=6e-3,
               tokenizer_size="toy", tokenizer_steps=2000, tokenizer_batch_size=16, tokenizer_lr=4e-3,

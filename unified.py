@@ -3162,21 +3162,19 @@ def is_number(v, kind, low, high):
 
 
 def is_tensor(v, kind, shape, low, high, weight, near, wait):
-    """Whether v is a tensor of this kind and shape, where letters are any number, beside the weight, or near
-    (on the CPU). Floats are of the weight's type or, under autocast, of any not above 32 bits. wait: for
-    values from low to high on any device."""
+    """Whether v is a tensor of this kind and shape, where B is any number from 1 on, h and w are any, beside
+    the weight, or near (on the CPU). Floats are of the weight's type or, under autocast, of any not above 32
+    bits. wait: for values from low to high on any device."""
     if not isinstance(v, torch.Tensor) or kind not in str(v.dtype) or v.dim() != len(shape):
         return False
-    if any(s not in (str(n), "B", "h", "w") for s, n in zip(shape, v.shape)):
+    if any(s not in (str(n), "B", "h", "w") or s == "B" and n == 0 for s, n in zip(shape, v.shape)):
         return False
     if v.device != weight.device and not (near and v.device.type == "cpu"):
         return False
     if kind == "float" and v.dtype != weight.dtype:
         return v.element_size() < 8 and torch.is_autocast_enabled("cpu" if v.is_meta else v.device.type)
     unbounded, hidden = (low, high) == (-math.inf, math.inf), v.device.type != "cpu" and not wait
-    if not v.numel():
-        return False
-    if unbounded or hidden or v.is_meta:
+    if unbounded or hidden or v.is_meta or not v.numel():
         return True
     least, most = (v.long() if kind == "int" else v).aminmax()
     return bool(low <= least and most <= high)
