@@ -7060,6 +7060,19 @@ def test_wrong_options_are_refused_before_the_first_step(name):
             model.sample_steps(2, **options)
 
 
+def test_the_change_of_a_method_that_section_12_shows_trains_with_its_mask_ratio(monkeypatch):
+    text = inspect.getsource(unified)
+    lines = text[text.index("#     class MAGE75(MAGE):"):].split("\n")[:4]
+    monkeypatch.setattr(unified, "MODELS", dict(unified.MODELS))
+    names = {**vars(unified)}
+    exec("\n".join(line.removeprefix("#     ") for line in lines), names)
+    config = unified.model_config("mage-75", "tiny", 32, 4, unified.tokenizer_config("toy", 8, 128))
+    model, draws = unified.build(config), dict(mask_noise=some_noise(4, 16))
+    ids = some_ids(model)
+    assert isinstance(model, names["MAGE75"])
+    assert model(ids, **draws)[0].equal(unified.MAGE.forward(model, ids, mask_ratio=0.75, **draws)[0])
+
+
 class Plugin:
     """A base class beside Model that wants to know of its subclasses."""
     found = []

@@ -467,7 +467,8 @@ class TokenizerTraining(nn.Module):
     def forward(self, x, labels=None, adversarial_weight=0.0, grain=None):
         """Loss of one batch; labels are not used.
 
-        x                   pixels (B, 3, S, S) in [0, 1]          grain  for add_grain, drawn if None
+        x                   pixels (B, 3, S, S) in [0, 1]
+        grain               noise that add_grain() gives to images of one flat colour, drawn if None
         adversarial_weight  of the generator term: 0.8 in [VQGAN]; 0: no discriminator, as below 256 pixels
         returns             scalar loss, dict of its terms
         """
@@ -515,8 +516,7 @@ class TokenizerTraining(nn.Module):
 #
 # A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. features()
 # has two arguments for probe.py alone, add and finetune; read on as if they were not there. Wrong arguments
-# raise a ValueError that says what is wanted (section 14). What else the scripts ask of a model has a default
-# (section 12).
+# raise a ValueError that says what is wanted (section 14).
 
 
 class Model(nn.Module):
@@ -533,8 +533,8 @@ class Model(nn.Module):
         return self.render(state)
 
     def num_steps(self, steps=None, eta=None):
-        """How many steps sample_steps takes, when asked for so many or, None, for its usual number. (eta, of
-        section 9, matters to ADM alone.)"""
+        """How many steps sample_steps takes, when asked for so many or, None, for its usual number, 10 if a
+        method does not say. (eta, of section 9, matters to ADM alone.)"""
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
@@ -551,6 +551,38 @@ class Model(nn.Module):
     def tokenizer(self):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
+
+    # ---- for the scripts: defaults, which no method needs to be understood
+
+    best_t = 0                          # the t at which the authors probe best_layer
+    t_range = (0, 0, "always 0")        # least t, largest t, and what t is; if both are ints, t is one, too
+    pools = ("mean",)                   # poolings that embed() knows, the authors' first
+    length = 0                          # tokens of an image, if there are any
+    codes = 0                           # entries of the codebook, if ids are predicted
+    alpha_bar = None                    # the noise schedule, if there is one
+    classes = 0                         # labels that it is conditioned on
+    takes_labels = False                # the class can be built with classes > 0; parameters that only such a
+    #                                     model has are called label_embed, and --init skips them
+    reads_ids = False                   # given ids instead of pixels, training and probing lose nothing
+    generates = True                    # it can start from nothing
+    reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
+    max_steps = math.inf                # sample.py takes no more sampling steps than these
+    stem = ()                           # names of layers before `blocks`, for --init-encoder and layer decay
+    dynamic_blocks = ()                 # blocks whose number of tokens differs from call to call
+    # Fine-tuning a ViT-B, and a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
+    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
+
+    def after_step(self):
+        """Called after each step of the optimizer."""
+
+    def micro_batch_args(self, first, count):
+        """What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that
+        does not fit into memory at once: what must differ between its parts."""
+        return {}
+
+    def mirror(self, layer):
+        """The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back."""
+        return len(self.layers) + 1 - layer
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -636,7 +668,7 @@ def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
     step      t - 1: it counts from 0                        steps   T
     schedule  a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
               t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
-    round_up  False: the rule above. True: that of ADDP (section 8), which may keep nothing in a step
+    round_up  False: the rule above. True: rounded up, and not forced to fall by one, as in ADDP (section 8)
     """
     ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     wanted = initial.double() * ratio(step + 1, steps)
@@ -728,33 +760,6 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-# Guidance. Some models can be told the label y of an image, MAGE by the class token of section 5. In
-# training one label in ten is left out, so the network can predict with a label and without. Classifier-free
-# guidance exaggerates the difference [CFG]:
-#
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
-#
-#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
-#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
-#
-# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
-#
-# - An interval [Interval]. Guidance helps in one part of sampling and harms in the rest. Let progress run
-#   from 0, all noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere
-#   w_t is 1.
-# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
-#   makes the errors of the network, only larger. So the direction from its prediction to the network's leads
-#   away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the only guidance
-#   they have.
-
-
-def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
-    low, high = interval
-    return w if low <= progress < high else 1.0
-
-
 class TokenModel(Model):
     """What MAGE and ADDP share: both predict ids, and generate by parallel decoding.
 
@@ -819,7 +824,7 @@ class TokenModel(Model):
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
         temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, 6 * h / 16 for h x h (ours)
         labels        int (n,), or None
-        guidance      w of classifier-free guidance, to which w_t grows
+        guidance      w of classifier-free guidance (see the end of section 5), to which w_t grows
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked
@@ -832,18 +837,19 @@ class TokenModel(Model):
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
 
         def predict(step, state):
-            w = guidance_at(step / steps, 1 + (guidance - 1) * (step + 1) / steps, guidance_interval)
-            return self.guided_logits(state, labels, w, guide)
+            w_t = 1 + (guidance - 1) * (step + 1) / steps
+            return self.guided_logits(state, labels, guidance_at(step / steps, w_t, guidance_interval), guide)
         yield from parallel_decoding(predict, self.initial_state(n, known, mask), steps, temperature, seeds,
                                      schedule, order, self.round_up)
 
     def guided_logits(self, state, labels, w, guide=None):
-        """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K)."""
-        wanted = self.step_logits(state, labels)
+        """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K). See
+        the end of section 5."""
+        own = self.step_logits(state, labels)
         if w == 1 or labels is None and guide is None:
-            return wanted
+            return own
         other = (guide or self).step_logits(state, labels if guide else None)
-        return other + w * (wanted - other)
+        return other + w * (own - other)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -872,7 +878,8 @@ class TokenModel(Model):
 # (In the authors' files the fake class has the id of class 76.)
 #
 # Generation is the loop of section 4. There, as in the official code, no [MASK] is dropped: dropping saves
-# time in training. So at the start the encoder reads L of them, twice as many as in training at most.
+# time in training. So at the start the encoder reads L of them, while in training it never meets more than
+# L / 2.
 
 
 class TokenEmbedding(nn.Module):
@@ -1084,10 +1091,37 @@ class MAGE(TokenModel):
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
-    # ---- for the scripts, see section 12
+    # ---- for the scripts, see class Model
 
     takes_labels = reads_ids = True
     t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
+
+
+# Guidance. MAGE and UMD can be told the label y of an image, MAGE by the class token. In training one label
+# in ten is left out, so the network can predict with a label and without. Classifier-free guidance
+# exaggerates the difference [CFG]:
+#
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
+#
+#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
+#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
+#
+# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
+#
+# - An interval [Interval]. Guidance helps in one part of sampling and harms in the rest. Let progress run
+#   from 0, all noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere
+#   w_t is 1.
+# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
+#   makes the errors of the network, only larger. So the direction from its prediction to the network's leads
+#   away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the only guidance
+#   they have.
+
+
+def guidance_at(progress, w, interval):
+    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
+    low, high = interval
+    return w if low <= progress < high else 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1106,7 +1140,7 @@ class MAGE(TokenModel):
 # - At 0.031 the tokenizer makes a blurred copy of each image. (The entropy term in this loss is negative,
 #   -0.14.)
 # - At step 100 MAGE still guesses: ln 128 = 4.85. Its loss varies with the mask ratio of the batch, and label
-#   smoothing keeps it above 0.80.
+#   smoothing keeps it above 0.80, the entropy of a target that has 0.9 on the true id.
 # - The probe tells the eight kinds apart. "Before training" is a fresh MAGE on the trained tokenizer: random
 #   features of ids tell much already.
 # - shapes.png shows 64 samples. Most are shapes, in two colours: the tokenizer has learned no more so far.
@@ -1245,7 +1279,8 @@ class ContrastiveMAGE(MAGE):
 #
 #     ids     a  b  c  d     b is visible; a, c and d are masked
 #     drawn   e  b  f  g     e, f, g: each from the 2nd to 16th best code, so alike, but not the same
-#     echo    _  b  f  _     [MASK] outside a random square, whose side is half to all of the grid's
+#     echo    _  b  f  _     [MASK] outside a random square; its side, one for the batch, is half to all of
+#                            the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
 # The image, masked as in MAGE, goes through the encoder that is trained. The echo, with the fake class, goes
@@ -1332,7 +1367,8 @@ class EchoMAGE(ContrastiveMAGE):
 #                   code. At a masked place it reads the mean code under p_prev, so this place looks blurred:
 #                   if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8.
 #     2. encode     The encoder reads the patches of xt.
-#     3. predict    The decoder predicts p, the new distribution at masked places.
+#     3. predict    The decoder predicts p, the new distribution at masked places. It sees the encoder's
+#                   outputs at visible places only, and the visible ids.
 #     4. unmask     Ids are sampled from p, and the most confident are kept (section 4). This p, guided if
 #                   there is a guide, is the p_prev of the next step.
 #
@@ -1345,9 +1381,8 @@ class EchoMAGE(ContrastiveMAGE):
 #     p_prev      mean code where masked                                ^                         p as p_prev
 #                                                      visible ids -----+
 #
-# The encoder reads every patch of xt. The decoder sees its outputs at visible places only. At masked places
-# it reads the mask token [M] instead, and also at position 0, where MAGE has the summary. The visible ids
-# follow at the end, as tokens of their own:
+# At masked places the decoder reads the mask token [M], and also at position 0, where MAGE has the summary.
+# The visible ids follow at the end, as tokens of their own:
 #
 #     ids              _   b   _   _          _ is masked
 #     xt       [class] 1   2   3   4          all patches enter the encoder; 1, 3 and 4 are blurred
@@ -1360,11 +1395,11 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # While all tokens of all images are masked there is nothing to see: the encoder is skipped, and the decoder
 # reads mask tokens alone. With 256 tokens and 20 steps this happens in two steps: after the first,
-# ceil(256 cos(pi / 40)) = 256 tokens are still masked. (In training the encoder is never skipped.)
+# ceil(256 cos(pi / 40)) = 256 tokens are still masked. (In training the encoder runs even then, unread.)
 #
 # Training. A step starts from ids, a mask and p_prev. To make p_prev by running ADDP itself would be slow.
 # So a trained MAGE, the predictor, plays the previous step; and it provides the target, too. It is frozen,
-# and runs twice, with two nested masks: all that mask hides, mask_earlier hides, too, and mostly more.
+# and runs twice, with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
 #
 #     MAGE(ids visible under mask_earlier) --> p_prev --> xt, what ADDP reads
 #     MAGE(ids visible under mask)         --> q, what ADDP is to predict
@@ -1389,9 +1424,9 @@ class EchoMAGE(ContrastiveMAGE):
 # The mask ratios come from an ascending list of 66: cos(pi / 2 * j / 100) for j = 66, 65, ... 1, so 0.509
 # to 0.9999. mask takes number `index`, drawn with MAGE's normal density as weight: 74.5 % on average.
 # mask_earlier takes number index + gap, with gap from 1 to 5, or the last. Both masks rank the same random
-# numbers, which nests them. Counts are rounded up, so of 256 tokens the five largest ratios mask all: they
-# teach the first steps of generation. No timestep enters the network: it can see how much of the image is
-# decided.
+# numbers, which nests them: index 40 and gap 3 mask 235 and 240 of 256 tokens. Counts are rounded up, so of
+# 256 tokens the five largest ratios mask all: they teach the first steps of generation. No timestep enters
+# the network: it can see how much of the image is decided.
 
 
 def nested_mask_ratios():
@@ -1558,8 +1593,8 @@ class ADDP(TokenModel):
             if logits_prev is None:
                 logits_prev = self.token_predictor.logits(ids, mask)
             latent = self.encode(self.next_image(ids, mask, logits_prev))
-        # self.decode(latent, ids, mask, num_visible) of images that have as many visible ids: inpainted ones
-        # may differ in that. (in_groups() stands in section 14.)
+        # Inpainted images may differ in the number of visible ids, and the decoder takes one number. So
+        # in_groups(), of section 14, calls self.decode(latent, ids, mask, num_visible) once for each.
         return in_groups(self.length - state.count, self.decode, latent, ids, mask)
 
     @torch.no_grad()
@@ -1605,7 +1640,7 @@ class ADDP(TokenModel):
         grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
-    # ---- for the scripts, see section 12
+    # ---- for the scripts, see class Model
 
     # reads_ids stays False: decoded ids are not the original image.
     t_range = (0, 0, "always 0, since no timestep enters the network")
@@ -1649,7 +1684,9 @@ class ADDP(TokenModel):
 #     sigma^2 = eta^2 beta~                                                                       [DDIM, 16]
 #     beta~   = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
 #
-# eta = 0 adds no noise: this is DDIM. eta = 1 is DDPM. One pixel, in figures:
+# eta decides how much of the noise in x_next is fresh: for each eta the variances of the eps' part and of
+# the fresh noise sum to 1 - alpha_bar_next. eta = 0 adds none: this is DDIM. eta = 1 is DDPM with the
+# smaller of its two variances, beta~. One pixel, in figures:
 #
 #     alpha_bar = 0.25, x0 = 0.8, eps = -0.4       xt = 0.5 * 0.8 + 0.866 * -0.4              =  0.054
 #     the network predicts -0.5                    x0' = (0.054 + 0.866 * 0.5) / 0.5          =  0.973
@@ -1820,7 +1857,7 @@ def timestep_embedding(t, dim, denominator, layout):
 #     eps = eps(no label) + w (eps(label) - eps(no label))
 #
 # As a rule a model is trained without labels first, and then trained on with them. In this second training
-# r_noised is 0, and 5 % of the images are clean, or none if there were none in the first.
+# r_noised is 0, and 5 % of the images are clean, so as not to forget them (none, if the first had none).
 #
 # MAE and DiT in this table are UMD's versions. The published ones are other networks. That MAE has fixed
 # positions, a narrow decoder, and targets normalised patch by patch. That DiT reads latents, has no decoder,
@@ -1841,7 +1878,8 @@ class ConditionedBlock(Block):
         x = x + gate1 * attention(LayerNorm(x) * (1 + scale1) + shift1)
         x = x + gate2 *       MLP(LayerNorm(x) * (1 + scale2) + shift2)
 
-    This layer starts at 0. So the gates are 0, and a fresh block passes x on unchanged."""
+    This layer starts at 0. So the gates are 0, and a fresh block passes x on unchanged. (Unlike in DiT, the
+    norms have weights of their own.)"""
 
     def __init__(self, dim, heads):
         super().__init__(dim, heads, gelu="tanh")
@@ -2133,7 +2171,7 @@ class UMD(Model):
         nn.init.normal_(self.to_pixels.weight, std=0.02)
         nn.init.zeros_(self.to_pixels.bias)
 
-    # ---- for the scripts, see section 12
+    # ---- for the scripts, see class Model
 
     takes_labels = True
     pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
@@ -2233,7 +2271,7 @@ class ADMBlock(nn.Sequential):
 
 # The network also predicts the variance s^2 of each step. The best one lies between two bounds:
 #
-#     beta  = 1 - alpha_bar / alpha_bar_next                         right if all images were pure noise
+#     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
 #
 # The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
@@ -2242,7 +2280,7 @@ class ADMBlock(nn.Sequential):
 #     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
 #                                                 geometric mean
 #
-# (In the last step beta~ is 0 and has no logarithm: there the beta~ of the step before stands in. It
+# (In the last step, at t = 0, beta~ is 0 and has no logarithm: there that of t = 1 stands in. It
 # matters to L_vb alone, as the last step adds no noise.) A step of sampling with eta = 1:
 #
 #     1. (eps', v) = network(xt, t)
@@ -2764,34 +2802,16 @@ def build(config):
 # An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
 # (FORMS, in section 14, has all). If yours means something else give it another name.
 #
-# What else the scripts ask of a model has a default. A class that differs sets its own, as the methods above
-# do where they say "for the scripts". It may also override num_steps, render and noise. To be fine-tuned, or
-# to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
-
-Model.best_t = 0                    # the t at which the authors probe best_layer
-Model.t_range = (0, 0, "always 0")  # least t, largest t, and what t is; if both are ints, t is one, too
-Model.pools = ("mean",)             # poolings that embed() knows, the authors' first
-Model.length = 0                    # tokens of an image, if there are any
-Model.codes = 0                     # entries of the codebook, if ids are predicted
-Model.alpha_bar = None              # the noise schedule, if there is one
-Model.classes = 0                   # labels that it is conditioned on
-Model.takes_labels = False          # the class can be built with classes > 0; parameters that only such a
-#                                     model has are called label_embed, and --init skips them
-Model.reads_ids = False             # given ids instead of pixels, training and probing lose nothing
-Model.generates = True              # it can start from nothing
-Model.reconstructs = False          # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-Model.max_steps = math.inf          # sample.py takes no more sampling steps than these
-Model.stem = ()                     # names of the layers before `blocks`, for --init-encoder and layer decay
-Model.dynamic_blocks = ()           # blocks whose number of tokens differs from call to call
-# Fine-tuning a ViT-B, and a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
-Model.finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
-# Called after each step of the optimizer.
-Model.after_step = lambda self: None
-# What train.py passes to forward(), besides, with images first .. first + count - 1 of a batch that does not
-# fit into memory at once: what must differ between its parts.
-Model.micro_batch_args = lambda self, first, count: {}
-# The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back.
-Model.mirror = lambda self, layer: len(self.layers) + 1 - layer
+# What else the scripts ask of a model has a default in class Model. A class that differs sets its own, as the
+# methods above do where they say "for the scripts". It may also override num_steps, render and noise. To be
+# fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
+#
+# Often a change of a method is enough. This trains MAGE with three quarters of the tokens masked:
+#
+#     class MAGE75(MAGE):
+#         def forward(self, x, labels=None, **draws):
+#             return super().forward(x, labels, mask_ratio=0.75, **draws)
+#     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
 
 
 class Denoiser(Model):
