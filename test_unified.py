@@ -2710,14 +2710,17 @@ def finished_adm(photos, tmp_path_factory):
     return folder
 
 
-def probed(monkeypatch, capsys, run, *args):
-    """probe.py as a user runs it, in this process: what it printed, and the rows it added to probe.jsonl."""
-    path = run / "probe.jsonl"
-    before = len(path.read_text().splitlines()) if path.exists() else 0
-    monkeypatch.setattr(sys, "argv", ["probe.py", str(run), "--device", "cpu", "--workers", "0",
-                                      *map(str, args)])
-    probe.main()
-    return capsys.readouterr().out, [json.loads(line) for line in path.read_text().splitlines()[before:]]
+def rows_of(run, name="probe.jsonl"):
+    """What the file holds, none if it is not there."""
+    path = run / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def probed(run, *args):
+    """What probe.py prints, and the rows that it adds to probe.jsonl."""
+    before = len(rows_of(run))
+    printed = script("probe.py", run, "--device", "cpu", "--workers", 0, *args)
+    return printed, rows_of(run)[before:]
 
 
 QUICK = ("--epochs", 2, "--batch-size", 16)
@@ -2730,13 +2733,12 @@ QUICK = ("--epochs", 2, "--batch-size", 16)
     ("attention", ("--pool", 2, "--layers", "2,3", "--sgd", *QUICK), None, 1),
     ("difformer", ("--pool", 2, "--layers", "2,3", "--t", "two", *QUICK), [2, 3], 1),
     ("diffeed", ("--pool", 2, "--epochs", 1, "--sgd", "--augment"), "best", 1),
-    ("linear", ("--augment", "--epochs", 2), "best", 1),
+    ("linear", ("--augment", "--epochs", 2), "best", 1), ("ridge", ("--layers", "2,3"), None, 1),
     ("knn", (), "best", 1), ("fewshot", (), "best", 3), ("finetune", QUICK, "best", 1)])
-def test_every_head_reads_every_network(which, head, more, layer, rows, finished, finished_adm,
-                                        monkeypatch, capsys):
+def test_every_head_reads_every_network(which, head, more, layer, rows, finished, finished_adm):
     run, steps = (finished[0], [0.0, 0.3]) if which == "mage" else (finished_adm, [9, 30])
     more = [",".join(map(str, steps)) if word == "two" else word for word in more]
-    printed, found = probed(monkeypatch, capsys, run, "--head", head, *more)
+    printed, found = probed(run, "--head", head, *more)
     best = unified.load_model(run)[0].best_layer
     without_pixels = head in (*probe.ON_MAPS, "finetune") or "--matryoshka" in more
     assert {row["head"].split("-")[0] for row in found} == {head} and len(found) == rows or not rows
@@ -2749,12 +2751,13 @@ def test_every_head_reads_every_network(which, head, more, layer, rows, finished
         assert row["t"] == (steps if head == "difformer" else steps[0])
     if "--matryoshka" in more:
         assert [row["head"] for row in found][:3] == ["linear-8", "linear-16", "linear-32"]
+        assert f"{found[-1]['head']} on" in printed
     assert ("same network untrained" in printed or head == "finetune")
     assert ("raw pixels" in printed) != without_pixels
 
 
-def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, monkeypatch, capsys):
-    printed, (row,) = probed(monkeypatch, capsys, finished_adm, "--sweep", "--t", "0,30")
+def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm):
+    printed, (row,) = probed(finished_adm, "--sweep", "--t", "0,30")
     model = unified.load_model(finished_adm)[0]
     table = [line.split() for line in printed.splitlines() if line[:5].strip().isdigit()]
     assert [int(line[0]) for line in table] == list(model.layers) and all(len(line) == 3 for line in table)
@@ -2767,60 +2770,62 @@ def test_a_sweep_prints_a_table_draws_it_and_reads_the_best_place(finished_adm, 
     assert head.split() == ["layer", "t", "0", "t", "30"]               # as in sweep.png
 
 
-def test_a_row_of_a_probe_says_what_it_is_of(finished_adm, monkeypatch, capsys):
-    _, (row,) = probed(monkeypatch, capsys, finished_adm, "--head", "knn", "--seed", 3)
+def test_a_row_of_a_probe_says_what_it_is_of(finished_adm):
+    _, (row,) = probed(finished_adm, "--head", "knn", "--seed", 3)
     of = {"run": str(finished_adm), "model": "adm", "head": "knn", "layer": 8, "t": 9, "pool": "mean",
           "k": 20, "n_train": 48, "n_test": 16, "seed": 3, "lr": None, "epochs": None}
-    assert {key: row[key] for key in of} == of
+    assert {key: row[key] for key in of} == of and {"untrained", "pixels", "seconds", "dataset"} <= row.keys()
     assert row["standard_error"] == pytest.approx(math.sqrt(row["top1"] * (1 - row["top1"]) / 16), abs=1e-4)
     age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(row["date"])
     assert datetime.timedelta(minutes=-1) < age < datetime.timedelta(minutes=9)
-    _, (row,) = probed(monkeypatch, capsys, finished_adm, "--head", "linear", "--epochs", 2, "--lr", 0.5)
+    _, (row,) = probed(finished_adm, "--head", "linear", "--epochs", 2, "--lr", 0.5)
     assert (row["epochs"], row["lr"], row["k"], row["n_test"]) == (2, 0.5, None, 16)
 
 
-def test_neighbours_are_counted_as_asked_and_said(finished_adm, monkeypatch, capsys):
+def test_neighbours_are_counted_as_asked_and_said(finished_adm):
     for more, k in (((), 20), (("--k", 3), 3), (("--k", 100), 100)):
-        printed, (row,) = probed(monkeypatch, capsys, finished_adm, "--head", "knn", *more)
+        printed, (row,) = probed(finished_adm, "--head", "knn", *more)
         assert row["k"] == k and f", k {k}, 48 training images, 16 test images" in printed
         assert ("48 training images only, and all of them vote" in printed) == (k == 100)
 
 
-def test_shots_that_are_not_there_are_said(finished_adm, monkeypatch, capsys):
-    printed, (row,) = probed(monkeypatch, capsys, finished_adm, "--head", "fewshot", "--shots", 100)
+def test_shots_that_are_not_there_are_said(finished_adm):
+    printed, (row,) = probed(finished_adm, "--head", "fewshot", "--shots", 100)
     assert "only 24 training images; with 100 a class" in printed and row["n_train"] == 48
     assert ", 48 training images," in printed and "from draw to draw" in printed
 
 
-def test_a_unet_generates_and_inpaints_as_a_user_asks(photos, finished_adm, tmp_path, monkeypatch):
-    import sample
+def test_a_unet_generates_and_inpaints_as_a_user_asks(photos, finished_adm, tmp_path):
     file = next((photos / "val" / "cat").iterdir())
     for name, more in [("a", ("--steps", 5)), ("b", ("--eta", 0, "--steps", 4, "--gif")),
                        ("c", ("--image", file, "--box", "2,2,9,9", "--steps", 5))]:
-        monkeypatch.setattr(sys, "argv", ["sample.py", str(finished_adm), "--device", "cpu", "--n", "3",
-                                          "--out", str(tmp_path / f"{name}.png"), *map(str, more)])
-        sample.main()
+        script("sample.py", finished_adm, "--n", 3, "--out", tmp_path / f"{name}.png", *more)
         assert numpy.array(PIL.Image.open(tmp_path / f"{name}.png")).std() > 10
     assert PIL.Image.open(tmp_path / "b.gif").n_frames == 4
 
 
 @pytest.mark.parametrize("args, words", [
     (["--head", "difformer", "--sweep"], "--sweep belongs to"), (["--matryoshka"], "--matryoshka belongs to"),
-    (["--sgd", "--head", "knn"], "--sgd belongs to"),
-    (["--feedback", "5"], "--feedback belongs to"), (["--head", "attention", "--pool", "mean"], "cells"),
-    (["--pool", "0"], "pooling '0'"),
+    (["--sgd", "--head", "knn"], "--sgd belongs to"), (["--feedback", "5"], "--feedback belongs to"),
+    (["--head", "attention", "--pool", "mean"], "cells"), (["--pool", "0"], "pooling '0'"),
     (["--pool", "class"], "no class position"), (["--layers", "40"], "no layer 40"),
-    (["--t", "100"], "--t 100"), (["--t", "1.5"], "--t 1.5"),
-    (["--k", "5"], "--k belongs to"), (["--save", "a.txt"], "no .npz at its end"),
-    (["--save", "no/where/a.npz"], "in no folder that can"), (["--save", "a.npz", "--sweep"], "one place"),
-    (["--save", "a.npz", "--head", "knn"], "probes nothing"),
+    (["--t", "100"], "--t 100"), (["--t", "1.5"], "--t 1.5"), (["--k", "5"], "--k belongs to"),
+    (["--head", "knn", "--shots", "4"], "--shots belongs to --head fewshot"),
+    (["--head", "knn", "--hidden", "64"], "--hidden belongs to --head mlp"),
+    (["--save", "a.txt"], "no .npz at its end"), (["--save", "no/where/a.npz"], "in no folder that can"),
+    (["--save", "a.npz", "--sweep"], "one place"), (["--save", "a.npz", "--head", "knn"], "probes nothing"),
     (["--save", "a.npz", "--labels", "0.1"], "probes nothing"), (["--save", "a.npz", "--t", "9,30"], "place"),
     (["--head", "fewshot", "--epochs", "3"], "--epochs belongs to"),
-    (["--head", "diffeed", "--feedback", "2"], "--feedback 2")])
-def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished_adm, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["probe.py", str(finished_adm), "--device", "cpu",
-                                      "--workers", "0", *args])
-    assert_refused(words, probe.main)
+    (["--head", "diffeed", "--feedback", "2"], "--feedback 2"),
+    (["--head", "segment", "--pool", "mean"], "--pool takes the number"),
+    (["--head", "segment", "--ignore", "x"], "--ignore takes"), (["--labels", "2"], "--labels"),
+    (["--head", "segment", "--sweep"], "--sweep belongs"),
+    (["--head", "segment", "--dataset", "tree", "--labels", "0.1"], "take 20"),
+    (["--head", "segment", "--dataset", "tree", "--subset", "no.txt"], "no.txt cannot be read as a list of")])
+def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished_adm, tmp_path, monkeypatch):
+    masks_tree(tmp_path / "tree", "tree")
+    monkeypatch.chdir(tmp_path)
+    assert words in attempt("probe.py", finished_adm, "--device", "cpu", "--workers", 0, *args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3092,11 +3097,10 @@ def test_a_damaged_image_with_a_mask_is_named_and_replaced_or_left_out(workers, 
 @pytest.mark.parametrize("which, more, layers", [
     ("mage", (), 4), ("mage", ("--layers", "2,3", "--augment"), [2, 3]),
     ("adm", ("--layers", "1,3", "--t", "9,30", "--pool", "4"), [1, 3])])
-def test_a_linear_head_segments_by_any_network(which, more, layers, finished, finished_adm, tmp_path,
-                                               monkeypatch, capsys):
+def test_a_linear_head_segments_by_any_network(which, more, layers, finished, finished_adm, tmp_path):
     run, root = finished[0] if which == "mage" else finished_adm, masks_tree(tmp_path, "tree")
-    printed, [row] = probed(monkeypatch, capsys, run, "--head", "segment", "--dataset", root,
-                            "--batch-size", 2, "--epochs", 2, *more)
+    printed, [row] = probed(run, "--head", "segment", "--dataset", root, "--epochs", 2, "--batch-size", 2,
+                            *more)
     assert f"{row['protocol']}" in printed and "+-" not in printed
     for words in ("mIoU", "averaged to the cells", "untrained", "a patch a cell", "of a model trained on"):
         assert words in printed
@@ -3104,16 +3108,6 @@ def test_a_linear_head_segments_by_any_network(which, more, layers, finished, fi
     assert row["dataset"] == str(root) and list(row["iou"]) == ["0", "1", "2"] and row["layer"] == layers
     with PIL.Image.open(run / "segments.png") as sheet:
         assert sheet.width > sheet.height
-
-
-@pytest.mark.parametrize("args, sentence", [
-    (("--pool", "mean"), "--pool takes the number"), (("--ignore", "x"), "--ignore takes"),
-    (("--sweep",), "--sweep belongs"), (("--labels", "2"), "--labels"), (("--labels", "0.1"), "take 20"),
-    (("--subset", "no.txt"), "no.txt cannot be read as a list of images")])
-def test_flags_that_segmentation_has_not_are_refused(args, sentence, finished, tmp_path, monkeypatch, capsys):
-    with pytest.raises(unified.UserError, match=sentence):
-        probed(monkeypatch, capsys, finished[0], "--dataset", masks_tree(tmp_path, "tree"),
-               "--head", "segment", *args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3172,21 +3166,15 @@ def test_an_image_that_cannot_be_read_makes_a_batch_smaller_and_not_the_training
     assert "2 epochs, 47 images a step" in printed and "47 training images" in printed
 
 
-def test_of_pixels_the_first_dimensions_mean_nothing(finished):
-    printed = script("probe.py", finished[0], "--head", "linear", "--matryoshka", *QUICK, "--workers", 0)
-    assert "linear-128 on" in printed and "raw pixels" not in printed
-
-
 @pytest.mark.parametrize("head, more", [("ridge", ()), ("linear", QUICK), ("finetune", QUICK), ("knn", ())])
-def test_a_model_of_other_data_is_probed_with_few_labels(head, more, finished, tmp_path, monkeypatch, capsys):
+def test_a_model_of_other_data_is_probed_with_few_labels(head, more, finished, tmp_path):
     for part, first in (("train", 0), ("val", 1000)):
         x, y = unified.draw_shapes(torch.arange(first, first + 120), 32)
         for i, tile in enumerate(x.movedim(1, -1).numpy()):
             folder = tmp_path / part / str(y[i].item() // 4)
             folder.mkdir(parents=True, exist_ok=True)
             PIL.Image.fromarray(tile).save(folder / f"{i}.png")
-    printed, [row] = probed(monkeypatch, capsys, finished[0], "--head", head, "--dataset", tmp_path,
-                            "--labels", 0.2, *more)
+    printed, [row] = probed(finished[0], "--head", head, "--dataset", tmp_path, "--labels", 0.2, *more)
     assert (row["n_train"], row["labels"], row["dataset"]) == (24, 0.2, str(tmp_path))
     assert f"on {tmp_path}, of a model trained on {row['trained_on']}: layer" in printed
     assert "24 training images" in printed
@@ -5136,7 +5124,7 @@ def test_a_run_leaves_images_figures_and_the_next_commands(finished):
     for words in ("PSNR", "of the codes used", "untrained", "raw pixels", "python sample.py",
                   "python probe.py", "ln 32 = 3.47", "in all: tokenizer "):
         assert words in printed
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = rows_of(folder, "log.jsonl")
     assert [r["step"] for r in rows if r["stage"] == "model" and "loss" in r] == [2, 4, 6]
     assert all(r["loss"] > 0 and r["images_per_second"] > 0 and r["grad_norm"] > 0 for r in rows
                if "loss" in r)
@@ -5369,8 +5357,7 @@ def test_a_model_of_pixels_trains_samples_inpaints_and_is_probed_like_any_other(
     assert PIL.Image.open(tmp_path / "a.gif").n_frames <= 26
     for more in (("--box", "4,4,12,12", "--steps", 3, "--n", 1), ("--reconstruct",)):
         script("sample.py", run, "--image", file, *more, "--out", tmp_path / f"{len(more)}.png")
-    script("probe.py", run, "--layers", "1,4", "--t", "0,50", "--workers", 0)
-    row = json.loads((run / "probe.jsonl").read_text().splitlines()[-1])
+    _, [row] = probed(run, "--layers", "1,4", "--t", "0,50")
     assert row["layer"] in (1, 4) and row["t"] in (0, 50) and row["pool"] == "mean"
     assert "0 to 1000" in script("probe.py", run, "--t", "1001", expect=2)
 
@@ -5395,8 +5382,7 @@ def test_averaged_weights_resume_to_the_same_bits(photos, diffused, tmp_path):
                     for folder in (tmp_path / "run", diffused[0]))
     for part in ("model", "ema"):
         assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items())
-    reports = [row for folder in (tmp_path / "run", diffused[0])
-               for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    reports = [row for folder in (tmp_path / "run", diffused[0]) for row in rows_of(folder, "log.jsonl")
                if row["stage"] == "report"]
     assert ["cpu_minutes" in row for row in reports] == [False, True]       # of a part it would mislead
 
@@ -5419,14 +5405,6 @@ def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffus
     assert "--eta changes nothing" in printed
     assert "does not fit" in script("train.py", *flags(photos, tmp_path / "n", "--model", "umd", "--init",
                                                        diffused[0], "--views", 1, "--ids", 64), expect=2)
-
-
-def test_a_probe_stands_beside_its_baselines(finished):
-    printed = script("probe.py", finished[0], "--layers", "2,4", "--workers", 0)
-    row = json.loads((finished[0] / "probe.jsonl").read_text().splitlines()[-1])
-    assert {"head", "layer", "t", "pool", "top1", "untrained", "pixels", "seconds", "dataset"} <= set(row)
-    assert row["layer"] in (2, 4)
-    assert "same network untrained" in printed and "raw pixels" in printed
 
 
 def test_the_untrained_twin_of_the_closing_report_does_not_depend_on_what_ran_before(finished, photos,
@@ -5458,7 +5436,7 @@ def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(photos,
     shutil.copy(finished[0] / "model.pt", twin)
     lines = [re.split(r"  +", line.strip()) for line in
              script("probe.py", *runs, twin, "--workers", 0).split("ridge  ")[-1].splitlines()]
-    rows = [json.loads((run / "probe.jsonl").read_text().splitlines()[-1]) for run in (*runs, twin)]
+    rows = [rows_of(run)[-1] for run in (*runs, twin)]
     assert lines[0] == ["layer", "t", "pool", "train", "test", "training"]
     for line, name, row in zip(lines[1:], ("run", "umd", "twin"), rows):
         accuracy = f"{row['top1']:.1%} +- {row['standard_error']:.1%}"
@@ -5473,7 +5451,7 @@ def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(photos,
 def test_a_table_of_runs_that_are_read_alike_warns_of_nothing(finished, diffused):
     same = script("probe.py", finished[0], diffused[0], "--workers", 0, "--pool", "mean",
                   "--head", "fewshot", "--shots", 4)
-    assert "note that" not in same and same.splitlines()[-6].split()[0] == "fewshot-4"
+    assert "note that" not in same and same.splitlines()[-6].split()[0] == "fewshot-4" and "+-" in same
 
 
 @pytest.mark.parametrize("homes, told", [(("cats", "dogs"), True), (("cats", "cats"), False),
@@ -5688,18 +5666,17 @@ def sampled(finished, tmp_path, monkeypatch):
 
 
 def test_fd_local_has_anchors_and_a_classifier_that_is_trained_once(sampled, photos, monkeypatch):
-    run, printed = sampled[0], script("probe.py", *sampled)
-    path = run.parent / f"{photos.name}-classifier.pt"
+    printed, [row] = probed(*sampled)
+    path = sampled[0].parent / f"{photos.name}-classifier.pt"
     for words in ("FD-local", "precision", "test images through the tokenizer", "noise", "on the test set",
                   "10 images of each against 48 training images"):
         assert words in printed
-    row = json.loads((run / "probe.jsonl").read_text().splitlines()[-1])
     assert row["n"] == 10 and row["head"] == "samples" and len(row["anchors"]) == 3 and row["date"]
     first = path.read_bytes()
     assert unified.load_checkpoint(path)["top1"] == row["classifier_top1"]
     monkeypatch.setattr(probe, "train_classifier", forbidden)
-    assert "appended" in script("probe.py", *sampled) and path.read_bytes() == first
-    again = json.loads((run / "probe.jsonl").read_text().splitlines()[-1])
+    printed, [again] = probed(*sampled)
+    assert "appended" in printed and path.read_bytes() == first
     assert {**row, "seconds": 0, "date": 0} == {**again, "seconds": 0, "date": 0}
 
 
@@ -5727,9 +5704,8 @@ def test_of_several_processes_the_first_measures_samples_as_if_alone(sampled, ph
     for rank in (None, "0"):
         if rank:
             monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", rank)
-        script("probe.py", *sampled)
+        rows += probed(*sampled)[1]
         (sampled[0].parent / f"{photos.name}-classifier.pt").unlink()
-        rows.append(json.loads((sampled[0] / "probe.jsonl").read_text().splitlines()[-1]))
     assert {**rows[0], "seconds": 0, "date": 0} == {**rows[1], "seconds": 0, "date": 0}
     monkeypatch.setenv("RANK", "1"), monkeypatch.setattr(probe, "judge_samples", forbidden)
     assert not script("probe.py", *sampled)
@@ -6260,7 +6236,6 @@ class Terminal(io.StringIO):
 
 
 def test_progress_counts_passes_through_the_network(photos, finished, diffused, tmp_path, monkeypatch):
-    import sample
     bars, new_bar = [], probe.progress_bar
     monkeypatch.setattr(sample, "progress_bar", lambda *args: bars.append(new_bar(*args)) or bars[-1])
     monkeypatch.setattr(io, "StringIO", Terminal)
@@ -6411,20 +6386,12 @@ def test_ids_that_two_processes_began_are_finished_by_one_and_the_reverse(tmp_pa
     assert (numpy.load(ids) == alone).all()
 
 
-def test_umds_few_shot_evaluator_is_a_probe(diffused):
-    printed = script("probe.py", diffused[0], "--head", "fewshot", "--shots", 4, "--workers", 0)
-    assert "fewshot-4" in printed and "+-" in printed
-    for flag, value, head in (("--shots", 4, "fewshot"), ("--hidden", 64, "mlp")):
-        assert f"{flag} belongs to --head {head}" in script("probe.py", diffused[0], "--head", "knn", flag,
-                                                            value, expect=2)
-
-
 def test_two_processes_probe_as_one_does(diffused, tmp_path):
     rows, args = [], (diffused[0], "--head", "mlp", "--epochs", 3, "--workers", 0)
     for printed in (finish(start(tmp_path / "printed", run_script, "probe.py", args))[1],
                     both(tmp_path, run_script, "probe.py", args)):
         assert printed.count("raw pixels") == 1, printed
-        rows.append(json.loads((diffused[0] / "probe.jsonl").read_text().splitlines()[-1]))
+        rows.append(rows_of(diffused[0])[-1])
     one, two = ({k: v for k, v in row.items() if k not in ("seconds", "date")} for row in rows)
     assert one == two
 
@@ -6514,8 +6481,7 @@ def test_a_run_killed_at_twenty_moments_ends_with_the_same_bits(photos, tmp_path
                                      flags(photos, run, "--resume", *more), slow_ids))
         assert code == 0 and "python probe.py" in printed and "Traceback" not in printed
         assert same_weights(run, tmp_path / "through")
-        rows = [[(r["stage"], r["step"], r["loss"])
-                 for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+        rows = [[(r["stage"], r["step"], r["loss"]) for r in rows_of(folder, "log.jsonl") if "loss" in r]
                 for folder in (run, tmp_path / "through")]
         steps = [{row[:2] for row in side} for side in rows]
         assert [row for row in rows[0] if row not in rows[1]] == [] or steps[0] == steps[1]
@@ -6681,7 +6647,7 @@ def test_processes_may_log_different_terms(photos, tmp_path):
     both(tmp_path, run_script, "train.py", flags(photos, tmp_path / "run", "--model", "umd", "--views", 1,
                                                  "--batch-size", 2, "--micro-batch", 1,
                                                  "--steps", 2, "--eval-every", 0))
-    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    row = rows_of(tmp_path / "run", "log.jsonl")[0]
     assert {"x0", "eps", "x0_clean"} <= row.keys() and row["loss"] > 0
 
 
@@ -7377,7 +7343,6 @@ def gpu(monkeypatch):
                          [((7, 0), "float32"), ((7, 5), "float32"), ((8, 0), "bfloat16"),
                           ((9, 0), "bfloat16")])
 def test_bfloat16_is_the_default_where_it_is_computed_in(capability, dtype, gpu, monkeypatch):
-    import sample
     gpu(*capability)
     monkeypatch.setattr(unified, "join_processes", torch.device)
     monkeypatch.setattr(sample, "run", lambda cfg, device: settled.append(cfg.dtype))
@@ -7589,8 +7554,7 @@ def test_addp_trains_on_the_ids_of_its_predictor_then_samples_and_is_probed(phot
     script("sample.py", run, "--image", next((photos / "val" / "cat").iterdir()), "--box", "4,4,12,12", "--n",
            1, "--gif", "--steps", 4)
     assert PIL.Image.open(run / "painted-0.gif").n_frames == 4
-    script("probe.py", run, "--head", "finetune", "--epochs", 1, "--batch-size", 16, "--workers", 0)
-    assert json.loads((run / "probe.jsonl").read_text())["head"] == "finetune"
+    assert probed(run, "--head", "finetune", "--epochs", 1, "--batch-size", 16)[1][0]["head"] == "finetune"
 
 
 def test_a_run_that_starts_from_another_keeps_the_ids_that_it_has_learned(photos, finished, tmp_path):
