@@ -112,19 +112,11 @@ def golden(name):
     return types.SimpleNamespace(**torch.load(GOLDEN / f"{name}.pt", weights_only=True))
 
 
-def recorded(module, call):
-    """call(), and what the module read meanwhile."""
+def recorded(module, call, outputs=False):
+    """call(), and what the module read or returned meanwhile."""
     seen = []
-    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    result = call()
-    handle.remove()
-    return result, seen
-
-
-def outputs_of(module, call):
-    """call(), and what the module returned meanwhile."""
-    seen = []
-    handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
+    handle = module.register_forward_hook(
+        lambda module, args, output: seen.append(output if outputs else args[0].detach()))
     result = call()
     handle.remove()
     return result, seen
@@ -385,7 +377,8 @@ def test_golden_tokenizer_turns_images_into_ids_and_back():
 
 def test_golden_tokenizer_losses_and_their_gradients():
     g, vqgan = golden_vqgan()
-    (_, logs), [z] = outputs_of(vqgan.encoder, lambda: unified.TokenizerTraining(vqgan)(g.inputs["image"]))
+    training = unified.TokenizerTraining(vqgan)
+    (_, logs), [z] = recorded(vqgan.encoder, lambda: training(g.inputs["image"]), outputs=True)
     error = g.outputs["reconstruction"] - g.inputs["image"]
     assert_close(logs["l1"], error.abs().mean())
     assert_close(logs["l2"], (error ** 2).mean())
@@ -805,7 +798,9 @@ def test_in_haltons_order_tokens_are_kept_along_it_from_a_place_that_the_seed_de
                                         seeds=seeds, **inpainting):
             for image, now in enumerate(still_masked(state)):
                 was = torch.ones(16).bool() if before is None else before[image]
-                found[image] += (was & ~now).nonzero().flatten().tolist()
+                new = (was & ~now).nonzero().flatten().tolist()
+                assert len(new) == 1 or inpainting              # a linear schedule: one by one
+                found[image] += new
             before = still_masked(state)
         return found
     found = kept(seeds)
@@ -816,12 +811,6 @@ def test_in_haltons_order_tokens_are_kept_along_it_from_a_place_that_the_seed_de
     mask[:, :4, :4] = True                                                  # tokens 0, 1, 4 and 5 are masked
     for order, image in zip(kept(seeds[:2], known=known, mask=mask), found):
         assert [i for i in order if i in (0, 1, 4, 5)] == [i for i in image if i in (0, 1, 4, 5)]
-
-
-@pytest.mark.parametrize("name", DECODES_IDS)
-def test_a_linear_schedule_ends_with_one_by_one(name):
-    states = small(name).eval().sample_steps(1, steps=16, schedule="linear")
-    assert [still_masked(state).sum().item() for state in states] == [*range(15, 0, -1), 0]
 
 
 @pytest.mark.parametrize("name", DECODES_IDS)
@@ -1347,10 +1336,11 @@ def test_contrast_over_two_processes_is_contrast_over_one(law, tmp_path):
 def test_two_views_are_masked_apart_and_compared():
     model = mage(kind=unified.ContrastiveMAGE)
     x, noise = some_ids(model, 6).unflatten(0, (3, 2)), some_noise(6, 16)
-    (loss, logs), [latent] = outputs_of(model.norm, lambda: model(x, mask_ratio=0.6, mask_noise=noise))
+    draws = dict(mask_ratio=0.6, mask_noise=noise)
+    (loss, logs), [latent] = recorded(model.norm, lambda: model(x, **draws), outputs=True)
     z = F.normalize(model.projection(latent[:, 1:].mean(1)), dim=-1)    # the class position has no part in it
     assert_close(logs["contrast"], unified.info_nce(z.unflatten(0, (3, 2))), 1e-6)
-    assert_close(logs["masked"], model(x.flatten(0, 1), mask_ratio=0.6, mask_noise=noise)[0], 1e-6)
+    assert_close(logs["masked"], model(x.flatten(0, 1), **draws)[0], 1e-6)
     assert_close(loss, logs["masked"] + 0.1 * logs["contrast"], 1e-6)
 
 
@@ -1411,15 +1401,16 @@ def test_an_echo_is_a_square_of_half_to_all_of_the_side_as_large_for_all_images_
 
 
 def test_the_loss_of_echoes_is_the_equation_written_out():
-    model, x, noise, seen = mage_e(), some_ids(mage_e(), 5), some_noise(5, 16), []
+    model, x, seen = mage_e(), some_ids(mage_e(), 5), []
+    draws = dict(mask_ratio=0.6, mask_noise=some_noise(5, 16))
     model.teacher[1].register_forward_hook(lambda layer, args, e: seen.append(e))
-    (loss, logs), [latent] = outputs_of(model.norm, lambda: model(x, mask_ratio=0.6, mask_noise=noise))
+    (loss, logs), [latent] = recorded(model.norm, lambda: model(x, **draws), outputs=True)
     z = F.normalize(model.prediction(model.projection(latent[:, 1:].mean(1))), dim=-1)
     similarity = (F.normalize(seen[0], dim=-1) @ z.T / 0.3).exp()
     assert_close(logs["contrast"], -sum((similarity[a, a] / similarity[a].sum()).log() for a in range(5)) / 5)
     plain = mage()
     plain.load_state_dict(model.state_dict(), strict=False)
-    assert_close(logs["masked"], plain(x, mask_ratio=0.6, mask_noise=noise)[0], 1e-6)
+    assert_close(logs["masked"], plain(x, **draws)[0], 1e-6)
     assert_close(loss, logs["masked"] + 0.1 * logs["contrast"], 1e-6)
 
 
@@ -2861,7 +2852,7 @@ def test_an_image_that_is_its_label_stays_so_through_scale_crop_and_flip(kind, t
             for part in ("train", "val"):
                 (tmp_path / folder / part).mkdir(parents=True)
                 PIL.Image.fromarray(image).save(tmp_path / folder / part / "0.png")
-        data = probe.open_masks(tmp_path, "", 16, settings(head="segment"))[0]
+        data = open_masks(tmp_path)[0]
     else:
         x = torch.from_numpy(numpy.dstack([label] * 3 + [label + 1])).movedim(2, 0)[None, :, :40, 10:50]
         data = probe.ImageTensor(x, torch.zeros(1), [*"012345"], (0.25, 1.0))
@@ -2914,6 +2905,11 @@ def test_the_head_reaches_the_ceiling_on_features_that_hold_the_label():
         assert all(confusion[:, ignored].sum() == 0 for confusion in confusions.values())
 
 
+def open_masks(root, **options):
+    """The sets to train and to test on of a folder with masks, at 16 pixels."""
+    return probe.open_masks(root, "", 16, settings(head="segment", **options))
+
+
 def masks_tree(folder, layout):
     """Three images of 20 x 24 pixels to train on and one to test on, in the layout; a row of each mask is
     0, 1, 2, 255, the other rows are 2."""
@@ -2943,8 +2939,7 @@ def masks_tree(folder, layout):
     ("ade", "", [-1, 0, 1, -1], 1, 150), ("voc", "", [0, 1, 2, -1], 2, 21),
     ("tree", "", [0, 1, 2, -1], 2, 3), ("tree", "0", [-1, 1, 2, -1], 2, 3)])
 def test_masks_are_read_as_their_layout_says_and_shifted_once(layout, ignore, row, rest, classes, tmp_path):
-    root = masks_tree(tmp_path, layout)
-    train_set, test_set = probe.open_masks(str(root), "", 16, settings(head="segment", ignore=ignore))
+    train_set, test_set = open_masks(str(masks_tree(tmp_path, layout)), ignore=ignore)
     assert (len(train_set), len(test_set), len(train_set.classes)) == (3, 1, classes)
     x, _ = next(test_set.batches([(torch.arange(1), None)]))
     assert x.shape == (1, 4, 24, 20)                                                        # its own size
@@ -2959,8 +2954,7 @@ def test_masks_are_read_as_their_layout_says_and_shifted_once(layout, ignore, ro
 def test_a_void_class_of_shapes_does_not_count(monkeypatch):
     monkeypatch.setattr(probe, "shapes", lambda train, size, masks: (
         *unified.draw_shapes(torch.arange(100), size, masks=masks), list(unified.SHAPES)))
-    void, everything = (probe.open_masks("shapes", "", 16, settings(head="segment", ignore=value))[1]
-                        .images[:, 3] for value in ("0,8", ""))
+    void, everything = (open_masks("shapes", ignore=value)[1].images[:, 3] for value in ("0,8", ""))
     assert void.equal(torch.where((everything == 1) | (everything == 9), 0, everything))
     assert everything.unique().tolist() == list(range(1, 10))
 
@@ -2968,11 +2962,9 @@ def test_a_void_class_of_shapes_does_not_count(monkeypatch):
 @pytest.mark.parametrize("layout, ignore, ignored", [("tree", "1,9", [1]), ("ade", "3", [2]),
                                                      ("voc", "", [])])
 def test_ignored_values_are_classes_that_are_never_predicted(layout, ignore, ignored, tmp_path):
-    cfg = settings(head="segment", ignore=ignore)
-    sets = probe.open_masks(str(masks_tree(tmp_path, layout)), "", 16, cfg)
+    sets = open_masks(masks_tree(tmp_path, layout), ignore=ignore)
     assert [data.ignored for data in sets] == [ignored, ignored]
-    shapes = probe.open_masks("shapes", "", 16, settings(head="segment", ignore="0,8"))
-    assert shapes[1].ignored == [0, 8]
+    assert open_masks("shapes", ignore="0,8")[1].ignored == [0, 8]
 
 
 def grey_png(values, bits):
@@ -2997,32 +2989,30 @@ def test_the_value_of_a_grey_mask_is_the_class_at_any_depth(bits, tmp_path):
 def test_a_list_that_voc_lacks_is_asked_for(tmp_path):
     root = masks_tree(tmp_path, "voc")
     (root / "ImageSets/Segmentation/val.txt").unlink()
-    assert_refused("there is no .*val.txt", probe.open_masks, str(root), "", 16, settings(head="segment"))
+    assert_refused("there is no .*val.txt", open_masks, root)
 
 
 def test_masks_without_a_pixel_that_counts_are_refused_before_any_work(tmp_path):
     root = masks_tree(tmp_path, "tree")
     PIL.Image.new("L", (20, 24), 255).save(root / "masks/val/3.png")
-    with pytest.raises(unified.UserError, match="no mask to test on .* has a pixel of any class"):
-        probe.open_masks(root, "", 16, settings(head="segment"))
+    assert_refused("no mask to test on .* has a pixel of any class", open_masks, root)
 
 
 def test_names_of_classes_are_read(tmp_path):
     root = masks_tree(tmp_path / "tree", "tree")
     (root / "classes.txt").write_text("ground\ncat\ndog\nbird\n")
-    names = probe.open_masks(root, "", 16, settings(head="segment"))[0].classes
-    assert names == ["ground", "cat", "dog", "bird"]
+    assert open_masks(root)[0].classes == ["ground", "cat", "dog", "bird"]
     (root / "classes.txt").write_text("ground\ncat\ndog\n\n")                       # a blank line is no class
-    assert len(probe.open_masks(root, "", 16, settings(head="segment"))[0].classes) == 3
+    assert len(open_masks(root)[0].classes) == 3
     for text, sentence in (("\xe9t\xe9\n".encode("latin1"), "cannot be read as a list of names"),
                            (b"ground\n\nother\n", "has no name for class 1"),
                            (b"ground\nother\nother\n", "names other twice")):
         (root / "classes.txt").write_bytes(text)
-        assert_refused(sentence, probe.open_masks, root, "", 16, settings(head="segment"))
+        assert_refused(sentence, open_masks, root)
     root = masks_tree(tmp_path / "ade", "ade")
     lines = [f"{k}\tthing {k}\n" for k in range(1, 151)]
     (root / "objectInfo150.txt").write_text("Idx\tName\n" + "".join(lines))
-    names = probe.open_masks(root, "", 16, settings(head="segment"))[1].classes
+    names = open_masks(root)[1].classes
     assert (names[0], names[149], len(names)) == ("thing 1", "thing 150", 150)
 
 
@@ -3042,7 +3032,7 @@ def test_a_mask_that_cannot_be_one_is_refused_in_a_sentence_that_names_it(layout
     if spoiled:
         spoiled.save(path)
     with pytest.raises(unified.UserError, match=rf"3\.png {sentence}") as caught:
-        probe.open_masks(root, "", 16, settings(head="segment"))
+        open_masks(root)
     assert "\n" not in str(caught.value)
 
 
@@ -3050,15 +3040,13 @@ def test_a_mask_lies_on_its_image_as_viewers_show_it(tmp_path):
     root, turned = masks_tree(tmp_path, "tree"), PIL.Image.Exif()
     turned[0x0112] = 6                                                                      # by a quarter
     PIL.Image.new("RGB", (24, 20)).save(root / "images/train/1.jpg", exif=turned)
-    train_set, _ = probe.open_masks(root, "", 16, settings(head="segment"))
-    assert next(train_set.batches([(torch.tensor([1]), None)]))[0].shape == (1, 4, 16, 16)
+    plan = [(torch.tensor([1]), None)]
+    assert next(open_masks(root)[0].batches(plan))[0].shape == (1, 4, 16, 16)
     PIL.Image.new("RGB", (20, 24)).save(root / "images/train/1.jpg", exif=turned)
-    with pytest.raises(unified.UserError, match=r"1\.png has 20 x 24 pixels and its image 24 x 20"):
-        probe.open_masks(root, "", 16, settings(head="segment"))
+    assert_refused(r"1\.png has 20 x 24 pixels and its image 24 x 20", open_masks, root)
     (root / "images/train/1.jpg").unlink()                              # a TIFF is turned as it is read
     PIL.Image.new("RGB", (24, 20)).save(root / "images/train/1.tif", exif=turned)
-    train_set, _ = probe.open_masks(root, "", 16, settings(head="segment"))
-    assert next(train_set.batches([(torch.tensor([1]), None)]))[0].shape == (1, 4, 16, 16)
+    assert next(open_masks(root)[0].batches(plan))[0].shape == (1, 4, 16, 16)
     mask = PIL.Image.open(root / "masks/train/1.png")
     turned[0x0112] = 3                                                  # the mask has a turn of its own
     mask.save(root / "turned.png", exif=turned)
@@ -3068,14 +3056,13 @@ def test_a_mask_lies_on_its_image_as_viewers_show_it(tmp_path):
 
 
 def test_a_folder_without_masks_is_told_the_layouts(photos):
-    with pytest.raises(unified.UserError, match="no images with masks in .*annotations/training .*masks/tr"):
-        probe.open_masks(photos, "", 16, settings(head="segment"))
+    assert_refused("no images with masks in .*annotations/training .*masks/tr", open_masks, photos)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_with_a_mask_is_named_and_replaced_or_left_out(workers, tmp_path, capsys):
     root = masks_tree(tmp_path, "tree")
-    train_set, test_set = probe.open_masks(root, "", 16, settings(head="segment"))
+    train_set, test_set = open_masks(root)
     for name in ("train/1", "val/3"):
         (root / f"images/{name}.jpg").write_bytes((root / f"images/{name}.jpg").read_bytes()[:200])
     [(x, _)] = train_set.batches([(torch.arange(3), torch.arange(3)[:, None])], workers)
@@ -3715,24 +3702,11 @@ def test_a_device_that_is_not_there_is_named():
         assert_refused(name, unified.pick_device, name)
 
 
-def test_a_checkpoint_comes_back_and_the_previous_one_is_kept(tmp_path):
-    path = tmp_path / "model.pt"
-    for step in (1, 2, 3):
-        train.save_checkpoint(path, {"step": step, "model": {"w": torch.full((2,), float(step))},
-                                     "config": {"a": [1, None, "b"]}})
-    state = unified.load_checkpoint(path)
-    assert state["step"] == 3 and state["model"]["w"].tolist() == [3.0, 3.0]
-    assert state["config"] == {"a": [1, None, "b"]}
-    assert unified.load_checkpoint(tmp_path / "model.pt.prev")["step"] == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt", "model.pt.prev"]
-
-
 def test_a_crash_while_saving_loses_nothing(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     train.save_checkpoint(path, {"step": 1})
     monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"half a fi") and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train.save_checkpoint(path, {"step": 2})
+    pytest.raises(ZeroDivisionError, train.save_checkpoint, path, {"step": 2})
     assert unified.load_checkpoint(path) == {"step": 1}
     path.rename(tmp_path / "model.pt.prev")                             # killed between the two renames
     assert unified.load_checkpoint(path) == {"step": 1}
@@ -4047,17 +4021,21 @@ def test_unreadable_test_images_count_in_no_accuracy(tree, monkeypatch):
     assert y.tolist() == [0, 0, 1, 1, 1] and len(found["x"]) == 5
 
 
-def test_a_batch_of_a_folder_takes_no_file_handle_an_image(tree):
-    data = probe.open_data("anything", str(tree), 16, train=True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+@contextlib.contextmanager
+def no_more_than(limit, of):
+    """A limit of this process, such as RLIMIT_NOFILE, is lower meanwhile."""
+    before = resource.getrlimit(of)
+    resource.setrlimit(of, (limit, before[1]))
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no batch came"))
-        signal.alarm(60)
-        assert [len(y) for _, y in data.batches([(torch.arange(600) % 6, None)] * 3, workers=1)] == [600] * 3
+        yield
     finally:
-        signal.alarm(0)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(of, before)
+
+
+def test_a_batch_of_a_folder_takes_no_file_handle_an_image(tree):
+    data, plan = probe.open_data("anything", str(tree), 16, train=True), [(torch.arange(600) % 6, None)] * 3
+    with limits(60), no_more_than(200, resource.RLIMIT_NOFILE):
+        assert [len(y) for _, y in data.batches(plan, workers=1)] == [600] * 3
 
 
 # What people bring
@@ -4466,13 +4444,6 @@ def test_samples_are_measured_the_same_in_any_order_and_in_batches_of_any_size(m
     assert samples[0] < 2 * test[0] and 10 * test[0] < noise[0] and test[1] > 0.5 > noise[1]
 
 
-def test_training_and_test_shapes_are_different_images(monkeypatch):
-    monkeypatch.setattr(unified, "draw_shapes", lambda seeds, size: (seeds[:, None, None, None], seeds))
-    (train_seeds, *_), (test_seeds, _, names) = probe.shapes(True, 32), probe.shapes(False, 32)
-    assert not set(train_seeds.flatten().tolist()) & set(test_seeds.flatten().tolist())
-    assert (len(train_seeds), len(test_seeds), len(names)) == (20_000, 2_000, len(unified.SHAPES))
-
-
 def small_cifar(folder, monkeypatch):
     """An archive with the published layout and ten images a batch; unified takes its checksums for the
     published ones."""
@@ -4598,23 +4569,27 @@ def test_a_download_with_another_checksum_is_not_unpacked(web, tmp_path, monkeyp
 @pytest.mark.parametrize("ratio", [0.5, 1.5])                           # while it fetches, while it unpacks
 def test_a_full_disk_ends_a_download_in_one_sentence(web, tmp_path, ratio):
     web.pick("archive")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:                                                                # an error of the same kind
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(ratio * len(web.archive)), limits[1]))
+    with no_more_than(int(ratio * len(web.archive)), resource.RLIMIT_FSIZE):    # an error of the same kind
         assert_refused("File too large.*--data-dir", probe.download_cifar10, tmp_path / "data")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
+
+
+@contextlib.contextmanager
+def handlers_kept():
+    """What handles SIGINT and SIGTERM before does so afterwards, and Python does meanwhile."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_ctrl_c_in_a_download_leaves_nothing(web, tmp_path):
     web.pick("interrupted")
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            probe.download_cifar10(tmp_path / "data")
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with handlers_kept(), pytest.raises(KeyboardInterrupt):
+        probe.download_cifar10(tmp_path / "data")
     nothing_is_left_and_the_next_call_succeeds(web, tmp_path / "data")
 
 
@@ -5044,17 +5019,13 @@ def script(name, *args, expect=0):
     """What `python NAME ARGS` does and prints, after checking that its exit code is expected, or among
     those; in this process, since starting one takes longer than most tests."""
     printed, code = io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, err = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)
-    with pytest.MonkeyPatch.context() as patch, out, err:
+    with pytest.MonkeyPatch.context() as patch, out, err, handlers_kept():
         patch.setattr(sys, "argv", [str(HERE / name), *map(str, args)])
         try:
             unified.run_main(importlib.import_module(name.removesuffix(".py")).main)
         except SystemExit as leaving:
             code = leaving.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     assert code in numpy.atleast_1d(expect), printed.getvalue()
     return printed.getvalue()
 
@@ -5563,10 +5534,12 @@ def test_features_of_a_folder_of_any_layout_are_kept_with_the_labels_that_it_has
     assert set(save(finished[0], odd, tmp_path / "d.npz")[1]["labels"].tolist()) == {-1}
 
 
-def test_a_set_in_memory_can_be_read_whole(tmp_path, monkeypatch):
+def test_training_and_test_shapes_are_different_images_and_a_set_in_memory_can_be_read_whole(tmp_path,
+                                                                                             monkeypatch):
     monkeypatch.setattr(unified, "draw_shapes", lambda seeds, size: (seeds[:, None, None, None], seeds))
-    parts = [probe.shapes(part, 32)[1] for part in (True, False, None)]
-    assert torch.cat(parts[:2]).equal(parts[2]) and len(parts[2]) == 22_000
+    parts, seeds, names = zip(*(probe.shapes(part, 32) for part in (True, False, None)))
+    assert torch.cat(seeds[:2]).equal(seeds[2]) and len(seeds[2].unique()) == 22_000
+    assert [len(part) for part in parts[:2]] == [20_000, 2_000] and len(names[1]) == len(unified.SHAPES)
     small_cifar(tmp_path, monkeypatch)
     parts = [probe.cifar10(tmp_path, part)[0] for part in (True, False, None)]
     assert torch.cat(parts[:2]).equal(parts[2]) and len(parts[2]) == 60
@@ -5694,11 +5667,7 @@ def test_ctrl_c_stops_the_classifier_and_leaves_nothing_behind(sampled, photos, 
             signal.raise_signal(signal.SIGINT)
     batches = probe.fresh_batches
     monkeypatch.setattr(probe, "fresh_batches", lambda *args: lambda epoch: interrupted(*args))
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert "stopped" in script("probe.py", *sampled, expect=130)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    assert "stopped" in script("probe.py", *sampled, expect=130)
     assert {p.name for p in sampled[0].parent.iterdir()} == {"run"}
 
 
@@ -5712,28 +5681,23 @@ def test_a_truncated_or_foreign_checkpoint_ends_in_one_sentence_too(name, finish
 
 def test_a_run_that_is_there_is_not_overwritten(photos, finished):
     before = (finished[0] / "model.pt").read_bytes()
-    assert "--resume" in script("train.py", *flags(photos, finished[0], "--labels"), expect=2)
-    more = ("--labels", "--resume", "--batch-size", 16)
-    assert "--batch-size 8, not 16" in script("train.py", *flags(photos, finished[0], *more), expect=2)
+    for more, words in (((), "--resume"), (("--resume", "--batch-size", 16), "--batch-size 8, not 16")):
+        assert words in script("train.py", *flags(photos, finished[0], "--labels", *more), expect=2)
     assert (finished[0] / "model.pt").read_bytes() == before
 
 
 def test_a_run_of_another_optimizer_is_refused_in_a_sentence(tmp_path):
     weights = {"w": torch.nn.Parameter(torch.ones(2))}
     model, sgd = torch.nn.ParameterDict(weights), torch.optim.SGD(weights.values())
-    train.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "step": 3, "ema": {},
-                                                  "optimizer": sgd.state_dict()})
     cfg, recipe = train.Config(out_dir=str(tmp_path)), dict(unified.MAGE_RECIPE, lr=1.0)
     adam, one_group = train.adamw(weights, recipe), torch.optim.AdamW(weights.values())
-    for other in (adam, one_group):                                     # as many groups, or not
-        with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
-            train.load_checkpoint(cfg, "model", model, other, {})
-    assert train.load_checkpoint(cfg, "model", model, sgd, {}) == 3
-    train.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "step": 3, "ema": {},
-                                                  "optimizer": one_group.state_dict()})
-    with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
-        train.load_checkpoint(cfg, "model", model, sgd, {})
-    assert train.load_checkpoint(cfg, "model", model, one_group, {}) == 3
+    for kept, others in ((sgd, (adam, one_group)), (one_group, (sgd,))):        # as many groups, or not
+        train.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "step": 3, "ema": {},
+                                                      "optimizer": kept.state_dict()})
+        for other in others:
+            with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
+                train.load_checkpoint(cfg, "model", model, other, {})
+        assert train.load_checkpoint(cfg, "model", model, kept, {}) == 3
 
 
 def test_a_run_that_stopped_early_says_so_wherever_it_is_loaded(finished, tmp_path, capsys):
@@ -5744,21 +5708,31 @@ def test_a_run_that_stopped_early_says_so_wherever_it_is_loaded(finished, tmp_pa
     assert "training stopped at step 4 of 6" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("untrained, n, told", [
-    (0.5, 9, ""), (0.7, 9, "no more than chance may explain"), (0.7, 2000, "training harmed the features")])
-def test_features_that_training_has_made_worse_are_told_of(untrained, n, told, finished, tmp_path,
-                                                           monkeypatch, capsys):
-    top1 = {"features": 0.6, "the same network untrained": untrained, "raw pixels": 0.1}
-    monkeypatch.setattr(train, "probe_features", lambda *_: top1)
-    monkeypatch.setattr(train, "draw_images", lambda *_, **__: None)
-    monkeypatch.setattr(train, "measure_tokenizer", lambda *_: ({"psnr": 30.0, "codes_used": 1.0}, 20.0))
-    monkeypatch.setattr(probe, "no_probe", lambda *_: "")
+@pytest.fixture
+def report_of(finished, tmp_path, monkeypatch):
+    """Prints the report on a copy of a run, with n images and a tokenizer of which so many codes are used."""
     model, config = unified.load_model(finished[0])
     cfg = train.Config(**{k: v for k, v in config.items() if k in vars(train.Config())})
     cfg.out_dir = str(shutil.copytree(finished[0], tmp_path / "run"))
-    data = probe.ImageTensor(torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.arange(n), [], (1, 1))
-    train.report(cfg, model, {}, data, data)
-    printed = capsys.readouterr().out
+    monkeypatch.setattr(train, "draw_images", lambda *_, **__: None)
+
+    def report(n, codes_used=1.0):
+        monkeypatch.setattr(train, "measure_tokenizer",
+                            lambda *_: ({"psnr": 30.0, "codes_used": codes_used}, 20.0))
+        data = probe.ImageTensor(torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.arange(n), [], (1, 1))
+        train.report(cfg, model, {}, data, data)
+        return model
+    return report
+
+
+@pytest.mark.parametrize("untrained, n, told", [
+    (0.5, 9, ""), (0.7, 9, "no more than chance may explain"), (0.7, 2000, "training harmed the features")])
+def test_features_that_training_has_made_worse_are_told_of(untrained, n, told, report_of, monkeypatch,
+                                                           capsys):
+    top1 = {"features": 0.6, "the same network untrained": untrained, "raw pixels": 0.1}
+    monkeypatch.setattr(train, "probe_features", lambda *_: top1)
+    monkeypatch.setattr(probe, "no_probe", lambda *_: "")
+    model, printed = report_of(n), capsys.readouterr().out
     line = f"the network has 70.0% untrained, 60.0% trained: {told}"
     assert line in printed if told else "the network has" not in printed
     assert f"features of mage: layer {model.best_layer}, t 0, mean" in printed
@@ -5831,15 +5805,8 @@ def test_a_poor_tokenizer_is_mended_where_it_comes_from(given, advice):
 
 
 @pytest.mark.parametrize("count, told", [(1, True), (2, False)])
-def test_codes_that_so_few_images_cannot_use_are_no_fault_of_the_tokenizer(count, told, finished, tmp_path,
-                                                                           monkeypatch, capsys):
-    monkeypatch.setattr(train, "draw_images", lambda *_, **__: None)
-    monkeypatch.setattr(train, "measure_tokenizer", lambda *_: ({"psnr": 30.0, "codes_used": 0.06}, 20.0))
-    model, config = unified.load_model(finished[0])
-    cfg = train.Config(**{k: v for k, v in config.items() if k in vars(train.Config())})
-    cfg.out_dir = str(shutil.copytree(finished[0], tmp_path / "run"))
-    data = probe.ImageTensor(torch.zeros(count, 3, 32, 32, dtype=torch.uint8), torch.zeros(count), [], (1, 1))
-    train.report(cfg, model, {}, data, data)                            # 16 ids an image, of 32 codes
+def test_codes_that_so_few_images_cannot_use_are_no_fault_of_the_tokenizer(count, told, report_of, capsys):
+    report_of(count, codes_used=0.06)                                   # 16 ids an image, of 32 codes
     printed = capsys.readouterr().out
     assert ("(16 tokens can use 50%)" in printed) == told
     assert ("has learned little" in printed) != told
@@ -6570,23 +6537,18 @@ def test_a_stop_while_averaged_weights_are_shown_saves_the_raw_ones(no_signals, 
 
 def test_a_signal_is_answered_in_words_at_once_and_a_second_one_at_once_in_deed(
         no_signals, capfd, monkeypatch):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handlers_kept():
         train.stop_when_asked()
         signal.raise_signal(signal.SIGTERM)
         said = capfd.readouterr().err
         assert "stopping after this step or batch" in said and "once more" in said
         assert list(no_signals) == [signal.SIGTERM]
-        # what torchrun passes on a moment later changes nothing
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)         # what torchrun passes on a moment later changes nothing
         no_signals[signal.SIGTERM] -= 3
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         train.stop_when_asked()
         assert not no_signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def slowly_and_unevenly():
@@ -6698,18 +6660,19 @@ def test_a_disk_without_room_is_a_sentence_and_the_last_checkpoint_stays(limit, 
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_checkpoint_can_be_read_while_it_is_replaced(links, tmp_path, monkeypatch):
+def test_a_checkpoint_comes_back_and_can_be_read_while_it_is_replaced(links, tmp_path, monkeypatch):
     path, replace, there = tmp_path / "model.pt", os.replace, []
-    train.save_checkpoint(path, {"step": 1})
+    state = {"step": 1, "model": {"w": torch.full((2,), 3.0)}, "config": {"a": [1, None, "b"]}}
+    train.save_checkpoint(path, state)
     monkeypatch.setattr(os, "replace", lambda *names: (there.append(path.exists()), replace(*names)))
     if not links:                                                       # as some network file systems
         monkeypatch.setattr(os, "link", failing(errno.EPERM, "Operation not permitted"))
     for step in (2, 3):
-        train.save_checkpoint(path, {"step": step})
-    assert [unified.load_checkpoint(tmp_path / name)["step"]
-            for name in ("model.pt", "model.pt.prev")] == [3, 2]
-    # then .prev is read in its place
-    assert there == [True] * 2 if links else there == [True, False] * 2
+        train.save_checkpoint(path, state | {"step": step})
+    one, previous = (unified.load_checkpoint(tmp_path / name) for name in ("model.pt", "model.pt.prev"))
+    assert one.pop("model")["w"].tolist() == [3.0, 3.0] and one == {"step": 3, "config": state["config"]}
+    assert previous["step"] == 2 and len([*tmp_path.iterdir()]) == 2
+    assert there == [True] * 2 if links else there == [True, False] * 2         # then .prev is read
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
