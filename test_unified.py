@@ -413,7 +413,6 @@ def test_entropy_gap_lies_between_minus_ln_k_and_zero():
     each_its_own = F.one_hot(torch.arange(64) % K, K) * -1.0
     assert abs(unified.entropy_loss(undecided)) < 1e-3    # no position is sure. (There is a 1e-5 in the log.)
     assert abs(unified.entropy_loss(all_the_same)) < 1e-3               # all are sure of the same code
-    # sure, and all codes in use: the best
     assert abs(unified.entropy_loss(each_its_own) + math.log(K)) < 1e-3
     assert -math.log(K) < unified.entropy_loss(torch.rand(64, K) * 0.05) < 0
 
@@ -662,7 +661,6 @@ def test_pixels_and_their_cached_ids_give_the_same_loss(name):
     model, x = small(name).train(), batch(name)
     ids = model.to_ids(x.reshape(-1, 3, 32, 32)).view(*x.shape[:-3], -1)
     losses = []
-    # as the cache stores them
     for v in (x, ids, ids.int(), torch.from_numpy(ids.numpy().astype(numpy.uint16))):
         torch.manual_seed(0)
         losses.append(model(v)[0])
@@ -915,7 +913,6 @@ def test_golden_loss_and_gradients():
     assert_close(loss, g.outputs["loss"])
     grads = {k: p.grad for k, p in model.named_parameters()}
     norms = {k: grad.norm().item() for k, grad in grads.items() if grad is not None}
-    # one by one; the names must agree too
     assert norms == pytest.approx(g.outputs["grad_norms"], rel=1e-4, abs=0)
     dead = [k for k in dead if g.state_dict[k].is_floating_point()]   # position_ids is a buffer, no parameter
     assert set(dead) <= set(official("mage dead", w=1))
@@ -1236,7 +1233,6 @@ def test_golden_probe():
     head.linear.load_state_dict({k: g.inputs[f"probe_head_{k}"] for k in ("weight", "bias")})
     statistics = {k: g.inputs[f"probe_bn_{k}"] for k in ("running_mean", "running_var")}
     head.norm.load_state_dict(statistics, strict=False)
-    # all that is trained
     assert [name for name, _ in head.named_parameters()] == ["linear.weight", "linear.bias"]
     assert_outputs(g.outputs, dict(
         probe_logits=head.eval()(z), probe_logits_train_bn=head.train()(z),
@@ -1574,7 +1570,6 @@ def test_golden_addp_gradients():
     for name, grad in theirs.items():
         assert_near(ours[name], grad)
     without = [k for k, grad in ours.items() if grad is None]
-    # was frozen
     without += [k for k in dead if not k.startswith("token_predictor.") and k != "decoder_pos_embed"]
     assert sorted(without) == sorted(g.outputs["train"]["params_without_grad"])
 
@@ -1654,7 +1649,6 @@ def test_drawn_mask_ratios_follow_their_weights():
     ids = some_ids(model, 1)
     masked, earlier = torch.tensor([[m.sum() for m in model.nested_masks(ids)[:2]]
                                     for _ in range(3000)]).T / 256
-    # as the official function draws
     assert abs(masked.mean() - 0.747) < 0.01 and abs(earlier.mean() - 0.775) < 0.01
     assert 0.17 < (masked > 0.9).float().mean() < 0.24 and masked.min() >= ratio[0]
 
@@ -1757,7 +1751,6 @@ def test_fresh_addp_weights_are_drawn_as_the_authors_drew_them():
     patch = model.patch_embed["proj"].weight                            # Xavier on the matrix of a patch
     assert 0.95 < patch.abs().max() / math.sqrt(6 / (32 + 3 * 4 * 4)) <= 1
     assert not model.mlm_layer.bias.any() and model.mlm_layer.bias.size(2) == len(model.token_emb.weight)
-    # the predictor keeps its own
     assert all(v.equal(before[k]) for k, v in model.token_predictor.state_dict().items())
 
 
@@ -2182,7 +2175,6 @@ def test_the_published_network_has_37_blocks_of_the_published_shapes():
     assert sum(p.numel() for p in model.parameters()) == 552_814_086 and len(model.state_dict()) == 566
     assert (model.best_layer, model.best_t, model.t_range[:2]) == (24, 90, (0, 999))
     alike = [b for b in model.layers if b > 19 and model.layers[b] == model.layers[model.mirror(b)]]
-    # all but those that enlarge
     assert set(range(20, 38)) - set(alike) == {22, 25, 28, 31, 34} and model.mirror(19) == 19
 
 
@@ -2337,7 +2329,6 @@ def test_adm_reads_each_image_at_a_timestep_of_its_own_and_embeds_it_at_nine_per
 def test_added_maps_reach_the_next_block_and_the_mirror():
     model, x, noise = adm(), some_images(), some_gauss(4, 3, 16, 16)
     extra, [plain] = torch.randn(4, *model.layers[2]), model.features(x, 20, [2], noise=noise)
-    # there it comes second
     for block, channels in ((3, slice(None)), (model.mirror(2), slice(-len(extra[0]), None))):
         _, [read] = recorded(model.blocks[block - 1],
                              lambda: model.features(x, 20, [9], add={2: extra}, noise=noise))
@@ -2533,8 +2524,7 @@ def test_diffeed_learns_through_a_frozen_network_of_any_kind():
         assert not {id(p) for p in head.parameters()} & {id(p) for p in model.parameters()}
         fed_back, model = head.fed_back, model.requires_grad_(True)
         head.fed_back = lambda maps: fed_back(maps) if not any(m.requires_grad for m in maps) else forbidden()
-        # even if it were to learn: not through the first pass
-        head.read(*probe.features_of(found, "top1"))
+        head.read(*probe.features_of(found, "top1"))  # even if it were to learn: not through the first pass
 
 
 def test_what_is_fed_back_by_default_is_the_last_of_each_size_or_all():
@@ -2573,8 +2563,7 @@ def test_an_image_always_looks_the_same_and_a_fresh_crop_does_not():
     for place in wanted:
         assert_close(one["top1", place][2:], again["top1", place], 1e-5)
         assert not one["top1", place].allclose(other["top1", place], atol=1e-3)
-        # all networks see the same noise
-        assert one["top1", place].equal(one["untrained", place])
+        assert one["top1", place].equal(one["untrained", place])        # all networks see the same noise
         alone = probe.feature_vectors(model, [place], x, unified.hash_ints(1, torch.arange(4)))[place]
         assert_close(one["top1", place], alone, 1e-5)                   # whatever else is read
     assert one["pixels", None].equal(probe.pool_cells(x, probe.PIXEL_SIDE).flatten(1))
@@ -3328,7 +3317,6 @@ def test_published_addp_files_load_strictly(tmp_path, size, heads, used, encoder
     assert [round(n / 1e6, 2) for n in (count(model, "") - frozen, count(model, *parts))] == [used, encoder]
     preset = "large" if size["depth"] == 24 else "base"
     ours = unified.model_config("addp", preset, 256, 16, unified.tokenizer_config("base", 16))
-    # our sizes are the published ones
     assert all(config["arch"][k] == v for k, v in ours.items() if k != "predictor")
 
 
@@ -3445,13 +3433,11 @@ def test_a_run_of_ours_is_loaded_from_its_folder(tmp_path):
         for net in (model, loaded):
             torch.manual_seed(0)
             losses.append(net(x)[0])
-        # a predictor's weights are those stored
-        assert losses[0].equal(losses[1])
+        assert losses[0].equal(losses[1])  # a predictor's weights are those stored
         assert loaded.embed(x).equal(model.embed(x))
         assert loaded.sample(2, steps=3).equal(model.sample(2, steps=3))
     assert loaded.vqgan is loaded.token_predictor.vqgan
-    # of a tokenizer train.py keeps its whole training
-    vqgan = unified.build(TINY_VQGAN)
+    vqgan = unified.build(TINY_VQGAN)  # of a tokenizer train.py keeps its whole training
     state = {"model": unified.TokenizerTraining(vqgan).state_dict(), "config": {"tokenizer_arch": TINY_VQGAN}}
     train.save_checkpoint(tmp_path / "tokenizer.pt", state)
     loaded, config = unified.load_tokenizer(tmp_path)
@@ -3732,7 +3718,6 @@ def test_an_image_is_read_with_its_shorter_side_and_its_centre():
     assert (unified.from_image(wide, 20).movedim(0, -1).numpy() == numpy.array(wide)[:, 20:40]).all()
     large = noisy_image(292, 292)                                       # 256 of 292, as in every evaluation
     assert (unified.from_image(large, 256).movedim(0, -1).numpy() == numpy.array(large)[18:274, 18:274]).all()
-    # small and grey ones too
     assert unified.from_image(noisy_image(7, 5).convert("L"), 16).shape == (3, 16, 16)
 
 
@@ -3755,7 +3740,6 @@ def test_a_grid_holds_every_image_in_its_place():
     lines = numpy.ones((14, 14), bool)
     lines[2:6, 2:6] = lines[2:6, 8:12] = lines[8:12, 2:6] = False
     assert (sheet[lines] == 255).all()
-    # small images are enlarged
     assert unified.image_grid(x, columns=2, min_side=64).size == (2 * 32 + 6, 2 * 32 + 6)
 
 
@@ -3944,7 +3928,6 @@ def test_an_unreadable_image_gives_its_place_to_one_that_is_drawn_or_is_left_out
     data, plan = folder(tree / "train"), [(torch.arange(6), None)] * 2
     first, again = greys(data.batches(plan[:1])), greys(folder(tree / "train").batches(plan[1:]))
     good = [(0, 0), (10, 0), (30, 1), (40, 1)]
-    # with their own labels
     assert first == again and [first[i] for i in (0, 1, 3, 4)] == good and {first[2], first[5]} <= set(good)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 4 and all("another image takes its place" in line for line in said)
@@ -3952,8 +3935,7 @@ def test_an_unreadable_image_gives_its_place_to_one_that_is_drawn_or_is_left_out
     data = folder(tree / "train")
     left = [greys(data.batches(plan[:1], replace=False)) for _ in range(2)]
     assert left[0] == left[1] == good[:2] + [(0, -1)] + good[2:] + [(0, -1)]
-    # told once
-    assert [line.count("left out: ") for line in capsys.readouterr().err.splitlines()] == [1, 1]
+    assert [line.count("left out: ") for line in capsys.readouterr().err.splitlines()] == [1, 1]  # told once
     means, labels = probe.map_images(lambda x: x.mean((1, 2, 3)), data)
     assert labels.tolist() == [0, 0, 1, 1] and len(means) == 4
     assert_refused("ant/2.png", list, folder(tree / "train", strict=True).batches(plan))
@@ -4101,7 +4083,6 @@ def test_floats_of_unknown_range_are_refused(values, tmp_path):
 @pytest.mark.parametrize("number", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 def test_photos_lie_as_viewers_show_them(number, suffix, tmp_path):
-    # 80 x 120, no symmetry
     g = numpy.kron(numpy.array([[250, 10, 90], [170, 130, 50]]), numpy.ones((40, 40))).astype(numpy.uint8)
     exif, path = PIL.Image.Exif(), tmp_path / f"a.{suffix}"
     exif[0x0112] = number
@@ -4891,8 +4872,7 @@ def test_runs_that_share_a_folder_keep_each_others_ids(tmp_path):
     for options in ((tokenizer(2), other, 2), (tokenizer(2), data, 3), (tokenizer(2, seed=9), data, 2)):
         train.cache_ids(tmp_path, *options)
     assert all(p.read_bytes() == content for p, content in files.items())
-    # still mapped, still itself
-    assert (first == before).all() and len([*tmp_path.glob("ids-*.npy")]) == 4
+    assert (first == before).all() and len([*tmp_path.glob("ids-*.npy")]) == 4  # still mapped, still itself
 
 
 def test_images_that_were_exported_again_under_their_names_get_ids_of_their_own(tree):
@@ -4934,8 +4914,7 @@ def test_a_corrupt_image_in_the_cache_has_the_label_of_its_replacement(tree):
 def test_ids_of_any_codebook_fit_their_file(codes, kind, tmp_path):
     vqgan, data = tokenizer(2, codes), image_set(4, 8)
     with torch.no_grad():
-        # all z are nearest to one of the last codes
-        vqgan.quantize.embedding.weight[:-3] = 99
+        vqgan.quantize.embedding.weight[:-3] = 99  # all z are nearest to one of the last codes
     ids, labels = train.cache_ids(tmp_path, vqgan, data, 1)
     assert ids.dtype == kind and ids.min() >= codes - 3
     ids = torch.from_numpy(ids.view("int16") if ids.dtype == numpy.uint16 else ids)
@@ -6226,8 +6205,7 @@ def train_together(folder, micro, contrastive):
                          generator=torch.Generator().manual_seed(1))
     noise = some_noise(20, 16 * views, model.length)
 
-    # given, since a micro-batch of 16 draws other numbers than two of 8
-    def draws(step, first):
+    def draws(step, first):  # given, since a micro-batch of 16 draws other numbers than two of 8
         return dict(mask_ratio=torch.tensor(0.6),
                     mask_noise=noise[step, first * views:(first + micro) * views]) if contrastive else {}
 
@@ -6396,8 +6374,7 @@ def killed(photos, run, more, stages, seed):
             time.sleep(0.4 * dice.random() ** 2)
             os.kill(process.pid, number)
             codes.append(finish(process)[0])
-            # as a kill while saving leaves it
-            (run / "model.pt.tmp").write_bytes(b"half a checkpoint")
+            (run / "model.pt.tmp").write_bytes(b"half a checkpoint")    # as a kill while saving leaves it
     return codes
 
 
@@ -6635,7 +6612,6 @@ def test_what_a_run_was_trained_on_must_not_change(photos, finished, tmp_path):
     assert "classes cat then and zebra now" in said and "--out-dir" in said
     said = script("probe.py", run, "--workers", 0, expect=2)
     assert "classes cat then" in said and f"--dataset {tree}" in said
-    # on other data, as asked
     assert "raw pixels" in script("probe.py", run, "--workers", 0, "--dataset", tree)
     for part in ("train", "val"):
         (tree / part / "zebra").rename(tree / part / "cat")
@@ -7198,8 +7174,7 @@ def test_a_fused_kernel_takes_every_attention(name, attended):
     if name == "difformer":
         model, x = probe.DifFormer({1: (32, 4, 4)}, {0: [1]}, 3, heads=4), torch.zeros(4, 32, 4, 4)
     else:
-        # these have dropout
-        model = small(name, 0, "small" if name.startswith(("mage", "addp")) else "tiny")
+        model = small(name, 0, "small" if name.startswith(("mage", "addp")) else "tiny")  # these have dropout
         x = torch.zeros(4, unified.MODELS[name].views, 3, 32, 32).squeeze(1)
     model, x = model.to("meta"), x.to("meta")
     for dtype, mode in ((torch.float32, contextlib.nullcontext()), (torch.bfloat16, Bfloat16())):
@@ -7268,8 +7243,7 @@ def test_bfloat16_is_the_default_where_it_is_computed_in(capability, dtype, gpu,
     gpu(*capability)
     monkeypatch.setattr(unified, "join_processes", torch.device)
     monkeypatch.setattr(sample, "run", lambda cfg, device: settled.append(cfg.dtype))
-    # looks for the device
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # looks for the device
     for device, expected in (("cuda", dtype), ("cuda:1", dtype), ("cpu", "float32"), ("mps", "float32")):
         settled = [unified.default_dtype(device), train.settings(train.Config(device=device)).dtype,
                    probe.settle(probe.Config(run="", device=device)).dtype]
@@ -7297,8 +7271,7 @@ def test_a_compiled_probe_finds_what_the_plain_one_does(graphs, monkeypatch):
     for compile in (False, True):
         torch.manual_seed(0)
         probe.run(settings(head="knn", compile=compile), True)
-        # one for all blocks, none for a single image
-        assert len(graphs) == compile
+        assert len(graphs) == compile  # one for all blocks, none for a single image
     assert found[0] == found[1]
 
 
@@ -7466,7 +7439,6 @@ def test_addp_trains_on_the_ids_of_its_predictor_then_samples_and_is_probed(phot
     assert "untrained" in printed and not [*run.glob("ids*")] and not (run / "tokenizer.pt").exists()
     assert [*finished[0].glob("ids*")] == [ids] and ids.read_bytes() == before
     ours, theirs = (unified.load_checkpoint(folder / "model.pt")["model"] for folder in (run, finished[0]))
-    # learned from, not changed
     assert all(ours[f"token_predictor.{k}"].equal(v) for k, v in theirs.items())
     assert '"held_out"' in (run / "log.jsonl").read_text()
     script("sample.py", run, "--image", next((photos / "val" / "cat").iterdir()), "--box", "4,4,12,12", "--n",
