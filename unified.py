@@ -3148,7 +3148,7 @@ PIXELS, IDS = "float (B, 3, {S}, {S})", "int (B, {m.length}) in [0, {m.codes})"
 FORMS = {                               # by [class.][method.]argument; decoders overshoot [0, 1] a little
     "x": PIXELS, "embed.x": PIXELS + " in [-0.5, 1.5]", "reconstruct.x": PIXELS + " in [-0.5, 1.5]",
     "UMD.x": PIXELS + " in [-0.5, 1.5]", "ADM.x": PIXELS + " in [-0.5, 1.5]",
-    "ADDP.features.x": PIXELS + " in [-0.5, 1.5]",
+    "ADDP.features.x": PIXELS + " in [-3, 4]", "ADDP.embed.x": PIXELS + " in [-3, 4]",     # of fresh decoders
     "ContrastiveMAGE.forward.x": f"{PIXELS} or {IDS} or float (B, 2, 3, {{S}}, {{S}}) or "
                                  "int (B, 2, {m.length}) in [0, {m.codes})",
     "EchoMAGE.forward.x": PIXELS,
