@@ -6842,8 +6842,8 @@ def test_a_refusal_says_what_was_given_and_what_is_expected(name):
 def test_pixels_that_are_far_outside_are_refused_where_an_image_is_finished():
     model, x = small("umd").eval(), some_images(2, 32)
     for wrong in (255 * x, 2 * x - 1, x / 0):
-        for call in (model, model.features, model.embed, model.reconstruct, small("adm"), small("adm").features,
-                     tokenizer().encode, small("mage").eval().embed,
+        for call in (model, model.features, model.embed, model.reconstruct, small("adm"),
+                     small("adm").features, tokenizer().encode, small("mage").eval().embed,
                      lambda x: model.sample(2, steps=1, known=x, mask=x[:, 0] > 0)):
             with pytest.raises(ValueError, match="^(x|known) must be"):
                 call(wrong)
