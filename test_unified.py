@@ -5106,7 +5106,7 @@ def test_a_schedule_is_any_of_unifieds_and_refused_where_there_is_none(finished,
     ours = unified.load_model(finished[0], ema=True)[0].sample(3, steps=4, schedule="linear")
     assert numpy.abs(unified.to_uint8(ours).astype(int) - linear.numpy()).max() <= 1
     printed = script("sample.py", diffused[0], "--schedule", "linear", expect=2)
-    assert "--schedule is nothing that umd knows; leave it out" in printed
+    assert "umd does not take --schedule; leave it out" in printed
     assert "choose from" in script("sample.py", finished[0], "--schedule", "square", expect=2)
 
 
@@ -5872,10 +5872,11 @@ def test_a_default_that_help_tells_is_the_one_that_is_taken(more, told):
 
 
 @pytest.mark.parametrize("name, titles, twins", [
-    ("train.py", {"data", "model", "tokenizer", "optimisation", "run and log", "hardware"}, {"--compile"}),
+    ("train.py", {"data", "model", "tokenizer", "optimisation", "run and log", "hardware"},
+     {"--compile", "--strict-images"}),
     ("sample.py", {"what is generated", "images of your own", "how", "where to", "hardware"}, set()),
     ("probe.py", {"what is read", "data", "single heads", "training of a head", "weights", "hardware"},
-     {"--compile"})])
+     {"--compile", "--strict-images"})])
 def test_help_has_groups_examples_units_and_no_twin_without_a_meaning(name, titles, twins):
     flags, groups, said = help_of(name)
     assert titles <= groups.keys() and all(groups.values()) and f"examples: python {name}" in said
@@ -6043,8 +6044,8 @@ def test_every_image_size_is_built_or_refused_in_a_sentence_that_helps(model):
             if side < 40 or side % 128 == 0:
                 grid = math.isqrt(cfg.ids)
                 with torch.device("meta"):
-                    vqgan = unified.tokenizer_config("toy", side // grid if model != "adm" else 2)
-                    unified.build(unified.model_config(model, size, side, grid, vqgan))
+                    ids = METHODS[model].tokenizer and unified.tokenizer_config("toy", side // grid)
+                    unified.build(unified.model_config(model, size, side, grid, ids))
     for side, ids in ((256, 256), (512, 1024)):
         assert train.settings(train.Config(model=model, image_size=side, device="cpu")).ids == ids
 

@@ -184,7 +184,7 @@ def resumed(given):
     folder = pathlib.Path(given["resume"])
     path = checkpoint_in(folder)
     if path is None:
-        unsaved = (folder / "log.jsonl").exists()
+        unsaved = os.path.exists(folder / "log.jsonl")
         raise UserError(f"--resume {folder}: no checkpoint is there; "
                         + ("it ended before its first: type the command that began it once more" if unsaved
                            else unified.other_run(folder)))
