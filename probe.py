@@ -2029,10 +2029,10 @@ class ImageFolder(torch.utils.data.Dataset):
                 n = max(1, 2**20 // (3 * self.size ** 2 * (1 if crops is None else crops.size(1))))
                 yield from (items[k:k + n] for k in range(0, len(items), n))
         loader = torch.utils.data.DataLoader(
-            self, batch_sampler=parts(), num_workers=workers, collate_fn=together,
+            self, batch_sampler=parts(), num_workers=workers, collate_fn=collate,
             pin_memory=self.device.type == "cuda", timeout=5 if workers else 0)
         images, labels = [], []
-        for x, y, bad in handed_over(loader):
+        for x, y, bad in batches_of(loader):
             for i, error in bad.items():
                 if self.strict or replace and -1 in y:
                     remedy = f": no other in {shown(self.root)} can"
@@ -2051,7 +2051,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 @contextlib.contextmanager
-def shielded():
+def signals_blocked():
     """Processes started in here ignore Ctrl-C and SIGTERM, which are for their parent to answer. And the
     parent's handler of SIGCHLD stays as it is: the one that torch sets raises wherever the program happens to
     be, in the middle of an optimizer step, say."""
@@ -2068,9 +2068,9 @@ def shielded():
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def handed_over(loader, patience=300):
+def batches_of(loader, patience=300):
     """What a DataLoader's workers hand over; UserError if one dies, or nothing comes for so many seconds."""
-    with shielded():
+    with signals_blocked():
         parts, since = iter(loader), time.monotonic()
     while True:
         try:
@@ -2090,7 +2090,7 @@ def handed_over(loader, patience=300):
         since = time.monotonic()
 
 
-def together(items):
+def collate(items):
     """What ImageFolder has of each image of a batch, put together by the process that decoded them: an array
     a batch is quicker handed on than one an image, and takes one file handle."""
     x, labels, bad = zip(*items)

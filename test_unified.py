@@ -5652,8 +5652,8 @@ def test_a_run_of_another_optimizer_is_refused_in_a_sentence(tmp_path):
                                                       "optimizer": kept.state_dict()})
         for other in others:
             with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
-                train.load_checkpoint(cfg, "model", model, other, {})
-        assert train.load_checkpoint(cfg, "model", model, kept, {}) == 3
+                train.restore(cfg, "model", model, other, {})
+        assert train.restore(cfg, "model", model, kept, {}) == 3
 
 
 def test_a_run_that_stopped_early_says_so_wherever_it_is_loaded(finished, tmp_path, capsys):
@@ -6439,22 +6439,22 @@ def test_workers_that_hand_nothing_over_end_the_wait(monkeypatch):
             time.sleep(3)
     loader = torch.utils.data.DataLoader(Stuck(), sampler=[0], num_workers=1, timeout=1,
                                          multiprocessing_context="fork")
-    assert_refused("/dev/shm.*--workers 0", next, probe.handed_over(loader, patience=1))
+    assert_refused("/dev/shm.*--workers 0", next, probe.batches_of(loader, patience=1))
 
 
 def test_a_bug_in_a_worker_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
-        list(probe.handed_over(item() for item in [lambda: (_ for _ in ()).throw(RuntimeError("a bug"))]))
+        list(probe.batches_of(item() for item in [lambda: (_ for _ in ()).throw(RuntimeError("a bug"))]))
 
 
 def test_what_workers_hand_over_at_once_fits_into_a_containers_shared_memory(tree, monkeypatch):
-    sizes, together = [], probe.together
+    sizes, collate = [], probe.collate
 
     def measured(items):
-        x, *rest = together(items)
+        x, *rest = collate(items)
         sizes.append(x.nbytes)
         return x, *rest
-    monkeypatch.setattr(probe, "together", measured)
+    monkeypatch.setattr(probe, "collate", measured)
     data = probe.open_data("anything", str(tree), 64, train=True)
     index = torch.arange(256) % 6
     # what made ids stand still at its third batch

@@ -661,7 +661,7 @@ def set_up(cfg, name, model, recipe):
     weights = trainable(model.to(cfg.device))
     optimizer = recipe.get("optimizer", adamw)(weights, recipe)
     ema = {k: p.detach().clone() for k, p in weights.items()} if recipe["ema"] else {}
-    step = load_checkpoint(cfg, name, model, optimizer, ema)            # 0 if there is none
+    step = restore(cfg, name, model, optimizer, ema)            # 0 if there is none
     if step >= recipe["steps"]:
         print_once(f"{name}: all {recipe['steps']} steps are done")
     if cfg.compile:
@@ -962,7 +962,7 @@ def keep_previous(path, previous):
         os.replace(path, previous)
 
 
-def load_checkpoint(cfg, name, model, optimizer, ema):
+def restore(cfg, name, model, optimizer, ema):
     """Load NAME.pt if it is there, drop the log's rows that came after it, and return the step to go on
     from."""
     folder, step = pathlib.Path(cfg.out_dir), 0

@@ -41,7 +41,7 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     11 ADM                         predict the noise with a U-Net; its blocks are representations, too
     12 Sizes and recipes           presets, how each method is trained, and a method of your own
     13 Published weights           how files of the original authors are read
-    14 Behind the methods          random numbers by seed, drawn shapes, checked arguments
+    14 Behind the methods          random numbers by seed, feature maps, drawn shapes, checked arguments
     15 For the scripts             mistakes, flags, checkpoints, images, processes
 
 Look these up when you meet them.
