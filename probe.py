@@ -1060,7 +1060,8 @@ def titles(model, cfg):
 
 def untrained_title(model):
     """How reports call the model of untrained()."""
-    return "the same network untrained" + ", but for its tokenizer" * bool(model.tokenizer)
+    return "the same network untrained" + ", but for its tokenizer" * bool(model.tokenizer) \
+        + "; its gates are 0, so it mixes nothing" * model.gated
 
 
 def training_of(config):

@@ -263,7 +263,7 @@ def test_the_tables_of_cifar10_are_made_of_the_logs():
     assert f"\n\n{brief}\n\n" in (HERE / "README.md").read_text()
     page = (HERE / "assets" / "results.md").read_text()
     assert all(f"\n\n{made}\n\n" in page for made in (features, samples))
-    assert [len(made.splitlines()) for made in (features, samples, brief)] == [14, 14, 17]
+    assert [len(made.splitlines()) for made in (features, samples, brief)] == [15, 14, 18]
 
 
 def test_nothing_stands_in_the_table_of_faults_without_a_test():
@@ -5246,6 +5246,13 @@ def test_a_mask_that_its_exif_turns_is_turned_once(tmp_path):
     plain, turned = (sample.read_mask(tmp_path / name, tmp_path / "a.png", 32)
                      for name in ("m.png", "turned.png"))
     assert plain.any() and turned.equal(plain)
+
+
+def test_an_untrained_network_whose_gates_are_0_is_said_to_mix_nothing():
+    fresh = unified.build(unified.model_config("umd", "tiny", 32, 4)).eval()
+    assert fresh.gated and fresh.embed(some_images(3, 32)).std(0).max() == 0
+    assert "mixes nothing" in probe.untrained_title(fresh)
+    assert "mixes nothing" not in probe.untrained_title(small("mage"))
 
 
 def test_averaged_weights_that_a_method_does_not_keep_cannot_be_asked_for(finished):

@@ -565,6 +565,7 @@ class Model(nn.Module):
     #                                     model has are called label_embed, and --init skips them
     reads_ids = False                   # given ids instead of pixels, training and probing lose nothing
     generates = True                    # it can start from nothing
+    gated = False                       # its blocks begin as their shortcuts, so a fresh one mixes nothing
     reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
     max_steps = math.inf                # sample.py takes no more sampling steps than these
     stem = ()                           # names of layers before `blocks`, for --init-encoder and layer decay
@@ -2173,7 +2174,7 @@ class UMD(Model):
 
     # ---- for the scripts, see class Model
 
-    takes_labels = True
+    takes_labels = gated = True
     pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
 
     def micro_batch_args(self, first, count):

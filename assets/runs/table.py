@@ -86,8 +86,7 @@ def baselines(logs):
     pixels = {"ridge": next(r["probe"]["raw pixels"] for r in rows if r.get("stage") == "report")}
     pixels |= {title: r["pixels"] for r in rows if (title := PROBES.get((r.get("head"), r.get("labels"))))
                and title in ("20-NN", "linear")}
-    ladder = {f"untrained convolutions, filters {r['filters']}": {"ridge": r["top1"]}
-              for r in read(HERE / "ladder.jsonl")}
+    ladder = {r["name"]: {"ridge": r["top1"]} for r in read(HERE / "ladder.jsonl")}
     anchors = next((r["anchors"] for r in rows if r.get("head") == "samples"), {})
     anchors = {name: {"FD-local": r["fd_local"], **r} for name, r in anchors.items()}
     return {"raw pixels": pixels, **ladder, **anchors}
