@@ -476,8 +476,9 @@ def check_flags(cfg):
         raise UserError("--box, --mask and --outside are about your own images; name them with --image")
     if cfg.image and (cfg.npz or cfg.png_dir):
         raise UserError("--npz and --png-dir are for images from nothing; leave --image out")
-    if cfg.order == "halton" and cfg.temperature is not None:
-        raise UserError("--temperature does nothing in Halton's order, which has no noise; leave it out")
+    if cfg.order not in (None, "confidence") and cfg.temperature is not None:
+        raise UserError(f"--temperature does nothing with --order {cfg.order}, which has no noise; leave it "
+                        "out")
     if cfg.reconstruct and cfg.outside:
         raise UserError("--outside is about a --box or --mask, and --reconstruct has none; leave one out")
     if cfg.reconstruct and cfg.gif:

@@ -3473,6 +3473,8 @@ def parse_flags(cls, doc, argv=None):
 def file_remedy(path, error):
     """What to do about a file that could not be read because of error, in words."""
     run = pathlib.Path(path).parent
+    if isinstance(error, FileNotFoundError):
+        return "look for it, or name another"
     if os.path.isdir(path):
         return "it is a folder, name a file"
     if os.path.exists(run / "model.pt") and "model.pt" not in str(path):
