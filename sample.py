@@ -513,8 +513,7 @@ def check_model(model, config, cfg):
     if cfg.reconstruct and not model.reconstructs:
         raise UserError(f"--reconstruct: {cfg.run} has neither a tokenizer "
                         "nor learned to predict what is masked")
-    takes = inspect.signature(model.sample_steps).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    signature = inspect.signature(model.sample_steps)
     asked = {name: getattr(cfg, name) for name in (*OPTIONS, "guide", "guidance_interval")}
     others = {"label": cfg.label or None, "n": cfg.n, "seed": None if cfg.reconstruct else cfg.seed or None}
     idle = [name for name, value in {**asked, **others}.items() if value is not None]
@@ -524,10 +523,10 @@ def check_model(model, config, cfg):
     if cfg.image and not cfg.reconstruct:
         asked["known"] = cfg.image
     for name, value in asked.items():
-        if value is not None and name not in takes and not anything:
+        if value is not None and not unified.takes(signature, name):
             flag_name = "image" if name == "known" else name.replace("_", "-")
             other = {"temperature": "eta", "eta": "temperature"}.get(name)
-            remedy = f"take --{other}" if other in takes else "leave it out"
+            remedy = f"take --{other}" if other in signature.parameters else "leave it out"
             raise UserError(f"{config['arch']['model']} does not take --{flag_name}; {remedy}")
     widest = 65_000 // (model.image_size + 2) - 2               # a GIF's sides are below 2 ** 16
     if cfg.image and max(cfg.n or 6, len(cfg.image)) > widest:

@@ -3278,12 +3278,17 @@ def can_guide(guide, model):
     return like[0] == like[1] and all(p.to(q).equal(q) for p, q in zip(theirs, ours))
 
 
+def takes(signature, name):
+    """Whether a call may have an argument of this name: it is listed, or **options stands for any."""
+    parameters = signature.parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def checked(method, args, options):
     """Call a method if its arguments are of the forms that its class states, else ValueError. Integers become
     int or int64; labels and seeds go to the model's device."""
     signature, model = inspect.signature(method), args[0]
-    anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    if not anything and (unknown := [name for name in options if name not in signature.parameters]):
+    if unknown := [name for name in options if not takes(signature, name)]:
         raise ValueError(f"{type(model).__name__}.{method.__name__} takes no {unknown[0]}; it takes "
                          + ", ".join([*signature.parameters][1:]))
     given = signature.bind(*args, **options)
