@@ -6884,6 +6884,27 @@ def test_the_change_of_a_method_that_section_12_shows_trains_with_its_mask_ratio
     assert model(ids, **draws)[0].equal(unified.MAGE.forward(model, ids, mask_ratio=0.75, **draws)[0])
 
 
+@pytest.mark.parametrize("name", ["mage", "addp"])
+def test_the_decoding_loop_that_section_12_shows_decides_one_token_a_step(name):
+    text, counts, names = inspect.getsource(unified), [], {**vars(unified)}
+    start = text.index("#     @torch.no_grad()\n#     def sample_slowly")
+    exec(text[start:text.index("\n#\n", start)].replace("#     ", "", 1).replace("\n#     ", "\n"), names)
+    names["unmask"] = lambda *args, **more: counts.append(args[3].tolist()) or unified.unmask(*args, **more)
+    model = small(name).eval()
+    x = names["sample_slowly"](model, 3)
+    assert counts == [[left] * 3 for left in range(model.length - 1, -1, -1)]
+    assert x.shape == (3, 3, model.image_size, model.image_size) and 0 <= x.min() < x.max() <= 1
+
+
+def test_a_schedule_of_counts_keeps_exactly_these_masked():
+    for n0 in (22, 45, 49, 256):
+        for k in range(1, n0):
+            for round_up, half in ((False, 0.5), (True, -0.5)):
+                left = unified.num_masked(torch.tensor([n0]), torch.tensor([n0]), 0, 9,
+                                          lambda t, T, k=k, half=half: (k + half) / n0, round_up)
+                assert left.item() == k
+
+
 class Plugin:
     """A base class beside Model that wants to know of its subclasses."""
     found = []

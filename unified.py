@@ -31,15 +31,15 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     1  Attention and blocks        every token attends to every other token
     2  The VQ tokenizer            image -> token ids -> image
     3  What every model offers     loss, samples, embeddings, feature maps
-    4  Masking and unmasking       which tokens are masked in training; parallel decoding, guided
-    5  MAGE                        predict the masked ids
+    4  Masking and unmasking       which tokens are masked in training; parallel decoding
+    5  MAGE                        predict the masked ids; guidance
     6  A training loop             all of this, run: `python unified.py`, two minutes on a CPU
     7  MAGE-C, MAGE-E              and tell which two crops, or which image and echo, belong together
     8  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
     9  Noise                       the noise schedule, and the way back: DDPM and DDIM
     10 UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
     11 ADM                         predict the noise with a U-Net; its blocks are representations, too
-    12 Sizes and recipes           presets, how each method is trained, and a method of your own
+    12 Your own method             what it must have; sizes of the others, and how they are trained
     13 Published weights           how files of the original authors are read
     14 Behind the methods          random numbers by seed, feature maps, drawn shapes, checked arguments
     15 For the scripts             mistakes, flags, checkpoints, images, processes
@@ -124,8 +124,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 #
 # A block first lets tokens exchange information (attention), then processes each token alone (MLP):
 #
+#          ____________________________    ______________________
+#         |                            |  |                      |
 #     x --+-- LayerNorm -- attention --+--+-- LayerNorm -- MLP --+--
-#         |____________________________|  |______________________|
 #
 # Both branches only add to x. So the gradient flows back along the upper line to the first block, and nothing
 # on this line shrinks it. ResNets rest on the same idea.
@@ -565,7 +566,6 @@ class Model(nn.Module):
     #                                     model has are called label_embed, and --init skips them
     reads_ids = False                   # given ids instead of pixels, training and probing lose nothing
     generates = True                    # it can start from nothing
-    gated = False                       # its blocks begin as their shortcuts, so a fresh one mixes nothing
     reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
     max_steps = math.inf                # sample.py takes no more sampling steps than these
     stem = ()                           # names of layers before `blocks`, for --init-encoder and layer decay
@@ -596,14 +596,14 @@ class Model(nn.Module):
 #
 # This one number joins two tasks. At r = 0.5 half of the tokens are visible: enough to learn a
 # representation. Near r = 1 almost none are, and the network learns to generate. Which tokens are masked?
-# Each gets a random number, its mask_noise, and those with the smallest numbers are masked. Nothing is
-# added to the image.
+# Each gets a random number, its mask_noise, and those with the smallest numbers are masked. (It is noise in
+# name only: the numbers decide the order, and nothing is added to the image.)
 #
 # To save time, L / 2 of the masked tokens (rounded up) are dropped: they do not enter the encoder. MAE drops
 # all masked ones. MAGE drops this fixed number, so that shapes stay the same from batch to batch, and the
 # other masked ones enter as [MASK]:
 #
-#     L = 256 tokens, r = 0.55, sorted by their random numbers; later each goes back to its place
+#     L = 256 tokens, r = 0.55, here sorted by their random numbers; in the encoder each is at its place
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
 #     |------- 128 dropped -------|- 13 [MASK] --|
 #                                 |----- 128 tokens, with the class token 129 -----|     enter the encoder
@@ -647,7 +647,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #
 # How many stay masked falls along a cosine [MaskGIT, 3.3], and in MAGE by at least one in each step:
 #
-#     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1)),       num_masked(0) = n0
+#     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1)),       num_masked(0) = n0 > 0
 #
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
@@ -668,7 +668,8 @@ def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
     initial   n0, how many were masked at the start          before  how many were before this step
     step      t - 1: it counts from 0                        steps   T
     schedule  a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
-              t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2
+              t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2; for k tokens return (k + 0.5) / n0, which
+              rounds to k whatever the float, or with round_up (k - 0.5) / n0
     round_up  False: the rule above. True: rounded up, and not forced to fall by one, as in ADDP (section 8)
     """
     ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
@@ -716,7 +717,7 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     gumbel  (n, L): is added to log p
     order   None: by confidence. Or a function, confidence (n, L) -> priority (n, L), of which the highest are
             kept; in raster order: lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c). It sees
-            neither mask nor step: for these write a loop around unmask() of your own
+            neither mask nor step: for these write a loop of your own, as section 12 shows
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
@@ -1083,8 +1084,9 @@ class MAGE(TokenModel):
     def embed(self, x, noise=None, pool="mean"):
         """The vector that the paper probes: (B, C). Nothing is masked.
 
-        pool  'mean': outputs of the encoder's last block, averaged over the image, then through a LayerNorm
-              without weights; 'class': h0, the encoder's normed output at the class token
+        pool  'mean', as in the paper, although training made h0 the summary: outputs of the encoder's last
+              block, averaged over the image, then through a LayerNorm without weights; 'class': h0, the
+              encoder's normed output at the class token
         """
         if pool == "mean":
             mean = self.features(x)[0].mean((2, 3))                                         # (B, C)
@@ -1195,6 +1197,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
     if method in ("mage", "addp"):
         vqgan = train_tokenizer(tokenizer_steps)
         model = MAGE(vqgan, **size, decoder_width=128, decoder_heads=4, dropout=0.0)
+    # The other three come in sections 8, 10 and 11.
     if method == "addp":
         fit(model, steps, batch_size=64, peak_lr=1.5e-3)
         model = ADDP(model, **size, decoder_heads=4, dropout=0.0)
@@ -1233,7 +1236,8 @@ def info_nce(z, temperature=0.2):
     """Contrastive loss of unit vectors z (B, 2, P), row i holding the two views of image i.
 
     In one process `everyone` is `views`, and `me` is 0 ... 2B - 1. With several, `everyone` holds the views
-    of all processes, gradients included; each must have the same B.
+    of all processes, gradients included; each must have the same B. The gradient, averaged over processes,
+    is then that of one loss over all views.
     """
     views = z.flatten(0, 1)                                                                 # (2B, P)
     everyone, me = of_all_processes(views)
@@ -1362,41 +1366,43 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # Between two steps ADDP holds ids, a mask of those that are undecided, and p_prev: what the previous step
 # predicted at each masked place, a distribution over the K codes. (In code: a Decoding, and the softmax of
-# its logits.) One step:
-#
-#     1. decode     D, the frozen tokenizer's decoder, makes an image xt. At a visible place D reads the id's
-#                   code. At a masked place it reads the mean code under p_prev, so this place looks blurred:
-#                   if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8.
-#     2. encode     The encoder reads the patches of xt.
-#     3. predict    The decoder predicts p, the new distribution at masked places. It sees the encoder's
-#                   outputs at visible places only, and the visible ids.
-#     4. unmask     Ids are sampled from p, and the most confident are kept (section 4). This p, guided if
-#                   there is a guide, is the p_prev of the next step.
-#
-# MAGE rounds the number of masked tokens down, ADDP up. So a step of ADDP may keep nothing:
-#
-#     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
-#     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
+# its logits.) At the start all is masked and there is no p_prev, so step 1 begins at "predict", from nothing
+# but mask tokens. Later steps do all of this:
 #
 #     ids,    --> code where visible,    -- D --> xt --> encoder --> decoder --> p --> unmask --> ids,
 #     p_prev      mean code where masked                                ^                         p as p_prev
 #                                                      visible ids -----+
 #
+#     decode     D, the tokenizer's decoder, makes an image xt. At a visible place D reads the id's code. At a
+#                masked place it reads the mean code under p_prev, so this place looks blurred: if p_prev is
+#                0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8.
+#     encode     The encoder reads the patches of xt.
+#     predict    The decoder predicts p, the new distribution at masked places. It sees the encoder's outputs
+#                at visible places only, and the visible ids.
+#     unmask     Ids are sampled from p, and the most confident are kept (section 4). This p, guided if there
+#                is a guide, is the p_prev of the next step.
+#
+# Nothing else runs: MAGE, ADDP's teacher in training, has no part in generating an image from nothing.
+#
+# MAGE rounds the number of masked tokens down, ADDP up. So a step of ADDP may keep nothing; as long as all
+# is masked, the next begins at "predict", too. With 256 tokens and 20 steps this is so in steps 1 and 2.
+#
+#     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))              ceil(256 cos(pi / 40)) = 256
+#     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
+#
 # At masked places the decoder reads the mask token [M], and also at position 0, where MAGE has the summary.
-# The visible ids follow at the end, as tokens of their own:
+# The visible ids follow at the end, as tokens of their own. Visible places, masked places and ids each have
+# their own table of positions:
 #
 #     ids              _   b   _   _          _ is masked
 #     xt       [class] 1   2   3   4          all patches enter the encoder; 1, 3 and 4 are blurred
 #     encode     h0   h1  h2  h3  h4
 #     decode    [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
+#     position   v0   m1  v2  m3  m4  i2      v, m, i: the three tables
 #
 # So h0, h1, h3 and h4 are thrown away. What the blur shows reaches the decoder through h2 alone, which has
 # attended to it. This is as in the official code, which gives no reason. Perhaps it makes the outputs of
 # visible patches carry the whole image.
-#
-# While all tokens of all images are masked there is nothing to see: the encoder is skipped, and the decoder
-# reads mask tokens alone. With 256 tokens and 20 steps this happens in two steps: after the first,
-# ceil(256 cos(pi / 40)) = 256 tokens are still masked. (In training the encoder runs even then, unread.)
 #
 # Training. A step starts from ids, a mask and p_prev. To make p_prev by running ADDP itself would be slow.
 # So a trained MAGE, the predictor, plays the previous step; and it provides the target, too. It is frozen,
@@ -1414,9 +1420,8 @@ class EchoMAGE(ContrastiveMAGE):
 #     q                *                 *            its target: what MAGE predicts there from b, c and e
 #
 # So the target q is a distribution over codes, not the one true id. Tokenizer and MAGE are frozen: no
-# gradient flows through xt or q. (Inpainting has visible ids from the start, but no p_prev: its first step
-# takes the predictor's.) In training the encoder sees decoded images only; it is probed and fine-tuned on
-# real ones.
+# gradient flows through xt or q. In training the encoder sees decoded images only; it is probed and
+# fine-tuned on real ones.
 #
 #     mean_i = sum over k of p_prev_i(k) e_k
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
@@ -1426,8 +1431,9 @@ class EchoMAGE(ContrastiveMAGE):
 # to 0.9999. mask takes number `index`, drawn with MAGE's normal density as weight: 74.5 % on average.
 # mask_earlier takes number index + gap, with gap from 1 to 5, or the last. Both masks rank the same random
 # numbers, which nests them: index 40 and gap 3 mask 235 and 240 of 256 tokens. Counts are rounded up, so of
-# 256 tokens the five largest ratios mask all: they teach the first steps of generation. No timestep enters
-# the network: it can see how much of the image is decided.
+# 256 tokens the five largest ratios mask all: they teach the first steps of generation. (There the encoder
+# runs, and nothing reads its outputs.) No timestep enters the network: it can see how much of the image is
+# decided.
 
 
 def nested_mask_ratios():
@@ -1585,7 +1591,7 @@ class ADDP(TokenModel):
         """Logits (n, L, K) from the image so far and the visible ids.
 
         If all tokens of all images are masked the decoder reads mask tokens only, and the encoder is skipped.
-        Inpainting has no step before its first one: there the image is made from the predictor's logits.
+        Inpainting has visible ids from the start, but no p_prev: its first step takes the predictor's logits.
         """
         ids, mask, logits_prev = state.ids, state.token_mask, state.logits
         if state.count.min() == self.length:
@@ -1705,6 +1711,18 @@ class ADDP(TokenModel):
 #
 #     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 * (alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 #
+# So xt gets the factor F of the first line of the mean, and x0' gets
+# sqrt(alpha_bar_next) - sqrt(alpha_bar) F, which is that of the second.
+#
+# Inpainting. Known pixels are put back in three ways:
+#
+#     UMD, ADM      after each step, with as much noise as x_next has, in denoise() below
+#                                                                        [RePaint, without its jumps back]
+#     MAE           patches with an unknown pixel are masked, and predicted in one step
+#     MAGE, ADDP    unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
+#                   their neighbours, are masked and decoded; the known pixels are pasted over the result
+#                   (section 4, initial_state)
+#
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
 # tensor on the CPU: (B,), () or, of several timesteps, (T,).
 
@@ -1782,8 +1800,7 @@ def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
     predict_x0   function (x, step) -> two things: x0, clamped to [-1, 1]; std, as for ddim_step
     draw_noise   function k -> draw number k of each image, standard normal (n, 3, S, S)
     alpha_bar    (steps,): that of x when each step begins, so ascending
-    known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated. After each step the
-                 known pixels are put back, with as much noise as x has then [RePaint, without its jumps back]
+    known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated
     """
     x = draw_noise(0)
     alpha_bar_next = F.pad(alpha_bar[1:], (0, 1), value=1.0)
@@ -2174,7 +2191,7 @@ class UMD(Model):
 
     # ---- for the scripts, see class Model
 
-    takes_labels = gated = True
+    takes_labels = True
     pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
 
     def micro_batch_args(self, first, count):
@@ -2201,9 +2218,11 @@ class UMD(Model):
 # Blocks 3 and 5 halve the side; 9 and 11 end by doubling it. Every residual block is told the timestep.
 #
 # The frozen network is a representation, too [DiffSSL]. The best features come from blocks soon after the
-# middle, of an image with a little noise. DifFeed, a head in probe.py, runs it twice: in the second pass it
-# adds what late blocks found to the outputs of their mirrors. (Official files: unet.py,
-# gaussian_diffusion.py, nn.py.)
+# middle, of an image with a little noise. DifFeed, a head in probe.py, runs the network twice on the same xt.
+# The second time, what late blocks found in the first pass is added to the outputs of their mirrors, after a
+# learned 1x1 convolution, batch norm and ReLU. By default these are, for each size of map, the last block
+# whose mirror has this size, too; in the table 8, 10 and 12 feed 6, 4 and 2. The head reads the second pass.
+# (Official files: unet.py, gaussian_diffusion.py, nn.py.)
 
 
 class ADMResBlock(nn.Module):
@@ -2304,7 +2323,7 @@ class ADMBlock(nn.Sequential):
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# mean() is that of step 3, see posterior_mean(). For each pixel and channel, in bits:
+# mean() is that of step 3, see posterior_mean(). The mean over pixels and channels of, in bits,
 #
 #     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
 #            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
@@ -2421,7 +2440,7 @@ class ADM(Model):
             return [ADMAttention(width, head, groups, heads, order)] if 2 ** level in attention else []
         width, bottom = widths[0], len(widths) - 1
         # Down: blocks 1 to 6 of the table. skips: (channels, level) of each block's output, which a block on
-        # the way up will read.
+        # the way up will read; in the table (16, 0) (16, 0) (16, 1) (32, 1) (32, 2) (64, 2).
         downs, skips = [ADMBlock(nn.Conv2d(3, width, 3, padding=1))], [(width, 0)]
         for level, out in enumerate(widths):
             if level:
@@ -2443,7 +2462,8 @@ class ADM(Model):
             for j in range(blocks + 1):
                 double = level > 0 and j == blocks
                 resize = [residual(out, out, nn.Upsample(scale_factor=2.0))] if double else []
-                ups.append(ADMBlock(residual(width + skips.pop()[0], out), *attend(out, level), *resize))
+                skip, _ = skips.pop()
+                ups.append(ADMBlock(residual(width + skip, out), *attend(out, level), *resize))
                 outputs.append((out, level - 1 if double else level))
                 width = out
         self.output_blocks = nn.ModuleList(ups)
@@ -2569,15 +2589,121 @@ class ADM(Model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. Sizes and recipes, and a method of your own
+# 12. A method of your own; sizes and recipes
 #
-# A model is a name and a dict of plain numbers, the arguments of its constructor. A checkpoint stores that
-# dict, and build() turns it back into a model. Two tables make such a dict, and a third trains the model:
+# Often a change of a method is enough. This trains MAGE with three quarters of the tokens masked; the row has
+# to stand after MODELS, at the end of this section:
 #
-#     sizes     arguments that make a network small or large; also dropout and, of ADM, the noise schedule
-#     options   arguments that make it this method, the same in all sizes: UMD's three numbers, say
-#     recipe    how it is trained: optimizer, learning rate, crops, averages; for size tiny also the number of
-#               tokens, of which train.py makes the grid or the tokenizer's stride
+#     class MAGE75(MAGE):
+#         def forward(self, x, labels=None, **draws):
+#             return super().forward(x, labels, mask_ratio=0.75, **draws)
+#     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
+#
+# Another order of decoding, or another number of tokens a step, needs no class. sample() takes schedule, a
+# function of t and T, and order, one of the confidence: see num_masked() and unmask() in section 4. For all
+# else write a loop of your own. This one decides one token a step, at random places:
+#
+#     @torch.no_grad()
+#     def sample_slowly(model, n):                                # of MAGE or ADDP, in eval mode, on a CPU
+#         state, L = model.initial_state(n), model.length
+#         for t in range(1, L + 1):
+#             logits = model.step_logits(state)                   # (n, L, K)
+#             count = torch.full((n,), L - t)                     # how many tokens of each image stay masked
+#             ids, mask = unmask(logits, state.ids, state.token_mask, count, torch.rand(n, L), gumbel=0.0,
+#                                order=torch.rand_like)           # here it could look at state and t
+#             state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=t == L)
+#         return model.render(state)                              # (n, 3, S, S)
+#
+# A method that is new takes three things:
+#
+#     1. a class, such as Denoiser below
+#     2. a row: MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
+#        Its tokens are patches, so it is built as Denoiser(image_size=..., grid=..., **sizes["tiny"]).
+#     3. python train.py --model denoiser
+#        python sample.py out/shapes-denoiser
+#        python probe.py out/shapes-denoiser
+#        python -m pytest -q -k denoiser              (what is tested of every method)
+#
+# The class is a Model. This is all that it must have. For the rest class Model has defaults (section 3),
+# which it overrides where it differs, as the methods above do in "for the scripts":
+#
+#     __init__ sets
+#         image_size      S
+#         layers          {layer: (channels, h, w)} of all blocks, counted from 1
+#         best_layer      the layer that probes read if not told otherwise
+#         length          if it has tokens, how many
+#     forward(x, labels=None)
+#         images (B, 3, S, S) -> scalar loss, dict of its terms; with views=2 in its row x is (B, 2, 3, S, S)
+#     sample_steps(n, steps=None, seeds=None)
+#         yields a Denoising after each step, as many as num_steps(steps) says, without gradient. It may also
+#         take temperature, schedule and order as MAGE does, eta as UMD does, and guidance, guidance_interval,
+#         guide, labels, known and mask, as both do
+#     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
+#         -> [map (B, C, h, w) for each of layers]; add and finetune may be ignored
+#     embed(x, noise=None, pool="mean")
+#         -> a vector for each image, (B, C)
+#
+# - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
+#   calls super().__init__(vqgan, image_size), sets self.vqgan and self.norm, and defines step_logits() and
+#   render() in place of sample_steps(). Its pools are "mean" and "class".
+# - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
+# - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward().
+# - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
+#   (FORMS, in section 14, has all). If yours means something else give it another name.
+
+
+class Denoiser(Model):
+    """Transformer on patches that removes noise of one strength, at once. Generates by being fed its own
+    output, and is probed without noise: too simple to be good, but complete.
+
+    image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
+    """
+
+    t_range = (0.0, 1.0, "the standard deviation of the noise")
+
+    def __init__(self, image_size, grid, width=128, depth=4, heads=4):
+        super().__init__()
+        self.image_size, self.length, patch = image_size, grid ** 2, image_size // grid
+        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.length, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.to_pixels = nn.ConvTranspose2d(width, 3, patch, patch)
+        self.best_layer, self.layers = depth, {b: (width, grid, grid) for b in range(1, depth + 1)}
+
+    def forward(self, x, labels=None, *, noise=None):
+        noised = self.features(x, 0.5, noise=noise)[0]                                      # (B, C, h, w)
+        loss = F.mse_loss(self.to_pixels(noised), 2 * x - 1)                            # of the clean image
+        return loss, {"mse": loss}
+
+    @torch.no_grad()
+    def sample_steps(self, n, steps=None, seeds=None):
+        x = 0.5 + 0.5 * self.noise(image_seeds(seeds, n, self.pos_embed.device))        # noise around grey
+        for _ in range(self.num_steps(steps)):
+            y = self.to_pixels(self.features(x)[0])                             # (n, 3, S, S) in [-1, 1]
+            x = (y + 1) / 2                                         # its output in [0, 1] is its next input
+            yield Denoising(y)
+
+    def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
+        x = x if not t else x + t * (torch.randn_like(x) if noise is None else noise)
+        x = self.patch_embed(2 * x - 1).flatten(2).mT + self.pos_embed                      # (B, L, C)
+        layers = layers or [self.best_layer]
+        _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))            # all tokens
+        return [maps[b] for b in layers]
+
+    def embed(self, x, noise=None, pool="mean"):
+        return self.features(x)[0].mean((2, 3))                                             # (B, C)
+
+
+# Sizes and recipes. A model is a name and a dict of plain numbers, the arguments of its constructor. A
+# checkpoint stores that dict, and build() turns it back into a model. A row of MODELS tells how to make it
+# and how to train it. These are the numbers of `train.py --model umd` on shapes, and where each comes from:
+#
+#     image_size=32, grid=8                                   train.py: the data set, and the recipe's 64 ids
+#     width=128, depth=4, heads=4, decoder_depth=2            sizes, UMD_SIZES["tiny"]; in other methods also
+#                                                             dropout and, of ADM, the noise schedule
+#     clean_ratio=0.5, mask_ratio_clean=0.75,                 options, the same in all sizes
+#     mask_ratio_noised=0.375
+#     AdamW, batch_size=32, steps=3000, lr=0.018, ...         recipe, UMD_RECIPE
 #
 # Base and large are the papers' sizes; ADM's base is the network for 256 pixels, its small as large as
 # DDPM's for 32. Tiny and toy are ours, for a CPU.
@@ -2637,12 +2763,12 @@ def umd_no_decay(name, p):
 #     ema, probe_ema         decay of the averaged weights, 0 for none; less in the first steps, or a short
 #                            run would average its start; whether probes read them, too
 #     paper                  the papers' epochs, batch_size and lr on ImageNet, for sizes base and large
-#     tiny                   for size tiny, in place of the values in the table below: batch_size, steps, lr
-#                            and ids
+#     tiny                   batch_size, steps, lr and ids for size tiny, where they differ from the table
+#                            below
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
 #                            get the schedule's learning rate
 #
-# What train.py takes for sizes tiny and small, but for what `tiny` says of tiny:
+# train.py has its own values for sizes tiny and small; those in `tiny` come before them:
 #
 #                 shapes    CIFAR-10, folders
 #     batch_size  64        64
@@ -2762,98 +2888,6 @@ def build(config):
     if not model.takes_labels and rest.pop("classes", 0):
         raise ValueError(f"{config['model']} takes no labels")
     return complete(model(*frozen, **rest))
-
-
-# A method of your own takes three things:
-#
-#     1. a class, such as Denoiser below
-#     2. after it, in this file, a row:
-#        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
-#        Its tokens are patches, so it is built as Denoiser(image_size=..., grid=..., **sizes["tiny"]).
-#     3. python train.py --model denoiser
-#        python sample.py out/shapes-denoiser
-#        python probe.py out/shapes-denoiser
-#        python -m pytest -q -k denoiser              (what is tested of every method)
-#
-# The class is a Model. Its __init__ sets
-#
-#     image_size      S
-#     layers          {layer: (channels, h, w)} of all blocks, counted from 1
-#     best_layer      the layer that probes read if not told otherwise
-#     length          if it has tokens, how many
-#
-# and it defines
-#
-#     forward(x, labels=None)
-#         images (B, 3, S, S) -> scalar loss, dict of its terms; with views=2 in its row x is (B, 2, 3, S, S)
-#     sample_steps(n, steps=None, seeds=None)
-#         yields a Denoising after each step, as many as num_steps(steps) says, without gradient. It may also
-#         take temperature, schedule and order as MAGE does, eta as UMD does, and guidance, guidance_interval,
-#         guide, labels, known and mask, as both do
-#     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
-#         -> [map (B, C, h, w) for each of layers]; add and finetune may be ignored
-#     embed(x, noise=None, pool="mean")
-#         -> a vector for each image, (B, C)
-#
-# A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
-# calls super().__init__(vqgan, image_size), sets self.vqgan and self.norm, and defines step_logits() and
-# render() in place of sample_steps(). A subclass of UMD inherits micro_batch_args(), which passes n_clean
-# to forward().
-#
-# An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
-# (FORMS, in section 14, has all). If yours means something else give it another name.
-#
-# What else the scripts ask of a model has a default in class Model. A class that differs sets its own, as the
-# methods above do where they say "for the scripts". It may also override num_steps, render and noise. To be
-# fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
-#
-# Often a change of a method is enough. This trains MAGE with three quarters of the tokens masked:
-#
-#     class MAGE75(MAGE):
-#         def forward(self, x, labels=None, **draws):
-#             return super().forward(x, labels, mask_ratio=0.75, **draws)
-#     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
-
-
-class Denoiser(Model):
-    """Transformer on patches that removes noise of one strength, at once. Generates by being fed its own
-    output, and is probed without noise: too simple to be good, but complete.
-
-    image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
-    """
-
-    t_range = (0.0, 1.0, "the standard deviation of the noise")
-
-    def __init__(self, image_size, grid, width=128, depth=4, heads=4):
-        super().__init__()
-        self.image_size, self.length, patch = image_size, grid ** 2, image_size // grid
-        self.patch_embed = nn.Conv2d(3, width, patch, patch)
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.length, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.to_pixels = nn.ConvTranspose2d(width, 3, patch, patch)
-        self.best_layer, self.layers = depth, {b: (width, grid, grid) for b in range(1, depth + 1)}
-
-    def forward(self, x, labels=None, *, noise=None):
-        loss = F.mse_loss(self.to_pixels(self.features(x, 0.5, noise=noise)[0]), 2 * x - 1)
-        return loss, {"mse": loss}
-
-    @torch.no_grad()
-    def sample_steps(self, n, steps=None, seeds=None):
-        x = 0.5 + 0.5 * self.noise(image_seeds(seeds, n, self.pos_embed.device))            # (n, 3, S, S)
-        for _ in range(self.num_steps(steps)):
-            y = self.to_pixels(self.features(x)[0])                                         # in [-1, 1]
-            x = (y + 1) / 2                                                                 # in [0, 1]
-            yield Denoising(y)
-
-    def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
-        x = x if not t else x + t * (torch.randn_like(x) if noise is None else noise)
-        x = self.patch_embed(2 * x - 1).flatten(2).mT + self.pos_embed                      # (B, L, C)
-        layers = layers or [self.best_layer]
-        _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))            # all tokens
-        return [maps[b] for b in layers]
-
-    def embed(self, x, noise=None, pool="mean"):
-        return self.features(x)[0].mean((2, 3))                                             # (B, C)
 
 
 # ------------------------------------------------------------------------------------------------------------
