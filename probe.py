@@ -984,7 +984,7 @@ def run(cfg, first):
         places = [choose(model, places, train_set, index, cfg)]
     if cfg.head in ON_MAPS:
         places = [place._replace(pool=cfg.pool) for place in places]
-    nets = {"model": model, "untrained": untrained(model, config)}
+    nets = {"model": model, "untrained": untrained(model, config, from_zero=cfg.head == "finetune")}
     if cfg.compile:
         compile_blocks(nets["untrained"])
     results = compare(nets, places, train_set, index, test_set, cfg)
@@ -1060,8 +1060,7 @@ def titles(model, cfg):
 
 def untrained_title(model):
     """How reports call the model of untrained()."""
-    return "the same network untrained" + ", but for its tokenizer" * bool(model.tokenizer) \
-        + "; its gates are 0, so it mixes nothing" * model.gated
+    return "the same network untrained" + ", but for its tokenizer" * bool(model.tokenizer)
 
 
 def training_of(config):
@@ -1486,11 +1485,19 @@ def results_folder(run):
 # What is compared, and on which data.
 
 
-def untrained(model, config):
-    """The same network with fresh weights of seed 0, but the trained tokenizer, which is not in question."""
+def untrained(model, config, from_zero=False):
+    """The same network with fresh weights of seed 0, but the trained tokenizer, which is not in question.
+
+    from_zero  True: to be trained, so layers may start at 0. False: to be compared with, so these are drawn
+               as torch draws others. Left at 0 they hide what a random network sees: a fresh UMD, whose gates
+               are 0, would mix nothing
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh = unified.build(config["arch"])
+        for layer in fresh.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) and not (from_zero or layer.weight.any()):
+                layer.reset_parameters()
     if model.tokenizer:
         fresh.vqgan.load_state_dict(model.vqgan.state_dict())
     return fresh.to(next(model.parameters()).device).eval()

@@ -5248,11 +5248,22 @@ def test_a_mask_that_its_exif_turns_is_turned_once(tmp_path):
     assert plain.any() and turned.equal(plain)
 
 
-def test_an_untrained_network_whose_gates_are_0_is_said_to_mix_nothing():
-    fresh = unified.build(unified.model_config("umd", "tiny", 32, 4)).eval()
-    assert fresh.gated and fresh.embed(some_images(3, 32)).std(0).max() == 0
-    assert "mixes nothing" in probe.untrained_title(fresh)
-    assert "mixes nothing" not in probe.untrained_title(small("mage"))
+@pytest.mark.parametrize("name", ["umd", "adm"])
+def test_an_untrained_network_mixes_what_it_reads_and_one_from_scratch_starts_as_training_does(name):
+    arch = unified.model_config(name, "tiny", 32, 4)
+    torch.manual_seed(0)
+    model, x = unified.build(arch).eval(), some_images(3, 32)
+    scratch, fresh = (probe.untrained(model, {"arch": arch}, from_zero) for from_zero in (True, False))
+    assert all(ours.equal(theirs) for ours, theirs in zip(scratch.parameters(), model.parameters()))
+    drawn = [key for key, p in fresh.named_parameters() if not p.equal(model.get_parameter(key))]
+    zeros = {key.rpartition(".")[0] for key, p in model.named_parameters() if p.dim() > 1 and not p.any()}
+    assert {key.rpartition(".")[0] for key in drawn} == zeros - {""}            # the class tokens stay at 0
+    with torch.no_grad():
+        moved, still = (net.features(torch.cat([x, x.flip(3)]), noise=some_noise(6, 3, 32, 32) * 0)[0]
+                        for net in (fresh, scratch))
+    assert not torch.allclose(moved, still)
+    if name == "umd":
+        assert scratch.embed(x).std(0).max() == 0 < fresh.embed(x).std(0).min()
 
 
 def test_averaged_weights_that_a_method_does_not_keep_cannot_be_asked_for(finished):
