@@ -553,7 +553,7 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # ---- for the scripts: defaults, which no method needs to be understood
+    # ---- for the scripts: defaults. No method needs them to be understood; read on in section 4
 
     best_t = 0                          # the t at which the authors probe best_layer
     t_range = (0, 0, "always 0")        # least t, largest t, and what t is; if both are ints, t is one, too
