@@ -2617,7 +2617,8 @@ class ADM(Model):
 # A method that is new takes three things:
 #
 #     1. a class, such as Denoiser below
-#     2. a row: MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
+#     2. in this file, after MODELS, a row:
+#        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #        Its tokens are patches, so it is built as Denoiser(image_size=..., grid=..., **sizes["tiny"]).
 #     3. python train.py --model denoiser
 #        python sample.py out/shapes-denoiser
@@ -2671,8 +2672,8 @@ class Denoiser(Model):
         self.best_layer, self.layers = depth, {b: (width, grid, grid) for b in range(1, depth + 1)}
 
     def forward(self, x, labels=None, *, noise=None):
-        noised = self.features(x, 0.5, noise=noise)[0]                                      # (B, C, h, w)
-        loss = F.mse_loss(self.to_pixels(noised), 2 * x - 1)                            # of the clean image
+        z = self.features(x, 0.5, noise=noise)[0]                       # of the noised image: (B, C, h, w)
+        loss = F.mse_loss(self.to_pixels(z), 2 * x - 1)                                 # the clean one
         return loss, {"mse": loss}
 
     @torch.no_grad()
