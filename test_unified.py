@@ -710,8 +710,8 @@ def test_ranks_are_places_in_the_sorted_row():
 def counts_of(initial, steps):
     """num_masked after each step, for images that start with different numbers of masked ids."""
     counts = [torch.tensor(initial)]
-    for step in range(steps):
-        counts.append(unified.num_masked(counts[0], counts[-1], step, steps))
+    for t in range(1, steps + 1):
+        counts.append(unified.num_masked(counts[0], counts[-1], t, steps))
     return torch.stack(counts[1:]).T.tolist()
 
 
@@ -6911,7 +6911,7 @@ def test_a_schedule_of_counts_keeps_exactly_these_masked():
     for n0 in (22, 45, 49, 256):
         for k in range(1, n0):
             for round_up, half in ((False, 0.5), (True, -0.5)):
-                left = unified.num_masked(torch.tensor([n0]), torch.tensor([n0]), 0, 9,
+                left = unified.num_masked(torch.tensor([n0]), torch.tensor([n0]), 1, 9,
                                           lambda t, T, k=k, half=half: (k + half) / n0, round_up)
                 assert left.item() == k
 

@@ -5,9 +5,9 @@ has to understand the image, so its activations are a representation. Undone ste
 nothing, it is generation.
 
     method   reads               corruption                              prediction
-    MAGE     token ids           on average 70 % of the tokens masked    the masked ids
+    MAGE     token ids           about 70 % of the tokens masked         the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + each image's redrawn copy
+    MAGE-E   token ids           the same                                + which redrawn copy is whose
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -31,18 +31,19 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     1  Attention and blocks        every token attends to every other token
     2  The VQ tokenizer            image -> token ids -> image
     3  What every model offers     loss, samples, embeddings, feature maps
-    4  Masking and unmasking       which tokens are masked in training; parallel decoding
-    5  MAGE                        predict the masked ids; guidance
+    4  Masking and unmasking       which tokens are masked in training; parallel decoding, guided
+    5  MAGE                        predict the masked ids
     6  A training loop             all of this, run: `python unified.py`, two minutes on a CPU
     7  MAGE-C, MAGE-E              and tell which two crops, or which image and echo, belong together
     8  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
     9  Noise                       the noise schedule, and the way back: DDPM and DDIM
     10 UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
     11 ADM                         predict the noise with a U-Net; its blocks are representations, too
-    12 Your own method             what it must have; sizes of the others, and how they are trained
-    13 Published weights           how files of the original authors are read
-    14 Behind the methods          random numbers by seed, feature maps, drawn shapes, checked arguments
-    15 For the scripts             mistakes, flags, checkpoints, images, processes
+    12 A method of your own        what it must have
+    13 Sizes and recipes           presets, and how each method is trained
+    14 Published weights           how files of the original authors are read
+    15 Behind the methods          random numbers by seed, feature maps, drawn shapes, checked arguments
+    16 For the scripts             mistakes, flags, checkpoints, images, processes
 
 Look these up when you meet them.
 
@@ -61,7 +62,9 @@ Symbols  x, ids          an image as pixels, or as token ids
                          decided ids
          x', x0', eps'   what a network makes of x, x0, eps; in code x0_hat, eps_hat
          alpha_bar       how much of x0 is left in xt: the square of its factor
-         w               strength of guidance
+         w               strength of guidance;  tau: a temperature;  sg: stop-gradient, detach()
+         p, q            distributions: p is the network's, q what it is to become
+         e_k, D          code k, and the tokenizer's decoder, which turns codes into an image
 
          t runs in two directions. In sections 4 to 8 it counts steps of decoding, 1 ... T: the larger t, the
          less is masked. In 9 to 11 it is a timestep of diffusion: the larger t, the more noise. The t of
@@ -516,8 +519,9 @@ class TokenizerTraining(nn.Module):
 #     model.features(x, t, layers) -> maps        outputs of any block, at any degree of corruption t
 #
 # A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. features()
-# has two arguments for probe.py alone, add and finetune; read on as if they were not there. Wrong arguments
-# raise a ValueError that says what is wanted (section 14).
+# runs the blocks one by one, and keeps the outputs that were asked for. It has two arguments for probe.py
+# alone, add and finetune; read on as if they were not there. Wrong arguments raise a ValueError that says
+# what is wanted: section 15 puts a guard around all these calls, the checked() of a traceback.
 
 
 class Model(nn.Module):
@@ -662,30 +666,30 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
 
-def num_masked(initial, before, step, steps, schedule="cosine", round_up=False):
-    """How many tokens of each image stay masked after a step: int (n,) -> int (n,).
+def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
+    """How many tokens of each image stay masked after step t = 1 ... T: int (n,) -> int (n,).
 
     initial   n0, how many were masked at the start          before  how many were before this step
-    step      t - 1: it counts from 0                        steps   T
-    schedule  a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked after step
-              t = 1 ... T, such as lambda t, T: 1 - (t / T) ** 2; for k tokens return (k + 0.5) / n0, which
-              rounds to k whatever the float, or with round_up (k - 0.5) / n0
-    round_up  False: the rule above. True: rounded up, and not forced to fall by one, as in ADDP (section 8)
+    schedule  a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked, such as
+              lambda t, T: 1 - (t / T) ** 2. Whatever it says, one token stays masked, and each step keeps
+              one at least. (k + 0.5) / n0 leaves k tokens masked; n0 is L unless inpainting
+    round_up  False: the rule above. True: rounded up, and a step may keep none, as in ADDP (section 8). There
+              (k - 0.5) / n0 leaves k
     """
     ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    wanted = initial.double() * ratio(step + 1, steps)
+    wanted = initial.double() * ratio(t, T)
     wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(before - 1)
     return wanted.clamp(min=1).minimum(before)
 
 
 # An image depends on its seed alone, not on the batch in which it is made, so torch.rand() will not do. Read
-# hashed_uniform(seeds, draw, L), of section 14, as torch.rand(n, L) whose row i follows from seeds[i] and the
+# hashed_uniform(seeds, draw, L), of section 15, as torch.rand(n, L) whose row i follows from seeds[i] and the
 # number of the draw.
 
 
-def decoding_noise(seeds, step, L):
-    """Two uniform numbers for each token in a step of decoding: float (n, L) in (0, 1) each."""
-    return hashed_uniform(seeds, 2 * step, L), hashed_uniform(seeds, 2 * step + 1, L)
+def decoding_noise(seeds, t, L):
+    """Two uniform numbers for each token in step t of decoding: float (n, L) in (0, 1) each."""
+    return hashed_uniform(seeds, 2 * t - 2, L), hashed_uniform(seeds, 2 * t - 1, L)
 
 
 def image_seeds(seeds, n, device):
@@ -747,19 +751,46 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
                       round_up=False):
     """The loop: yields a Decoding after each step [MaskGIT, 3.2].
 
-    predict      function (step, state) -> logits (n, L, K); step = t - 1
+    predict      function (t, state) -> logits (n, L, K), t = 1 ... steps
     state        the Decoding to begin with            seeds  int64 (n,)
     temperature  of the Gumbel noise        schedule, round_up  see num_masked        order  see unmask
     """
     initial = state.count
-    for step in range(steps):
-        logits = predict(step, state)
-        count = num_masked(initial, state.count, step, steps, schedule, round_up)       # after this step
-        u, v = decoding_noise(seeds, step, state.ids.size(1))
-        gumbel = temperature * (1 - (step + 1) / steps) * to_gumbel(v)                  # (n, L)
+    for t in range(1, steps + 1):
+        logits = predict(t, state)
+        count = num_masked(initial, state.count, t, steps, schedule, round_up)          # after this step
+        u, v = decoding_noise(seeds, t, state.ids.size(1))
+        gumbel = temperature * (1 - t / steps) * to_gumbel(v)                           # (n, L)
         ids, mask = unmask(logits, state.ids, state.token_mask, count, u, gumbel, order)
-        state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=step + 1 == steps)
+        state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=t == steps)
         yield state
+
+
+# Guidance. MAGE and UMD can be told the label y of an image; sections 5 and 10 show how. In training one
+# label in ten is left out, so the network can predict with a label and without. Classifier-free guidance
+# exaggerates the difference [CFG]:
+#
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
+#
+#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
+#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
+#
+# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
+#
+# - An interval [Interval]. Guidance helps in one part of sampling and harms in the rest. Let progress run
+#   from 0, all noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere
+#   w_t is 1.
+# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
+#   makes the errors of the network, only larger. So the direction from its prediction to the network's leads
+#   away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the only guidance
+#   they have.
+
+
+def guidance_at(progress, w, interval):
+    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
+    low, high = interval
+    return w if low <= progress < high else 1.0
 
 
 class TokenModel(Model):
@@ -826,7 +857,7 @@ class TokenModel(Model):
         n, steps      images; steps: 20 as published, or fewer if there are fewer tokens
         temperature   of the Gumbel noise; 6 as published for 16 x 16 tokens, 6 * h / 16 for h x h (ours)
         labels        int (n,), or None
-        guidance      w of classifier-free guidance (see the end of section 5), to which w_t grows
+        guidance      w of classifier-free guidance, to which w_t grows
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked
@@ -838,15 +869,15 @@ class TokenModel(Model):
         steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
 
-        def predict(step, state):
-            w_t = 1 + (guidance - 1) * (step + 1) / steps
-            return self.guided_logits(state, labels, guidance_at(step / steps, w_t, guidance_interval), guide)
+        def predict(t, state):
+            w_t = 1 + (guidance - 1) * t / steps
+            w_t = guidance_at((t - 1) / steps, w_t, guidance_interval)
+            return self.guided_logits(state, labels, w_t, guide)
         yield from parallel_decoding(predict, self.initial_state(n, known, mask), steps, temperature, seeds,
                                      schedule, order, self.round_up)
 
     def guided_logits(self, state, labels, w, guide=None):
-        """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K). See
-        the end of section 5."""
+        """step_logits, moved away from those of the guide or, without one, without a label: (n, L, K)."""
         own = self.step_logits(state, labels)
         if w == 1 or labels is None and guide is None:
             return own
@@ -1100,38 +1131,11 @@ class MAGE(TokenModel):
     t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
 
 
-# Guidance. MAGE and UMD can be told the label y of an image, MAGE by the class token. In training one label
-# in ten is left out, so the network can predict with a label and without. Classifier-free guidance
-# exaggerates the difference [CFG]:
-#
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
-#
-#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
-#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
-#
-# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
-#
-# - An interval [Interval]. Guidance helps in one part of sampling and harms in the rest. Let progress run
-#   from 0, all noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere
-#   w_t is 1.
-# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
-#   makes the errors of the network, only larger. So the direction from its prediction to the network's leads
-#   away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the only guidance
-#   they have.
-
-
-def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
-    low, high = interval
-    return w if low <= progress < high else 1.0
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 6. A training loop
 #
 # `python unified.py` runs the story so far: it trains a tokenizer, then MAGE on its ids, in two minutes on
-# two CPU cores. The images need no download: draw_shapes() of section 14 draws eight kinds, such as circles
+# two CPU cores. The images need no download: draw_shapes() of section 15 draws eight kinds, such as circles
 # and stars, whose colours say nothing about the kind. With seed 0, torch 2.13 and two threads it printed:
 #
 #     TokenizerTraining step   600   loss 0.031
@@ -1154,7 +1158,7 @@ def guidance_at(progress, w, interval):
 
 
 def fit(net, steps, batch_size, peak_lr):
-    """Train net on batches of drawn shapes. A simpler recipe than those of section 12."""
+    """Train net on batches of drawn shapes. A simpler recipe than those of section 13."""
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, cycle_momentum=False)
@@ -1291,7 +1295,7 @@ class ContrastiveMAGE(MAGE):
 # The image, masked as in MAGE, goes through the encoder that is trained. The echo, with the fake class, goes
 # through a teacher: a slow copy of encoder and projection, marked ' here, through which no gradient flows.
 #
-#     z_i = unit(prediction(projection(mean(encoder(image i)))))         prediction: two more layers
+#     z_i = unit(prediction(projection(mean(encoder(image i)))))         prediction: 256 -> 2048 -> 256
 #     e_i = unit(projection'(mean(encoder'(echo i))))
 #
 #     loss = - mean over images i of  log( exp(e_i . z_i / tau) / sum_j exp(e_i . z_j / tau) )       tau = 0.3
@@ -1365,9 +1369,9 @@ class EchoMAGE(ContrastiveMAGE):
 # ADDP reads pixels and predicts ids. So each step of generation goes from ids to pixels and back to ids.
 #
 # Between two steps ADDP holds ids, a mask of those that are undecided, and p_prev: what the previous step
-# predicted at each masked place, a distribution over the K codes. (In code: a Decoding, and the softmax of
-# its logits.) At the start all is masked and there is no p_prev, so step 1 begins at "predict", from nothing
-# but mask tokens. Later steps do all of this:
+# predicted at each masked place, a distribution over the K codes. (In code: a Decoding's ids, token_mask, and
+# the softmax of its logits.) At the start all is masked and there is no p_prev, so step 1 begins at
+# "predict", from nothing but mask tokens. Later steps do all of this:
 #
 #     ids,    --> code where visible,    -- D --> xt --> encoder --> decoder --> p --> unmask --> ids,
 #     p_prev      mean code where masked                                ^                         p as p_prev
@@ -1379,15 +1383,16 @@ class EchoMAGE(ContrastiveMAGE):
 #     encode     The encoder reads the patches of xt.
 #     predict    The decoder predicts p, the new distribution at masked places. It sees the encoder's outputs
 #                at visible places only, and the visible ids.
-#     unmask     Ids are sampled from p, and the most confident are kept (section 4). This p, guided if there
-#                is a guide, is the p_prev of the next step.
+#     unmask     As in section 4: ids are sampled from p, those of the highest log p + Gumbel noise are kept,
+#                and the others stay masked. This p, guided if there is a guide, is the next step's p_prev.
 #
 # Nothing else runs: MAGE, ADDP's teacher in training, has no part in generating an image from nothing.
 #
-# MAGE rounds the number of masked tokens down, ADDP up. So a step of ADDP may keep nothing; as long as all
-# is masked, the next begins at "predict", too. With 256 tokens and 20 steps this is so in steps 1 and 2.
+# MAGE rounds the number of masked tokens down, ADDP up, so a step of ADDP may keep nothing. Of 256 tokens and
+# 20 steps step 1 keeps none; in step 2 all is still masked, so it begins at "predict", too, and keeps three:
 #
-#     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))              ceil(256 cos(pi / 40)) = 256
+#     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
+#     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
 #     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
 #
 # At masked places the decoder reads the mask token [M], and also at position 0, where MAGE has the summary.
@@ -1601,7 +1606,7 @@ class ADDP(TokenModel):
                 logits_prev = self.token_predictor.logits(ids, mask)
             latent = self.encode(self.next_image(ids, mask, logits_prev))
         # Inpainted images may differ in the number of visible ids, and the decoder takes one number. So
-        # in_groups(), of section 14, calls self.decode(latent, ids, mask, num_visible) once for each.
+        # in_groups(), of section 15, calls self.decode(latent, ids, mask, num_visible) once for each.
         return in_groups(self.length - state.count, self.decode, latent, ids, mask)
 
     @torch.no_grad()
@@ -1707,12 +1712,14 @@ class ADDP(TokenModel):
 #         + sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar) * x0
 #
 # Step 3 without its noise is this mean, with x0' for x0. To see it, put
-# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into step 3, whose root with eta = 1 goes away, as
+# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into step 3. With eta = 1 its root can be taken, as
 #
 #     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 * (alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 #
-# So xt gets the factor F of the first line of the mean, and x0' gets
-# sqrt(alpha_bar_next) - sqrt(alpha_bar) F, which is that of the second.
+# So the factor of xt is that of the first line; call it F. And the factor of x0' is that of the second:
+#
+#     sqrt(alpha_bar_next) - sqrt(alpha_bar) F = (alpha_bar_next - alpha_bar) / (1 - alpha_bar)
+#                                                / sqrt(alpha_bar_next)
 #
 # Inpainting. Known pixels are put back in three ways:
 #
@@ -1771,8 +1778,8 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """Steps 2 and 3 above, from xt and a prediction of x0 to x_next. With alpha_bar_next = 1 that is x0.
 
     noise  standard normal, like xt; 0 gives the mean
-    std    the factor of the noise, like xt. None: sigma. ADM passes its learned s (section 11); the root
-           keeps sigma
+    std    the factor of the noise, like xt. None: sigma. ADM passes its learned s (section 11); under the
+           root sigma stays
     """
     eps = (per_image(alpha_bar.rsqrt(), xt) * xt - x0) / per_image((1 / alpha_bar - 1).sqrt(), xt)
     variance = eta ** 2 * posterior_variance(alpha_bar, alpha_bar_next)
@@ -2205,7 +2212,7 @@ class UMD(Model):
 #     loss = mean (eps - eps'(xt, t))^2 + L_vb       t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
 #
 # The network reads the noised image xt and predicts the noise. (L_vb trains a second output, for the variance
-# of a step. It is explained below, before log_variances().) The network is a U-Net of residual blocks, with
+# of a step, of which the second half of this section tells.) The network is a U-Net of residual blocks, with
 # attention on small maps. The side is halved on the way down and doubled on the way up. The output of each
 # block on the way down is kept, and its mirror, the block as far from the other end, reads it, too:
 #
@@ -2214,14 +2221,15 @@ class UMD(Model):
 #     side of its output                32  32  16  16   8   8   8   8  16  16  32  32  32
 #     channels                          16  16  16  32  32  64  64  64  64  32  32  16  16
 #     also reads the output of block                                 6   5   4   3   2   1
+#     DifFeed adds that of block            12      10       8
 #
 # Blocks 3 and 5 halve the side; 9 and 11 end by doubling it. Every residual block is told the timestep.
 #
 # The frozen network is a representation, too [DiffSSL]. The best features come from blocks soon after the
-# middle, of an image with a little noise. DifFeed, a head in probe.py, runs the network twice on the same xt.
-# The second time, what late blocks found in the first pass is added to the outputs of their mirrors, after a
-# learned 1x1 convolution, batch norm and ReLU. By default these are, for each size of map, the last block
-# whose mirror has this size, too; in the table 8, 10 and 12 feed 6, 4 and 2. The head reads the second pass.
+# middle, of an image with a little noise. DifFeed, a head in probe.py, runs the network twice on the same xt,
+# and reads blocks of its choice in the second pass. There the outputs that late blocks had in the first pass
+# are added to those of their mirrors, each through a learned 1x1 convolution, batch norm and ReLU: by default
+# one of each size of map, whose mirror has this size, too, as in the last row of the table.
 # (Official files: unet.py, gaussian_diffusion.py, nn.py.)
 
 
@@ -2289,7 +2297,7 @@ class ADMBlock(nn.Sequential):
         return x
 
 
-# The network also predicts the variance s^2 of each step. The best one lies between two bounds:
+# The variance. The network also predicts the variance s^2 of each step. The best one lies between two bounds:
 #
 #     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
@@ -2300,17 +2308,15 @@ class ADMBlock(nn.Sequential):
 #     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
 #                                                 geometric mean
 #
-# (In the last step, at t = 0, beta~ is 0 and has no logarithm: there that of t = 1 stands in. It
-# matters to L_vb alone, as the last step adds no noise.) A step of sampling with eta = 1:
+# (In the last step, at t = 0, beta~ is 0 and has no logarithm. There the beta~ of t = 1 stands in. It matters
+# to L_vb alone, as the last step adds no noise.) A step of sampling is that of section 9. With eta = 1 its
+# noise has the factor s instead of sigma:
 #
-#     1. (eps', v) = network(xt, t)
-#     2. x0' = (xt - sqrt(1 - alpha_bar) eps') / sqrt(alpha_bar), clamped to [-1, 1]; then, anew,
-#        eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar)
-#     3. mean = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps'        no v in it
-#     4. log s^2 = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
-#     5. x_next = mean + s noise; the last step, which leads to x0, adds none
+#     mean      = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps'          no v in it
+#     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
+#     x_next    = mean + s noise; the last step, which leads to x0, adds none
 #
-#     eta        timesteps, unless told otherwise        step 3 subtracts    step 5 adds
+#     eta        timesteps, unless told otherwise        the root has        noise is added as
 #     1          250 of 1,000, evenly spaced             beta~               s noise
 #     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
 #     0          25 in whole strides: 0, 40, 80, ...     0                   none: v is not used
@@ -2323,7 +2329,7 @@ class ADMBlock(nn.Sequential):
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# mean() is that of step 3, see posterior_mean(). The mean over pixels and channels of, in bits,
+# mean() is the one above, see posterior_mean(). The mean over pixels and channels of, in bits,
 #
 #     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
 #            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
@@ -2346,7 +2352,7 @@ def log_variances(alpha_bar):
 
 
 def learned_log_variance(v, t, alpha_bar):
-    """log s^2 of step 4: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
+    """log s^2 as above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
     log_beta_tilde, log_beta = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
     return (1 + v) / 2 * log_beta + (1 - v) / 2 * log_beta_tilde
 
@@ -2589,10 +2595,10 @@ class ADM(Model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. A method of your own; sizes and recipes
+# 12. A method of your own
 #
 # Often a change of a method is enough. This trains MAGE with three quarters of the tokens masked; the row has
-# to stand after MODELS, at the end of this section:
+# to stand after MODELS, at the end of section 13:
 #
 #     class MAGE75(MAGE):
 #         def forward(self, x, labels=None, **draws):
@@ -2625,8 +2631,7 @@ class ADM(Model):
 #        python probe.py out/shapes-denoiser
 #        python -m pytest -q -k denoiser              (what is tested of every method)
 #
-# The class is a Model. This is all that it must have. For the rest class Model has defaults (section 3),
-# which it overrides where it differs, as the methods above do in "for the scripts":
+# The class is a Model, and this is all that it must have:
 #
 #     __init__ sets
 #         image_size      S
@@ -2644,13 +2649,17 @@ class ADM(Model):
 #     embed(x, noise=None, pool="mean")
 #         -> a vector for each image, (B, C)
 #
+# The rest may be left out: options of sample_steps() but n, steps and seeds; render(), if x is in [-1, 1];
+# num_steps(), if 10 steps are usual; noise(); and what class Model lists for the scripts, of which a class
+# overrides where it differs, as those above do.
+#
 # - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
 #   calls super().__init__(vqgan, image_size), sets self.vqgan and self.norm, and defines step_logits() and
 #   render() in place of sample_steps(). Its pools are "mean" and "class".
 # - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
 # - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward().
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
-#   (FORMS, in section 14, has all). If yours means something else give it another name.
+#   (FORMS, in section 15, has all). If yours means something else give it another name.
 
 
 class Denoiser(Model):
@@ -2695,7 +2704,12 @@ class Denoiser(Model):
         return self.features(x)[0].mean((2, 3))                                             # (B, C)
 
 
-# Sizes and recipes. A model is a name and a dict of plain numbers, the arguments of its constructor. A
+# ------------------------------------------------------------------------------------------------------------
+# 13. Sizes and recipes
+#
+# The tutorial ends here. No method is explained in what follows.
+#
+# A model is a name and a dict of plain numbers, the arguments of its constructor. A
 # checkpoint stores that dict, and build() turns it back into a model. A row of MODELS tells how to make it
 # and how to train it. These are the numbers of `train.py --model umd` on shapes, and where each comes from:
 #
@@ -2883,7 +2897,7 @@ def build(config):
     if "model" not in config:
         return VQGAN(**config)
     frozen = [build(config[k]) for k in ("tokenizer", "predictor") if k in config]
-    # OLD_NAMES (section 13): arguments as older checkpoints call them. complete(): see section 14.
+    # OLD_NAMES (section 14): arguments as older checkpoints call them. complete(): see section 15.
     rest = {OLD_NAMES.get(k, k): v for k, v in config.items() if k not in ("model", "tokenizer", "predictor")}
     model = MODELS[config["model"]].model
     if not model.takes_labels and rest.pop("classes", 0):
@@ -2892,9 +2906,7 @@ def build(config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 13. Published weights
-#
-# The tutorial ends here. No method is explained in what follows.
+# 14. Published weights
 #
 # Files of the original authors store no config, so sizes are read off the shapes of their tensors. What
 # shapes cannot tell stands in the next lines: heads of encoder and decoder by width; and what the published
@@ -3009,7 +3021,7 @@ def published_weights(state, ema=True):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 14. Behind the methods
+# 15. Behind the methods
 #
 # Random numbers by seed. In generation a number depends on (the image's seed, which draw, which position) and
 # on nothing else, so an image is the same alone or among a thousand, on any device
@@ -3035,8 +3047,8 @@ def hash_ints(*values):
 
 def hashed_uniform(seeds, draw, n):
     """n uniform numbers strictly inside (0, 1) for each seed: int64 (B,), int -> float32 (B, n). Draws that
-    are taken: in decoding 2 s for the ids and 2 s + 1 for the confidence of step s; in denoising 0 for the
-    start, 2 s + 1 and 2 s + 2 for step s; 0 for the noise of features() and for a drawn shape."""
+    are taken: in step t = 1 ... T of decoding 2 t - 2 for the ids and 2 t - 1 for the confidence; in
+    denoising 0 for the start, then 2 t - 1 and 2 t; 0 for the noise of features() and for a drawn shape."""
     row = murmur(murmur(murmur(seeds) ^ (seeds >> 32)) + draw)
     bits = murmur(row[:, None] + 0x9E3779B9 * torch.arange(1, n + 1, device=seeds.device))
     return ((bits >> 9).float() + 0.5) / 2**23                                   # 23 bits: 1 is never reached
@@ -3389,7 +3401,7 @@ guard(VQGAN, ("encode", "decode", "reconstruct"))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 15. For the scripts
+# 16. For the scripts
 #
 # A user's mistake ends in one sentence.
 

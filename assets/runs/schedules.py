@@ -28,9 +28,9 @@ def masked_tokens():
     for schedule in ("cosine", "linear"):
         initial = count = torch.tensor([256])
         curves[schedule] = [(0, 256)]
-        for step in range(20):
-            count = unified.num_masked(initial, count, step, 20, schedule)
-            curves[schedule].append((step + 1, count.item()))
+        for t in range(1, 21):
+            count = unified.num_masked(initial, count, t, 20, schedule)
+            curves[schedule].append((t, count.item()))
     return curves
 
 
