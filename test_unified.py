@@ -755,8 +755,7 @@ def test_decoding_never_changes_a_known_id_and_ends_with_none_masked(name):
 
 @pytest.mark.parametrize("name", ["mage", "addp"])
 def test_a_schedule_and_an_order_of_ones_own_decide_which_tokens_stay_masked(name):
-    def row_by_row(confidence):                                         # as in the docstring of unmask
-        return -torch.arange(confidence.size(1), device=confidence.device).expand_as(confidence)
+    row_by_row = shown_in_the_tutorial("def row_by_row(confidence):", 2)["row_by_row"]
     states = small(name).eval().sample_steps(2, steps=4, schedule=lambda t, T: 1 - t / T, order=row_by_row)
     for state, visible in zip(states, (4, 8, 12, 16), strict=True):
         assert still_masked(state).equal((torch.arange(16) >= visible).expand(2, -1))
@@ -6883,11 +6882,8 @@ def test_wrong_options_are_refused_before_the_first_step(name):
 
 
 def test_the_change_of_a_method_that_section_12_shows_trains_with_its_mask_ratio(monkeypatch):
-    text = inspect.getsource(unified)
-    lines = text[text.index("#     class MAGE75(MAGE):"):].split("\n")[:4]
     monkeypatch.setattr(unified, "MODELS", dict(unified.MODELS))
-    names = {**vars(unified)}
-    exec("\n".join(line.removeprefix("#     ") for line in lines), names)
+    names = shown_in_the_tutorial("class MAGE75(MAGE):", 4)
     config = unified.model_config("mage-75", "tiny", 32, 4, unified.tokenizer_config("toy", 8, 128))
     model, draws = unified.build(config), dict(mask_noise=some_noise(4, 16))
     ids = some_ids(model)
@@ -6895,11 +6891,17 @@ def test_the_change_of_a_method_that_section_12_shows_trains_with_its_mask_ratio
     assert model(ids, **draws)[0].equal(unified.MAGE.forward(model, ids, mask_ratio=0.75, **draws)[0])
 
 
+def shown_in_the_tutorial(first, lines):
+    """All names of unified.py, and those that so many lines of its comments define, from the line `first`."""
+    text, names = inspect.getsource(unified), {**vars(unified)}
+    shown = text[text.index(f"#     {first}"):].split("\n")[:lines]
+    exec("\n".join(line.removeprefix("#     ") for line in shown), names)
+    return names
+
+
 @pytest.mark.parametrize("name", ["mage", "addp"])
 def test_the_decoding_loop_that_section_12_shows_decides_one_token_a_step(name):
-    text, counts, names = inspect.getsource(unified), [], {**vars(unified)}
-    start = text.index("#     @torch.no_grad()\n#     def sample_slowly")
-    exec(text[start:text.index("\n#\n", start)].replace("#     ", "", 1).replace("\n#     ", "\n"), names)
+    counts, names = [], shown_in_the_tutorial("@torch.no_grad()\n#     def sample_slowly", 10)
     names["unmask"] = lambda *args, **more: counts.append(args[3].tolist()) or unified.unmask(*args, **more)
     model = small(name).eval()
     x = names["sample_slowly"](model, 3)

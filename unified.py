@@ -720,8 +720,7 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
     order   None: by confidence. Or a function, confidence (n, L) -> priority (n, L), of which the highest are
-            kept; in raster order: lambda c: -torch.arange(c.size(1), device=c.device).expand_as(c). It sees
-            neither mask nor step: for these write a loop of your own, as section 12 shows
+            kept. It sees neither mask nor step. (Section 12 has an example, and a loop for all else)
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
@@ -2605,9 +2604,15 @@ class ADM(Model):
 #             return super().forward(x, labels, mask_ratio=0.75, **draws)
 #     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
 #
-# Another order of decoding, or another number of tokens a step, needs no class. sample() takes schedule, a
-# function of t and T, and order, one of the confidence: see num_masked() and unmask() in section 4. For all
-# else write a loop of your own. This one decides one token a step, at random places:
+# Another number of tokens a step, or another order of decoding, needs no class (num_masked() and unmask(), in
+# section 4, say more):
+#
+#     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
+#     model.sample(16, order=row_by_row)                          # tokens of the highest priority are kept
+#     def row_by_row(confidence):                                 # (n, L) -> priority (n, L)
+#         return -torch.arange(confidence.size(1)).expand_as(confidence)
+#
+# For all else write a loop of your own. This one decides one token a step, at random places:
 #
 #     @torch.no_grad()
 #     def sample_slowly(model, n):                                # of MAGE or ADDP, in eval mode, on a CPU
@@ -2622,8 +2627,8 @@ class ADM(Model):
 #
 # A method that is new takes three things:
 #
-#     1. a class, such as Denoiser below
-#     2. in this file, after MODELS, a row:
+#     1. a class in this file, such as Denoiser below
+#     2. a row, after MODELS:
 #        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #        Its tokens are patches, so it is built as Denoiser(image_size=..., grid=..., **sizes["tiny"]).
 #     3. python train.py --model denoiser
