@@ -6909,6 +6909,13 @@ def test_the_decoding_loop_that_section_12_shows_decides_one_token_a_step(name):
     assert x.shape == (3, 3, model.image_size, model.image_size) and 0 <= x.min() < x.max() <= 1
 
 
+def test_the_list_of_counts_that_section_12_shows_leaves_so_many_tokens_masked():
+    names = shown_in_the_tutorial("left = [12, 8, 4, 1]", 1) | {"model": small("mage").eval()}
+    line = re.search(r"#     (model\.sample\(16, steps=4,.*\)) ", inspect.getsource(unified))[1]
+    names["model"].sample = names["model"].sample_steps
+    assert [still_masked(state).sum(1).unique().tolist() for state in eval(line, names)] == [[12], [8], [4], [0]]
+
+
 def test_a_schedule_of_counts_keeps_exactly_these_masked():
     for n0 in (22, 45, 49, 256):
         for k in range(1, n0):

@@ -7,7 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           about 70 % of the tokens masked         the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + which redrawn copy is whose
+    MAGE-E   token ids           the same                                + which redrawn copy belongs to it
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -60,10 +60,10 @@ Symbols  x, ids          an image as pixels, or as token ids
          h0, h1 ...      outputs of a transformer's encoder
          x0, eps, xt     clean pixels, noise, and their mixture; ADDP's xt is an image decoded from partly
                          decided ids
-         x', x0', eps'   what a network makes of x, x0, eps; in code x0_hat, eps_hat
+         x', x0', eps'   predictions of x, x0, eps; in code x0_hat, eps_hat
          alpha_bar       how much of x0 is left in xt: the square of its factor
          w               strength of guidance;  tau: a temperature;  sg: stop-gradient, detach()
-         p, q            distributions: p is the network's, q what it is to become
+         p, q            distributions: p is the network's, q its target
          e_k, D          code k, and the tokenizer's decoder, which turns codes into an image
 
          t runs in two directions. In sections 4 to 8 it counts steps of decoding, 1 ... T: the larger t, the
@@ -393,7 +393,7 @@ class VQGAN(nn.Module):
 #
 # The loss is a weighted sum of these terms, each a mean over all its entries:
 #
-#     term        weight                               trains
+#     term        weight formula                       trains
 #     l1           3.0   |x' - x|                      decoder and encoder
 #     l2          10.0   (x' - x)^2                    decoder and encoder
 #     commitment   0.25  (z - sg(e_id))^2              encoder: z moves to its code           [VQ-VAE, eq. 3]
@@ -521,7 +521,7 @@ class TokenizerTraining(nn.Module):
 # A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. features()
 # runs the blocks one by one, and keeps the outputs that were asked for. It has two arguments for probe.py
 # alone, add and finetune; read on as if they were not there. Wrong arguments raise a ValueError that says
-# what is wanted: section 15 puts a guard around all these calls, the checked() of a traceback.
+# what is wanted. (Section 15 puts a guard around all these calls: a traceback shows it as checked().)
 
 
 class Model(nn.Module):
@@ -551,6 +551,11 @@ class Model(nn.Module):
         int64 (B,). Read it as torch.randn, but row i depends on seeds[i] and the number of the draw alone."""
         S, dtype = self.image_size, next(self.parameters()).dtype
         return to_normal(hashed_uniform(seeds, draw, 3 * S * S)).view(-1, 3, S, S).to(dtype)
+
+    @property
+    def device(self):
+        """Where its weights lie."""
+        return next(self.parameters()).device
 
     @property
     def tokenizer(self):
@@ -662,7 +667,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 # The temperature scales this noise only: ids are always sampled from p itself. It is 6 for 16 x 16 tokens
 # and, which is our choice, 6 h / 16 for h x h.
 
-# The ratio of n0 that stays masked after step t of T. A name here is one for sample.py --schedule, too.
+# The ratio of n0 that stays masked after step t of T, by names that sample.py --schedule takes, too.
 SCHEDULES = {"cosine": lambda t, T: math.cos(math.pi / 2 * t / T), "linear": lambda t, T: 1 - t / T}
 
 
@@ -798,7 +803,7 @@ class TokenModel(Model):
     vqgan       the frozen tokenizer
     image_size  S, a multiple of the tokenizer's stride, else ValueError
 
-    A subclass sets self.vqgan and self.norm (a layer whose weight is on the model's device), and defines
+    A subclass sets self.vqgan, and defines
 
     step_logits(state, labels=None)    a Decoding -> logits (n, L, K), the prediction of its next step
     render(state)                      a Decoding -> pixels (n, 3, S, S) in [0, 1]
@@ -834,7 +839,7 @@ class TokenModel(Model):
         For inpainting the known image is tokenised. Its unknown pixels are set to 0 before, or ids nearby
         would betray them. Tokens that contain unknown pixels are masked. So are their neighbours, whose ids
         may describe the black hole."""
-        device = self.norm.weight.device
+        device = self.device
         if known is None:
             return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
                             torch.ones(n, self.length, dtype=torch.bool, device=device),
@@ -865,7 +870,7 @@ class TokenModel(Model):
         guide         None, or a weaker model of this class, with the same tokenizer; it sees the same labels
         yields        a Decoding after each step
         """
-        steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.norm.weight.device)
+        steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.device)
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
 
         def predict(t, state):
@@ -1238,9 +1243,8 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 def info_nce(z, temperature=0.2):
     """Contrastive loss of unit vectors z (B, 2, P), row i holding the two views of image i.
 
-    In one process `everyone` is `views`, and `me` is 0 ... 2B - 1. With several, `everyone` holds the views
-    of all processes, gradients included; each must have the same B. The gradient, averaged over processes,
-    is then that of one loss over all views.
+    With several processes the negatives are the views of all of them, gradients included; each must have the
+    same B. The gradient, averaged over processes, is then that of one loss over all views.
     """
     views = z.flatten(0, 1)                                                                 # (2B, P)
     everyone, me = of_all_processes(views)
@@ -1268,7 +1272,8 @@ class ContrastiveMAGE(MAGE):
 
     def forward(self, x, labels=None, *, mask_ratio=None, mask_noise=None, keep_label=None):
         """Loss of two crops of each image, pixels (B, 2, 3, S, S) or ids (B, 2, L), with mask_noise (2B, L)
-        and keep_label (2B,); otherwise as MAGE.forward. Of one crop, as in evaluations, it is MAGE's."""
+        and keep_label (2B,); otherwise as MAGE.forward. Given one crop, as in evaluations, it is MAGE's
+        loss."""
         one_crop = x.dim() == (4 if x.is_floating_point() else 2)
         if one_crop:
             return super().forward(x, labels, mask_ratio=mask_ratio, mask_noise=mask_noise,
@@ -1286,7 +1291,7 @@ class ContrastiveMAGE(MAGE):
 # loss, and where an id was masked, a new one is drawn from them:
 #
 #     ids     a  b  c  d     b is visible; a, c and d are masked
-#     drawn   e  b  f  g     e, f, g: each from the 2nd to 16th best code, so alike, but not the same
+#     drawn   e  b  f  g     e, f, g: each from the 2nd to 16th best code, so alike, but seldom the same
 #     echo    _  b  f  _     [MASK] outside a random square; its side, one for the batch, is half to all of
 #                            the grid's
 #                            (this is one row of the grid, and the square covers its middle)
@@ -1376,16 +1381,17 @@ class EchoMAGE(ContrastiveMAGE):
 #     p_prev      mean code where masked                                ^                         p as p_prev
 #                                                      visible ids -----+
 #
-#     decode     D, the tokenizer's decoder, makes an image xt. At a visible place D reads the id's code. At a
-#                masked place it reads the mean code under p_prev, so this place looks blurred: if p_prev is
-#                0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8.
-#     encode     The encoder reads the patches of xt.
-#     predict    The decoder predicts p, the new distribution at masked places. It sees the encoder's outputs
-#                at visible places only, and the visible ids.
+#     image      (next_image) D, the tokenizer's decoder, makes an image xt. At a visible place D reads the
+#                id's code. At a masked place it reads the mean code under p_prev, so this looks blurred: if
+#                p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8.
+#     encode     The encoder reads the patches of xt, clamped to [0, 1] and normalised.
+#     predict    (decode) The decoder predicts p, the new distribution at masked places. It sees the encoder's
+#                outputs at visible places only, and the visible ids.
 #     unmask     As in section 4: ids are sampled from p, those of the highest log p + Gumbel noise are kept,
 #                and the others stay masked. This p, guided if there is a guide, is the next step's p_prev.
 #
-# Nothing else runs: MAGE, ADDP's teacher in training, has no part in generating an image from nothing.
+# Nothing else runs: MAGE, ADDP's teacher in training, has no part in generating an image from nothing. The
+# token that is still masked after the last step shows as its mean code.
 #
 # MAGE rounds the number of masked tokens down, ADDP up, so a step of ADDP may keep nothing. Of 256 tokens and
 # 20 steps step 1 keeps none; in step 2 all is still masked, so it begins at "predict", too, and keeps three:
@@ -1401,7 +1407,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     ids              _   b   _   _          _ is masked
 #     xt       [class] 1   2   3   4          all patches enter the encoder; 1, 3 and 4 are blurred
 #     encode     h0   h1  h2  h3  h4
-#     decode    [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
+#     predict   [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
 #     position   v0   m1  v2  m3  m4  i2      v, m, i: the three tables
 #
 # So h0, h1, h3 and h4 are thrown away. What the blur shows reaches the decoder through h2 alone, which has
@@ -1418,7 +1424,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     place            1     2     3     4     5
 #     ids              a     b     c     d     e      of the image
 #     mask_earlier     _     b     _     _     e      MAGE reads b and e, and predicts p_prev at 1, 3 and 4
-#     mask             _     b     c     _     e      then the previous step kept c, as if it had been right
+#     mask             _     b     c     _     e      then c was kept, as if the prediction had been right
 #     xt = D of      mean1  e_b   e_c  mean4  e_e     e_b: the code of id b. mean1: that of codes under p_prev
 #     p                *                 *            what ADDP predicts at 1 and 4, from xt and b, c and e
 #     q                *                 *            its target: what MAGE predicts there from b, c and e
@@ -1585,9 +1591,8 @@ class ADDP(TokenModel):
 
     # ---- generation
 
-    # The loop of TokenModel, with the step told at the beginning of this section. The token that is masked
-    # after the last step is a mean of codes in the image, as in the official code. ViT-L was also run with
-    # 256 steps and schedule="linear".
+    # The loop of TokenModel, with the step told at the beginning of this section. ViT-L was also run with 256
+    # steps and schedule="linear".
 
     round_up = True
 
@@ -1717,8 +1722,9 @@ class ADDP(TokenModel):
 #
 # So the factor of xt is that of the first line; call it F. And the factor of x0' is that of the second:
 #
-#     sqrt(alpha_bar_next) - sqrt(alpha_bar) F = (alpha_bar_next - alpha_bar) / (1 - alpha_bar)
-#                                                / sqrt(alpha_bar_next)
+#     sqrt(alpha_bar_next) - sqrt(alpha_bar) F
+#         = (alpha_bar_next - alpha_bar) / (1 - alpha_bar) / sqrt(alpha_bar_next)
+#         = sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 #
 # Inpainting. Known pixels are put back in three ways:
 #
@@ -1803,7 +1809,7 @@ class Denoising(typing.NamedTuple):
 def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
     """From noise to images: yields a Denoising after each step; the last one is clean.
 
-    predict_x0   function (x, step) -> two things: x0, clamped to [-1, 1]; std, as for ddim_step
+    predict_x0   function (x, step) -> two things: x0_hat, clamped to [-1, 1]; std, as for ddim_step
     draw_noise   function k -> draw number k of each image, standard normal (n, 3, S, S)
     alpha_bar    (steps,): that of x when each step begins, so ascending
     known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated
@@ -1811,8 +1817,8 @@ def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
     x = draw_noise(0)
     alpha_bar_next = F.pad(alpha_bar[1:], (0, 1), value=1.0)
     for step in range(len(alpha_bar)):
-        x0, std = predict_x0(x, step)
-        x = ddim_step(x, x0, alpha_bar[step], alpha_bar_next[step], eta, draw_noise(2 * step + 1), std)
+        x0_hat, std = predict_x0(x, step)
+        x = ddim_step(x, x0_hat, alpha_bar[step], alpha_bar_next[step], eta, draw_noise(2 * step + 1), std)
         if known is not None:
             noised = q_sample(2 * known - 1, alpha_bar_next[step], draw_noise(2 * step + 2))
             x = torch.where(mask[:, None], x, noised)
@@ -1872,8 +1878,8 @@ def timestep_embedding(t, dim, denominator, layout):
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #                                                                   (-: not used)
 #
-# In generation nothing is masked. (In training patches of most images are; attention takes any number of
-# tokens.) Only the prediction of eps is used, as in DDPM.
+# In generation nothing is masked, though in training, except in DiT, something always was: attention takes
+# any number of tokens. Only the prediction of eps is used, as in DDPM.
 #
 # Labels. Only the noised part is told its labels, as in the official code. One label in ten is hidden, for
 # guidance, which works as in MAGE, but with the same w in every step:
@@ -1883,9 +1889,9 @@ def timestep_embedding(t, dim, denominator, layout):
 # As a rule a model is trained without labels first, and then trained on with them. In this second training
 # r_noised is 0, and 5 % of the images are clean, so as not to forget them (none, if the first had none).
 #
-# MAE and DiT in this table are UMD's versions. The published ones are other networks. That MAE has fixed
-# positions, a narrow decoder, and targets normalised patch by patch. That DiT reads latents, has no decoder,
-# predicts the noise alone and learns a variance. Their weights do not fit.
+# MAE and DiT in this table are UMD's versions. The published ones are other networks, whose weights do not
+# fit. The published MAE has fixed positions, a narrow decoder, and targets normalised patch by patch. The
+# published DiT reads latents, has no decoder, predicts the noise alone and learns a variance.
 
 
 def zero_init(module):
@@ -2121,9 +2127,9 @@ class UMD(Model):
 
         def predict_x0(x, step):
             w = guidance_at(1 - t[step] / self.max_steps, guidance, guidance_interval)
-            _, eps = self.guided(x, torch.full((n,), t[step], device=x.device), labels, w, guide)
-            return x0_from_eps(x, self.alpha_bar[t[step]], eps).clamp(-1, 1), None
-        seeds = image_seeds(seeds, n, self.norm.weight.device)
+            _, eps_hat = self.guided(x, torch.full((n,), t[step], device=x.device), labels, w, guide)
+            return x0_from_eps(x, self.alpha_bar[t[step]], eps_hat).clamp(-1, 1), None
+        seeds = image_seeds(seeds, n, self.device)
         draw_noise = functools.partial(self.noise, seeds)       # number k of each image: (n, 3, S, S)
         yield from denoise(predict_x0, draw_noise, self.alpha_bar[t], eta, known, mask)
 
@@ -2137,8 +2143,8 @@ class UMD(Model):
         def predict(x, visible_first, count):                           # images with as many visible patches
             t = torch.zeros(len(x), dtype=torch.long, device=x.device)
             return self.predict(x, t, ids_keep=visible_first[:, :count])[0]
-        x0 = in_groups(num_visible, predict, x, visible_first)
-        return Denoising(torch.where(mask[:, None], x0.clamp(-1, 1), x))
+        x0_hat = in_groups(num_visible, predict, x, visible_first)
+        return Denoising(torch.where(mask[:, None], x0_hat.clamp(-1, 1), x))
 
     @torch.no_grad()
     def reconstruct(self, x, mask_noise=None):
@@ -2208,10 +2214,10 @@ class UMD(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 11. ADM: predict the noise with a U-Net
 #
-#     loss = mean (eps - eps'(xt, t))^2 + L_vb       t uniform in 0 ... T-1     [DDPM, eq. 14] [iDDPM, eq. 16]
+#     loss = mean (eps - eps'(xt, t))^2             t uniform in 0 ... T-1                     [DDPM, eq. 14]
 #
-# The network reads the noised image xt and predicts the noise. (L_vb trains a second output, for the variance
-# of a step, of which the second half of this section tells.) The network is a U-Net of residual blocks, with
+# The network reads the noised image xt and predicts the noise. (The second half of this section adds a second
+# output, for the variance of a step, and its loss.) The network is a U-Net of residual blocks, with
 # attention on small maps. The side is halved on the way down and doubled on the way up. The output of each
 # block on the way down is kept, and its mirror, the block as far from the other end, reads it, too:
 #
@@ -2220,16 +2226,20 @@ class UMD(Model):
 #     side of its output                32  32  16  16   8   8   8   8  16  16  32  32  32
 #     channels                          16  16  16  32  32  64  64  64  64  32  32  16  16
 #     also reads the output of block                                 6   5   4   3   2   1
-#     DifFeed adds that of block            12      10       8
+#     DifFeed adds that of block            12      10       8     to the output
 #
 # Blocks 3 and 5 halve the side; 9 and 11 end by doubling it. Every residual block is told the timestep.
 #
 # The frozen network is a representation, too [DiffSSL]. The best features come from blocks soon after the
-# middle, of an image with a little noise. DifFeed, a head in probe.py, runs the network twice on the same xt,
-# and reads blocks of its choice in the second pass. There the outputs that late blocks had in the first pass
-# are added to those of their mirrors, each through a learned 1x1 convolution, batch norm and ReLU: by default
-# one of each size of map, whose mirror has this size, too, as in the last row of the table.
-# (Official files: unet.py, gaussian_diffusion.py, nn.py.)
+# middle, of an image with a little noise. DifFeed, a head in probe.py, runs the network twice on the same xt:
+#
+#     pass 1     f_b = output of block b, for some late blocks b
+#     pass 2     output of b's mirror + ReLU(norm(conv(f_b)))          conv: 1x1, learned; norm: batch norm
+#                the head reads blocks of pass 2, those of its --layers
+#
+# By default there is one b for each size of map, the last whose mirror has this size, too, without block 13,
+# whose mirror is a mere convolution: the last row of the table. (Official files: unet.py,
+# gaussian_diffusion.py, nn.py.)
 
 
 class ADMResBlock(nn.Module):
@@ -2296,7 +2306,8 @@ class ADMBlock(nn.Sequential):
         return x
 
 
-# The variance. The network also predicts the variance s^2 of each step. The best one lies between two bounds:
+# The variance. The network also predicts the variance s^2 of each step, and L_vb, which trains this output,
+# is added to the loss [iDDPM, eq. 16]. The best variance lies between two bounds:
 #
 #     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
@@ -2315,7 +2326,7 @@ class ADMBlock(nn.Sequential):
 #     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
 #     x_next    = mean + s noise; the last step, which leads to x0, adds none
 #
-#     eta        timesteps, unless told otherwise        the root has        noise is added as
+#     eta        timesteps, unless told otherwise        under the root      noise is added as
 #     1          250 of 1,000, evenly spaced             beta~               s noise
 #     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
 #     0          25 in whole strides: 0, 40, 80, ...     0                   none: v is not used
@@ -2556,14 +2567,14 @@ class ADM(Model):
         def predict_x0(x, step):
             i = len(kept) - 1 - step                            # the timestep of the shortened process
             t = torch.full((n,), kept[i], device=x.device)
-            eps, v = self.predict(x, t).chunk(2, 1)
+            eps_hat, v = self.predict(x, t).chunk(2, 1)
             w = guidance_at(1 - (kept[i] + 1) / self.max_steps, guidance, guidance_interval)
             if guide and w != 1:
                 reference, _ = guide.predict(x, t).chunk(2, 1)
-                eps = reference + w * (eps - reference)
+                eps_hat = reference + w * (eps_hat - reference)
             std = (0.5 * learned_log_variance(v, i, alpha_bar)).exp() if eta == 1 else None
-            return x0_from_eps(x, alpha_bar[i], eps).clamp(-1, 1), std
-        draw_noise = functools.partial(self.noise, image_seeds(seeds, n, self.out[0].weight.device))
+            return x0_from_eps(x, alpha_bar[i], eps_hat).clamp(-1, 1), std
+        draw_noise = functools.partial(self.noise, image_seeds(seeds, n, self.device))
         yield from denoise(predict_x0, draw_noise, alpha_bar.flip(0), eta, known, mask)
 
     # ---- representation
@@ -2608,9 +2619,12 @@ class ADM(Model):
 # section 4, say more):
 #
 #     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
-#     model.sample(16, order=row_by_row)                          # tokens of the highest priority are kept
+#     left = [12, 8, 4, 1]                                        # or so many tokens, here of 16
+#     model.sample(16, steps=4, schedule=lambda t, T: (left[t - 1] + 0.5) / 16)               # ADDP: - 0.5
+#
 #     def row_by_row(confidence):                                 # (n, L) -> priority (n, L)
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
+#     model.sample(16, order=row_by_row)                          # tokens of the highest priority are kept
 #
 # For all else write a loop of your own. This one decides one token a step, at random places:
 #
@@ -2654,13 +2668,13 @@ class ADM(Model):
 #     embed(x, noise=None, pool="mean")
 #         -> a vector for each image, (B, C)
 #
-# The rest may be left out: options of sample_steps() but n, steps and seeds; render(), if x is in [-1, 1];
-# num_steps(), if 10 steps are usual; noise(); and what class Model lists for the scripts, of which a class
-# overrides where it differs, as those above do.
+# The rest may be left out: options of sample_steps() but n, steps and seeds; render(), if x of its states is
+# in [-1, 1]; num_steps(), if 10 steps are usual; noise(); and what class Model lists for the scripts, of
+# which a class overrides where it differs, as those above do.
 #
 # - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
-#   calls super().__init__(vqgan, image_size), sets self.vqgan and self.norm, and defines step_logits() and
-#   render() in place of sample_steps(). Its pools are "mean" and "class".
+#   calls super().__init__(vqgan, image_size), sets self.vqgan, and defines step_logits() and render() in
+#   place of sample_steps(). Its pools are "mean" and "class".
 # - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
 # - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward().
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
@@ -2692,7 +2706,7 @@ class Denoiser(Model):
 
     @torch.no_grad()
     def sample_steps(self, n, steps=None, seeds=None):
-        x = 0.5 + 0.5 * self.noise(image_seeds(seeds, n, self.pos_embed.device))        # noise around grey
+        x = 0.5 + 0.5 * self.noise(image_seeds(seeds, n, self.device))                  # noise around grey
         for _ in range(self.num_steps(steps)):
             y = self.to_pixels(self.features(x)[0])                             # (n, 3, S, S) in [-1, 1]
             x = (y + 1) / 2                                         # its output in [0, 1] is its next input
