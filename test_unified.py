@@ -6913,7 +6913,8 @@ def test_the_list_of_counts_that_section_12_shows_leaves_so_many_tokens_masked()
     names = shown_in_the_tutorial("left = [12, 8, 4, 1]", 1) | {"model": small("mage").eval()}
     line = re.search(r"#     (model\.sample\(16, steps=4,.*\)) ", inspect.getsource(unified))[1]
     names["model"].sample = names["model"].sample_steps
-    assert [still_masked(state).sum(1).unique().tolist() for state in eval(line, names)] == [[12], [8], [4], [0]]
+    left = [still_masked(state).sum(1).unique().tolist() for state in eval(line, names)]
+    assert left == [[12], [8], [4], [0]]
 
 
 def test_a_schedule_of_counts_keeps_exactly_these_masked():

@@ -13,7 +13,9 @@ nothing, it is generation.
                                  half: noise added, 37.5 % masked
     ADM      pixels              noise added                             the noise; variance of a step back
 
-UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model is used:
+MAGE is short for masked generative encoder, ADDP for alternating denoising diffusion process, UMD for unified
+masked diffusion, ADM for ablated diffusion model. UMD's versions of MAE, MaskDiT and DiT are UMD with other
+numbers. How a model is used:
 
     import torch, unified
     vqgan = unified.build(unified.tokenizer_config("toy", stride=8, codes=128))     # a fresh tokenizer
@@ -31,8 +33,8 @@ UMD's versions of MAE, MaskDiT and DiT are UMD with other numbers. How a model i
     1  Attention and blocks        every token attends to every other token
     2  The VQ tokenizer            image -> token ids -> image
     3  What every model offers     loss, samples, embeddings, feature maps
-    4  Masking and unmasking       which tokens are masked in training; parallel decoding, guided
-    5  MAGE                        predict the masked ids
+    4  Masking and unmasking       which tokens are masked in training; parallel decoding
+    5  MAGE                        predict the masked ids; guidance
     6  A training loop             all of this, run: `python unified.py`, two minutes on a CPU
     7  MAGE-C, MAGE-E              and tell which two crops, or which image and echo, belong together
     8  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
@@ -770,9 +772,95 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-# Guidance. MAGE and UMD can be told the label y of an image; sections 5 and 10 show how. In training one
-# label in ten is left out, so the network can predict with a label and without. Classifier-free guidance
-# exaggerates the difference [CFG]:
+# ------------------------------------------------------------------------------------------------------------
+# 5. MAGE: predict the masked ids
+#
+# An encoder reads what section 4 left: the visible ids and some [MASK]. Before them, at position 0, it reads
+# the class token. A decoder then predicts the masked ids:
+#
+#     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
+#     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
+#     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
+#     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place
+#     decode                p   p       p   p         each a softmax over the K codes
+#
+# At masked places the decoder reads h0, the encoder's output at the class token. So training makes h0 a
+# summary of the image. The loss is a cross-entropy at masked places, with label smoothing 0.1:
+#
+#     loss = - mean over masked i of  log p(id_i | visible ids)                                  [MAGE, eq. 1]
+#
+# The class token is an embedded id like the others. It is the label of the image or, without a label, the
+# "fake class", which stands for any image. In training one label in ten is replaced by the fake class. Codes,
+# labels, fake class and [MASK] share one vocabulary:
+#
+#     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
+#
+# (In the authors' files the fake class has the id of class 76.)
+#
+# Generation is the loop of section 4. There, as in the official code, no [MASK] is dropped: dropping saves
+# time in training. So at the start the encoder reads L of them, while in training it never meets more than
+# L / 2.
+
+
+class TokenEmbedding(nn.Module):
+    """LayerNorm(token + position): ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
+
+    def __init__(self, vocab_size, positions, dim, dropout):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, dim)
+        self.position_embeddings = nn.Embedding(positions, dim)
+        self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-6), nn.Dropout(dropout)
+
+    def forward(self, ids):
+        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
+
+
+class Head(nn.Module):
+    """Decoder output x (B, L, C') -> logits (B, L, V), in float32.
+
+    A logit is the product of the output with the embedding of that id, weight (V, C): input and output share
+    one table (weight tying). Here the table is detached, as in the official code, so it learns as an input
+    only."""
+
+    def __init__(self, inp, dim, vocab_size):
+        super().__init__()
+        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)              # eps 1e-5 here, 1e-6 elsewhere
+        self.bias = nn.Parameter(torch.zeros(1, 1, vocab_size))
+
+    def forward(self, x, weight):
+        x = self.ln(F.gelu(self.fc(x)))                                                     # (B, L, C)
+        logits = F.linear(x, weight.detach(), self.bias[0, 0, :len(weight)])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def masked_cross_entropy(logits, target, mask):
+    """Cross-entropy with label smoothing 0.1, averaged over masked tokens (official file: models_mage.py).
+
+    logits (B, L, V)    target  ids (B, L), or probabilities (B, L, V)    mask bool (B, L)
+    """
+    logits, target = logits.flatten(0, 1), target.flatten(0, 1)                             # (B * L, ...)
+    nll = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")            # (B * L,)
+    return (nll * mask.flatten()).sum() / mask.sum()
+
+
+def learned_tokens(length, dim):
+    """A learned parameter (1, length, dim), initialised like an embedding."""
+    return nn.Parameter(torch.randn(1, length, dim) * 0.02 * (768 / dim) ** 0.5)
+
+
+def init_weights(module):
+    """MAE's and MAGE's initialisation: Xavier-uniform matrices (qkv as one), zero biases, N(0, 0.02^2)
+    embeddings. The 0.02 belongs to width 768. It is scaled so that fresh logits, products with these
+    embeddings, vary alike at any width."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
+
+
+# Guidance. As one label in ten is left out in training, MAGE can predict with a label and without. So can UMD
+# (section 10). Classifier-free guidance exaggerates the difference that a label y makes [CFG]:
 #
 #     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
 #     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
@@ -887,93 +975,6 @@ class TokenModel(Model):
             return own
         other = (guide or self).step_logits(state, labels if guide else None)
         return other + w * (own - other)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 5. MAGE: predict the masked ids
-#
-# An encoder reads what section 4 left: the visible ids and some [MASK]. Before them, at position 0, it reads
-# the class token. A decoder then predicts the masked ids:
-#
-#     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
-#     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
-#     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
-#     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place
-#     decode                p   p       p   p         each a softmax over the K codes
-#
-# At masked places the decoder reads h0, the encoder's output at the class token. So training makes h0 a
-# summary of the image. The loss is a cross-entropy at masked places, with label smoothing 0.1:
-#
-#     loss = - mean over masked i of  log p(id_i | visible ids)                                  [MAGE, eq. 1]
-#
-# The class token is an embedded id like the others. It is the label of the image or, without a label, the
-# "fake class", which stands for any image. In training one label in ten is replaced by the fake class. Codes,
-# labels, fake class and [MASK] share one vocabulary:
-#
-#     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
-#
-# (In the authors' files the fake class has the id of class 76.)
-#
-# Generation is the loop of section 4. There, as in the official code, no [MASK] is dropped: dropping saves
-# time in training. So at the start the encoder reads L of them, while in training it never meets more than
-# L / 2.
-
-
-class TokenEmbedding(nn.Module):
-    """LayerNorm(token + position): ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
-
-    def __init__(self, vocab_size, positions, dim, dropout):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(vocab_size, dim)
-        self.position_embeddings = nn.Embedding(positions, dim)
-        self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-6), nn.Dropout(dropout)
-
-    def forward(self, ids):
-        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
-
-
-class Head(nn.Module):
-    """Decoder output x (B, L, C') -> logits (B, L, V), in float32.
-
-    A logit is the product of the output with the embedding of that id, weight (V, C): input and output share
-    one table (weight tying). Here the table is detached, as in the official code, so it learns as an input
-    only."""
-
-    def __init__(self, inp, dim, vocab_size):
-        super().__init__()
-        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)              # eps 1e-5 here, 1e-6 elsewhere
-        self.bias = nn.Parameter(torch.zeros(1, 1, vocab_size))
-
-    def forward(self, x, weight):
-        x = self.ln(F.gelu(self.fc(x)))                                                     # (B, L, C)
-        logits = F.linear(x, weight.detach(), self.bias[0, 0, :len(weight)])
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def masked_cross_entropy(logits, target, mask):
-    """Cross-entropy with label smoothing 0.1, averaged over masked tokens (official file: models_mage.py).
-
-    logits (B, L, V)    target  ids (B, L), or probabilities (B, L, V)    mask bool (B, L)
-    """
-    logits, target = logits.flatten(0, 1), target.flatten(0, 1)                             # (B * L, ...)
-    nll = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")            # (B * L,)
-    return (nll * mask.flatten()).sum() / mask.sum()
-
-
-def learned_tokens(length, dim):
-    """A learned parameter (1, length, dim), initialised like an embedding."""
-    return nn.Parameter(torch.randn(1, length, dim) * 0.02 * (768 / dim) ** 0.5)
-
-
-def init_weights(module):
-    """MAE's and MAGE's initialisation: Xavier-uniform matrices (qkv as one), zero biases, N(0, 0.02^2)
-    embeddings. The 0.02 belongs to width 768. It is scaled so that fresh logits, products with these
-    embeddings, vary alike at any width."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
 
 
 class MAGE(TokenModel):
@@ -1733,7 +1734,7 @@ class ADDP(TokenModel):
 #     MAE           patches with an unknown pixel are masked, and predicted in one step
 #     MAGE, ADDP    unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
 #                   their neighbours, are masked and decoded; the known pixels are pasted over the result
-#                   (section 4, initial_state)
+#                   (section 5, initial_state)
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
 # tensor on the CPU: (B,), () or, of several timesteps, (T,).
