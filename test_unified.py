@@ -6910,7 +6910,7 @@ def test_the_decoding_loop_that_section_12_shows_decides_one_token_a_step(name):
 
 
 def test_the_list_of_counts_that_section_12_shows_leaves_so_many_tokens_masked():
-    names = shown_in_the_tutorial("left = [12, 8, 4, 1]", 1) | {"model": small("mage").eval()}
+    names = {"model": small("mage").eval(), "left": [12, 8, 4, 1], "L": 16}
     line = re.search(r"#     (model\.sample\(16, steps=4,.*\)) ", inspect.getsource(unified))[1]
     names["model"].sample = names["model"].sample_steps
     left = [still_masked(state).sum(1).unique().tolist() for state in eval(line, names)]

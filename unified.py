@@ -37,7 +37,7 @@ numbers. How a model is used:
     5  MAGE                        predict the masked ids; guidance
     6  A training loop             all of this, run: `python unified.py`, two minutes on a CPU
     7  MAGE-C, MAGE-E              and tell which two crops, or which image and echo, belong together
-    8  ADDP                        read pixels, predict ids; a trained MAGE is the teacher
+    8  ADDP                        read pixels, predict ids; learned from a trained MAGE
     9  Noise                       the noise schedule, and the way back: DDPM and DDIM
     10 UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
     11 ADM                         predict the noise with a U-Net; its blocks are representations, too
@@ -75,6 +75,9 @@ Symbols  x, ids          an image as pixels, or as token ids
 Pixels are floats in [0, 1] where they enter or leave a model. Inside diffusion models they are in [-1, 1].
 Masks are bool, True = masked. They are over tokens, unless a shape or a name says pixels. Nearly all that a
 loss draws at random can also be passed in.
+
+Parameters have the authors' names, and modules their nesting, so that published files load as they are. What
+looks odd is usually theirs; "official file" says where it stands.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
          [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
@@ -231,7 +234,7 @@ def scatter_tokens(into, index, x):
 #
 # From here on this image is 256 integers below 1024. The layers are those of MaskGIT's tokenizer, which MAGE
 # uses as it is (official file: taming/modules/diffusionmodules/model.py). It is simpler than the well-known
-# VQGAN: no attention, no convolution around the codebook, average pooling on the way down, hardly any bias.
+# VQGAN: no attention, no quant_conv and post_quant_conv, average pooling on the way down, hardly any bias.
 
 
 def group_norm(channels, groups=32):
@@ -445,7 +448,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
-        # There is no norm right after the pixels.
+        # There is no norm after the first convolution.
         self.norms = nn.ModuleList([nn.Identity()] + [group_norm(w) for w in widths[2:]])
         self.score = nn.Conv2d(widths[-1], 1, 1)
 
@@ -541,7 +544,7 @@ class Model(nn.Module):
 
     def num_steps(self, steps=None, eta=None):
         """How many steps sample_steps takes, when asked for so many or, None, for its usual number, 10 if a
-        method does not say. (eta, of section 9, matters to ADM alone.)"""
+        method does not say. (eta: at 0 ADM takes fewer, section 11.)"""
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
@@ -686,7 +689,7 @@ def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
     ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     wanted = initial.double() * ratio(t, T)
     wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(before - 1)
-    return wanted.clamp(min=1).minimum(before)
+    return wanted.clamp(min=1).minimum(before)                                              # 0 stays 0
 
 
 # An image depends on its seed alone, not on the batch in which it is made, so torch.rand() will not do. Read
@@ -1152,7 +1155,8 @@ class MAGE(TokenModel):
 # - At 0.031 the tokenizer makes a blurred copy of each image. (The entropy term in this loss is negative,
 #   -0.14.)
 # - At step 100 MAGE still guesses: ln 128 = 4.85. Its loss varies with the mask ratio of the batch, and label
-#   smoothing keeps it above 0.80, the entropy of a target that has 0.9 on the true id.
+#   smoothing keeps it above 0.80, the entropy of a target that has 0.9 on the true id and 0.1 spread over
+#   all.
 # - The probe tells the eight kinds apart. "Before training" is a fresh MAGE on the trained tokenizer: random
 #   features of ids tell much already.
 # - shapes.png shows 64 samples. Most are shapes, in two colours: the tokenizer has learned no more so far.
@@ -1371,31 +1375,27 @@ class EchoMAGE(ContrastiveMAGE):
 # 8. ADDP: read pixels, predict ids
 #
 # MAGE reads ids. They suit generation. For recognition pixels are better, since rounding to ids loses detail.
-# ADDP reads pixels and predicts ids. So each step of generation goes from ids to pixels and back to ids.
+# ADDP reads pixels and predicts ids. In each step of generation it refines what the previous step predicted,
+# p_prev, which it sees as a blurred image. In training a frozen MAGE makes p_prev, and the target, too.
 #
-# Between two steps ADDP holds ids, a mask of those that are undecided, and p_prev: what the previous step
-# predicted at each masked place, a distribution over the K codes. (In code: a Decoding's ids, token_mask, and
-# the softmax of its logits.) At the start all is masked and there is no p_prev, so step 1 begins at
-# "predict", from nothing but mask tokens. Later steps do all of this:
+# Between two steps ADDP holds ids, a mask of those that are undecided, and p_prev: a distribution over the K
+# codes at each masked place. (In code: ids, token_mask and softmax(logits) of a Decoding.) A step:
 #
-#     ids,    --> code where visible,    -- D --> xt --> encoder --> decoder --> p --> unmask --> ids,
-#     p_prev      mean code where masked                                ^                         p as p_prev
-#                                                      visible ids -----+
+#     c           = e_id at visible places, sum over k of p_prev(k) e_k at masked ones
+#     xt          = D(c)                the tokenizer's decoder; both lines are next_image()
+#     h           = encoder(xt)         reads all patches of xt, clamped to [0, 1] and normalised
+#     p           = decoder(h, ids)     sees h at visible places only, and the visible ids
+#     ids, mask   = unmask(p)           as in section 4: ids are sampled from p, those of the highest
+#                                       log p + Gumbel noise are kept, the others stay masked
+#     p_prev      = p                   guided, if there is a guide
 #
-#     image      (next_image) D, the tokenizer's decoder, makes an image xt. At a visible place D reads the
-#                id's code. At a masked place it reads the mean code under p_prev, so this looks blurred: if
-#                p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8.
-#     encode     The encoder reads the patches of xt, clamped to [0, 1] and normalised.
-#     predict    (decode) The decoder predicts p, the new distribution at masked places. It sees the encoder's
-#                outputs at visible places only, and the visible ids.
-#     unmask     As in section 4: ids are sampled from p, those of the highest log p + Gumbel noise are kept,
-#                and the others stay masked. This p, guided if there is a guide, is the next step's p_prev.
+#     if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8, which looks blurred
 #
-# Nothing else runs: MAGE, ADDP's teacher in training, has no part in generating an image from nothing. The
-# token that is still masked after the last step shows as its mean code.
+# In step 1 all is masked and there is no p_prev: it begins at p, from nothing but mask tokens. MAGE has no
+# part in generating an image from nothing. The token that is still masked after the last step shows as its c.
 #
 # MAGE rounds the number of masked tokens down, ADDP up, so a step of ADDP may keep nothing. Of 256 tokens and
-# 20 steps step 1 keeps none; in step 2 all is still masked, so it begins at "predict", too, and keeps three:
+# 20 steps step 1 keeps none, so that step 2 begins at p, too; it keeps three:
 #
 #     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
 #     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
@@ -1407,8 +1407,8 @@ class EchoMAGE(ContrastiveMAGE):
 #
 #     ids              _   b   _   _          _ is masked
 #     xt       [class] 1   2   3   4          all patches enter the encoder; 1, 3 and 4 are blurred
-#     encode     h0   h1  h2  h3  h4
-#     predict   [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
+#     encoder    h0   h1  h2  h3  h4
+#     decoder   [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
 #     position   v0   m1  v2  m3  m4  i2      v, m, i: the three tables
 #
 # So h0, h1, h3 and h4 are thrown away. What the blur shows reaches the decoder through h2 alone, which has
@@ -1416,8 +1416,8 @@ class EchoMAGE(ContrastiveMAGE):
 # visible patches carry the whole image.
 #
 # Training. A step starts from ids, a mask and p_prev. To make p_prev by running ADDP itself would be slow.
-# So a trained MAGE, the predictor, plays the previous step; and it provides the target, too. It is frozen,
-# and runs twice, with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
+# So a trained MAGE, the predictor, plays the previous step, and provides the target. It is frozen, and runs
+# twice, with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
 #
 #     MAGE(ids visible under mask_earlier) --> p_prev --> xt, what ADDP reads
 #     MAGE(ids visible under mask)         --> q, what ADDP is to predict
@@ -1731,7 +1731,8 @@ class ADDP(TokenModel):
 #
 #     UMD, ADM      after each step, with as much noise as x_next has, in denoise() below
 #                                                                        [RePaint, without its jumps back]
-#     MAE           patches with an unknown pixel are masked, and predicted in one step
+#     MAE           patches with an unknown pixel are masked, and predicted in one step; known pixels in them
+#                   are kept
 #     MAGE, ADDP    unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
 #                   their neighbours, are masked and decoded; the known pixels are pasted over the result
 #                   (section 5, initial_state)
@@ -1784,17 +1785,18 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """Steps 2 and 3 above, from xt and a prediction of x0 to x_next. With alpha_bar_next = 1 that is x0.
 
     noise  standard normal, like xt; 0 gives the mean
-    std    the factor of the noise, like xt. None: sigma. ADM passes its learned s (section 11); under the
-           root sigma stays
+    std    the factor of the noise alone, like xt. None: sigma. ADM passes its learned s (section 11)
     """
-    eps = (per_image(alpha_bar.rsqrt(), xt) * xt - x0) / per_image((1 / alpha_bar - 1).sqrt(), xt)
-    variance = eta ** 2 * posterior_variance(alpha_bar, alpha_bar_next)
+    def factor(a):
+        return per_image(a, xt)
+    eps = (factor(alpha_bar.rsqrt()) * xt - x0) / factor((1 / alpha_bar - 1).sqrt())
+    variance = eta ** 2 * posterior_variance(alpha_bar, alpha_bar_next)                     # sigma^2
     if std is None:
-        std = per_image(variance.sqrt(), xt)
+        std = factor(variance.sqrt())
     else:
-        std = std * per_image(torch.as_tensor(alpha_bar_next < 1), xt)                      # no noise in x0
-    direction = per_image((1 - alpha_bar_next - variance).sqrt(), xt) * eps
-    return per_image(alpha_bar_next.sqrt(), xt) * x0 + direction + std * noise
+        std = std * factor(torch.as_tensor(alpha_bar_next < 1))             # the step to x0 adds no noise
+    direction = factor((1 - alpha_bar_next - variance).sqrt()) * eps
+    return factor(alpha_bar_next.sqrt()) * x0 + direction + std * noise
 
 
 def posterior_mean(xt, x0, alpha_bar, alpha_bar_next):
@@ -1812,7 +1814,7 @@ def denoise(predict_x0, draw_noise, alpha_bar, eta=1.0, known=None, mask=None):
 
     predict_x0   function (x, step) -> two things: x0_hat, clamped to [-1, 1]; std, as for ddim_step
     draw_noise   function k -> draw number k of each image, standard normal (n, 3, S, S)
-    alpha_bar    (steps,): that of x when each step begins, so ascending
+    alpha_bar    (steps,): that of x when each step begins, so ascending, from noise to clean
     known, mask  inpainting: pixels in [0, 1] and bool (n, S, S), True = to be generated
     """
     x = draw_noise(0)
@@ -2227,7 +2229,7 @@ class UMD(Model):
 #     side of its output                32  32  16  16   8   8   8   8  16  16  32  32  32
 #     channels                          16  16  16  32  32  64  64  64  64  32  32  16  16
 #     also reads the output of block                                 6   5   4   3   2   1
-#     DifFeed adds that of block            12      10       8     to the output
+#     in DifFeed that of block is added     12      10       8
 #
 # Blocks 3 and 5 halve the side; 9 and 11 end by doubling it. Every residual block is told the timestep.
 #
@@ -2235,11 +2237,11 @@ class UMD(Model):
 # middle, of an image with a little noise. DifFeed, a head in probe.py, runs the network twice on the same xt:
 #
 #     pass 1     f_b = output of block b, for some late blocks b
-#     pass 2     output of b's mirror + ReLU(norm(conv(f_b)))          conv: 1x1, learned; norm: batch norm
-#                the head reads blocks of pass 2, those of its --layers
+#     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that
+#                conv: 1x1, learned; norm: batch norm. The head reads any blocks of pass 2
 #
-# By default there is one b for each size of map, the last whose mirror has this size, too, without block 13,
-# whose mirror is a mere convolution: the last row of the table. (Official files: unet.py,
+# In the table b is 12, 10 and 8, one for each size of map: by default the last block whose mirror has the
+# same size. Block 13 is left out, as its mirror, block 1, is a mere convolution. (Official files: unet.py,
 # gaussian_diffusion.py, nn.py.)
 
 
@@ -2340,7 +2342,8 @@ class ADMBlock(nn.Sequential):
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# mean() is the one above, see posterior_mean(). The mean over pixels and channels of, in bits,
+# mean() is the one above, posterior_mean(); in sampling its x0' is clamped. The mean over pixels and
+# channels of, in bits,
 #
 #     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
 #            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
@@ -2620,8 +2623,8 @@ class ADM(Model):
 # section 4, say more):
 #
 #     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
-#     left = [12, 8, 4, 1]                                        # or so many tokens, here of 16
-#     model.sample(16, steps=4, schedule=lambda t, T: (left[t - 1] + 0.5) / 16)               # ADDP: - 0.5
+#     left, L = [12, 8, 4, 1], model.length                       # or so many tokens, here of 16
+#     model.sample(16, steps=4, schedule=lambda t, T: (left[t - 1] + 0.5) / L)                # ADDP: - 0.5
 #
 #     def row_by_row(confidence):                                 # (n, L) -> priority (n, L)
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
@@ -2716,9 +2719,11 @@ class Denoiser(Model):
     def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
         x = x if not t else x + t * (torch.randn_like(x) if noise is None else noise)
         x = self.patch_embed(2 * x - 1).flatten(2).mT + self.pos_embed                      # (B, L, C)
-        layers = layers or [self.best_layer]
-        _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))            # all tokens
-        return [maps[b] for b in layers]
+        maps = {}
+        for b, block in enumerate(self.blocks, 1):
+            x = block(x)
+            maps[b] = x.mT.unflatten(2, self.layers[b][1:])                                 # (B, C, h, w)
+        return [maps[b] for b in layers or [self.best_layer]]
 
     def embed(self, x, noise=None, pool="mean"):
         return self.features(x)[0].mean((2, 3))                                             # (B, C)

@@ -1,11 +1,6 @@
-"""What features without any training of a network reach on CIFAR-10, by the ridge regression of train.py:
-
-- convolutions: 256 filters of 6 x 6 pixels, drawn from a normal distribution or cut out of training images,
-  on whitened patches; both signs, averaged over four quarters;
-- a fresh umd of size tiny, whose gates, which begin at 0 and so keep its blocks from mixing anything, are
-  drawn from a normal distribution of deviation 0.1.
-
-Prints the accuracies and writes them to ladder.jsonl.
+"""What convolutions without any training reach on CIFAR-10, by the ridge regression of train.py: 256 filters
+of 6 x 6 pixels, drawn from a normal distribution or cut out of training images, on whitened patches; both
+signs, averaged over four quarters. Prints the accuracies and writes them to ladder.jsonl.
 
     python assets/runs/ladder.py data/cifar10
 """
@@ -15,14 +10,12 @@ import pickle
 import sys
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import probe
-import unified
 
 
 def read(folder, names):
@@ -45,18 +38,6 @@ def features(x, mean, whiten, filters):
     return F.adaptive_avg_pool2d(torch.cat([F.relu(a - 0.25), F.relu(-a - 0.25)], 1), 2).flatten(1)
 
 
-@torch.no_grad()
-def gated(x):
-    """Pixels (N, 3, 32, 32) -> what embed() of the fresh umd returns, (N, C)."""
-    torch.manual_seed(0)
-    model = unified.build(unified.model_config("umd", "tiny", 32, grid=8)).eval()
-    for module in model.modules():
-        if isinstance(module, unified.ConditionedBlock):
-            nn.init.normal_(module.modulation.weight, std=0.1)
-            nn.init.normal_(module.modulation.bias, std=0.1)
-    return torch.cat([model.embed(part) for part in x.split(100)])
-
-
 def main(folder):
     torch.manual_seed(0)
     x, y = read(folder, [f"data_batch_{i}" for i in range(1, 6)])
@@ -70,8 +51,7 @@ def main(folder):
     def convolutions(filters):
         filters = F.normalize(filters, dim=1)
         return lambda v: torch.cat([features(part, mean, whiten, filters) for part in v.split(100)])
-    readers = {"untrained umd, gates at random": gated,
-               "untrained convolutions, filters at random": convolutions(torch.randn(256, 108)),
+    readers = {"untrained convolutions, filters at random": convolutions(torch.randn(256, 108)),
                "untrained convolutions, filters cut from images": convolutions((seen[:256] - mean) @ whiten)}
     rows = []
     for name, read_features in readers.items():
