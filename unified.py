@@ -2719,11 +2719,11 @@ class Denoiser(Model):
     def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
         x = x if not t else x + t * (torch.randn_like(x) if noise is None else noise)
         x = self.patch_embed(2 * x - 1).flatten(2).mT + self.pos_embed                      # (B, L, C)
-        maps = {}
-        for b, block in enumerate(self.blocks, 1):
+        layers, maps = layers or [self.best_layer], {}
+        for b, block in enumerate(self.blocks[:max(layers)], 1):
             x = block(x)
             maps[b] = x.mT.unflatten(2, self.layers[b][1:])                                 # (B, C, h, w)
-        return [maps[b] for b in layers or [self.best_layer]]
+        return [maps[b] for b in layers]
 
     def embed(self, x, noise=None, pool="mean"):
         return self.features(x)[0].mean((2, 3))                                             # (B, C)
