@@ -2668,7 +2668,8 @@ class ADM(Model):
 #         take temperature, schedule and order as MAGE does, eta as UMD does, and guidance, guidance_interval,
 #         guide, labels, known and mask, as both do
 #     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
-#         -> [map (B, C, h, w) for each of layers]; add and finetune may be ignored
+#         -> [map (B, C, h, w) for each of layers]. add, {layer: map}, is added to the output of that layer;
+#         finetune may be ignored
 #     embed(x, noise=None, pool="mean")
 #         -> a vector for each image, (B, C)
 #
@@ -2722,6 +2723,8 @@ class Denoiser(Model):
         layers, maps = layers or [self.best_layer], {}
         for b, block in enumerate(self.blocks[:max(layers)], 1):
             x = block(x)
+            if b in add:
+                x = x + add[b].flatten(2).mT                                                # (B, L, C)
             maps[b] = x.mT.unflatten(2, self.layers[b][1:])                                 # (B, C, h, w)
         return [maps[b] for b in layers]
 
