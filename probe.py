@@ -17,8 +17,9 @@
                                                            sample.py --npz writes
 
 Every accuracy stands beside two others, got in the same way: from the raw pixels, unless the head needs
-feature maps, and from the same network untrained. What they reach needs no training. Results are appended
-to probe.jsonl in the run's folder. The test set is read once; training images choose places and penalties.
+feature maps, and from the same network untrained, where layers that training starts at 0 are random, too.
+What they reach needs no training. Results are appended to probe.jsonl in the run's folder. The test set is
+read once; training images choose places and penalties.
 
     1  Heads computed in one go    knn, fewshot, ridge
     2  Heads that are trained      linear, mlp, attention and difformer, diffeed, finetune
@@ -1488,16 +1489,12 @@ def results_folder(run):
 def untrained(model, config, from_zero=False):
     """The same network with fresh weights of seed 0, but the trained tokenizer, which is not in question.
 
-    from_zero  True: to be trained, so layers may start at 0. False: to be compared with, so these are drawn
-               as torch draws others. Left at 0 they hide what a random network sees: a fresh UMD, whose gates
-               are 0, would mix nothing
+    from_zero  True: to be trained, with the layers that start at 0. False: to be compared with, without these
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh = unified.build(config["arch"])
-        for layer in fresh.modules():
-            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) and not (from_zero or layer.weight.any()):
-                layer.reset_parameters()
+        fresh = fresh if from_zero else unified.draw_zero_layers(fresh)
     if model.tokenizer:
         fresh.vqgan.load_state_dict(model.vqgan.state_dict())
     return fresh.to(next(model.parameters()).device).eval()

@@ -495,7 +495,7 @@ def test_grain_is_for_flat_images_only_and_below_a_grey_level():
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. What every model offers. These tests hold for every row of MODELS, and so for a row that a fork adds, and
-#    for the method that the README adds. What is true of one method alone stands beside that method.
+#    for the method that section 12 shows. What is true of one method alone stands beside that method.
 
 
 @EVERY
@@ -5257,12 +5257,32 @@ def test_an_untrained_network_mixes_what_it_reads_and_one_from_scratch_starts_as
     drawn = [key for key, p in fresh.named_parameters() if not p.equal(model.get_parameter(key))]
     zeros = {key.rpartition(".")[0] for key, p in model.named_parameters() if p.dim() > 1 and not p.any()}
     assert {key.rpartition(".")[0] for key in drawn} == zeros - {""}            # the class tokens stay at 0
-    with torch.no_grad():
-        moved, still = (net.features(torch.cat([x, x.flip(3)]), noise=some_noise(6, 3, 32, 32) * 0)[0]
-                        for net in (fresh, scratch))
-    assert not torch.allclose(moved, still)
-    if name == "umd":
-        assert scratch.embed(x).std(0).max() == 0 < fresh.embed(x).std(0).min()
+    with torch.no_grad():                                       # whether it sees that an image is turned over
+        seen = [(net.embed(x, noise=x * 0) - net.embed(x.flip(3), noise=x * 0)).abs().max()
+                for net in (scratch, fresh)]
+    assert seen[0] < 0.01 < 0.05 < seen[1]
+
+
+def test_layers_that_start_at_0_are_drawn_whatever_they_are_and_frozen_ones_are_left():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(unified.zero_init(layer) for layer in (
+                torch.nn.Linear(4, 4), torch.nn.ConvTranspose2d(3, 3, 2), torch.nn.Embedding(3, 4),
+                torch.nn.LayerNorm(4)))
+            self.frozen = unified.zero_init(torch.nn.Linear(4, 4)).requires_grad_(False)
+            self.scale = torch.nn.Parameter(torch.zeros(4))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    own = unified.draw_zero_layers(Own())
+    assert all(layer.weight.any() for layer in own.layers)
+    assert not own.frozen.weight.any() and not own.scale.any()
+    torch.manual_seed(3)
+    Own()
+    state = torch.get_rng_state()
+    torch.set_rng_state(before)
+    unified.draw_zero_layers(Own())
+    assert torch.get_rng_state().equal(state)                   # what is drawn after it stays the same
 
 
 def test_averaged_weights_that_a_method_does_not_keep_cannot_be_asked_for(finished):
@@ -6901,20 +6921,38 @@ def shown_in_the_tutorial(first, lines):
 
 @pytest.mark.parametrize("name", ["mage", "addp"])
 def test_the_decoding_loop_that_section_12_shows_decides_one_token_a_step(name):
-    counts, names = [], shown_in_the_tutorial("@torch.no_grad()\n#     def sample_slowly", 10)
-    names["unmask"] = lambda *args, **more: counts.append(args[3].tolist()) or unified.unmask(*args, **more)
-    model = small(name).eval()
-    x = names["sample_slowly"](model, 3)
-    assert counts == [[left] * 3 for left in range(model.length - 1, -1, -1)]
+    names = shown_in_the_tutorial("@torch.no_grad()\n#     def sample_slowly", 10)
+    states, model = [], small(name)
+
+    def unmask(logits, ids, mask, count, *args, **more):
+        states.append((ids, mask, *unified.unmask(logits, ids, mask, count, *args, **more)))
+        return states[-1][2:]
+    names["unmask"] = unmask
+    x = names["sample_slowly"](model.eval(), 3)
     assert x.shape == (3, 3, model.image_size, model.image_size) and 0 <= x.min() < x.max() <= 1
+    assert len(states) == model.length
+    for t, (ids, mask, new_ids, new_mask) in enumerate(states, 1):
+        assert (new_mask.sum(1) == model.length - t).all() and not (new_mask & ~mask).any()
+        assert new_ids[~mask].equal(ids[~mask])                                         # decided ids stay
+        assert t == 1 or mask.equal(states[t - 2][3]) and ids.equal(states[t - 2][2])
+    first = [(mask & ~new_mask).int().argmax(1) for _, mask, _, new_mask in states]
+    assert not torch.stack(first).T[0].equal(torch.stack(first).T[1])                   # at random places
 
 
-def test_the_list_of_counts_that_section_12_shows_leaves_so_many_tokens_masked():
-    names = {"model": small("mage").eval(), "left": [12, 8, 4, 1], "L": 16}
-    line = re.search(r"#     (model\.sample\(16, steps=4,.*\)) ", inspect.getsource(unified))[1]
-    names["model"].sample = names["model"].sample_steps
-    left = [still_masked(state).sum(1).unique().tolist() for state in eval(line, names)]
-    assert left == [[12], [8], [4], [0]]
+@pytest.mark.parametrize("name, half", [("mage", "+ 0.5"), ("addp", "- 0.5")])
+def test_the_schedules_that_section_12_shows_leave_so_many_tokens_masked(name, half):
+    model = small(name).eval()
+    names, text = {"model": model}, inspect.getsource(unified)
+
+    def masked_after_each_step(line):
+        states = eval(line.replace("sample", "sample_steps"), names)
+        return [still_masked(state).sum(1).unique().tolist() for state in states]
+    exec(re.search(r"#     (left, L = .*?) +#", text)[1], names)
+    line, hint = re.search(r"#     (model\.sample\(16, steps=4,.*\)) +# ADDP: (.*)", text).groups()
+    assert half in (hint, "+ 0.5")
+    assert masked_after_each_step(line.replace("+ 0.5", half)) == [[12], [8], [4], [0]]
+    squares = re.search(r"#     (model\.sample\(16, schedule=.*\)) +# ratio", text)[1]
+    assert masked_after_each_step(squares.replace("16,", "16, steps=4,")) == [[15], [12], [7], [0]]
 
 
 def test_a_schedule_of_counts_keeps_exactly_these_masked():

@@ -238,13 +238,13 @@ def settings(cfg):
 
 def check(cfg):
     """Refuse flags that do not go together, and files and folders that are not there."""
-    method, teacher = unified.MODELS[cfg.model], unified.MODELS[cfg.model].predictor
-    if teacher and not cfg.predictor and not cfg.init:
+    method, predictor = unified.MODELS[cfg.model], unified.MODELS[cfg.model].predictor
+    if predictor and not cfg.predictor and not cfg.init:
         data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset} --image-size {cfg.image_size}"
-        run = f"out/{pathlib.Path(cfg.dataset).name}-{teacher}"
-        raise UserError(f"{cfg.model} learns from a trained {teacher.upper()}: run python train.py{data} "
-                        f"--model {teacher}, then this with --predictor {run}")
-    if cfg.predictor and (not teacher or cfg.labels or cfg.tokenizer):
+        run = f"out/{pathlib.Path(cfg.dataset).name}-{predictor}"
+        raise UserError(f"{cfg.model} learns from a trained {predictor.upper()}: run python train.py{data} "
+                        f"--model {predictor}, then this with --predictor {run}")
+    if cfg.predictor and (not predictor or cfg.labels or cfg.tokenizer):
         raise UserError("--predictor belongs to --model addp, and neither --tokenizer, which it brings "
                         "along, nor --labels go with it")
     if cfg.labels and not method.model.takes_labels:

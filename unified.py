@@ -7,7 +7,7 @@ nothing, it is generation.
     method   reads               corruption                              prediction
     MAGE     token ids           about 70 % of the tokens masked         the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
-    MAGE-E   token ids           the same                                + which redrawn copy belongs to it
+    MAGE-E   token ids           the same                                + which image a redrawn copy is of
     ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
@@ -68,9 +68,9 @@ Symbols  x, ids          an image as pixels, or as token ids
          p, q            distributions: p is the network's, q its target
          e_k, D          code k, and the tokenizer's decoder, which turns codes into an image
 
-         t runs in two directions. In sections 4 to 8 it counts steps of decoding, 1 ... T: the larger t, the
-         less is masked. In 9 to 11 it is a timestep of diffusion: the larger t, the more noise. The t of
-         features() says how corrupted x is: by a mask ratio in MAGE, by a timestep in UMD and ADM.
+         t runs in two directions. In sections 4 to 8, and in 12, it counts steps of decoding, 1 ... T: the
+         larger t, the less is masked. In 9 to 11 it is a timestep of diffusion: the larger t, the more noise.
+         The t of features() says how corrupted x is: by a mask ratio in MAGE, by a timestep in UMD and ADM.
 
 Pixels are floats in [0, 1] where they enter or leave a model. Inside diffusion models they are in [-1, 1].
 Masks are bool, True = masked. They are over tokens, unless a shape or a name says pixels. Nearly all that a
@@ -617,7 +617,7 @@ class Model(nn.Module):
 # all masked ones. MAGE drops this fixed number, so that shapes stay the same from batch to batch, and the
 # other masked ones enter as [MASK]:
 #
-#     L = 256 tokens, r = 0.55, here sorted by their random numbers; in the encoder each is at its place
+#     L = 256 tokens, r = 0.55, here sorted by their random numbers; the encoder reads them in their order
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
 #     |------- 128 dropped -------|- 13 [MASK] --|
 #                                 |----- 128 tokens, with the class token 129 -----|     enter the encoder
@@ -681,8 +681,8 @@ def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
 
     initial   n0, how many were masked at the start          before  how many were before this step
     schedule  a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked, such as
-              lambda t, T: 1 - (t / T) ** 2. Whatever it says, one token stays masked, and each step keeps
-              one at least. (k + 0.5) / n0 leaves k tokens masked; n0 is L unless inpainting
+              lambda t, T: 1 - (t / T) ** 2. Whatever it says, one token stays masked, and until only that
+              is left each step keeps at least one. (k + 0.5) / n0 leaves k masked; n0 is L unless inpainting
     round_up  False: the rule above. True: rounded up, and a step may keep none, as in ADDP (section 8). There
               (k - 0.5) / n0 leaves k
     """
@@ -1218,7 +1218,8 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
         model = UMD(**size, grid=8, clean_ratio=0.5, mask_ratio_clean=0.75, mask_ratio_noised=0.375)
     if method == "adm":
         model = ADM(image_size=32, **ADM_SIZES["tiny"])
-    untrained = {labelled: linear_probe(model.eval(), labelled) for labelled in (40, 1000)}
+    fresh = draw_zero_layers(copy.deepcopy(model)).eval()           # of section 15; changes UMD and ADM alone
+    untrained = {labelled: linear_probe(fresh, labelled) for labelled in (40, 1000)}
     fit(model.train(), steps, batch_size=64 if method == "mage" else 16, peak_lr=1.5e-3)
     for labelled, before in untrained.items():
         after = linear_probe(model.eval(), labelled)
@@ -1376,7 +1377,7 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # MAGE reads ids. They suit generation. For recognition pixels are better, since rounding to ids loses detail.
 # ADDP reads pixels and predicts ids. In each step of generation it refines what the previous step predicted,
-# p_prev, which it sees as a blurred image. In training a frozen MAGE makes p_prev, and the target, too.
+# p_prev, shown to it as a blurred image. In training a frozen MAGE makes p_prev, and the target, too.
 #
 # Between two steps ADDP holds ids, a mask of those that are undecided, and p_prev: a distribution over the K
 # codes at each masked place. (In code: ids, token_mask and softmax(logits) of a Decoding.) A step:
@@ -1384,10 +1385,11 @@ class EchoMAGE(ContrastiveMAGE):
 #     c           = e_id at visible places, sum over k of p_prev(k) e_k at masked ones
 #     xt          = D(c)                the tokenizer's decoder; both lines are next_image()
 #     h           = encoder(xt)         reads all patches of xt, clamped to [0, 1] and normalised
-#     p           = decoder(h, ids)     sees h at visible places only, and the visible ids
+#     p           = decoder(h, ids)     sees h at visible places only, and the visible ids; then guided, if
+#                                       there is a guide
 #     ids, mask   = unmask(p)           as in section 4: ids are sampled from p, those of the highest
 #                                       log p + Gumbel noise are kept, the others stay masked
-#     p_prev      = p                   guided, if there is a guide
+#     p_prev      = p
 #
 #     if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8, which looks blurred
 #
@@ -1442,9 +1444,9 @@ class EchoMAGE(ContrastiveMAGE):
 # to 0.9999. mask takes number `index`, drawn with MAGE's normal density as weight: 74.5 % on average.
 # mask_earlier takes number index + gap, with gap from 1 to 5, or the last. Both masks rank the same random
 # numbers, which nests them: index 40 and gap 3 mask 235 and 240 of 256 tokens. Counts are rounded up, so of
-# 256 tokens the five largest ratios mask all: they teach the first steps of generation. (There the encoder
-# runs, and nothing reads its outputs.) No timestep enters the network: it can see how much of the image is
-# decided.
+# 256 tokens the five largest ratios mask all: they teach the first steps of generation. (The encoder runs
+# even then, but nothing reads its outputs.) No timestep enters the network: it can see how much of the image
+# is decided.
 
 
 def nested_mask_ratios():
@@ -1785,7 +1787,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """Steps 2 and 3 above, from xt and a prediction of x0 to x_next. With alpha_bar_next = 1 that is x0.
 
     noise  standard normal, like xt; 0 gives the mean
-    std    the factor of the noise alone, like xt. None: sigma. ADM passes its learned s (section 11)
+    std    like xt: takes sigma's place before the noise, not under the root, as ADM's learned s does
     """
     def factor(a):
         return per_image(a, xt)
@@ -1881,8 +1883,8 @@ def timestep_embedding(t, dim, denominator, layout):
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #                                                                   (-: not used)
 #
-# In generation nothing is masked, though in training, except in DiT, something always was: attention takes
-# any number of tokens. Only the prediction of eps is used, as in DDPM.
+# In generation nothing is masked. (In training something is, except in DiT and in the second training below;
+# attention takes any number of tokens.) Only the prediction of eps is used, as in DDPM.
 #
 # Labels. Only the noised part is told its labels, as in the official code. One label in ten is hidden, for
 # guidance, which works as in MAGE, but with the same w in every step:
@@ -2342,8 +2344,7 @@ class ADMBlock(nn.Sequential):
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# mean() is the one above, posterior_mean(); in sampling its x0' is clamped. The mean over pixels and
-# channels of, in bits,
+# mean() is posterior_mean(); in sampling its x0' is clamped. In bits, and averaged over pixels and channels:
 #
 #     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
 #            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
@@ -2596,10 +2597,9 @@ class ADM(Model):
 
 
 # What `python unified.py METHOD` (section 6) shows of each: accuracy of a linear probe on the embeddings,
-# before -> after the training of the method, the tokenizer trained in both. A fresh UMD or ADM guesses,
-# since its residual branches start at 0: then UMD's class tokens are the same for all images, and ADM's
-# averaged features tell the mean colour alone. The rows are not to be compared: mage has batches of 64, the
-# others of 16, and addp is trained after a mage.
+# before -> after the training of the method, the tokenizer trained in both. Before it the network is random,
+# UMD's gates and ADM's last convolutions, too; left at 0 they would pass nothing on. The rows are not to be
+# compared: mage has batches of 64, the others of 16, and addp is trained after a mage.
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours
@@ -2662,7 +2662,8 @@ class ADM(Model):
 #         best_layer      the layer that probes read if not told otherwise
 #         length          if it has tokens, how many
 #     forward(x, labels=None)
-#         images (B, 3, S, S) -> scalar loss, dict of its terms; with views=2 in its row x is (B, 2, 3, S, S)
+#         images (B, 3, S, S) -> scalar loss, dict of its terms. (Two views of an image, views=2 in its row,
+#         are for subclasses of ContrastiveMAGE: x is (B, 2, 3, S, S) or (B, 2, L), one view in evaluations)
 #     sample_steps(n, steps=None, seeds=None)
 #         yields a Denoising after each step, as many as num_steps(steps) says, without gradient. It may also
 #         take temperature, schedule and order as MAGE does, eta as UMD does, and guidance, guidance_interval,
@@ -2674,14 +2675,15 @@ class ADM(Model):
 #         -> a vector for each image, (B, C)
 #
 # The rest may be left out: options of sample_steps() but n, steps and seeds; render(), if x of its states is
-# in [-1, 1]; num_steps(), if 10 steps are usual; noise(); and what class Model lists for the scripts, of
-# which a class overrides where it differs, as those above do.
+# in [-1, 1]; num_steps(), if 10 steps are usual; noise(), if that of features() is like x; and what class
+# Model lists for the scripts, of which a class overrides where it differs, as those above do.
 #
 # - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
 #   calls super().__init__(vqgan, image_size), sets self.vqgan, and defines step_logits() and render() in
 #   place of sample_steps(). Its pools are "mean" and "class".
 # - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
-# - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward().
+# - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(). The names device and
+#   tokenizer are taken, by Model.
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
 #   (FORMS, in section 15, has all). If yours means something else give it another name.
 
@@ -3076,7 +3078,8 @@ def hash_ints(*values):
 def hashed_uniform(seeds, draw, n):
     """n uniform numbers strictly inside (0, 1) for each seed: int64 (B,), int -> float32 (B, n). Draws that
     are taken: in step t = 1 ... T of decoding 2 t - 2 for the ids and 2 t - 1 for the confidence; in
-    denoising 0 for the start, then 2 t - 1 and 2 t; 0 for the noise of features() and for a drawn shape."""
+    denoising 0 for the start, 2 s - 1 and 2 s for step s = 1, 2 ...; 0 for the noise of features() and for a
+    drawn shape."""
     row = murmur(murmur(murmur(seeds) ^ (seeds >> 32)) + draw)
     bits = murmur(row[:, None] + 0x9E3779B9 * torch.arange(1, n + 1, device=seeds.device))
     return ((bits >> 9).float() + 0.5) / 2**23                                   # 23 bits: 1 is never reached
@@ -3211,6 +3214,19 @@ def complete(model):
     wanted = {"image_size", "layers", "best_layer", "sample_steps", "features", "embed"}
     if missing := sorted(name for name in wanted if not hasattr(model, name)):
         raise TypeError(f"{type(model).__name__} lacks {', '.join(missing)}; section 12 says what each is")
+    return model
+
+
+@torch.random.fork_rng(devices=[])
+def draw_zero_layers(model):
+    """The model, in which layers whose trained weights are all 0 have torch's default initialisation instead:
+    a random network to compare with. A fresh UMD, whose gates start at 0, would mix nothing. (Parameters that
+    belong to no layer of torch stay as they are.)"""
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+        if trained and hasattr(layer, "reset_parameters") and not weight.any():
+            layer.reset_parameters()
     return model
 
 
