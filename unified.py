@@ -2604,8 +2604,8 @@ class ADM(Model):
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours
 #     addp     3              31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
-#     umd      2              14.5 -> 50.3 %   14.5 -> 86.8 %   flat colours: it needs longer training
-#     adm      3              13.5 -> 39.6 %   12.1 -> 83.4 %   blobs with sharp edges, in all colours
+#     umd      2              42.9 -> 50.3 %   80.3 -> 86.8 %   flat colours: it needs longer training
+#     adm      3              32.5 -> 39.6 %   70.7 -> 83.4 %   blobs with sharp edges, in all colours
 
 
 # ------------------------------------------------------------------------------------------------------------
