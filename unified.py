@@ -603,6 +603,10 @@ class Model(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # 4. Masking and unmasking
 #
+# MAGE in short: some ids of an image are masked; an encoder reads the others; a decoder predicts p, at each
+# masked place a distribution over the ids. This section says which are masked, in training and, step by step,
+# in generation.
+#
 # Training masks a random part of the tokens. The mask ratio r is drawn once for each batch, from a truncated
 # normal distribution [MAGE, section 3]:
 #
@@ -768,9 +772,9 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
     for t in range(1, steps + 1):
         logits = predict(t, state)
         count = num_masked(initial, state.count, t, steps, schedule, round_up)          # after this step
-        u, v = decoding_noise(seeds, t, state.ids.size(1))
-        gumbel = temperature * (1 - t / steps) * to_gumbel(v)                           # (n, L)
-        ids, mask = unmask(logits, state.ids, state.token_mask, count, u, gumbel, order)
+        u_ids, u_gumbel = decoding_noise(seeds, t, state.ids.size(1))                   # (n, L) each
+        gumbel = temperature * (1 - t / steps) * to_gumbel(u_gumbel)
+        ids, mask = unmask(logits, state.ids, state.token_mask, count, u_ids, gumbel, order)
         state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=t == steps)
         yield state
 
@@ -886,6 +890,17 @@ def guidance_at(progress, w, interval):
     """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
     low, high = interval
     return w if low <= progress < high else 1.0
+
+
+# Who calls whom in generation:
+#
+#     sample                      Model: all steps, then render()
+#       sample_steps              TokenModel: seeds, temperature, inpainting
+#         parallel_decoding       section 4: for t = 1 ... T
+#           guided_logits         TokenModel: with guidance two passes
+#             step_logits         MAGE, ADDP: one pass of the network
+#           num_masked, unmask    section 4: how many stay masked, and which
+#       render                    MAGE, ADDP: ids -> pixels
 
 
 class TokenModel(Model):
@@ -1154,9 +1169,9 @@ class MAGE(TokenModel):
 #
 # - At 0.031 the tokenizer makes a blurred copy of each image. (The entropy term in this loss is negative,
 #   -0.14.)
-# - At step 100 MAGE still guesses: ln 128 = 4.85. Its loss varies with the mask ratio of the batch, and label
-#   smoothing keeps it above 0.80, the entropy of a target that has 0.9 on the true id and 0.1 spread over
-#   all.
+# - At step 100 MAGE is no better than a guess: ln 128 = 4.85. Its loss varies with the mask ratio of the
+#   batch, and label smoothing keeps it above 0.80, the entropy of a target that has 0.9 on the true id and 0.1
+#   spread over all.
 # - The probe tells the eight kinds apart. "Before training" is a fresh MAGE on the trained tokenizer: random
 #   features of ids tell much already.
 # - shapes.png shows 64 samples. Most are shapes, in two colours: the tokenizer has learned no more so far.
@@ -1238,7 +1253,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
-#     b: the other view of a's image. v: all views of the batch                              [SimCLR, eq. 1]
+#     b: the other view of a's image. v: all views of the batch, so 2B - 2 negatives         [SimCLR, eq. 1]
 #
 #     three images with the views 0 1 | 2 3 | 4 5:  a = 2 is to find b = 3 among v = 0, 1, 3, 4, 5
 #
@@ -1385,23 +1400,17 @@ class EchoMAGE(ContrastiveMAGE):
 #     c           = e_id at visible places, sum over k of p_prev(k) e_k at masked ones
 #     xt          = D(c)                the tokenizer's decoder; both lines are next_image()
 #     h           = encoder(xt)         reads all patches of xt, clamped to [0, 1] and normalised
-#     p           = decoder(h, ids)     sees h at visible places only, and the visible ids; then guided, if
-#                                       there is a guide
+#     p           = decoder(h, ids)     sees h at visible places only, and the visible ids
 #     ids, mask   = unmask(p)           as in section 4: ids are sampled from p, those of the highest
 #                                       log p + Gumbel noise are kept, the others stay masked
 #     p_prev      = p
 #
 #     if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8, which looks blurred
 #
-# In step 1 all is masked and there is no p_prev: it begins at p, from nothing but mask tokens. MAGE has no
-# part in generating an image from nothing. The token that is still masked after the last step shows as its c.
-#
-# MAGE rounds the number of masked tokens down, ADDP up, so a step of ADDP may keep nothing. Of 256 tokens and
-# 20 steps step 1 keeps none, so that step 2 begins at p, too; it keeps three:
-#
-#     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
-#     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
-#     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
+# Of a place that stays masked only p goes on, as blur in the next image; the id that was sampled there does
+# not. A guide acts on p before it is used (section 5). In step 1 all is masked and there is no p_prev: it
+# begins at p, from nothing but mask tokens. MAGE has no part in generating an image from nothing. The token
+# that is still masked after the last step shows as its c.
 #
 # At masked places the decoder reads the mask token [M], and also at position 0, where MAGE has the summary.
 # The visible ids follow at the end, as tokens of their own. Visible places, masked places and ids each have
@@ -1416,6 +1425,13 @@ class EchoMAGE(ContrastiveMAGE):
 # So h0, h1, h3 and h4 are thrown away. What the blur shows reaches the decoder through h2 alone, which has
 # attended to it. This is as in the official code, which gives no reason. Perhaps it makes the outputs of
 # visible patches carry the whole image.
+#
+# MAGE rounds the number of masked tokens down, ADDP up, so a step of ADDP may keep nothing. Of 256 tokens and
+# 20 steps step 1 keeps none, so that step 2 begins at p, too; it keeps three:
+#
+#     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
+#     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
+#     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
 #
 # Training. A step starts from ids, a mask and p_prev. To make p_prev by running ADDP itself would be slow.
 # So a trained MAGE, the predictor, plays the previous step, and provides the target. It is frozen, and runs
@@ -1696,7 +1712,7 @@ class ADDP(TokenModel):
 # larger, that of x_next. A step
 #
 #     1. solves the mixture for x0', given the predicted eps, and clamps x0' to [-1, 1], where pixels lie,
-#     2. solves it for eps', given this x0' (without the clamp that is the predicted eps again),
+#     2. solves it for eps', given this x0'; if the clamp changed nothing it is the predicted eps again,
 #     3. mixes the two anew:
 #
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
@@ -1707,9 +1723,9 @@ class ADDP(TokenModel):
 # the fresh noise sum to 1 - alpha_bar_next. eta = 0 adds none: this is DDIM. eta = 1 is DDPM with the
 # smaller of its two variances, beta~. One pixel, in figures:
 #
-#     alpha_bar = 0.25, x0 = 0.8, eps = -0.4       xt = 0.5 * 0.8 + 0.866 * -0.4              =  0.054
-#     the network predicts -0.5                    x0' = (0.054 + 0.866 * 0.5) / 0.5          =  0.973
-#     alpha_bar_next = 0.64, eta = 0               x_next = 0.8 * 0.973 + 0.6 * -0.5          =  0.479
+#     alpha_bar = 0.25, x0 = 0.8, eps = -0.4       xt = 0.5 * 0.8 + 0.866 * -0.4              =  0.0536
+#     the network predicts -0.5                    x0' = (0.0536 + 0.866 * 0.5) / 0.5         =  0.9732
+#     alpha_bar_next = 0.64, eta = 0               x_next = 0.8 * 0.9732 + 0.6 * -0.5         =  0.479
 #
 # The error of eps is 0.1, that of x0' is 0.173: sqrt(1 / 0.25 - 1) = 1.73 times as large.
 #
@@ -1721,7 +1737,10 @@ class ADDP(TokenModel):
 # Step 3 without its noise is this mean, with x0' for x0. To see it, put
 # eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into step 3. With eta = 1 its root can be taken, as
 #
-#     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next)^2 * (alpha_bar / alpha_bar_next) / (1 - alpha_bar)
+#     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next) * (1 - (1 - r) / (1 - alpha_bar))
+#                                  = (1 - alpha_bar_next)^2 * r / (1 - alpha_bar)
+#
+# where r = alpha_bar / alpha_bar_next: 1 - alpha_bar - (1 - r) = r - alpha_bar = r (1 - alpha_bar_next).
 #
 # So the factor of xt is that of the first line; call it F. And the factor of x0' is that of the second:
 #
@@ -1787,7 +1806,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """Steps 2 and 3 above, from xt and a prediction of x0 to x_next. With alpha_bar_next = 1 that is x0.
 
     noise  standard normal, like xt; 0 gives the mean
-    std    like xt: takes sigma's place before the noise, not under the root, as ADM's learned s does
+    std    for ADM (section 11), until then None. Like xt: takes sigma's place before the noise alone
     """
     def factor(a):
         return per_image(a, xt)
@@ -2231,7 +2250,7 @@ class UMD(Model):
 #     side of its output                32  32  16  16   8   8   8   8  16  16  32  32  32
 #     channels                          16  16  16  32  32  64  64  64  64  32  32  16  16
 #     also reads the output of block                                 6   5   4   3   2   1
-#     in DifFeed that of block is added     12      10       8
+#     DifFeed adds, of pass 1, block        12      10       8
 #
 # Blocks 3 and 5 halve the side; 9 and 11 end by doubling it. Every residual block is told the timestep.
 #
@@ -2323,9 +2342,9 @@ class ADMBlock(nn.Sequential):
 #     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
 #                                                 geometric mean
 #
-# (In the last step, at t = 0, beta~ is 0 and has no logarithm. There the beta~ of t = 1 stands in. It matters
-# to L_vb alone, as the last step adds no noise.) A step of sampling is that of section 9. With eta = 1 its
-# noise has the factor s instead of sigma:
+# (In the last step, at t = 0, beta~ is 0 and has no logarithm. There the beta~ of the step before stands in.
+# It matters to L_vb alone, as the last step adds no noise.) A step of sampling is that of section 9. With
+# eta = 1 its noise has the factor s instead of sigma:
 #
 #     mean      = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps'          no v in it
 #     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
@@ -2606,6 +2625,13 @@ class ADM(Model):
 #     addp     3              31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
 #     umd      2              42.9 -> 50.3 %   80.3 -> 86.8 %   flat colours: it needs longer training
 #     adm      3              32.5 -> 39.6 %   70.7 -> 83.4 %   blobs with sharp edges, in all colours
+#
+# What is read by such a probe differs; embed() reads what the papers do:
+#
+#     MAGE     the encoder's last block, nothing masked: the mean over tokens, normalised
+#     ADDP     the encoder's output, of the image itself: the mean over patches
+#     UMD      the encoder's class tokens, at t = 0, or 51 if no clean image was seen in training
+#     ADM      block 10 of 13 at t = 90 (24 of 37 in the published size): the mean over the map
 
 
 # ------------------------------------------------------------------------------------------------------------
