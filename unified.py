@@ -1170,8 +1170,8 @@ class MAGE(TokenModel):
 # - At 0.031 the tokenizer makes a blurred copy of each image. (The entropy term in this loss is negative,
 #   -0.14.)
 # - At step 100 MAGE is no better than a guess: ln 128 = 4.85. Its loss varies with the mask ratio of the
-#   batch, and label smoothing keeps it above 0.80, the entropy of a target that has 0.9 on the true id and 0.1
-#   spread over all.
+#   batch, and label smoothing keeps it above 0.80, the entropy of a target that has 0.9 on the true id and
+#   0.1 spread over all.
 # - The probe tells the eight kinds apart. "Before training" is a fresh MAGE on the trained tokenizer: random
 #   features of ids tell much already.
 # - shapes.png shows 64 samples. Most are shapes, in two colours: the tokenizer has learned no more so far.
