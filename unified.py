@@ -68,16 +68,17 @@ Symbols  x, ids          an image as pixels, or as token ids
          p, q            distributions: p is the network's, q its target
          e_k, D          code k, and the tokenizer's decoder, which turns codes into an image
 
-         t runs in two directions. In sections 4 to 8, and in 12, it counts steps of decoding, 1 ... T: the
-         larger t, the less is masked. In 9 to 11 it is a timestep of diffusion: the larger t, the more noise.
-         The t of features() says how corrupted x is: by a mask ratio in MAGE, by a timestep in UMD and ADM.
+         t runs in two directions. In sections 4 to 8 it counts steps of decoding, 1 ... T: the larger t, the
+         less is masked. In 9 to 11 it is a timestep of diffusion: the larger t, the more noise. The t of
+         features() says how corrupted x is: by a mask ratio in MAGE, by a timestep in UMD and ADM.
 
-Pixels are floats in [0, 1] where they enter or leave a model. Inside diffusion models they are in [-1, 1].
+Pixels are floats in [0, 1] where they enter or leave a model. Inside diffusion models, and in the states that
+their sample_steps() yields, they are in [-1, 1].
 Masks are bool, True = masked. They are over tokens, unless a shape or a name says pixels. Nearly all that a
 loss draws at random can also be passed in.
 
-Parameters have the authors' names, and modules their nesting, so that published files load as they are. What
-looks odd is usually theirs; "official file" says where it stands.
+Parameters have the authors' names, and modules their nesting, so that published files of MAGE, ADDP and ADM
+can be read. What looks odd is usually theirs; "official file" says where it stands.
 
 Papers   [ADDP] Tian et al. 2023, arXiv 2306.05423          [ADM] Dhariwal and Nichol 2021, 2105.05233
          [Attention] Vaswani et al. 2017, 1706.03762        [Autoguidance] Karras et al. 2024, 2406.02507
@@ -396,7 +397,7 @@ class VQGAN(nn.Module):
 #
 #     z = 0.3, nearest code 0.5     the decoder reads 0.3 + sg(0.2) = 0.5, whose derivative by z is 1
 #
-# The loss is a weighted sum of these terms, each a mean over all its entries:
+# The loss is a weighted sum of these terms, each but the entropy a mean over all its entries:
 #
 #     term        weight formula                       trains
 #     l1           3.0   |x' - x|                      decoder and encoder
@@ -530,9 +531,10 @@ class TokenizerTraining(nn.Module):
 
 
 class Model(nn.Module):
-    """What all have in common. A subclass defines sample_steps(), which yields a state after each step: a
-    Decoding of ids and their mask (section 4), or a Denoising of pixels (section 9). In its __init__ it sets
-    image_size, layers = {number of a block: (channels, h, w)}, and best_layer, the block features() reads."""
+    """What all have in common. A subclass defines forward(), features(), embed(), and sample_steps(), which
+    yields a state after each step: a Decoding of ids and their mask (section 4), or a Denoising of pixels
+    (section 9). In its __init__ it sets image_size, layers = {number of a block: (channels, h, w)}, and
+    best_layer, the block features() reads."""
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1], options as for sample_steps. Call eval() before: in training mode
@@ -621,7 +623,7 @@ class Model(nn.Module):
 # all masked ones. MAGE drops this fixed number, so that shapes stay the same from batch to batch, and the
 # other masked ones enter as [MASK]:
 #
-#     L = 256 tokens, r = 0.55, here sorted by their random numbers; the encoder reads them in their order
+#     L = 256 tokens, r = 0.55, here sorted by their random numbers; the encoder reads them as they lie
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
 #     |------- 128 dropped -------|- 13 [MASK] --|
 #                                 |----- 128 tokens, with the class token 129 -----|     enter the encoder
@@ -663,7 +665,8 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     confidence   -.1 -1.6        -.9            log p + temperature (1 - t/T) Gumbel, at masked tokens
 #     next           c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
-# How many stay masked falls along a cosine [MaskGIT, 3.3], and in MAGE by at least one in each step:
+# How many stay masked falls along a cosine [MaskGIT, 3.3], and in MAGE by at least one in each step, down to
+# one:
 #
 #     num_masked(t) = max(1, min(floor(n0 cos(pi t / 2T)), num_masked(t-1) - 1)),       num_masked(0) = n0 > 0
 #
@@ -1159,7 +1162,8 @@ class MAGE(TokenModel):
 #
 # `python unified.py` runs the story so far: it trains a tokenizer, then MAGE on its ids, in two minutes on
 # two CPU cores. The images need no download: draw_shapes() of section 15 draws eight kinds, such as circles
-# and stars, whose colours say nothing about the kind. With seed 0, torch 2.13 and two threads it printed:
+# and stars, whose colours say nothing about the kind. With seed 0, torch 2.13 and two threads it printed, among
+# other lines:
 #
 #     TokenizerTraining step   600   loss 0.031
 #     MAGE              step   100   loss 4.920
@@ -1408,7 +1412,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8, which looks blurred
 #
 # Of a place that stays masked only p goes on, as blur in the next image; the id that was sampled there does
-# not. A guide acts on p before it is used (section 5). In step 1 all is masked and there is no p_prev: it
+# not. A guide acts on p's logits (section 5). In step 1 all is masked and there is no p_prev: it
 # begins at p, from nothing but mask tokens. MAGE has no part in generating an image from nothing. The token
 # that is still masked after the last step shows as its c.
 #
@@ -1735,12 +1739,11 @@ class ADDP(TokenModel):
 #         + sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar) * x0
 #
 # Step 3 without its noise is this mean, with x0' for x0. To see it, put
-# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into step 3. With eta = 1 its root can be taken, as
+# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into step 3. With eta = 1 its root can be taken: let
+# a = alpha_bar / alpha_bar_next. Then 1 - alpha_bar - (1 - a) = a - alpha_bar = a (1 - alpha_bar_next), and
 #
-#     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next) * (1 - (1 - r) / (1 - alpha_bar))
-#                                  = (1 - alpha_bar_next)^2 * r / (1 - alpha_bar)
-#
-# where r = alpha_bar / alpha_bar_next: 1 - alpha_bar - (1 - r) = r - alpha_bar = r (1 - alpha_bar_next).
+#     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next) * (1 - (1 - a) / (1 - alpha_bar))
+#                                  = (1 - alpha_bar_next)^2 * a / (1 - alpha_bar)
 #
 # So the factor of xt is that of the first line; call it F. And the factor of x0' is that of the second:
 #
@@ -1806,7 +1809,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """Steps 2 and 3 above, from xt and a prediction of x0 to x_next. With alpha_bar_next = 1 that is x0.
 
     noise  standard normal, like xt; 0 gives the mean
-    std    for ADM (section 11), until then None. Like xt: takes sigma's place before the noise alone
+    std    None, but for ADM (section 11): with it std * noise is added; the rest stays as with sigma
     """
     def factor(a):
         return per_image(a, xt)
@@ -1902,8 +1905,9 @@ def timestep_embedding(t, dim, denominator, layout):
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #                                                                   (-: not used)
 #
-# In generation nothing is masked. (In training something is, except in DiT and in the second training below;
-# attention takes any number of tokens.) Only the prediction of eps is used, as in DDPM.
+# In generation nothing is masked. (In training something is, except in DiT, and in the noised images of the
+# second training below; attention takes any number of tokens.) Only the prediction of eps is used, as in DDPM.
+# MAE cannot start from nothing; it inpaints with its prediction of x0.
 #
 # Labels. Only the noised part is told its labels, as in the official code. One label in ten is hidden, for
 # guidance, which works as in MAGE, but with the same w in every step:
@@ -2350,7 +2354,7 @@ class ADMBlock(nn.Sequential):
 #     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
 #     x_next    = mean + s noise; the last step, which leads to x0, adds none
 #
-#     eta        timesteps, unless told otherwise        under the root      noise is added as
+#     eta        timesteps, unless told otherwise        subtracted in root  noise is added as
 #     1          250 of 1,000, evenly spaced             beta~               s noise
 #     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
 #     0          25 in whole strides: 0, 40, 80, ...     0                   none: v is not used
@@ -2638,7 +2642,7 @@ class ADM(Model):
 # 12. A method of your own
 #
 # Often a change of a method is enough. This trains MAGE with three quarters of the tokens masked; the row has
-# to stand after MODELS, at the end of section 13:
+# to stand after MODELS, which is in section 13:
 #
 #     class MAGE75(MAGE):
 #         def forward(self, x, labels=None, **draws):
