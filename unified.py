@@ -160,12 +160,12 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, L, d)
-        p = self.dropout if self.training else 0.0
-        if self.fused and fused_is_faster(q, p):
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)                        # (B, heads, L, d)
+        drop = self.dropout if self.training else 0.0
+        if self.fused and fused_is_faster(q, drop):
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)                     # (B, heads, L, d)
         else:
-            x = F.dropout((q @ k.mT * q.size(-1) ** -0.5).softmax(-1), p) @ v
-        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), p)                        # (B, L, C)
+            x = F.dropout((q @ k.mT * q.size(-1) ** -0.5).softmax(-1), drop) @ v
+        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), drop)                     # (B, L, C)
 
 
 def fused_is_faster(q, dropout):
@@ -1080,7 +1080,7 @@ class MAGE(TokenModel):
 
     def decode(self, latent, mask, ids_keep=None):
         """Latent (B, 1 + M, C) -> logits (B, L, K) of the codes, which come first in the vocabulary; labels,
-        fake class and [MASK] are never masked. mask, ids_keep: see random_masking."""
+        fake class and [MASK] are never an answer. mask, ids_keep: see random_masking."""
         x = self.decoder_input(latent, mask, ids_keep)                                      # (B, 1 + L, C')
         for block in self.decoder_blocks:
             x = block(x)
@@ -1162,8 +1162,8 @@ class MAGE(TokenModel):
 #
 # `python unified.py` runs the story so far: it trains a tokenizer, then MAGE on its ids, in two minutes on
 # two CPU cores. The images need no download: draw_shapes() of section 15 draws eight kinds, such as circles
-# and stars, whose colours say nothing about the kind. With seed 0, torch 2.13 and two threads it printed, among
-# other lines:
+# and stars, whose colours say nothing about the kind. With seed 0, torch 2.13 and two threads it printed,
+# among other lines:
 #
 #     TokenizerTraining step   600   loss 0.031
 #     MAGE              step   100   loss 4.920
@@ -1171,8 +1171,8 @@ class MAGE(TokenModel):
 #     linear probe with 40 labels: 64.1%, before training 42.0%
 #     linear probe with 1000 labels: 93.4%, before training 88.3%
 #
-# - At 0.031 the tokenizer makes a blurred copy of each image. (The entropy term in this loss is negative,
-#   -0.14.)
+# - At 0.031 the tokenizer makes a blurred copy of each image. (The entropy term in this loss, weighted,
+#   is -0.14.)
 # - At step 100 MAGE is no better than a guess: ln 128 = 4.85. Its loss varies with the mask ratio of the
 #   batch, and label smoothing keeps it above 0.80, the entropy of a target that has 0.9 on the true id and
 #   0.1 spread over all.
@@ -1412,9 +1412,10 @@ class EchoMAGE(ContrastiveMAGE):
 #     if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8, which looks blurred
 #
 # Of a place that stays masked only p goes on, as blur in the next image; the id that was sampled there does
-# not. A guide acts on p's logits (section 5). In step 1 all is masked and there is no p_prev: it
-# begins at p, from nothing but mask tokens. MAGE has no part in generating an image from nothing. The token
-# that is still masked after the last step shows as its c.
+# not. A guide acts on p's logits (section 5). While all is masked there is no image: D and the encoder are
+# skipped, and p comes from mask tokens alone. With 256 tokens and 20 steps it is so in step 1 and, as counts
+# are rounded up (256 253 249 ... stay masked), in step 2. MAGE has no part in generating an image from nothing.
+# The token that is still masked after the last step shows as its c.
 #
 # At masked places the decoder reads the mask token [M], and also at position 0, where MAGE has the summary.
 # The visible ids follow at the end, as tokens of their own. Visible places, masked places and ids each have
@@ -1429,13 +1430,6 @@ class EchoMAGE(ContrastiveMAGE):
 # So h0, h1, h3 and h4 are thrown away. What the blur shows reaches the decoder through h2 alone, which has
 # attended to it. This is as in the official code, which gives no reason. Perhaps it makes the outputs of
 # visible patches carry the whole image.
-#
-# MAGE rounds the number of masked tokens down, ADDP up, so a step of ADDP may keep nothing. Of 256 tokens and
-# 20 steps step 1 keeps none, so that step 2 begins at p, too; it keeps three:
-#
-#     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
-#     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
-#     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
 #
 # Training. A step starts from ids, a mask and p_prev. To make p_prev by running ADDP itself would be slow.
 # So a trained MAGE, the predictor, plays the previous step, and provides the target. It is frozen, and runs
@@ -1460,19 +1454,17 @@ class EchoMAGE(ContrastiveMAGE):
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
 #
-# The mask ratios come from an ascending list of 66: cos(pi / 2 * j / 100) for j = 66, 65, ... 1, so 0.509
-# to 0.9999. mask takes number `index`, drawn with MAGE's normal density as weight: 74.5 % on average.
-# mask_earlier takes number index + gap, with gap from 1 to 5, or the last. Both masks rank the same random
-# numbers, which nests them: index 40 and gap 3 mask 235 and 240 of 256 tokens. Counts are rounded up, so of
-# 256 tokens the five largest ratios mask all: they teach the first steps of generation. (The encoder runs
-# even then, but nothing reads its outputs.) No timestep enters the network: it can see how much of the image
-# is decided.
+# Both masks rank the same random numbers, which nests them. Their ratios are two of a list of 66. No timestep
+# enters the network: it can see how much of the image is decided.
 
 
 def nested_mask_ratios():
-    """Mask ratios of training, ascending, and their probabilities: float64 (66,) each. They are the cosine's
-    values at 0, 0.01 ... 1 that lie in [0.5, 1), weighted by MAGE's normal distribution. As they are dense
-    near 1, more is masked than in MAGE: 74.5 % on average. (Official file: utils.py.)"""
+    """Mask ratios of training, ascending from 0.509 to 0.9999, and their probabilities: float64 (66,) each.
+    They are cos(pi / 2 * j / 100) for j = 66, 65 ... 1, weighted by MAGE's normal density. As they are dense
+    near 1, more is masked than in MAGE: 74.5 % on average. `mask` takes number index, drawn by weight,
+    mask_earlier number index + gap, gap from 1 to 5, or the last: index 40 and gap 3 mask 235 and 240 of 256
+    tokens. Counts are rounded up, so the five largest mask all 256: they teach the first steps of generation.
+    (The encoder runs even then, but nothing reads its outputs.) Official file: utils.py."""
     ratio = (math.pi / 2 * torch.arange(100, -1, -1, dtype=torch.float64) / 100).cos()
     ratio = ratio[(ratio >= 0.5) & (ratio < 1)]
     weight = (-((ratio - 0.55) / 0.25) ** 2 / 2).exp()
@@ -1614,8 +1606,13 @@ class ADDP(TokenModel):
 
     # ---- generation
 
-    # The loop of TokenModel, with the step told at the beginning of this section. ViT-L was also run with 256
-    # steps and schedule="linear".
+    # The loop of TokenModel, with the step told at the beginning of this section, and counts rounded up:
+    #
+    #     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
+    #     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
+    #     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
+    #
+    # So a step may keep nothing. ViT-L was also run with 256 steps and schedule="linear".
 
     round_up = True
 
@@ -1883,8 +1880,8 @@ def timestep_embedding(t, dim, denominator, layout):
 # nothing there tells which noise was drawn, but the rest of the image tells what the patch may show.
 #
 #     noised part            1    _    3    4    _    6    _    8     3 of 8 patches are masked
-#     encode   k k k k      h1        h3   h4        h6        h8     4 class tokens and the visible patches
-#     decode      k'        h1    m   h3   h4    m   h6    m   h8     k': mean of the 4, m: mask token
+#     encode   s s s s      h1        h3   h4        h6        h8     4 class tokens and the visible patches
+#     decode      s'        h1    m   h3   h4    m   h6    m   h8     s': mean of the 4, m: mask token
 #     loss                 eps   x0  eps  eps   x0  eps   x0  eps     both are predicted for every patch
 #
 #     clean part             1    _    _    _    _    6    _    _     6 of 8 patches are masked
@@ -1906,8 +1903,8 @@ def timestep_embedding(t, dim, denominator, layout):
 #                                                                   (-: not used)
 #
 # In generation nothing is masked. (In training something is, except in DiT, and in the noised images of the
-# second training below; attention takes any number of tokens.) Only the prediction of eps is used, as in DDPM.
-# MAE cannot start from nothing; it inpaints with its prediction of x0.
+# second training below; attention takes any number of tokens.) Only the prediction of eps is used, as in
+# DDPM. MAE cannot start from nothing; it inpaints with its prediction of x0.
 #
 # Labels. Only the noised part is told its labels, as in the official code. One label in ten is hidden, for
 # guidance, which works as in MAGE, but with the same w in every step:
@@ -2341,17 +2338,16 @@ class ADMBlock(nn.Sequential):
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
 #
 # The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
-# v = -1 gives beta~, v = 1 gives beta. It is not clamped [iDDPM, eq. 15]. In figures:
+# v = -1 gives beta~, v = 1 gives beta. It is not clamped.
+#
+#     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
 #
 #     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
 #                                                 geometric mean
 #
-# (In the last step, at t = 0, beta~ is 0 and has no logarithm. There the beta~ of the step before stands in.
-# It matters to L_vb alone, as the last step adds no noise.) A step of sampling is that of section 9. With
-# eta = 1 its noise has the factor s instead of sigma:
+# A step of sampling is that of section 9. With eta = 1 its noise has the factor s instead of sigma:
 #
 #     mean      = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps'          no v in it
-#     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~
 #     x_next    = mean + s noise; the last step, which leads to x0, adds none
 #
 #     eta        timesteps, unless told otherwise        subtracted in root  noise is added as
@@ -2381,8 +2377,8 @@ class ADMBlock(nn.Sequential):
 
 def log_variances(alpha_bar):
     """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. When sampling skips timesteps, alpha_bar
-    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that
-    of t = 1 (if T = 1, of beta)."""
+    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that of t = 1 (if T = 1,
+    of beta). That matters to L_vb alone, as the step from t = 0 to x0 adds no noise."""
     alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
     beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
     first = beta_tilde[1:2] if len(beta) > 1 else beta
@@ -2684,34 +2680,34 @@ class ADM(Model):
 #        python probe.py out/shapes-denoiser
 #        python -m pytest -q -k denoiser              (what is tested of every method)
 #
-# The class is a Model, and this is all that it must have:
+# The class is a Model. It must have
 #
-#     __init__ sets
-#         image_size      S
-#         layers          {layer: (channels, h, w)} of all blocks, counted from 1
-#         best_layer      the layer that probes read if not told otherwise
-#         length          if it has tokens, how many
-#     forward(x, labels=None)
-#         images (B, 3, S, S) -> scalar loss, dict of its terms. (Two views of an image, views=2 in its row,
-#         are for subclasses of ContrastiveMAGE: x is (B, 2, 3, S, S) or (B, 2, L), one view in evaluations)
-#     sample_steps(n, steps=None, seeds=None)
-#         yields a Denoising after each step, as many as num_steps(steps) says, without gradient. It may also
-#         take temperature, schedule and order as MAGE does, eta as UMD does, and guidance, guidance_interval,
-#         guide, labels, known and mask, as both do
+#     image_size, layers, best_layer      set in __init__: S; {layer: (channels, h, w)} of all blocks, counted
+#                                         from 1; the layer that probes read if not told otherwise
+#     forward(x, labels=None)             images (B, 3, S, S) -> scalar loss, dict of its terms
+#     sample_steps(n, steps=None, seeds=None)             yields a Denoising after each step, as many as
+#                                         num_steps(steps) says, without gradient
 #     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
-#         -> [map (B, C, h, w) for each of layers]. add, {layer: map}, is added to the output of that layer;
-#         finetune may be ignored
-#     embed(x, noise=None, pool="mean")
-#         -> a vector for each image, (B, C)
+#                                         -> [map (B, C, h, w) for each of layers]. add, {layer: map}, is
+#                                         added to the output of that layer; finetune may be ignored
+#     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C)
 #
-# The rest may be left out: options of sample_steps() but n, steps and seeds; render(), if x of its states is
-# in [-1, 1]; num_steps(), if 10 steps are usual; noise(), if that of features() is like x; and what class
-# Model lists for the scripts, of which a class overrides where it differs, as those above do.
+# and it may have
+#
+#     length                              how many tokens it has, if any
+#     options of sample_steps()           temperature, schedule and order as MAGE's, eta as UMD's; guidance,
+#                                         guidance_interval, guide, labels, known and mask as both
+#     render(state)                       if x of its states is not in [-1, 1]
+#     num_steps(steps=None, eta=None)     if 10 steps are not usual
+#     noise(seeds)                        if what features() takes as noise is not like x
+#     t_range, pools, generates ...       what class Model lists for the scripts (section 3), where it differs
 #
 # - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
 #   calls super().__init__(vqgan, image_size), sets self.vqgan, and defines step_logits() and render() in
 #   place of sample_steps(). Its pools are "mean" and "class".
 # - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
+# - Two views of an image, views=2 in its row, are for subclasses of ContrastiveMAGE: x is (B, 2, 3, S, S) or
+#   (B, 2, L), and one view in evaluations.
 # - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(). The names device and
 #   tokenizer are taken, by Model.
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
