@@ -1414,8 +1414,8 @@ class EchoMAGE(ContrastiveMAGE):
 # Of a place that stays masked only p goes on, as blur in the next image; the id that was sampled there does
 # not. A guide acts on p's logits (section 5). While all is masked there is no image: D and the encoder are
 # skipped, and p comes from mask tokens alone. With 256 tokens and 20 steps it is so in step 1 and, as counts
-# are rounded up (256 253 249 ... stay masked), in step 2. MAGE has no part in generating an image from nothing.
-# The token that is still masked after the last step shows as its c.
+# are rounded up (256 253 249 ... stay masked), in step 2. MAGE has no part in generating an image from
+# nothing. The token that is still masked after the last step shows as its c.
 #
 # At masked places the decoder reads the mask token [M], and also at position 0, where MAGE has the summary.
 # The visible ids follow at the end, as tokens of their own. Visible places, masked places and ids each have
