@@ -44,7 +44,7 @@ numbers. How a model is used:
     12 A method of your own        what it must have
     13 Sizes and recipes           presets, and how each method is trained
     14 Published weights           how files of the original authors are read
-    15 Behind the methods          random numbers by seed, feature maps, drawn shapes, checked arguments
+    15 Behind the methods          random numbers by seed, drawn shapes, checked arguments
     16 For the scripts             mistakes, flags, checkpoints, images, processes
 
 Look these up when you meet them.
@@ -69,8 +69,9 @@ Symbols  x, ids          an image as pixels, or as token ids
          e_k, D          code k, and the tokenizer's decoder, which turns codes into an image
 
          t runs in two directions. In sections 4 to 8 it counts steps of decoding, 1 ... T: the larger t, the
-         less is masked. In 9 to 11 it is a timestep of diffusion: the larger t, the more noise. The t of
-         features() says how corrupted x is: by a mask ratio in MAGE, by a timestep in UMD and ADM.
+         less is masked; so in the loop of 12. In 9 to 11 it is a timestep of diffusion: the larger t, the
+         more noise. The t of features() says how corrupted x is: by a mask ratio in MAGE, by a timestep in
+         UMD and ADM; in ADDP it is 0.
 
 Pixels are floats in [0, 1] where they enter or leave a model. Inside diffusion models, and in the states that
 their sample_steps() yields, they are in [-1, 1].
@@ -517,17 +518,17 @@ class TokenizerTraining(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # 3. What every model offers
 #
-# All models below offer the same four calls:
+# All models below offer the same four calls (but MAE cannot sample from nothing):
 #
 #     model(x, labels) -> loss, logs              training: how well is the corruption undone?
 #     model.sample(n, **options) -> images        generation, from nothing or into a hole
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        outputs of any block, at any degree of corruption t
 #
-# A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. features()
-# runs the blocks one by one, and keeps the outputs that were asked for. It has two arguments for probe.py
-# alone, add and finetune; read on as if they were not there. Wrong arguments raise a ValueError that says
-# what is wanted. (Section 15 puts a guard around all these calls: a traceback shows it as checked().)
+# A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. Two
+# arguments of features() are for heads of probe.py alone: add, of DifFeed (section 11), and finetune, of
+# which only ADDP makes use. Wrong arguments raise a ValueError that says what is wanted. (Section 15 puts a
+# guard around all these calls: a traceback shows it as checked().)
 
 
 class Model(nn.Module):
@@ -602,12 +603,53 @@ class Model(nn.Module):
         return len(self.layers) + 1 - layer
 
 
+# Feature maps. features() of MAGE, ADDP and UMD runs the blocks of encoder and decoder with these two
+# functions, keeps the outputs that are wanted, and stops after the last of them. So each forward pass stands
+# here twice: in encode() and decode(), to be read, and in this form. (Tests hold both equal.)
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
+
+    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, w)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
+    condition      further arguments of all blocks
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 4. Masking and unmasking
 #
-# MAGE in short: some ids of an image are masked; an encoder reads the others; a decoder predicts p, at each
-# masked place a distribution over the ids. This section says which are masked, in training and, step by step,
-# in generation.
+# MAGE in short: some ids of an image are masked; an encoder reads the others, and some [MASK]; a decoder
+# predicts p, at each masked place a distribution over the ids. This section says which are masked, in
+# training and, step by step, in generation.
 #
 # Training masks a random part of the tokens. The mask ratio r is drawn once for each batch, from a truncated
 # normal distribution [MAGE, section 3]:
@@ -699,9 +741,9 @@ def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
     return wanted.clamp(min=1).minimum(before)                                              # 0 stays 0
 
 
-# An image depends on its seed alone, not on the batch in which it is made, so torch.rand() will not do. Read
-# hashed_uniform(seeds, draw, L), of section 15, as torch.rand(n, L) whose row i follows from seeds[i] and the
-# number of the draw.
+# Besides weights and options an image depends on its seed alone, not on the batch in which it is made, so
+# torch.rand() will not do. Read hashed_uniform(seeds, draw, L), of section 15, as torch.rand(n, L) whose row
+# i follows from seeds[i] and the number of the draw.
 
 
 def decoding_noise(seeds, t, L):
@@ -737,7 +779,7 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
     order   None: by confidence. Or a function, confidence (n, L) -> priority (n, L), of which the highest are
-            kept. It sees neither mask nor step. (Section 12 has an example, and a loop for all else)
+            kept. It sees neither mask nor step. (Section 12 has an example, and a loop that sees both)
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
@@ -828,13 +870,13 @@ class TokenEmbedding(nn.Module):
 class Head(nn.Module):
     """Decoder output x (B, L, C') -> logits (B, L, V), in float32.
 
-    A logit is the product of the output with the embedding of that id, weight (V, C): input and output share
-    one table (weight tying). Here the table is detached, as in the official code, so it learns as an input
-    only."""
+    A logit is the product of the output with the embedding of that id, weight (V, C), plus a bias: input and
+    output share one table (weight tying). Here the table is detached, as in the official code, so it learns
+    as an input only."""
 
     def __init__(self, inp, dim, vocab_size):
         super().__init__()
-        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)              # eps 1e-5 here, 1e-6 elsewhere
+        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)             # eps 1e-5; MAGE's others 1e-6
         self.bias = nn.Parameter(torch.zeros(1, 1, vocab_size))
 
     def forward(self, x, weight):
@@ -1412,10 +1454,10 @@ class EchoMAGE(ContrastiveMAGE):
 #     if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8, which looks blurred
 #
 # Of a place that stays masked only p goes on, as blur in the next image; the id that was sampled there does
-# not. A guide acts on p's logits (section 5). While all is masked there is no image: D and the encoder are
-# skipped, and p comes from mask tokens alone. With 256 tokens and 20 steps it is so in step 1 and, as counts
-# are rounded up (256 253 249 ... stay masked), in step 2. MAGE has no part in generating an image from
-# nothing. The token that is still masked after the last step shows as its c.
+# not. A guide acts on p's logits (section 5). While all is masked the decoder would read no h: D and the
+# encoder are skipped, and p comes from mask tokens alone. With 256 tokens and 20 steps it is so in step 1
+# and, as counts are rounded up (256 253 249 ... stay masked), in step 2. MAGE has no part in generating an
+# image from nothing. The token that is still masked after the last step shows as its c.
 #
 # At masked places the decoder reads the mask token [M], and also at position 0, where MAGE has the summary.
 # The visible ids follow at the end, as tokens of their own. Visible places, masked places and ids each have
@@ -1742,9 +1784,9 @@ class ADDP(TokenModel):
 #     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next) * (1 - (1 - a) / (1 - alpha_bar))
 #                                  = (1 - alpha_bar_next)^2 * a / (1 - alpha_bar)
 #
-# So the factor of xt is that of the first line; call it F. And the factor of x0' is that of the second:
+# So the factor of xt is that of the first line; call it f. And the factor of x0' is that of the second:
 #
-#     sqrt(alpha_bar_next) - sqrt(alpha_bar) F
+#     sqrt(alpha_bar_next) - sqrt(alpha_bar) f
 #         = (alpha_bar_next - alpha_bar) / (1 - alpha_bar) / sqrt(alpha_bar_next)
 #         = sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 #
@@ -2253,18 +2295,12 @@ class UMD(Model):
 #     also reads the output of block                                 6   5   4   3   2   1
 #     DifFeed adds, of pass 1, block        12      10       8
 #
-# Blocks 3 and 5 halve the side; 9 and 11 end by doubling it. Every residual block is told the timestep.
+# Blocks 3 and 5 halve the side; 9 and 11 end by doubling it; 6 to 9 have attention. Every residual block is
+# told the timestep.
 #
 # The frozen network is a representation, too [DiffSSL]. The best features come from blocks soon after the
-# middle, of an image with a little noise. DifFeed, a head in probe.py, runs the network twice on the same xt:
-#
-#     pass 1     f_b = output of block b, for some late blocks b
-#     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that
-#                conv: 1x1, learned; norm: batch norm. The head reads any blocks of pass 2
-#
-# In the table b is 12, 10 and 8, one for each size of map: by default the last block whose mirror has the
-# same size. Block 13 is left out, as its mirror, block 1, is a mere convolution. (Official files: unet.py,
-# gaussian_diffusion.py, nn.py.)
+# middle, of an image with a little noise. (The last row of the table is told before features(), below.
+# Official files: unet.py, gaussian_diffusion.py, nn.py.)
 
 
 class ADMResBlock(nn.Module):
@@ -2603,9 +2639,18 @@ class ADM(Model):
 
     # ---- representation
 
+    # DifFeed, a head in probe.py, runs the network twice on the same xt:
+    #
+    #     pass 1     f_b = output of block b, for some late blocks b
+    #     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that
+    #                conv: 1x1, learned; norm: batch norm. The head reads any blocks of pass 2
+    #
+    # In the table above b is 12, 10 and 8, one for each size of map: by default the last block whose mirror
+    # has the same size. Block 13 is left out, as its mirror, block 1, is a mere convolution.
+
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
-        """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, int or int (B,),
-        and noise like x."""
+        """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, int or int (B,), and noise
+        like x."""
         t = torch.as_tensor(t).cpu().long().expand(len(x))
         return self.predict(self.noised(x, t, noise)[1], t, layers or [self.best_layer], add)
 
@@ -2617,7 +2662,7 @@ class ADM(Model):
 
 # What `python unified.py METHOD` (section 6) shows of each: accuracy of a linear probe on the embeddings,
 # before -> after the training of the method, the tokenizer trained in both. Before it the network is random,
-# UMD's gates and ADM's last convolutions, too; left at 0 they would pass nothing on. The rows are not to be
+# UMD's gates and ADM's last convolutions, too; left at 0 they would mix nothing. The rows are not to be
 # compared: mage has batches of 64, the others of 16, and addp is trained after a mage.
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
@@ -2763,7 +2808,7 @@ class Denoiser(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 13. Sizes and recipes
 #
-# The tutorial ends here. No method is explained in what follows.
+# The tutorial ends here.
 #
 # A model is a name and a dict of plain numbers, the arguments of its constructor. A
 # checkpoint stores that dict, and build() turns it back into a model. A row of MODELS tells how to make it
@@ -3109,46 +3154,6 @@ def hashed_uniform(seeds, draw, n):
     row = murmur(murmur(murmur(seeds) ^ (seeds >> 32)) + draw)
     bits = murmur(row[:, None] + 0x9E3779B9 * torch.arange(1, n + 1, device=seeds.device))
     return ((bits >> 9).float() + 0.5) / 2**23                                   # 23 bits: 1 is never reached
-
-# Feature maps of transformers. features() of MAGE, ADDP and UMD runs the blocks with these two functions in
-# place of encode() and decode(), so it can stop after the last block that is wanted. (Tests hold both ways
-# equal.)
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
-
-    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, w)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
-    condition      further arguments of all blocks
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
 
 
 def to_device(x, device):
