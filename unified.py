@@ -1437,45 +1437,12 @@ class EchoMAGE(ContrastiveMAGE):
 # 8. ADDP: read pixels, predict ids
 #
 # MAGE reads ids. They suit generation. For recognition pixels are better, since rounding to ids loses detail.
-# ADDP reads pixels and predicts ids. In each step of generation it refines what the previous step predicted,
-# p_prev, shown to it as a blurred image. In training a frozen MAGE makes p_prev, and the target, too.
+# ADDP reads pixels and predicts ids. It reads an image that is half decided: decoded from ids where they are
+# decided and, where not, from p_prev, an earlier prediction, which is a distribution over the K codes at each
+# place. It predicts a better one, p.
 #
-# Between two steps ADDP holds ids, a mask of those that are undecided, and p_prev: a distribution over the K
-# codes at each masked place. (In code: ids, token_mask and softmax(logits) of a Decoding.) A step:
-#
-#     c           = e_id at visible places, sum over k of p_prev(k) e_k at masked ones
-#     xt          = D(c)                the tokenizer's decoder; both lines are next_image()
-#     h           = encoder(xt)         reads all patches of xt, clamped to [0, 1] and normalised
-#     p           = decoder(h, ids)     sees h at visible places only, and the visible ids
-#     ids, mask   = unmask(p)           as in section 4: ids are sampled from p, those of the highest
-#                                       log p + Gumbel noise are kept, the others stay masked
-#     p_prev      = p
-#
-#     if p_prev is 0.7 for code 3 and 0.3 for code 8, D reads 0.7 e_3 + 0.3 e_8, which looks blurred
-#
-# Of a place that stays masked only p goes on, as blur in the next image; the id that was sampled there does
-# not. A guide acts on p's logits (section 5). While all is masked the decoder would read no h: D and the
-# encoder are skipped, and p comes from mask tokens alone. With 256 tokens and 20 steps it is so in step 1
-# and, as counts are rounded up (256 253 249 ... stay masked), in step 2. MAGE has no part in generating an
-# image from nothing. The token that is still masked after the last step shows as its c.
-#
-# At masked places the decoder reads the mask token [M], and also at position 0, where MAGE has the summary.
-# The visible ids follow at the end, as tokens of their own. Visible places, masked places and ids each have
-# their own table of positions:
-#
-#     ids              _   b   _   _          _ is masked
-#     xt       [class] 1   2   3   4          all patches enter the encoder; 1, 3 and 4 are blurred
-#     encoder    h0   h1  h2  h3  h4
-#     decoder   [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
-#     position   v0   m1  v2  m3  m4  i2      v, m, i: the three tables
-#
-# So h0, h1, h3 and h4 are thrown away. What the blur shows reaches the decoder through h2 alone, which has
-# attended to it. This is as in the official code, which gives no reason. Perhaps it makes the outputs of
-# visible patches carry the whole image.
-#
-# Training. A step starts from ids, a mask and p_prev. To make p_prev by running ADDP itself would be slow.
-# So a trained MAGE, the predictor, plays the previous step, and provides the target. It is frozen, and runs
-# twice, with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
+# Training. A trained MAGE, the predictor, makes p_prev, and the target q, too. It is frozen, and runs twice,
+# with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
 #
 #     MAGE(ids visible under mask_earlier) --> p_prev --> xt, what ADDP reads
 #     MAGE(ids visible under mask)         --> q, what ADDP is to predict
@@ -1488,16 +1455,46 @@ class EchoMAGE(ContrastiveMAGE):
 #     p                *                 *            what ADDP predicts at 1 and 4, from xt and b, c and e
 #     q                *                 *            its target: what MAGE predicts there from b, c and e
 #
+#     mean_i = sum over k of p_prev_i(k) e_k          of 0.7 for code 3 and 0.3 for code 8: 0.7 e_3 + 0.3 e_8,
+#                                                     which D decodes to a blur
+#     loss   = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)    [ADDP, figure 4]
+#              with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
+#
 # So the target q is a distribution over codes, not the one true id. Tokenizer and MAGE are frozen: no
-# gradient flows through xt or q. In training the encoder sees decoded images only; it is probed and
-# fine-tuned on real ones.
+# gradient flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real
+# ones. Both masks rank the same random numbers, which nests them. Their ratios are two of a list of 66. No
+# timestep enters the network: it can see how much of the image is decided.
 #
-#     mean_i = sum over k of p_prev_i(k) e_k
-#     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
-#            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
+# The network. The encoder reads all patches of xt. The decoder reads the encoder's outputs at visible places.
+# At masked places it reads the mask token [M], and also at position 0, where MAGE has the summary. The
+# visible ids follow at the end, as tokens of their own. Visible places, masked places and ids each have their
+# own table of positions:
 #
-# Both masks rank the same random numbers, which nests them. Their ratios are two of a list of 66. No timestep
-# enters the network: it can see how much of the image is decided.
+#     ids              _   b   _   _          _ is masked
+#     xt       [class] 1   2   3   4          all patches enter the encoder; 1, 3 and 4 are blurred
+#     encoder    h0   h1  h2  h3  h4
+#     decoder   [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
+#     position   v0   m1  v2  m3  m4  i2      v, m, i: the three tables
+#
+# So h0, h1, h3 and h4 are thrown away. What the blur shows reaches the decoder through h2 alone, which has
+# attended to it. This is as in the official code, which gives no reason. Perhaps it makes the outputs of
+# visible patches carry the whole image.
+#
+# Generation. ADDP's own p of the step before takes the place of MAGE's p_prev, and MAGE is not used. Between
+# two steps ADDP holds ids, a mask and p_prev (in code a Decoding's ids, token_mask and softmax(logits)):
+#
+#     if any id is visible, in any image of the batch
+#         c       = e_id at visible places, mean_i at masked ones
+#         xt      = D(c)                  both lines are next_image()
+#         h       = encoder(xt)           of all patches, clamped to [0, 1] and normalised
+#     p           = decoder(h, ids)       without h where no id is visible: from mask tokens alone
+#     ids, mask   = unmask(p)             as in section 4: ids are sampled from p, those of the highest
+#                                         log p + Gumbel noise are kept, the others are masked again
+#     p_prev      = p                     all that goes on of a masked place; the id sampled there does not
+#
+# In step 1 no id is visible. With 256 tokens and 20 steps, none in step 2 either: counts are rounded up, and
+# 256 253 249 ... stay masked. The token that is masked after the last step shows as its mean. No weight
+# changes in generation; a guide acts on the logits of p (section 5).
 
 
 def nested_mask_ratios():
