@@ -170,7 +170,7 @@ class Attention(nn.Module):
 
 
 def fused_is_faster(q, dropout):
-    """On a GPU always. On a CPU only in float32 and without dropout: its kernel has none, and is slow in
+    """Off a CPU always. On a CPU only in float32 and without dropout: its kernel has none, and is slow in
     bfloat16."""
     return q.device.type != "cpu" or q.dtype == torch.float32 and dropout == 0
 
@@ -547,7 +547,7 @@ class Model(nn.Module):
 
     def num_steps(self, steps=None, eta=None):
         """How many steps sample_steps takes, when asked for so many or, None, for its usual number, 10 if a
-        method does not say. (eta: at 0 ADM takes fewer, section 11.)"""
+        method does not say. (eta: at 0 ADM's usual number is smaller.)"""
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
@@ -1299,7 +1299,8 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
-#     b: the other view of a's image. v: all views of the batch, so 2B - 2 negatives         [SimCLR, eq. 1]
+#     b: the other view of a's image. v: all views of the batch, of all processes, so in one there are
+#     2B - 2 negatives                                                                       [SimCLR, eq. 1]
 #
 #     three images with the views 0 1 | 2 3 | 4 5:  a = 2 is to find b = 3 among v = 0, 1, 3, 4, 5
 #
@@ -1358,7 +1359,8 @@ class ContrastiveMAGE(MAGE):
 # loss, and where an id was masked, a new one is drawn from them:
 #
 #     ids     a  b  c  d     b is visible; a, c and d are masked
-#     drawn   e  b  f  g     e, f, g: each from the 2nd to 16th best code, so alike, but seldom the same
+#     drawn   e  b  f  g     e, f, g: each from the 2nd to 16th best code, in proportion to p among these,
+#                            so alike, but seldom the same
 #     echo    _  b  f  _     [MASK] outside a random square; its side, one for the batch, is half to all of
 #                            the grid's
 #                            (this is one row of the grid, and the square covers its middle)
@@ -1480,13 +1482,14 @@ class EchoMAGE(ContrastiveMAGE):
 # attended to it. This is as in the official code, which gives no reason. Perhaps it makes the outputs of
 # visible patches carry the whole image.
 #
-# Generation. ADDP's own p of the step before takes the place of MAGE's p_prev, and MAGE is not used. Between
-# two steps ADDP holds ids, a mask and p_prev (in code a Decoding's ids, token_mask and softmax(logits)):
+# Generation. ADDP's own p of the step before takes the place of MAGE's p_prev. (MAGE makes one in the first
+# step of inpainting; from nothing it is not used.) Between two steps ADDP holds ids, a mask and p_prev, in
+# code a Decoding's ids, token_mask and softmax(logits):
 #
 #     if any id is visible, in any image of the batch
 #         c       = e_id at visible places, mean_i at masked ones
 #         xt      = D(c)                  both lines are next_image()
-#         h       = encoder(xt)           of all patches, clamped to [0, 1] and normalised
+#         h       = encoder(xt)           xt clamped to [0, 1] and normalised; all its patches enter
 #     p           = decoder(h, ids)       without h where no id is visible: from mask tokens alone
 #     ids, mask   = unmask(p)             as in section 4: ids are sampled from p, those of the highest
 #                                         log p + Gumbel noise are kept, the others are masked again
@@ -1749,7 +1752,7 @@ class ADDP(TokenModel):
 #
 # A step of sampling leads from xt to x_next, which is less noisy: the image at timestep t - 1, or at a
 # smaller one if some are skipped. From here on alpha_bar is that of xt, and alpha_bar_next, which is
-# larger, that of x_next. A step
+# larger, that of x_next; the last step leads to alpha_bar_next = 1, where x_next is x0'. A step
 #
 #     1. solves the mixture for x0', given the predicted eps, and clamps x0' to [-1, 1], where pixels lie,
 #     2. solves it for eps', given this x0'; if the clamp changed nothing it is the predicted eps again,
@@ -1845,7 +1848,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """Steps 2 and 3 above, from xt and a prediction of x0 to x_next. With alpha_bar_next = 1 that is x0.
 
     noise  standard normal, like xt; 0 gives the mean
-    std    None, but for ADM (section 11): with it std * noise is added; the rest stays as with sigma
+    std    None, but for ADM with eta = 1 (section 11): std * noise is added, the rest stays as with sigma
     """
     def factor(a):
         return per_image(a, xt)
@@ -2278,8 +2281,8 @@ class UMD(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 11. ADM: predict the noise with a U-Net
 #
-#     loss = mean (eps - eps'(xt, t))^2             t uniform in 0 ... T-1                     [DDPM, eq. 14]
-#
+#     loss = mean (eps - eps'(xt, t))^2 + a term for the variance, below       t uniform in 0 ... T-1
+#                                                                                               [DDPM, eq. 14]
 # The network reads the noised image xt and predicts the noise. (The second half of this section adds a second
 # output, for the variance of a step, and its loss.) The network is a U-Net of residual blocks, with
 # attention on small maps. The side is halved on the way down and doubled on the way up. The output of each
@@ -2668,7 +2671,7 @@ class ADM(Model):
 #     umd      2              42.9 -> 50.3 %   80.3 -> 86.8 %   flat colours: it needs longer training
 #     adm      3              32.5 -> 39.6 %   70.7 -> 83.4 %   blobs with sharp edges, in all colours
 #
-# What is read by such a probe differs; embed() reads what the papers do:
+# What such a probe reads differs:
 #
 #     MAGE     the encoder's last block, nothing masked: the mean over tokens, normalised
 #     ADDP     the encoder's output, of the image itself: the mean over patches
@@ -2802,10 +2805,10 @@ class Denoiser(Model):
         return self.features(x)[0].mean((2, 3))                                             # (B, C)
 
 
+# The tutorial ends here; the rest is to look things up in.
+
 # ------------------------------------------------------------------------------------------------------------
 # 13. Sizes and recipes
-#
-# The tutorial ends here.
 #
 # A model is a name and a dict of plain numbers, the arguments of its constructor. A
 # checkpoint stores that dict, and build() turns it back into a model. A row of MODELS tells how to make it
