@@ -1497,7 +1497,7 @@ def untrained(model, config, from_zero=False):
         fresh = fresh if from_zero else unified.draw_zero_layers(fresh)
     if model.tokenizer:
         fresh.vqgan.load_state_dict(model.vqgan.state_dict())
-    return fresh.to(next(model.parameters()).device).eval()
+    return fresh.to(model.device).eval()
 
 
 def data_of(config, cfg):

@@ -1850,8 +1850,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     noise  standard normal, like xt; 0 gives the mean
     std    None, but for ADM with eta = 1 (section 11): std * noise is added, the rest stays as with sigma
     """
-    def factor(a):
-        return per_image(a, xt)
+    factor = functools.partial(per_image, x=xt)
     eps = (factor(alpha_bar.rsqrt()) * xt - x0) / factor((1 / alpha_bar - 1).sqrt())
     variance = eta ** 2 * posterior_variance(alpha_bar, alpha_bar_next)                     # sigma^2
     if std is None:
@@ -2704,12 +2703,13 @@ class ADM(Model):
 # For all else write a loop of your own. This one decides one token a step, at random places:
 #
 #     @torch.no_grad()
-#     def sample_slowly(model, n):                                # of MAGE or ADDP, in eval mode, on a CPU
+#     def sample_slowly(model, n):                                # of MAGE or ADDP, in eval mode
 #         state, L = model.initial_state(n), model.length
 #         for t in range(1, L + 1):
 #             logits = model.step_logits(state)                   # (n, L, K)
 #             count = torch.full((n,), L - t)                     # how many tokens of each image stay masked
-#             ids, mask = unmask(logits, state.ids, state.token_mask, count, torch.rand(n, L), gumbel=0.0,
+#             u = torch.rand(n, L, device=model.device)           # samples the ids
+#             ids, mask = unmask(logits, state.ids, state.token_mask, count, u, gumbel=0.0,
 #                                order=torch.rand_like)           # here it could look at state and t
 #             state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=t == L)
 #         return model.render(state)                              # (n, 3, S, S)
