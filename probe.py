@@ -1381,7 +1381,7 @@ def settle(cfg):
     """The settings for one run, with the defaults that depend on others. UserError for what cannot be."""
     recipe = {"k": 20} if cfg.head in BY_NEIGHBOURS else (SGD if cfg.sgd else RECIPES).get(cfg.head, {})
     cfg = dataclasses.replace(
-        cfg, dtype=cfg.dtype or unified.default_dtype(cfg.device),
+        cfg, dtype=unified.pick_dtype(cfg.dtype, cfg.device),
         compile=cfg.device.startswith("cuda") if cfg.compile is None else cfg.compile,
         **{name: value for name, value in recipe.items() if getattr(cfg, name) in (None, "")})
     if cfg.head in ON_MAPS and not is_side(cfg.pool):

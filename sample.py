@@ -98,7 +98,7 @@ def main():
     path = sheet_path(cfg)
     device = unified.join_processes(cfg.device)
     cfg = dataclasses.replace(cfg, out=str(path), device=str(device),
-                              dtype=cfg.dtype or unified.default_dtype(device))
+                              dtype=unified.pick_dtype(cfg.dtype, device))
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             run(cfg, device)

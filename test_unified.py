@@ -7307,13 +7307,30 @@ def test_bfloat16_is_the_default_where_it_is_computed_in(capability, dtype, gpu,
     monkeypatch.setattr(sample, "run", lambda cfg, device: settled.append(cfg.dtype))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # looks for the device
     for device, expected in (("cuda", dtype), ("cuda:1", dtype), ("cpu", "float32"), ("mps", "float32")):
-        settled = [unified.default_dtype(device), train.settings(train.Config(device=device)).dtype,
+        settled = [unified.pick_dtype(None, device), train.settings(train.Config(device=device)).dtype,
                    probe.settle(probe.Config(run="", device=device)).dtype]
         monkeypatch.setattr(unified, "parse_flags", lambda *_: dict(run="", device=device))
         sample.main()
         assert set(settled) == {expected}
     assert train.settings(train.Config(device="cuda", dtype="float32")).dtype == "float32"
     assert probe.settle(probe.Config(run="", device="cuda", dtype="float32")).dtype == "float32"
+
+
+@pytest.mark.parametrize("instructions, warned", [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_bfloat16_that_a_processor_only_emulates_is_warned_of(instructions, warned, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    for settle, Config in (train.settings, train.Config), (probe.settle, functools.partial(probe.Config, "")):
+        assert settle(Config(device="cpu", dtype="bfloat16")).dtype == "bfloat16"
+        assert ("warning: bfloat16 is only emulated" in capsys.readouterr().out) == warned
+    assert unified.pick_dtype("float32", "cpu") == unified.pick_dtype(None, "cpu") == "float32"
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("capability, warned", [((7, 5), True), ((8, 0), False)])
+def test_bfloat16_that_a_gpu_only_emulates_is_warned_of(capability, warned, gpu, capsys):
+    gpu(*capability)
+    assert unified.pick_dtype("bfloat16", "cuda") == "bfloat16"
+    assert ("warning: bfloat16" in capsys.readouterr().out) == warned
 
 
 def test_a_probe_compiles_on_a_gpu_and_not_on_a_cpu(gpu):

@@ -229,7 +229,7 @@ def settings(cfg):
     name = pathlib.Path(cfg.dataset).resolve().name                         # of "." that of the folder
     folder = f"out/{name}-{cfg.model}" + "-labels" * cfg.labels
     cfg = dataclasses.replace(cfg, **values, out_dir=cfg.out_dir or folder,
-                              dtype=cfg.dtype or unified.default_dtype(cfg.device))
+                              dtype=unified.pick_dtype(cfg.dtype, cfg.device))
     check(cfg)
     two_crops = cfg.dataset == "shapes" and cfg.views and unified.MODELS[cfg.model].views == 2
     return dataclasses.replace(cfg, views=max(cfg.views, 4) if two_crops else cfg.views,
