@@ -1439,65 +1439,61 @@ class EchoMAGE(ContrastiveMAGE):
 # 8. ADDP: read pixels, predict ids
 #
 # MAGE reads ids. They suit generation. For recognition pixels are better, since rounding to ids loses detail.
-# ADDP reads pixels and predicts ids. It reads an image that is half decided: decoded from ids where they are
-# decided and, where not, from p_prev, an earlier prediction, which is a distribution over the K codes at each
-# place. It predicts a better one, p.
+# ADDP reads pixels and predicts ids. It reads an image that is half decided. Some places have a visible id.
+# The others are masked, and have p_prev, an earlier prediction: a distribution over the K codes each. ADDP
+# predicts a better one, p.
 #
-# Training. A trained MAGE, the predictor, makes p_prev, and the target q, too. It is frozen, and runs twice,
-# with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
+# The network leads from ids and p_prev to p. Of these 4 places the first and the last are masked:
 #
-#     MAGE(ids visible under mask_earlier) --> p_prev --> xt, what ADDP reads
-#     MAGE(ids visible under mask)         --> q, what ADDP is to predict
+#     place                        1        2        3        4
+#     ids                          _        b        c        _
+#     p_prev                       *                          *
+#     code                       mean1     e_b      e_c     mean4     e_b: the code of id b. mean1: see below
+#     xt = D(codes)             blurred   sharp    sharp   blurred    D: the tokenizer's decoder, frozen
 #
-#     place            1     2     3     4     5
-#     ids              a     b     c     d     e      of the image
-#     mask_earlier     _     b     _     _     e      MAGE reads b and e, and predicts p_prev at 1, 3 and 4
-#     mask             _     b     c     _     e      then c was kept, as if the prediction had been right
-#     xt = D of      mean1  e_b   e_c  mean4  e_e     e_b: the code of id b. mean1: that of codes under p_prev
-#     p                *                 *            what ADDP predicts at 1 and 4, from xt and b, c and e
-#     q                *                 *            its target: what MAGE predicts there from b, c and e
+#     encoder reads    [class]  patch1   patch2   patch3   patch4     all patches of xt
+#     and returns        h0       h1       h2       h3       h4
 #
-#     mean_i = sum over k of p_prev_i(k) e_k          of 0.7 for code 3 and 0.3 for code 8: 0.7 e_3 + 0.3 e_8,
-#                                                     which D decodes to a blur
-#     loss   = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)    [ADDP, figure 4]
-#              with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
+#     decoder reads     [M]      [M]       h2       h3      [M]       b    c       [M]: the mask token;
+#     and predicts                p                          p                     b and c: embedded ids
+#     positions          v0       m1       v2       v3       m4      i2   i3       v, m, i: three tables
 #
-# So the target q is a distribution over codes, not the one true id. Tokenizer and MAGE are frozen: no
-# gradient flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real
-# ones. Both masks rank the same random numbers, which nests them. Their ratios are two of a list of 66. No
-# timestep enters the network: it can see how much of the image is decided.
+#     mean_i = sum over k of p_prev_i(k) e_k       of 0.7 for code 3 and 0.3 for code 8: 0.7 e_3 + 0.3 e_8,
+#                                                  which D decodes to a blur
 #
-# The network. The encoder reads all patches of xt. The decoder reads the encoder's outputs at visible places.
-# At masked places it reads the mask token [M], and also at position 0, where MAGE has the summary. The
-# visible ids follow at the end, as tokens of their own. Visible places, masked places and ids each have their
-# own table of positions:
+# So h0, h1 and h4 are thrown away. What the blur shows reaches the decoder through h2 and h3 alone, as these
+# have attended to it. The official code does this, too, and gives no reason. Perhaps it makes the outputs of
+# visible patches carry the whole image. At position 0, where MAGE's decoder reads the summary, ADDP's reads a
+# mask token, too. No timestep enters the network: it can see how much of the image is decided.
 #
-#     ids              _   b   _   _          _ is masked
-#     xt       [class] 1   2   3   4          all patches enter the encoder; 1, 3 and 4 are blurred
-#     encoder    h0   h1  h2  h3  h4
-#     decoder   [M]  [M]  h2 [M] [M]  b       b is an embedded id, at the end
-#     position   v0   m1  v2  m3  m4  i2      v, m, i: the three tables
+# Training. A trained MAGE, the predictor, makes p_prev, and the target of p, q, too. It is frozen, and runs
+# twice, with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
 #
-# So h0, h1, h3 and h4 are thrown away. What the blur shows reaches the decoder through h2 alone, which has
-# attended to it. This is as in the official code, which gives no reason. Perhaps it makes the outputs of
-# visible patches carry the whole image.
+#     place            1     2     3     4
+#     ids              a     b     c     d        of the image
+#     mask_earlier     _     b     _     _        MAGE reads b: what it predicts at 1 and 4 is p_prev
+#     mask             _     b     c     _        MAGE reads b and c: what it predicts at 1 and 4 is q
+#                                                 ADDP reads b, c and p_prev: what it predicts there is p
 #
-# Generation. ADDP's own p of the step before takes the place of MAGE's p_prev. (MAGE makes one in the first
-# step of inpainting; from nothing it is not used.) Between two steps ADDP holds ids, a mask and p_prev, in
-# code a Decoding's ids, token_mask and softmax(logits):
+#     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
+#            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
 #
-#     if any id is visible, in any image of the batch
-#         c       = e_id at visible places, mean_i at masked ones
-#         xt      = D(c)                  both lines are next_image()
-#         h       = encoder(xt)           xt clamped to [0, 1] and normalised; all its patches enter
-#     p           = decoder(h, ids)       without h where no id is visible: from mask tokens alone
-#     ids, mask   = unmask(p)             as in section 4: ids are sampled from p, those of the highest
-#                                         log p + Gumbel noise are kept, the others are masked again
-#     p_prev      = p                     all that goes on of a masked place; the id sampled there does not
+# So the target is a distribution over codes, not the one true id. Tokenizer and MAGE are frozen: no gradient
+# flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real ones. Both
+# masks rank the same random numbers, which nests them. Their ratios are two of a list of 66.
 #
-# In step 1 no id is visible. With 256 tokens and 20 steps, none in step 2 either: counts are rounded up, and
-# 256 253 249 ... stay masked. The token that is masked after the last step shows as its mean. No weight
-# changes in generation; a guide acts on the logits of p (section 5).
+# Generation. p_prev is ADDP's own p of the step before; MAGE has no part in it. Each step is
+#
+#     p         = network(ids, p_prev)     all of the first picture
+#     ids, mask = unmask(p)                section 4: ids are sampled from p, those of the highest log p +
+#                                          Gumbel noise are kept, the others are masked again
+#     p_prev    = p                        all that goes on of a masked place; the id sampled there does not
+#
+# (In code the three are a Decoding's ids, token_mask and softmax(logits).) In step 1 no id is visible and
+# there is no p_prev: the encoder is skipped, and the decoder reads mask tokens alone. With 256 tokens and 20
+# steps none is visible in step 2 either, since counts are rounded up: 256 253 249 ... stay masked. Inpainting
+# has visible ids from the start: in its step 1 p_prev is MAGE's. The token that is masked after the last step
+# shows as its mean. No weight changes in generation; a guide acts on the logits of p (section 5).
 
 
 def nested_mask_ratios():
@@ -1562,44 +1558,7 @@ class ADDP(TokenModel):
         self.token_predictor.eval()
         return self
 
-    # ---- training
-
-    def forward(self, x, labels=None, *, index=None, gap=None, mask_noise=None):
-        """Loss of one batch.
-
-        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). labels: None, since ADDP takes none
-        index, gap  mask ratios, one pair for the batch (as in the official code): number index of
-                    nested_mask_ratios(), 0 ... 65, is that of mask; number index + gap, gap 1 ... 5, that of
-                    mask_earlier
-        mask_noise  (B, L): the smallest are masked. All three are drawn if None
-        returns     scalar loss, dict of its terms
-        """
-        ids = self.to_ids(x)                                                                # (B, L)
-        mask, mask_earlier, num_visible = self.nested_masks(ids, index, gap, mask_noise)
-        with torch.no_grad():                                           # MAGE, with both masks at once
-            both = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([mask_earlier, mask]))
-            logits_prev, logits_now = both.chunk(2)                                      # (B, L, K) each
-            xt = self.next_image(ids, mask, logits_prev)                                 # (B, 3, S, S)
-        # Over the whole vocabulary, as in the official code: what is no code has the target 0 (and its share
-        # of the label smoothing). In generation the softmax is over codes alone.
-        logits = self.decode(self.encode(xt), ids, mask, num_visible, vocab_size=len(self.token_emb.weight))
-        q = logits_now.softmax(-1)
-        target = F.pad(q, (0, logits.size(2) - self.codes))                             # (B, L, vocab_size)
-        loss = masked_cross_entropy(logits, target, mask)
-        return loss, {"masked": loss}
-
-    def nested_masks(self, ids, index=None, gap=None, mask_noise=None):
-        """Masks of this step and of an earlier one, which contains or equals it: bool (B, L) each; and how
-        many tokens are visible: int."""
-        mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
-        ratio, weight = nested_mask_ratios()
-        if index is None:
-            index = int(sample_categorical(weight, torch.rand((), dtype=torch.float64)))
-        gap = int(torch.randint(1, 6, ())) if gap is None else gap
-        now, earlier = (math.ceil(self.length * ratio[min(i, len(ratio) - 1)].item())
-                        for i in (index, index + gap))
-        rank = rank_in_row(mask_noise)
-        return rank < now, rank < earlier, self.length - now
+    # ---- the network
 
     def next_image(self, ids, mask, logits):
         """xt (n, 3, S, S), not clamped: decoded from the codes of visible ids and, where masked, from mean
@@ -1645,6 +1604,45 @@ class ADDP(TokenModel):
         # Positions (B, num_visible): 0, for visible, sorts before 1, and a stable sort keeps their order.
         visible = mask.int().argsort(stable=True, dim=1)[:, :num_visible]
         return torch.cat([x, gather_tokens(id_tokens, visible)], 1)
+
+    # ---- training
+
+    def forward(self, x, labels=None, *, index=None, gap=None, mask_noise=None):
+        """Loss of one batch.
+
+        x           pixels (B, 3, S, S) in [0, 1] or ids (B, L). labels: None, since ADDP takes none
+        index, gap  mask ratios, one pair for the batch (as in the official code): number index of
+                    nested_mask_ratios(), 0 ... 65, is that of mask; number index + gap, gap 1 ... 5, that of
+                    mask_earlier
+        mask_noise  (B, L): the smallest are masked. All three are drawn if None
+        returns     scalar loss, dict of its terms
+        """
+        ids = self.to_ids(x)                                                                # (B, L)
+        mask, mask_earlier, num_visible = self.nested_masks(ids, index, gap, mask_noise)
+        with torch.no_grad():                                           # MAGE, with both masks at once
+            both = self.token_predictor.logits(ids.repeat(2, 1), torch.cat([mask_earlier, mask]))
+            logits_prev, logits_now = both.chunk(2)                                      # (B, L, K) each
+            xt = self.next_image(ids, mask, logits_prev)                                 # (B, 3, S, S)
+        # Over the whole vocabulary, as in the official code: what is no code has the target 0 (and its share
+        # of the label smoothing). In generation the softmax is over codes alone.
+        logits = self.decode(self.encode(xt), ids, mask, num_visible, vocab_size=len(self.token_emb.weight))
+        q = logits_now.softmax(-1)
+        target = F.pad(q, (0, logits.size(2) - self.codes))                             # (B, L, vocab_size)
+        loss = masked_cross_entropy(logits, target, mask)
+        return loss, {"masked": loss}
+
+    def nested_masks(self, ids, index=None, gap=None, mask_noise=None):
+        """Masks of this step and of an earlier one, which contains or equals it: bool (B, L) each; and how
+        many tokens are visible: int."""
+        mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
+        ratio, weight = nested_mask_ratios()
+        if index is None:
+            index = int(sample_categorical(weight, torch.rand((), dtype=torch.float64)))
+        gap = int(torch.randint(1, 6, ())) if gap is None else gap
+        now, earlier = (math.ceil(self.length * ratio[min(i, len(ratio) - 1)].item())
+                        for i in (index, index + gap))
+        rank = rank_in_row(mask_noise)
+        return rank < now, rank < earlier, self.length - now
 
     # ---- generation
 
