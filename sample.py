@@ -269,7 +269,7 @@ def halton_order(side, seeds):
     in halton_cells, and then goes round."""
     place = halton_cells(side).argsort().to(seeds.device)                                   # (L,)
     priority = (unified.hash_ints(seeds, side)[:, None] - place) % (side * side)            # (n, L)
-    return lambda confidence: priority
+    return lambda confidence, mask, t: priority
 
 
 def guide_of(cfg):

@@ -755,7 +755,7 @@ def test_decoding_never_changes_a_known_id_and_ends_with_none_masked(name):
 
 @pytest.mark.parametrize("name", ["mage", "addp"])
 def test_a_schedule_and_an_order_of_ones_own_decide_which_tokens_stay_masked(name):
-    row_by_row = shown_in_the_tutorial("def row_by_row(confidence):", 2)["row_by_row"]
+    row_by_row = shown_in_the_tutorial("def row_by_row(confidence, mask, t):", 2)["row_by_row"]
     states = small(name).eval().sample_steps(2, steps=4, schedule=lambda t, T: 1 - t / T, order=row_by_row)
     for state, visible in zip(states, (4, 8, 12, 16), strict=True):
         assert still_masked(state).equal((torch.arange(16) >= visible).expand(2, -1))
@@ -6914,23 +6914,31 @@ def shown_in_the_tutorial(first, lines):
 
 
 @pytest.mark.parametrize("name", ["mage", "addp"])
-def test_the_decoding_loop_that_section_12_shows_decides_one_token_a_step(name):
-    names = shown_in_the_tutorial("@torch.no_grad()\n#     def sample_slowly", 11)
-    states, model = [], small(name)
+def test_an_order_of_ones_own_sees_the_mask_before_its_step_and_the_number_of_the_step(name):
+    seen, model = [], small(name).eval()
 
-    def unmask(logits, ids, mask, count, *args, **more):
-        states.append((ids, mask, *unified.unmask(logits, ids, mask, count, *args, **more)))
-        return states[-1][2:]
-    names["unmask"] = unmask
-    x = names["sample_slowly"](model.eval(), 3)
-    assert x.shape == (3, 3, model.image_size, model.image_size) and 0 <= x.min() < x.max() <= 1
-    assert len(states) == model.length
-    for t, (ids, mask, new_ids, new_mask) in enumerate(states, 1):
-        assert (new_mask.sum(1) == model.length - t).all() and not (new_mask & ~mask).any()
-        assert new_ids[~mask].equal(ids[~mask])                                         # decided ids stay
-        assert t == 1 or mask.equal(states[t - 2][3]) and ids.equal(states[t - 2][2])
-    first = [(mask & ~new_mask).int().argmax(1) for _, mask, _, new_mask in states]
-    assert not torch.stack(first).T[0].equal(torch.stack(first).T[1])                   # at random places
+    def order(confidence, mask, t):
+        seen.append((mask, t))
+        return confidence
+    plain = list(model.sample_steps(3, steps=4))
+    for state, before, (mask, t), number in zip(model.sample_steps(3, steps=4, order=order),
+                                                [model.initial_state(3), *plain], seen, range(1, 5)):
+        assert t == number and mask.equal(before.token_mask)
+    assert len(seen) == 4 and state.ids.equal(plain[-1].ids)                # as without an order
+
+
+@pytest.mark.parametrize("name", ["mage", "addp"])
+def test_the_order_that_section_12_shows_first_decides_tokens_without_a_decided_neighbour(name):
+    names = shown_in_the_tutorial("def far_apart(confidence, mask, t):", 4)
+    model = names["model"] = small(name).eval()                             # of 4 x 4 tokens
+    half = {"mage": 0.5, "addp": -0.5}[name]
+    states = model.sample_steps(5, steps=16, order=names["far_apart"],
+                                schedule=lambda t, T: (16 - t + half) / 16)
+    for _, state in zip(range(4), states):
+        around = F.avg_pool2d((~state.token_mask).float().view(5, 4, 4), 3, 1, 1) * 9       # with itself
+        if state.count[0] >= 14:                                            # there is room for two apart
+            assert around[~state.token_mask.view(5, 4, 4)].round().eq(1).all()
+    assert state.count.tolist() == [12] * 5
 
 
 @pytest.mark.parametrize("name, half", [("mage", "+ 0.5"), ("addp", "- 0.5")])

@@ -8,7 +8,7 @@ nothing, it is generation.
     MAGE     token ids           about 70 % of the tokens masked         the masked ids
     MAGE-C   ids of two crops    the same                                + which crops belong together
     MAGE-E   token ids           the same                                + which image a redrawn copy is of
-    ADDP     pixels              decoded from partly predicted ids       the distribution of each masked id
+    ADDP     pixels, some ids    decoded from partly predicted ids       the distribution of each masked id
     UMD      pixels              half of the batch: 75 % masked;         masked pixels, and the noise
                                  half: noise added, 37.5 % masked
     ADM      pixels              noise added                             the noise; variance of a step back
@@ -393,8 +393,10 @@ class VQGAN(nn.Module):
         return self.decode(ids).clamp(0, 1), ids
 
 
-# Training the tokenizer. To choose the nearest code is rounding, and rounding has no gradient. So the decoder
-# reads z + sg(e_id - z), where sg is stop-gradient. Its value is e_id; its gradient goes straight to z:
+# Training the tokenizer. (On a first reading go on to section 3: all you need is that the loss is the error
+# of the copy x', and that it keeps z near the codes and all codes in use.) To choose the nearest code is
+# rounding, and rounding has no gradient. So the decoder reads z + sg(e_id - z), where sg is stop-gradient.
+# Its value is e_id; its gradient goes straight to z:
 #
 #     z = 0.3, nearest code 0.5     the decoder reads 0.3 + sg(0.2) = 0.5, whose derivative by z is 1
 #
@@ -523,12 +525,14 @@ class TokenizerTraining(nn.Module):
 #     model(x, labels) -> loss, logs              training: how well is the corruption undone?
 #     model.sample(n, **options) -> images        generation, from nothing or into a hole
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
-#     model.features(x, t, layers) -> maps        outputs of any block, at any degree of corruption t
+#     model.features(x, t, layers) -> maps        outputs of any block; t: how corrupted x is
 #
-# A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. Two
-# arguments of features() are for heads of probe.py alone: add, of DifFeed (section 11), and finetune, of
-# which only ADDP makes use. Wrong arguments raise a ValueError that says what is wanted. (Section 15 puts a
-# guard around all these calls: a traceback shows it as checked().)
+# A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. features()
+# is the forward pass once more, up to the last block that is wanted; transformers call
+# encoder_decoder_features() for it, of section 15. Two of its arguments are for heads of probe.py alone: add,
+# of DifFeed (section 11), and finetune, of which only ADDP makes use. Wrong arguments of the four calls raise
+# a ValueError that says what is wanted. (Section 15 puts a guard around them: a traceback shows it as
+# checked().)
 
 
 class Model(nn.Module):
@@ -546,8 +550,8 @@ class Model(nn.Module):
         return self.render(state)
 
     def num_steps(self, steps=None, eta=None):
-        """How many steps sample_steps takes, when asked for so many or, None, for its usual number, 10 if a
-        method does not say. (eta: at 0 ADM's usual number is smaller.)"""
+        """How many steps sample_steps takes if asked for so many. None: its usual number, which is 10 unless
+        a method has another. (eta: at 0 ADM's usual number is smaller.)"""
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
@@ -570,24 +574,12 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # ---- for the scripts: defaults. No method needs them to be understood; read on in section 4
+    # ---- for the scripts: defaults of all they may ask. Section 12 says what each means; skip them till then
 
-    best_t = 0                          # the t at which the authors probe best_layer
-    t_range = (0, 0, "always 0")        # least t, largest t, and what t is; if both are ints, t is one, too
-    pools = ("mean",)                   # poolings that embed() knows, the authors' first
-    length = 0                          # tokens of an image, if there are any
-    codes = 0                           # entries of the codebook, if ids are predicted
-    alpha_bar = None                    # the noise schedule, if there is one
-    classes = 0                         # labels that it is conditioned on
-    takes_labels = False                # the class can be built with classes > 0; parameters that only such a
-    #                                     model has are called label_embed, and --init skips them
-    reads_ids = False                   # given ids instead of pixels, training and probing lose nothing
-    generates = True                    # it can start from nothing
-    reconstructs = False                # it has reconstruct(x (B, 3, S, S)) -> tuple of images like x
-    max_steps = math.inf                # sample.py takes no more sampling steps than these
-    stem = ()                           # names of layers before `blocks`, for --init-encoder and layer decay
-    dynamic_blocks = ()                 # blocks whose number of tokens differs from call to call
-    # Fine-tuning a ViT-B, and a ViT-L: learning rate for 256 images, layer decay, fraction of warm-up.
+    length, codes, classes, alpha_bar, max_steps = 0, 0, 0, None, math.inf
+    best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)
+    generates, takes_labels, reads_ids, reconstructs = True, False, False, False
+    stem, dynamic_blocks = (), ()
     finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
 
     def after_step(self):
@@ -601,47 +593,6 @@ class Model(nn.Module):
     def mirror(self, layer):
         """The layer at equal distance from the other end, to which DifFeed, in probe.py, feeds back."""
         return len(self.layers) + 1 - layer
-
-
-# Feature maps. features() of MAGE, ADDP and UMD runs the blocks of encoder and decoder with these two
-# functions, keeps the outputs that are wanted, and stops after the last of them. So each forward pass stands
-# here twice: in encode() and decode(), to be read, and in this form. (Tests hold both equal.)
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
-
-    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, w)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
-    condition      further arguments of all blocks
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -715,7 +666,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
 # One token is still marked as masked after step T, as in the official code. It has an id all the same, since
-# each step predicts all masked tokens. So the image is complete.
+# each step predicts all masked tokens. MAGE shows it; ADDP shows a mean (section 8).
 #
 # The Gumbel noise varies which tokens are kept first, and with that the images. It shrinks to 0 in step T.
 # The temperature scales this noise only: ids are always sampled from p itself. It is 6 for 16 x 16 tokens
@@ -779,7 +730,7 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
     order   None: by confidence. Or a function, confidence (n, L) -> priority (n, L), of which the highest are
-            kept. It sees neither mask nor step. (Section 12 has an example, and a loop that sees both)
+            kept
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
@@ -811,7 +762,9 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 
     predict      function (t, state) -> logits (n, L, K), t = 1 ... steps
     state        the Decoding to begin with            seeds  int64 (n,)
-    temperature  of the Gumbel noise        schedule, round_up  see num_masked        order  see unmask
+    temperature  of the Gumbel noise        schedule, round_up  see num_masked
+    order        None: the most confident tokens are kept. Or a function, (confidence (n, L), mask (n, L), t)
+                 -> priority (n, L), of which the highest are kept; section 12 has examples
     """
     initial = state.count
     for t in range(1, steps + 1):
@@ -819,7 +772,8 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         count = num_masked(initial, state.count, t, steps, schedule, round_up)          # after this step
         u_ids, u_gumbel = decoding_noise(seeds, t, state.ids.size(1))                   # (n, L) each
         gumbel = temperature * (1 - t / steps) * to_gumbel(u_gumbel)
-        ids, mask = unmask(logits, state.ids, state.token_mask, count, u_ids, gumbel, order)
+        rank = order and (lambda confidence: order(confidence, state.token_mask, t))
+        ids, mask = unmask(logits, state.ids, state.token_mask, count, u_ids, gumbel, rank)
         state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=t == steps)
         yield state
 
@@ -833,7 +787,8 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 #     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
 #     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
 #     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
-#     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place
+#     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place (all after a
+#                                                     linear layer, plus positions)
 #     decode                p   p       p   p         each a softmax over the K codes
 #
 # At masked places the decoder reads h0, the encoder's output at the class token. So training makes h0 a
@@ -1016,7 +971,7 @@ class TokenModel(Model):
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
         seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
         schedule      see num_masked
-        order         see unmask; by confidence if None
+        order         see parallel_decoding; by confidence if None
         guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high
         guide         None, or a weaker model of this class, with the same tokenizer; it sees the same labels
         yields        a Decoding after each step
@@ -1299,8 +1254,8 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
-#     b: the other view of a's image. v: all views of the batch, of all processes, so in one there are
-#     2B - 2 negatives                                                                       [SimCLR, eq. 1]
+#     b: the other view of a's image. v: all other views, of all processes; with one process these are b
+#     and 2B - 2 negatives                                                                   [SimCLR, eq. 1]
 #
 #     three images with the views 0 1 | 2 3 | 4 5:  a = 2 is to find b = 3 among v = 0, 1, 3, 4, 5
 #
@@ -1489,11 +1444,15 @@ class EchoMAGE(ContrastiveMAGE):
 #                                          Gumbel noise are kept, the others are masked again
 #     p_prev    = p                        all that goes on of a masked place; the id sampled there does not
 #
-# (In code the three are a Decoding's ids, token_mask and softmax(logits).) In step 1 no id is visible and
-# there is no p_prev: the encoder is skipped, and the decoder reads mask tokens alone. With 256 tokens and 20
-# steps none is visible in step 2 either, since counts are rounded up: 256 253 249 ... stay masked. Inpainting
-# has visible ids from the start: in its step 1 p_prev is MAGE's. The token that is masked after the last step
-# shows as its mean. No weight changes in generation; a guide acts on the logits of p (section 5).
+# (In code the three are a Decoding's ids, token_mask and softmax(logits).) The first steps are special:
+#
+#     from nothing     While no id is visible the decoder reads mask tokens alone. So the encoder is skipped,
+#                      and p_prev not used. That is step 1 and, with 256 tokens and 20 steps, step 2, since
+#                      counts are rounded up: 256 253 249 ... stay masked.
+#     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's.
+#
+# The token that is masked after the last step shows as its mean. No weight changes in generation. A guide
+# (section 5) acts on the logits of p, so on p_prev, too; it reads the same xt.
 
 
 def nested_mask_ratios():
@@ -1660,7 +1619,7 @@ class ADDP(TokenModel):
         """Logits (n, L, K) from the image so far and the visible ids.
 
         If all tokens of all images are masked the decoder reads mask tokens only, and the encoder is skipped.
-        Inpainting has visible ids from the start, but no p_prev: its first step takes the predictor's logits.
+        If some are visible, as in inpainting, but there is no p_prev, it takes the predictor's logits.
         """
         ids, mask, logits_prev = state.ids, state.token_mask, state.logits
         if state.count.min() == self.length:
@@ -1743,7 +1702,7 @@ class ADDP(TokenModel):
 # The network reads xt and t, and predicts eps. That is as good as predicting x0, since the mixture can be
 # solved for x0. The error is only rescaled:
 #
-#     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2
+#     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2             x0' not clamped
 #
 # The loss is the plain error of eps, "L_simple" [DDPM, eq. 14]. By the line above it is the error of x0 with
 # the weight alpha_bar_t / (1 - alpha_bar_t), which is small where there is much noise.
@@ -1762,7 +1721,7 @@ class ADDP(TokenModel):
 #
 # eta decides how much of the noise in x_next is fresh: for each eta the variances of the eps' part and of
 # the fresh noise sum to 1 - alpha_bar_next. eta = 0 adds none: this is DDIM. eta = 1 is DDPM with the
-# smaller of its two variances, beta~. One pixel, in figures:
+# smaller of its two variances, beta~ (the proof is at posterior_mean(), below). One pixel, in figures:
 #
 #     alpha_bar = 0.25, x0 = 0.8, eps = -0.4       xt = 0.5 * 0.8 + 0.866 * -0.4              =  0.0536
 #     the network predicts -0.5                    x0' = (0.0536 + 0.866 * 0.5) / 0.5         =  0.9732
@@ -1770,33 +1729,8 @@ class ADDP(TokenModel):
 #
 # The error of eps is 0.1, that of x0' is 0.173: sqrt(1 / 0.25 - 1) = 1.73 times as large.
 #
-# Why eta = 1 is DDPM. The posterior q(x_next | xt, x0) has the variance beta~ and the mean [DDPM, eq. 7]
-#
-#     sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar) * xt
-#         + sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar) * x0
-#
-# Step 3 without its noise is this mean, with x0' for x0. To see it, put
-# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into step 3. With eta = 1 its root can be taken: let
-# a = alpha_bar / alpha_bar_next. Then 1 - alpha_bar - (1 - a) = a - alpha_bar = a (1 - alpha_bar_next), and
-#
-#     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next) * (1 - (1 - a) / (1 - alpha_bar))
-#                                  = (1 - alpha_bar_next)^2 * a / (1 - alpha_bar)
-#
-# So the factor of xt is that of the first line; call it f. And the factor of x0' is that of the second:
-#
-#     sqrt(alpha_bar_next) - sqrt(alpha_bar) f
-#         = (alpha_bar_next - alpha_bar) / (1 - alpha_bar) / sqrt(alpha_bar_next)
-#         = sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar)
-#
-# Inpainting. Known pixels are put back in three ways:
-#
-#     UMD, ADM      after each step, with as much noise as x_next has, in denoise() below
-#                                                                        [RePaint, without its jumps back]
-#     MAE           patches with an unknown pixel are masked, and predicted in one step; known pixels in them
-#                   are kept
-#     MAGE, ADDP    unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
-#                   their neighbours, are masked and decoded; the known pixels are pasted over the result
-#                   (section 5, initial_state)
+# Inpainting takes the same steps. After each the known pixels are put back, with as much noise as x_next has
+# [RePaint, without its jumps back].
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
 # tensor on the CPU: (B,), () or, of several timesteps, (T,).
@@ -1857,6 +1791,25 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
         std = std * factor(torch.as_tensor(alpha_bar_next < 1))             # the step to x0 adds no noise
     direction = factor((1 - alpha_bar_next - variance).sqrt()) * eps
     return factor(alpha_bar_next.sqrt()) * x0 + direction + std * noise
+
+
+# Why eta = 1 is DDPM. The posterior q(x_next | xt, x0) has the variance beta~ and the mean [DDPM, eq. 7]
+#
+#     sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar) * xt
+#         + sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar) * x0
+#
+# Step 3 without its noise is this mean, with x0' for x0. To see it, put
+# eps' = (xt - sqrt(alpha_bar) x0') / sqrt(1 - alpha_bar) into step 3. With eta = 1 its root can be taken: let
+# a = alpha_bar / alpha_bar_next. Then 1 - alpha_bar - (1 - a) = a - alpha_bar = a (1 - alpha_bar_next), and
+#
+#     1 - alpha_bar_next - sigma^2 = (1 - alpha_bar_next) * (1 - (1 - a) / (1 - alpha_bar))
+#                                  = (1 - alpha_bar_next)^2 * a / (1 - alpha_bar)
+#
+# So the factor of xt is that of the first line; call it f. And the factor of x0' is that of the second:
+#
+#     sqrt(alpha_bar_next) - sqrt(alpha_bar) f
+#         = (alpha_bar_next - alpha_bar) / (1 - alpha_bar) / sqrt(alpha_bar_next)
+#         = sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar)
 
 
 def posterior_mean(xt, x0, alpha_bar, alpha_bar_next):
@@ -1941,9 +1894,9 @@ def timestep_embedding(t, dim, denominator, layout):
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #                                                                   (-: not used)
 #
-# In generation nothing is masked. (In training something is, except in DiT, and in the noised images of the
-# second training below; attention takes any number of tokens.) Only the prediction of eps is used, as in
-# DDPM. MAE cannot start from nothing; it inpaints with its prediction of x0.
+# In generation from noise nothing is masked. (In training something is, except in DiT, and in the noised
+# images of the second training below; attention takes any number of tokens.) Only the prediction of eps is
+# used, as in DDPM. MAE cannot start from noise; it inpaints with its prediction of x0.
 #
 # Labels. Only the noised part is told its labels, as in the official code. One label in ten is hidden, for
 # guidance, which works as in MAGE, but with the same w in every step:
@@ -2280,8 +2233,8 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2 + a term for the variance, below       t uniform in 0 ... T-1
 #                                                                                               [DDPM, eq. 14]
-# The network reads the noised image xt and predicts the noise. (The second half of this section adds a second
-# output, for the variance of a step, and its loss.) The network is a U-Net of residual blocks, with
+# The network reads the noised image xt and predicts the noise. (It has a second output, for the variance of a
+# step; the second half of this section tells of it and its loss.) It is a U-Net of residual blocks, with
 # attention on small maps. The side is halved on the way down and doubled on the way up. The output of each
 # block on the way down is kept, and its mirror, the block as far from the other end, reads it, too:
 #
@@ -2290,14 +2243,12 @@ class UMD(Model):
 #     side of its output                32  32  16  16   8   8   8   8  16  16  32  32  32
 #     channels                          16  16  16  32  32  64  64  64  64  32  32  16  16
 #     also reads the output of block                                 6   5   4   3   2   1
-#     DifFeed adds, of pass 1, block        12      10       8
 #
 # Blocks 3 and 5 halve the side; 9 and 11 end by doubling it; 6 to 9 have attention. Every residual block is
 # told the timestep.
 #
 # The frozen network is a representation, too [DiffSSL]. The best features come from blocks soon after the
-# middle, of an image with a little noise. (The last row of the table is told before features(), below.
-# Official files: unet.py, gaussian_diffusion.py, nn.py.)
+# middle, of an image with a little noise. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
 
 
 class ADMResBlock(nn.Module):
@@ -2364,8 +2315,10 @@ class ADMBlock(nn.Sequential):
         return x
 
 
-# The variance. The network also predicts the variance s^2 of each step, and L_vb, which trains this output,
-# is added to the loss [iDDPM, eq. 16]. The best variance lies between two bounds:
+# The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
+# few it does. So ADM predicts the variance s^2 of each step, too, and L_vb, which trains this output, is
+# added to the loss [iDDPM, eq. 16]. (On a first reading go on to class ADM: all it needs is that there is a
+# second output, v.) The best variance lies between two bounds:
 #
 #     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
@@ -2390,8 +2343,8 @@ class ADMBlock(nn.Sequential):
 #
 # As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
 #
-# L_vb, a term of the variational bound, trains v. It compares two normal distributions of x_next. q knows the
-# true x0. p has the prediction x0' instead, and the variance s^2:
+# L_vb, the loss of v, is a term of the variational bound. It compares two normal distributions of x_next. q
+# knows the true x0. p has the prediction x0' instead, and the variance s^2:
 #
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
@@ -2636,15 +2589,6 @@ class ADM(Model):
 
     # ---- representation
 
-    # DifFeed, a head in probe.py, runs the network twice on the same xt:
-    #
-    #     pass 1     f_b = output of block b, for some late blocks b
-    #     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that
-    #                conv: 1x1, learned; norm: batch norm. The head reads any blocks of pass 2
-    #
-    # In the table above b is 12, 10 and 8, one for each size of map: by default the last block whose mirror
-    # has the same size. Block 13 is left out, as its mirror, block 1, is a mere convolution.
-
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
         """Outputs of blocks as feature maps; as MAGE.features, with a timestep t, int or int (B,), and noise
         like x."""
@@ -2655,6 +2599,19 @@ class ADM(Model):
         """The vector that the paper probes: (B, C), the map of best_layer at timestep best_t, averaged over
         the image."""
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
+
+
+# DifFeed, a head in probe.py, runs the frozen network twice on the same xt:
+#
+#     pass 1     f_b = output of block b, for some late blocks b
+#     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that
+#
+#     size "tiny"     b      12   10    8         conv: 1x1, to the channels of the mirror; norm: batch norm
+#                  mirror     2    4    6
+#
+# The head reads blocks of pass 2; it, conv and norm learn. By default b is, for each size of map, the last
+# block whose mirror has the same size, but not block 13: its mirror, block 1, is a mere convolution. In the
+# transformers all maps have one size, and b is every block of the second half, but the last.
 
 
 # What `python unified.py METHOD` (section 6) shows of each: accuracy of a linear probe on the embeddings,
@@ -2668,12 +2625,22 @@ class ADM(Model):
 #     umd      2              42.9 -> 50.3 %   80.3 -> 86.8 %   flat colours: it needs longer training
 #     adm      3              32.5 -> 39.6 %   70.7 -> 83.4 %   blobs with sharp edges, in all colours
 #
-# What such a probe reads differs:
+# What such a probe reads differs, and so does inpainting:
 #
 #     MAGE     the encoder's last block, nothing masked: the mean over tokens, normalised
 #     ADDP     the encoder's output, of the image itself: the mean over patches
 #     UMD      the encoder's class tokens, at t = 0, or 51 if no clean image was seen in training
 #     ADM      block 10 of 13 at t = 90 (24 of 37 in the published size): the mean over the map
+#
+#     MAGE, ADDP    Unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
+#                   their neighbours, are masked, and decoded in the usual steps. Then the known pixels are
+#                   pasted over the result (section 5, initial_state). In step 1 ADDP, which has no p_prev
+#                   yet, takes MAGE's (section 8).
+#     UMD, ADM      All pixels start as noise. After each step the known ones are put back, noised to its
+#                   level (section 9, denoise). No patch is masked. The steps are those of generation: UMD
+#                   takes labels and a guide, ADM a guide alone, and its own variance at eta = 1.
+#     MAE           Patches with an unknown pixel are masked, and predicted in one step; known pixels in them
+#                   are kept (section 10, inpaint).
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2683,45 +2650,46 @@ class ADM(Model):
 # to stand after MODELS, which is in section 13:
 #
 #     class MAGE75(MAGE):
-#         def forward(self, x, labels=None, **draws):
-#             return super().forward(x, labels, mask_ratio=0.75, **draws)
+#         def forward(self, x, labels=None, *, mask_ratio=0.75, **draws):
+#             return super().forward(x, labels, mask_ratio=mask_ratio, **draws)
 #     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
 #
-# Another number of tokens a step, or another order of decoding, needs no class (num_masked() and unmask(), in
-# section 4, say more):
+# Another number of tokens a step, or another order of decoding, needs no class; both are arguments of
+# sample(). (sample.py --schedule takes the names in SCHEDULES, in section 4, so a row there is enough.)
 #
 #     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
 #     left, L = [12, 8, 4, 1], model.length                       # or so many tokens, here of 16
 #     model.sample(16, steps=4, schedule=lambda t, T: (left[t - 1] + 0.5) / L)                # ADDP: - 0.5
 #
-#     def row_by_row(confidence):                                 # (n, L) -> priority (n, L)
+#     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
 #     model.sample(16, order=row_by_row)                          # tokens of the highest priority are kept
 #
-# For all else write a loop of your own. This one decides one token a step, at random places:
+#     def far_apart(confidence, mask, t):                         # first those without a decided neighbour
+#         decided = (~mask).float().unflatten(1, (model.grid, model.grid))                    # (n, h, w)
+#         near = F.max_pool2d(decided, 3, 1, 1).flatten(1)                                    # (n, L), 1 or 0
+#         return confidence - 1000 * near
+#     model.sample(16, order=far_apart)
 #
-#     @torch.no_grad()
-#     def sample_slowly(model, n):                                # of MAGE or ADDP, in eval mode
-#         state, L = model.initial_state(n), model.length
-#         for t in range(1, L + 1):
-#             logits = model.step_logits(state)                   # (n, L, K)
-#             count = torch.full((n,), L - t)                     # how many tokens of each image stay masked
-#             u = torch.rand(n, L, device=model.device)           # samples the ids
-#             ids, mask = unmask(logits, state.ids, state.token_mask, count, u, gumbel=0.0,
-#                                order=torch.rand_like)           # here it could look at state and t
-#             state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=t == L)
-#         return model.render(state)                              # (n, 3, S, S)
+# The halves keep rounding, down in MAGE and up in ADDP, from taking a token more; one token always stays
+# masked (section 4).
 #
-# A method that is new takes three things:
+# A method that is new takes a class in this file, such as Denoiser below, and a row, after MODELS:
 #
-#     1. a class in this file, such as Denoiser below
-#     2. a row, after MODELS:
-#        MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
-#        Its tokens are patches, so it is built as Denoiser(image_size=..., grid=..., **sizes["tiny"]).
-#     3. python train.py --model denoiser
-#        python sample.py out/shapes-denoiser
-#        python probe.py out/shapes-denoiser
-#        python -m pytest -q -k denoiser              (what is tested of every method)
+#     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
+#
+#     Method(class, {size: arguments of the constructor}, recipe, tokens=...)      all its fields: section 13
+#     tokens     the constructor is called with, and then with the arguments of the size
+#     "ids"      vqgan, image_size=...                the default
+#     "patches"  image_size=..., grid=...             patches on a side
+#     "none"     image_size=...
+#
+# Then the scripts know it, and so do the tests of what every method has in common:
+#
+#     python train.py --model denoiser
+#     python sample.py out/shapes-denoiser
+#     python probe.py out/shapes-denoiser
+#     python -m pytest -q -k denoiser
 #
 # The class is a Model. It must have
 #
@@ -2735,15 +2703,35 @@ class ADM(Model):
 #                                         added to the output of that layer; finetune may be ignored
 #     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C)
 #
-# and it may have
+# It may have what follows. Without it the scripts do without, and refuse a flag for it in a sentence.
 #
-#     length                              how many tokens it has, if any
 #     options of sample_steps()           temperature, schedule and order as MAGE's, eta as UMD's; guidance,
-#                                         guidance_interval, guide, labels, known and mask as both
+#                                         guidance_interval, guide, labels, known and mask as in both
 #     render(state)                       if x of its states is not in [-1, 1]
 #     num_steps(steps=None, eta=None)     if 10 steps are not usual
 #     noise(seeds)                        if what features() takes as noise is not like x
-#     t_range, pools, generates ...       what class Model lists for the scripts (section 3), where it differs
+#     reconstruct(x)                      images (B, 3, S, S) -> tuple of images like x, to look at; then
+#                                         reconstructs = True
+#     after_step()                        called after each step of the optimizer
+#     micro_batch_args(first, count), mirror(layer)          see class Model
+#
+#     attribute           default         what it says
+#     length              0               number of tokens; of patches, too
+#     codes               0               entries of the codebook, if ids are predicted
+#     classes             0               labels that this model is conditioned on
+#     takes_labels        False           the class can be built with classes > 0. Parameters that only such a
+#                                         model has are called label_embed, and --init skips them
+#     alpha_bar           None            the noise schedule
+#     max_steps           inf             sample.py takes no more sampling steps than these
+#     generates           True            it can start from nothing
+#     best_t              0               the t of features() at which best_layer is probed
+#     t_range             (0, 0, ...)     least t, largest t, and what t is; if both are ints, t is one, too
+#     pools               ("mean",)       poolings that embed() knows, the authors' first
+#     reads_ids           False           given ids instead of pixels, training and probing lose nothing
+#     stem                ()              names of layers before `blocks`, for --init-encoder and layer decay
+#     dynamic_blocks      ()              blocks whose number of tokens differs from call to call
+#     finetuning          as MAGE's       learning rate for 256 images, layer decay, fraction of warm-up: for
+#                                         a ViT-B, and for a ViT-L, whose best_layer is 24 or more
 #
 # - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
 #   calls super().__init__(vqgan, image_size), sets self.vqgan, and defines step_logits() and render() in
@@ -2784,7 +2772,7 @@ class Denoiser(Model):
     def sample_steps(self, n, steps=None, seeds=None):
         x = 0.5 + 0.5 * self.noise(image_seeds(seeds, n, self.device))                  # noise around grey
         for _ in range(self.num_steps(steps)):
-            y = self.to_pixels(self.features(x)[0])                             # (n, 3, S, S) in [-1, 1]
+            y = self.to_pixels(self.features(x)[0]).clamp(-1, 1)                            # (n, 3, S, S)
             x = (y + 1) / 2                                         # its output in [0, 1] is its next input
             yield Denoising(y)
 
@@ -3170,6 +3158,47 @@ def in_groups(counts, function, *tensors):
         parts.append(function(*(x[i] for x in tensors), counts[group[0]]))
     order = torch.tensor([i for group in groups for i in group]).argsort()
     return torch.cat(parts)[to_device(order, tensors[0].device)]
+
+
+# Feature maps. features() of MAGE, ADDP and UMD runs the blocks of encoder and decoder with these two
+# functions, keeps the outputs that are wanted, and stops after the last of them. So a forward pass is written
+# twice: plainly, in encode() and decode(), and in features(). (Tests hold both equal.)
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
+
+    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, w)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
+    condition      further arguments of all blocks
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
 
 
 # Drawn shapes: eight, in four colours on a plain ground. Place, size and turn vary a little. Colour says
