@@ -495,7 +495,7 @@ def test_grain_is_for_flat_images_only_and_below_a_grey_level():
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. What every model offers. These tests hold for every row of MODELS, and so for a row that a fork adds, and
-#    for the method that section 12 shows. What is true of one method alone stands beside that method.
+#    for the method that section 13 shows. What is true of one method alone stands beside that method.
 
 
 @EVERY
@@ -6895,7 +6895,7 @@ def test_wrong_options_are_refused_before_the_first_step(name):
             model.sample_steps(2, **options)
 
 
-def test_the_change_of_a_method_that_section_12_shows_trains_with_its_mask_ratio(monkeypatch):
+def test_the_change_of_a_method_that_section_13_shows_trains_with_its_mask_ratio(monkeypatch):
     monkeypatch.setattr(unified, "MODELS", dict(unified.MODELS))
     names = shown_in_the_tutorial("class MAGE75(MAGE):", 4)
     config = unified.model_config("mage-75", "tiny", 32, 4, unified.tokenizer_config("toy", 8, 128))
@@ -6928,7 +6928,7 @@ def test_an_order_of_ones_own_sees_the_mask_before_its_step_and_the_number_of_th
 
 
 @pytest.mark.parametrize("name", ["mage", "addp"])
-def test_the_order_that_section_12_shows_first_decides_tokens_without_a_decided_neighbour(name):
+def test_the_order_that_section_13_shows_first_decides_tokens_without_a_decided_neighbour(name):
     names = shown_in_the_tutorial("def far_apart(confidence, mask, t):", 4)
     model = names["model"] = small(name).eval()                             # of 4 x 4 tokens
     half = {"mage": 0.5, "addp": -0.5}[name]
@@ -6942,7 +6942,7 @@ def test_the_order_that_section_12_shows_first_decides_tokens_without_a_decided_
 
 
 @pytest.mark.parametrize("name, half", [("mage", "+ 0.5"), ("addp", "- 0.5")])
-def test_the_schedules_that_section_12_shows_leave_so_many_tokens_masked(name, half):
+def test_the_schedules_that_section_13_shows_leave_so_many_tokens_masked(name, half):
     model = small(name).eval()
     names, text = {"model": model}, inspect.getsource(unified)
 

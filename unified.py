@@ -41,11 +41,12 @@ numbers. How a model is used:
     9  Noise                       the noise schedule, and the way back: DDPM and DDIM
     10 UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
     11 ADM                         predict the noise with a U-Net; its blocks are representations, too
-    12 A method of your own        what it must have
-    13 Sizes and recipes           presets, and how each method is trained
-    14 Published weights           how files of the original authors are read
-    15 Behind the methods          random numbers by seed, drawn shapes, checked arguments
-    16 For the scripts             mistakes, flags, checkpoints, images, processes
+    12 Side by side                results; what is probed; inpainting; DifFeed
+    13 A method of your own        what it must have
+    14 Sizes and recipes           presets, and how each method is trained
+    15 Published weights           how files of the original authors are read
+    16 Behind the methods          random numbers by seed, drawn shapes, checked arguments
+    17 For the scripts             mistakes, flags, checkpoints, images, processes
 
 Look these up when you meet them.
 
@@ -69,9 +70,9 @@ Symbols  x, ids          an image as pixels, or as token ids
          e_k, D          code k, and the tokenizer's decoder, which turns codes into an image
 
          t runs in two directions. In sections 4 to 8 it counts steps of decoding, 1 ... T: the larger t, the
-         less is masked; so in the loop of 12. In 9 to 11 it is a timestep of diffusion: the larger t, the
-         more noise. The t of features() says how corrupted x is: by a mask ratio in MAGE, by a timestep in
-         UMD and ADM; in ADDP it is 0.
+         less is masked. In 9 to 11 it is a timestep of diffusion: the larger t, the more noise. The t of
+         features() says how corrupted x is: by a mask ratio in MAGE, by a timestep in UMD and ADM; in ADDP
+         it is 0.
 
 Pixels are floats in [0, 1] where they enter or leave a model. Inside diffusion models, and in the states that
 their sample_steps() yields, they are in [-1, 1].
@@ -527,19 +528,17 @@ class TokenizerTraining(nn.Module):
 #     model.embed(x) -> vectors                   representation: what a linear probe reads
 #     model.features(x, t, layers) -> maps        outputs of any block; t: how corrupted x is
 #
-# A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. features()
-# is the forward pass once more, up to the last block that is wanted; transformers call
-# encoder_decoder_features() for it, of section 15. Two of its arguments are for heads of probe.py alone: add,
-# of DifFeed (section 11), and finetune, of which only ADDP makes use. Wrong arguments of the four calls raise
-# a ValueError that says what is wanted. (Section 15 puts a guard around them: a traceback shows it as
-# checked().)
+# A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. Two
+# arguments of features() are for heads of probe.py alone: add, of DifFeed (section 12), and finetune, of
+# which only ADDP makes use. Wrong arguments of the four calls raise a ValueError that says what is wanted.
+# (Section 16 puts a guard around them: a traceback shows it as checked().)
 
 
 class Model(nn.Module):
     """What all have in common. A subclass defines forward(), features(), embed(), and sample_steps(), which
     yields a state after each step: a Decoding of ids and their mask (section 4), or a Denoising of pixels
     (section 9). In its __init__ it sets image_size, layers = {number of a block: (channels, h, w)}, and
-    best_layer, the block features() reads."""
+    best_layer, the block that features() reads if none is named."""
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1], options as for sample_steps. Call eval() before: in training mode
@@ -574,7 +573,7 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # ---- for the scripts: defaults of all they may ask. Section 12 says what each means; skip them till then
+    # ---- for the scripts: defaults of all they may ask. Section 13 says what each means; skip them till then
 
     length, codes, classes, alpha_bar, max_steps = 0, 0, 0, None, math.inf
     best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)
@@ -655,7 +654,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
-#     confidence   -.1 -1.6        -.9            log p + temperature (1 - t/T) Gumbel, at masked tokens
+#     confidence   -.1 -1.6        -.9            log p(sampled id) + temperature (1 - t/T) Gumbel
 #     next           c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
 # How many stay masked falls along a cosine [MaskGIT, 3.3], and in MAGE by at least one in each step, down to
@@ -693,7 +692,7 @@ def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
 
 
 # Besides weights and options an image depends on its seed alone, not on the batch in which it is made, so
-# torch.rand() will not do. Read hashed_uniform(seeds, draw, L), of section 15, as torch.rand(n, L) whose row
+# torch.rand() will not do. Read hashed_uniform(seeds, draw, L), of section 16, as torch.rand(n, L) whose row
 # i follows from seeds[i] and the number of the draw.
 
 
@@ -764,7 +763,8 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
     state        the Decoding to begin with            seeds  int64 (n,)
     temperature  of the Gumbel noise        schedule, round_up  see num_masked
     order        None: the most confident tokens are kept. Or a function, (confidence (n, L), mask (n, L), t)
-                 -> priority (n, L), of which the highest are kept; section 12 has examples
+                 -> priority (n, L), of which the highest are kept. confidence has its Gumbel noise, and mask
+                 is that before step t. Section 13 has examples
     """
     initial = state.count
     for t in range(1, steps + 1):
@@ -877,9 +877,9 @@ def init_weights(module):
 #
 # w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
 #
-# - An interval [Interval]. Guidance helps in one part of sampling and harms in the rest. Let progress run
-#   from 0, all noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere
-#   w_t is 1.
+# - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
+#   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
+#   low <= progress < high; elsewhere w_t is 1.
 # - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
 #   makes the errors of the network, only larger. So the direction from its prediction to the network's leads
 #   away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the only guidance
@@ -969,7 +969,8 @@ class TokenModel(Model):
         labels        int (n,), or None
         guidance      w of classifier-free guidance, to which w_t grows
         known, mask   inpainting: pixels (n, 3, S, S), and bool (n, S, S), True = to be generated
-        seeds         int (n,): all that an image depends on besides the weights; or the first of n, 0 if None
+        seeds         int (n,): all that an image depends on besides weights and options; or the first of n,
+                      0 if None
         schedule      see num_masked
         order         see parallel_decoding; by confidence if None
         guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high
@@ -1154,11 +1155,52 @@ class MAGE(TokenModel):
     t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
 
 
+# Feature maps. features() of MAGE, ADDP and UMD runs the blocks once more, with these two functions: it keeps
+# the outputs that are wanted and stops after the last of them. No token is dropped, and no label given. So
+# the passes of encode() and decode() stand here in another form. (Tests hold both equal.)
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
+
+    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, w)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
+    condition      further arguments of all blocks
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 6. A training loop
 #
 # `python unified.py` runs the story so far: it trains a tokenizer, then MAGE on its ids, in two minutes on
-# two CPU cores. The images need no download: draw_shapes() of section 15 draws eight kinds, such as circles
+# two CPU cores. The images need no download: draw_shapes() of section 16 draws eight kinds, such as circles
 # and stars, whose colours say nothing about the kind. With seed 0, torch 2.13 and two threads it printed,
 # among other lines:
 #
@@ -1177,13 +1219,13 @@ class MAGE(TokenModel):
 #   features of ids tell much already.
 # - shapes.png shows 64 samples. Most are shapes, in two colours: the tokenizer has learned no more so far.
 #
-# `python unified.py umd` (or addp, adm) trains one of the methods to come; a table at the end of section 11
-# has the results. train.py has the same loop, and what a long run needs: ids that are computed once, averaged
-# weights, MAGE-E's after_step(), evaluation, checkpoints, many GPUs.
+# `python unified.py umd` (or addp, adm) trains one of the methods to come; section 12 has the results. train.py
+# has the same loop, and what a long run needs: ids that are computed once, averaged weights, MAGE-E's
+# after_step(), evaluation, checkpoints, many GPUs.
 
 
 def fit(net, steps, batch_size, peak_lr):
-    """Train net on batches of drawn shapes. A simpler recipe than those of section 13."""
+    """Train net on batches of drawn shapes. A simpler recipe than those of section 14."""
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, cycle_momentum=False)
@@ -1234,7 +1276,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
         model = UMD(**size, grid=8, clean_ratio=0.5, mask_ratio_clean=0.75, mask_ratio_noised=0.375)
     if method == "adm":
         model = ADM(image_size=32, **ADM_SIZES["tiny"])
-    fresh = draw_zero_layers(copy.deepcopy(model)).eval()           # of section 15; changes UMD and ADM alone
+    fresh = draw_zero_layers(copy.deepcopy(model)).eval()           # of section 16; changes UMD and ADM alone
     untrained = {labelled: linear_probe(fresh, labelled) for labelled in (40, 1000)}
     fit(model.train(), steps, batch_size=64 if method == "mage" else 16, peak_lr=1.5e-3)
     for labelled, before in untrained.items():
@@ -1394,11 +1436,12 @@ class EchoMAGE(ContrastiveMAGE):
 # 8. ADDP: read pixels, predict ids
 #
 # MAGE reads ids. They suit generation. For recognition pixels are better, since rounding to ids loses detail.
-# ADDP reads pixels and predicts ids. It reads an image that is half decided. Some places have a visible id.
+# ADDP reads pixels and predicts ids. It reads an image that is partly decided. Some places have a visible id.
 # The others are masked, and have p_prev, an earlier prediction: a distribution over the K codes each. ADDP
 # predicts a better one, p.
 #
-# The network leads from ids and p_prev to p. Of these 4 places the first and the last are masked:
+# The network leads from ids and p_prev to p: codes, image, encoder, decoder. Of these 4 places the first and
+# the last are masked:
 #
 #     place                        1        2        3        4
 #     ids                          _        b        c        _
@@ -1410,25 +1453,26 @@ class EchoMAGE(ContrastiveMAGE):
 #     and returns        h0       h1       h2       h3       h4
 #
 #     decoder reads     [M]      [M]       h2       h3      [M]       b    c       [M]: the mask token;
-#     and predicts                p                          p                     b and c: embedded ids
-#     positions          v0       m1       v2       v3       m4      i2   i3       v, m, i: three tables
+#     and predicts                p                          p                     b and c: embedded ids;
+#     positions          v0       m1       v2       v3       m4      i2   i3       h2, h3: after a linear
+#                                                                                  layer; v, m, i: tables
 #
-#     mean_i = sum over k of p_prev_i(k) e_k       of 0.7 for code 3 and 0.3 for code 8: 0.7 e_3 + 0.3 e_8,
-#                                                  which D decodes to a blur
+#     mean_i = sum over k of p_prev_i(k) e_k       if p_prev_i is 0.7 at code 3 and 0.3 at code 8:
+#                                                  0.7 e_3 + 0.3 e_8, which D decodes to a blur
 #
 # So h0, h1 and h4 are thrown away. What the blur shows reaches the decoder through h2 and h3 alone, as these
 # have attended to it. The official code does this, too, and gives no reason. Perhaps it makes the outputs of
 # visible patches carry the whole image. At position 0, where MAGE's decoder reads the summary, ADDP's reads a
 # mask token, too. No timestep enters the network: it can see how much of the image is decided.
 #
-# Training. A trained MAGE, the predictor, makes p_prev, and the target of p, q, too. It is frozen, and runs
-# twice, with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
+# Training. A trained MAGE, the predictor, is frozen and makes two things: p_prev, and q, the target of p. It
+# runs twice, with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
 #
 #     place            1     2     3     4
 #     ids              a     b     c     d        of the image
-#     mask_earlier     _     b     _     _        MAGE reads b: what it predicts at 1 and 4 is p_prev
-#     mask             _     b     c     _        MAGE reads b and c: what it predicts at 1 and 4 is q
-#                                                 ADDP reads b, c and p_prev: what it predicts there is p
+#     mask_earlier     _     b     _     _        MAGE reads b; what it predicts at 1 and 4 is p_prev
+#     mask             _     b     c     _        MAGE reads b and c; what it predicts at 1 and 4 is q
+#                                                 ADDP reads b, c and p_prev; what it predicts at 1 and 4 is p
 #
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
@@ -1437,7 +1481,8 @@ class EchoMAGE(ContrastiveMAGE):
 # flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real ones. Both
 # masks rank the same random numbers, which nests them. Their ratios are two of a list of 66.
 #
-# Generation. p_prev is ADDP's own p of the step before; MAGE has no part in it. Each step is
+# Generation. p_prev is ADDP's own p of the step before. (MAGE is asked in the first step of inpainting only.)
+# Each step is
 #
 #     p         = network(ids, p_prev)     all of the first picture
 #     ids, mask = unmask(p)                section 4: ids are sampled from p, those of the highest log p +
@@ -1452,7 +1497,8 @@ class EchoMAGE(ContrastiveMAGE):
 #     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's.
 #
 # The token that is masked after the last step shows as its mean. No weight changes in generation. A guide
-# (section 5) acts on the logits of p, so on p_prev, too; it reads the same xt.
+# (section 5) acts on the logits of p, so on p_prev, too. It reads the same xt, but when inpainting asks its
+# own MAGE in step 1.
 
 
 def nested_mask_ratios():
@@ -1629,7 +1675,7 @@ class ADDP(TokenModel):
                 logits_prev = self.token_predictor.logits(ids, mask)
             latent = self.encode(self.next_image(ids, mask, logits_prev))
         # Inpainted images may differ in the number of visible ids, and the decoder takes one number. So
-        # in_groups(), of section 15, calls self.decode(latent, ids, mask, num_visible) once for each.
+        # in_groups(), of section 16, calls self.decode(latent, ids, mask, num_visible) once for each.
         return in_groups(self.length - state.count, self.decode, latent, ids, mask)
 
     @torch.no_grad()
@@ -1780,7 +1826,8 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """Steps 2 and 3 above, from xt and a prediction of x0 to x_next. With alpha_bar_next = 1 that is x0.
 
     noise  standard normal, like xt; 0 gives the mean
-    std    None, but for ADM with eta = 1 (section 11): std * noise is added, the rest stays as with sigma
+    std    None; or, of ADM with eta = 1 (section 11), the factor of the noise in place of sigma. The root
+           keeps sigma
     """
     factor = functools.partial(per_image, x=xt)
     eps = (factor(alpha_bar.rsqrt()) * xt - x0) / factor((1 / alpha_bar - 1).sqrt())
@@ -1793,7 +1840,8 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     return factor(alpha_bar_next.sqrt()) * x0 + direction + std * noise
 
 
-# Why eta = 1 is DDPM. The posterior q(x_next | xt, x0) has the variance beta~ and the mean [DDPM, eq. 7]
+# Why eta = 1 is DDPM (on a first reading go on to class Denoising). The posterior q(x_next | xt, x0) has the
+# variance beta~ and the mean                                                                     [DDPM, eq. 7]
 #
 #     sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar) * xt
 #         + sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar) * x0
@@ -2601,20 +2649,10 @@ class ADM(Model):
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
 
 
-# DifFeed, a head in probe.py, runs the frozen network twice on the same xt:
+# ------------------------------------------------------------------------------------------------------------
+# 12. Side by side
 #
-#     pass 1     f_b = output of block b, for some late blocks b
-#     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that
-#
-#     size "tiny"     b      12   10    8         conv: 1x1, to the channels of the mirror; norm: batch norm
-#                  mirror     2    4    6
-#
-# The head reads blocks of pass 2; it, conv and norm learn. By default b is, for each size of map, the last
-# block whose mirror has the same size, but not block 13: its mirror, block 1, is a mere convolution. In the
-# transformers all maps have one size, and b is every block of the second half, but the last.
-
-
-# What `python unified.py METHOD` (section 6) shows of each: accuracy of a linear probe on the embeddings,
+# Results. What `python unified.py METHOD` (section 6) shows: accuracy of a linear probe on the embeddings,
 # before -> after the training of the method, the tokenizer trained in both. Before it the network is random,
 # UMD's gates and ADM's last convolutions, too; left at 0 they would mix nothing. The rows are not to be
 # compared: mage has batches of 64, the others of 16, and addp is trained after a mage.
@@ -2625,29 +2663,46 @@ class ADM(Model):
 #     umd      2              42.9 -> 50.3 %   80.3 -> 86.8 %   flat colours: it needs longer training
 #     adm      3              32.5 -> 39.6 %   70.7 -> 83.4 %   blobs with sharp edges, in all colours
 #
-# What such a probe reads differs, and so does inpainting:
+# What an embedding is, and so what such a probe reads, differs:
 #
 #     MAGE     the encoder's last block, nothing masked: the mean over tokens, normalised
 #     ADDP     the encoder's output, of the image itself: the mean over patches
 #     UMD      the encoder's class tokens, at t = 0, or 51 if no clean image was seen in training
 #     ADM      block 10 of 13 at t = 90 (24 of 37 in the published size): the mean over the map
 #
+# Inpainting differs, too:
+#
 #     MAGE, ADDP    Unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
 #                   their neighbours, are masked, and decoded in the usual steps. Then the known pixels are
 #                   pasted over the result (section 5, initial_state). In step 1 ADDP, which has no p_prev
-#                   yet, takes MAGE's (section 8).
-#     UMD, ADM      All pixels start as noise. After each step the known ones are put back, noised to its
-#                   level (section 9, denoise). No patch is masked. The steps are those of generation: UMD
-#                   takes labels and a guide, ADM a guide alone, and its own variance at eta = 1.
+#                   yet, takes MAGE's. It sees known places as decoded from their ids, and shows the token
+#                   that stays masked as its mean (section 8).
+#     UMD, ADM      All pixels start as noise. After each step the known ones are put back, with as much noise
+#                   as x_next has (section 9, denoise). No patch is masked. The steps are those of generation:
+#                   UMD takes labels and a guide, ADM a guide alone, and its own variance at eta = 1.
 #     MAE           Patches with an unknown pixel are masked, and predicted in one step; known pixels in them
 #                   are kept (section 10, inpaint).
+#
+# DifFeed, a head in probe.py for any of these models, feeds late blocks, which know what the image shows,
+# back to early ones. It runs the frozen network twice, with the same noise or mask:
+#
+#     pass 1     f_b = output of block b, for some late blocks b
+#     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that, and
+#                the head reads best_layer, or the blocks it is told (--layers)
+#     conv: 1x1, to the channels of the mirror; norm: batch norm. conv, norm and head learn
+#
+# A small transformer in the head takes the cells of all maps that it reads as tokens. Which b, by default?
+#
+#     ADM            for each size of map the last block whose mirror has that size, but not the last block of
+#                    all, whose mirror is a mere convolution. In size "tiny" 12, 10 and 8, to 2, 4 and 6
+#     transformers   all of the second half but the last. Of 6 blocks 5 and 4, to 2 and 3
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. A method of your own
+# 13. A method of your own
 #
 # Often a change of a method is enough. This trains MAGE with three quarters of the tokens masked; the row has
-# to stand after MODELS, which is in section 13:
+# to stand after MODELS, which is in section 14:
 #
 #     class MAGE75(MAGE):
 #         def forward(self, x, labels=None, *, mask_ratio=0.75, **draws):
@@ -2655,7 +2710,8 @@ class ADM(Model):
 #     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
 #
 # Another number of tokens a step, or another order of decoding, needs no class; both are arguments of
-# sample(). (sample.py --schedule takes the names in SCHEDULES, in section 4, so a row there is enough.)
+# sample(). (sample.py --schedule takes the names in SCHEDULES, in section 4, so a row there is enough; for an
+# order of your own it has no flag.)
 #
 #     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
 #     left, L = [12, 8, 4, 1], model.length                       # or so many tokens, here of 16
@@ -2664,6 +2720,7 @@ class ADM(Model):
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
 #     model.sample(16, order=row_by_row)                          # tokens of the highest priority are kept
+#     # (confidence has the Gumbel noise in it, so here the temperature does nothing)
 #
 #     def far_apart(confidence, mask, t):                         # first those without a decided neighbour
 #         decided = (~mask).float().unflatten(1, (model.grid, model.grid))                    # (n, h, w)
@@ -2671,14 +2728,14 @@ class ADM(Model):
 #         return confidence - 1000 * near
 #     model.sample(16, order=far_apart)
 #
-# The halves keep rounding, down in MAGE and up in ADDP, from taking a token more; one token always stays
-# masked (section 4).
+# mask is that before the step. The halves keep rounding, down in MAGE and up in ADDP, from taking a token
+# more; when inpainting divide by n0, not L; one token always stays masked (section 4).
 #
 # A method that is new takes a class in this file, such as Denoiser below, and a row, after MODELS:
 #
 #     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
-#     Method(class, {size: arguments of the constructor}, recipe, tokens=...)      all its fields: section 13
+#     Method(class, {size: arguments of the constructor}, recipe, tokens=...)      all its fields: section 14
 #     tokens     the constructor is called with, and then with the arguments of the size
 #     "ids"      vqgan, image_size=...                the default
 #     "patches"  image_size=..., grid=...             patches on a side
@@ -2703,17 +2760,19 @@ class ADM(Model):
 #                                         added to the output of that layer; finetune may be ignored
 #     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C)
 #
-# It may have what follows. Without it the scripts do without, and refuse a flag for it in a sentence.
+# It may have what follows. What a method lacks the scripts skip; a flag that asks for it ends in a sentence.
 #
 #     options of sample_steps()           temperature, schedule and order as MAGE's, eta as UMD's; guidance,
 #                                         guidance_interval, guide, labels, known and mask as in both
 #     render(state)                       if x of its states is not in [-1, 1]
 #     num_steps(steps=None, eta=None)     if 10 steps are not usual
-#     noise(seeds)                        if what features() takes as noise is not like x
+#     noise(seeds, draw=0)                if what features() takes as noise is not like x
 #     reconstruct(x)                      images (B, 3, S, S) -> tuple of images like x, to look at; then
 #                                         reconstructs = True
 #     after_step()                        called after each step of the optimizer
-#     micro_batch_args(first, count), mirror(layer)          see class Model
+#     micro_batch_args(first, count)      dict: what forward() gets besides, with images first ... first +
+#                                         count - 1 of a batch that does not fit into memory at once
+#     mirror(layer)                       which block DifFeed feeds back to
 #
 #     attribute           default         what it says
 #     length              0               number of tokens; of patches, too
@@ -2728,7 +2787,8 @@ class ADM(Model):
 #     t_range             (0, 0, ...)     least t, largest t, and what t is; if both are ints, t is one, too
 #     pools               ("mean",)       poolings that embed() knows, the authors' first
 #     reads_ids           False           given ids instead of pixels, training and probing lose nothing
-#     stem                ()              names of layers before `blocks`, for --init-encoder and layer decay
+#     stem                ()              names of what layer decay counts as before `blocks`, and
+#                                         --init-encoder copies with them
 #     dynamic_blocks      ()              blocks whose number of tokens differs from call to call
 #     finetuning          as MAGE's       learning rate for 256 images, layer decay, fraction of warm-up: for
 #                                         a ViT-B, and for a ViT-L, whose best_layer is 24 or more
@@ -2742,7 +2802,7 @@ class ADM(Model):
 # - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(). The names device and
 #   tokenizer are taken, by Model.
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
-#   (FORMS, in section 15, has all). If yours means something else give it another name.
+#   (FORMS, in section 16, has all). If yours means something else give it another name.
 
 
 class Denoiser(Model):
@@ -2794,13 +2854,14 @@ class Denoiser(Model):
 # The tutorial ends here; the rest is to look things up in.
 
 # ------------------------------------------------------------------------------------------------------------
-# 13. Sizes and recipes
+# 14. Sizes and recipes
 #
 # A model is a name and a dict of plain numbers, the arguments of its constructor. A
 # checkpoint stores that dict, and build() turns it back into a model. A row of MODELS tells how to make it
 # and how to train it. These are the numbers of `train.py --model umd` on shapes, and where each comes from:
 #
-#     image_size=32, grid=8                                   train.py: the data set, and the recipe's 64 ids
+#     image_size=32, grid=8                                   train.py: the data set, and the recipe's 64
+#                                                             tokens, `ids`
 #     width=128, depth=4, heads=4, decoder_depth=2            sizes, UMD_SIZES["tiny"]; in other methods also
 #                                                             dropout and, of ADM, the noise schedule
 #     clean_ratio=0.5, mask_ratio_clean=0.75,                 options, the same in all sizes
@@ -2984,7 +3045,7 @@ def build(config):
     if "model" not in config:
         return VQGAN(**config)
     frozen = [build(config[k]) for k in ("tokenizer", "predictor") if k in config]
-    # OLD_NAMES (section 14): arguments as older checkpoints call them. complete(): see section 15.
+    # OLD_NAMES (section 15): arguments as older checkpoints call them. complete(): see section 16.
     rest = {OLD_NAMES.get(k, k): v for k, v in config.items() if k not in ("model", "tokenizer", "predictor")}
     model = MODELS[config["model"]].model
     if not model.takes_labels and rest.pop("classes", 0):
@@ -2993,7 +3054,7 @@ def build(config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 14. Published weights
+# 15. Published weights
 #
 # Files of the original authors store no config, so sizes are read off the shapes of their tensors. What
 # shapes cannot tell stands in the next lines: heads of encoder and decoder by width; and what the published
@@ -3108,7 +3169,7 @@ def published_weights(state, ema=True):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 15. Behind the methods
+# 16. Behind the methods
 #
 # Random numbers by seed. In generation a number depends on (the image's seed, which draw, which position) and
 # on nothing else, so an image is the same alone or among a thousand, on any device
@@ -3158,47 +3219,6 @@ def in_groups(counts, function, *tensors):
         parts.append(function(*(x[i] for x in tensors), counts[group[0]]))
     order = torch.tensor([i for group in groups for i in group]).argsort()
     return torch.cat(parts)[to_device(order, tensors[0].device)]
-
-
-# Feature maps. features() of MAGE, ADDP and UMD runs the blocks of encoder and decoder with these two
-# functions, keeps the outputs that are wanted, and stops after the last of them. So a forward pass is written
-# twice: plainly, in encode() and decode(), and in features(). (Tests hold both equal.)
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
-
-    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, w)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
-    condition      further arguments of all blocks
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
 
 
 # Drawn shapes: eight, in four colours on a plain ground. Place, size and turn vary a little. Colour says
@@ -3268,10 +3288,10 @@ def add_grain(x, grain):
 
 
 def complete(model):
-    """The model, if its class is as section 12 asks of a method; else a TypeError names what it lacks."""
+    """The model, if its class is as section 13 asks of a method; else a TypeError names what it lacks."""
     wanted = {"image_size", "layers", "best_layer", "sample_steps", "features", "embed"}
     if missing := sorted(name for name in wanted if not hasattr(model, name)):
-        raise TypeError(f"{type(model).__name__} lacks {', '.join(missing)}; section 12 says what each is")
+        raise TypeError(f"{type(model).__name__} lacks {', '.join(missing)}; section 13 says what each is")
     return model
 
 
@@ -3503,7 +3523,7 @@ guard(VQGAN, ("encode", "decode", "reconstruct"))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 16. For the scripts
+# 17. For the scripts
 #
 # A user's mistake ends in one sentence.
 
