@@ -65,6 +65,8 @@ Symbols  x, ids          an image as pixels, or as token ids
                          decided ids
          x', x0', eps'   predictions of x, x0, eps; in code x0_hat, eps_hat
          alpha_bar       how much of x0 is left in xt: the square of its factor
+         r, n0           the mask ratio; how many tokens are masked at the start
+         T               steps of decoding, in sections 4 to 8; timesteps of diffusion, in 9 to 11
          w               strength of guidance;  tau: a temperature;  sg: stop-gradient, detach()
          p, q            distributions: p is the network's, q its target
          e_k, D          code k, and the tokenizer's decoder, which turns codes into an image
@@ -680,10 +682,10 @@ def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
 
     initial   n0, how many were masked at the start          before  how many were before this step
     schedule  a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked, such as
-              lambda t, T: 1 - (t / T) ** 2. Whatever it says, one token stays masked, and until only that
-              is left each step keeps at least one. (k + 0.5) / n0 leaves k masked; n0 is L unless inpainting
-    round_up  False: the rule above. True: rounded up, and a step may keep none, as in ADDP (section 8). There
-              (k - 0.5) / n0 leaves k
+              lambda t, T: 1 - (t / T) ** 2. One token always stays masked
+    round_up  False: the rule above, so each step keeps at least one, until a single one is left; and
+              (k + 0.5) / n0 leaves k masked. True, as in ADDP (section 8): rounded up, a step may keep none,
+              and (k - 0.5) / n0 leaves k. n0 is L unless inpainting
     """
     ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     wanted = initial.double() * ratio(t, T)
@@ -764,7 +766,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
     temperature  of the Gumbel noise        schedule, round_up  see num_masked
     order        None: the most confident tokens are kept. Or a function, (confidence (n, L), mask (n, L), t)
                  -> priority (n, L), of which the highest are kept. confidence has its Gumbel noise, and mask
-                 is that before step t. Section 13 has examples
+                 is that before step t; what was visible stays, whatever its priority. Section 13 has examples
     """
     initial = state.count
     for t in range(1, steps + 1):
@@ -788,7 +790,8 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 #     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
 #     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
 #     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place (all after a
-#                                                     linear layer, plus positions)
+#                                                     linear layer, plus positions). Of section 4's 256: 115
+#                                                     outputs of visible ids, and h0 at all 141 masked ones
 #     decode                p   p       p   p         each a softmax over the K codes
 #
 # At masked places the decoder reads h0, the encoder's output at the class token. So training makes h0 a
@@ -1155,9 +1158,9 @@ class MAGE(TokenModel):
     t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
 
 
-# Feature maps. features() of MAGE, ADDP and UMD runs the blocks once more, with these two functions: it keeps
-# the outputs that are wanted and stops after the last of them. No token is dropped, and no label given. So
-# the passes of encode() and decode() stand here in another form. (Tests hold both equal.)
+# Feature maps. features() of MAGE, ADDP and UMD does not call encode() and decode(). It runs the blocks with
+# these two functions, which keep the outputs that are wanted and stop after the last of them. No token is
+# dropped, and no label given. (On a first reading go on to section 6. Tests hold both passes equal.)
 
 
 def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
@@ -1219,9 +1222,9 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #   features of ids tell much already.
 # - shapes.png shows 64 samples. Most are shapes, in two colours: the tokenizer has learned no more so far.
 #
-# `python unified.py umd` (or addp, adm) trains one of the methods to come; section 12 has the results. train.py
-# has the same loop, and what a long run needs: ids that are computed once, averaged weights, MAGE-E's
-# after_step(), evaluation, checkpoints, many GPUs.
+# `python unified.py umd` (or addp, adm) trains one of the methods to come; section 12 has the results.
+# train.py has the same loop, and what a long run needs: ids that are computed once, averaged weights,
+# MAGE-E's after_step(), evaluation, checkpoints, many GPUs.
 
 
 def fit(net, steps, batch_size, peak_lr):
@@ -1437,33 +1440,38 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # MAGE reads ids. They suit generation. For recognition pixels are better, since rounding to ids loses detail.
 # ADDP reads pixels and predicts ids. It reads an image that is partly decided. Some places have a visible id.
-# The others are masked, and have p_prev, an earlier prediction: a distribution over the K codes each. ADDP
-# predicts a better one, p.
+# The others are masked, and have p_prev, an earlier prediction: a distribution over the K codes each. In
+# training a MAGE makes p_prev; in generation it is ADDP's own, of the step before. ADDP predicts a better
+# distribution, p.
 #
-# The network leads from ids and p_prev to p: codes, image, encoder, decoder. Of these 4 places the first and
-# the last are masked:
+# The network leads from ids and p_prev to p in four stages: codes, image, encoder, decoder. In this picture
+# places 1 and 4 of 4 are masked:
 #
 #     place                        1        2        3        4
 #     ids                          _        b        c        _
-#     p_prev                       *                          *
-#     code                       mean1     e_b      e_c     mean4     e_b: the code of id b. mean1: see below
-#     xt = D(codes)             blurred   sharp    sharp   blurred    D: the tokenizer's decoder, frozen
+#     p_prev                       *                          *           * is a distribution over codes
 #
-#     encoder reads    [class]  patch1   patch2   patch3   patch4     all patches of xt
+#     code                       mean1     e_b      e_c     mean4
+#     xt = D(codes)             blurred   sharp    sharp   blurred
+#
+#     encoder reads    [class]  patch1   patch2   patch3   patch4
 #     and returns        h0       h1       h2       h3       h4
 #
-#     decoder reads     [M]      [M]       h2       h3      [M]       b    c       [M]: the mask token;
-#     and predicts                p                          p                     b and c: embedded ids;
-#     positions          v0       m1       v2       v3       m4      i2   i3       h2, h3: after a linear
-#                                                                                  layer; v, m, i: tables
+#     decoder reads     [M]      [M]       h2       h3      [M]      b    c
+#     with positions     v0       m1       v2       v3       m4     i2   i3
+#     and predicts p               *                          *
 #
-#     mean_i = sum over k of p_prev_i(k) e_k       if p_prev_i is 0.7 at code 3 and 0.3 at code 8:
-#                                                  0.7 e_3 + 0.3 e_8, which D decodes to a blur
-#
-# So h0, h1 and h4 are thrown away. What the blur shows reaches the decoder through h2 and h3 alone, as these
-# have attended to it. The official code does this, too, and gives no reason. Perhaps it makes the outputs of
-# visible patches carry the whole image. At position 0, where MAGE's decoder reads the summary, ADDP's reads a
-# mask token, too. No timestep enters the network: it can see how much of the image is decided.
+# - Codes. A visible place has e_b, the code of its id b. A masked one has the mean under p_prev:
+#   mean_i = sum over k of p_prev_i(k) e_k. If p_prev_i is 0.7 at code 3 and 0.3 at code 8, that is
+#   0.7 e_3 + 0.3 e_8. D, the tokenizer's decoder, makes a blur of it.
+# - The encoder reads all patches of xt.
+# - The decoder reads the encoder's outputs at visible places, after a linear layer. At masked places, and at
+#   position 0, where MAGE's decoder has the summary, it reads the mask token [M]. At the end come the visible
+#   ids, embedded. Visible places, masked places and ids have tables of positions of their own: v, m and i.
+# - So h0, h1 and h4 are thrown away. What the blur shows reaches the decoder through h2 and h3 alone, since
+#   these have attended to it. The official code does this, too, and gives no reason. Perhaps it makes the
+#   outputs of visible patches carry the whole image.
+# - No timestep enters the network: it can see how much of the image is decided.
 #
 # Training. A trained MAGE, the predictor, is frozen and makes two things: p_prev, and q, the target of p. It
 # runs twice, with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
@@ -1473,6 +1481,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     mask_earlier     _     b     _     _        MAGE reads b; what it predicts at 1 and 4 is p_prev
 #     mask             _     b     c     _        MAGE reads b and c; what it predicts at 1 and 4 is q
 #                                                 ADDP reads b, c and p_prev; what it predicts at 1 and 4 is p
+#                                                 (MAGE's prediction at 3 is not used: there c is visible)
 #
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
@@ -1492,9 +1501,14 @@ class EchoMAGE(ContrastiveMAGE):
 # (In code the three are a Decoding's ids, token_mask and softmax(logits).) The first steps are special:
 #
 #     from nothing     While no id is visible the decoder reads mask tokens alone. So the encoder is skipped,
-#                      and p_prev not used. That is step 1 and, with 256 tokens and 20 steps, step 2, since
-#                      counts are rounded up: 256 253 249 ... stay masked.
+#                      and p_prev not used. That is step 1 and, with 256 tokens and 20 steps, step 2, too.
 #     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's.
+#
+# For how many tokens stay masked is rounded up, and a step may keep none:
+#
+#     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
+#     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
+#     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
 #
 # The token that is masked after the last step shows as its mean. No weight changes in generation. A guide
 # (section 5) acts on the logits of p, so on p_prev, too. It reads the same xt, but when inpainting asks its
@@ -1651,14 +1665,7 @@ class ADDP(TokenModel):
 
     # ---- generation
 
-    # The loop of TokenModel, with the step told at the beginning of this section, and counts rounded up:
-    #
-    #     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
-    #     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
-    #     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
-    #
-    # So a step may keep nothing. ViT-L was also run with 256 steps and schedule="linear".
-
+    # The loop of TokenModel. The authors also ran their ViT-L with 256 steps and schedule="linear".
     round_up = True
 
     def step_logits(self, state, labels=None):
@@ -1708,7 +1715,7 @@ class ADDP(TokenModel):
 
     def embed(self, x, noise=None, pool="mean"):
         """A vector for a linear probe: (B, C). 'mean': the encoder's normed outputs, averaged over the image;
-        'class': at position 0."""
+        'class': h0, although the decoder never reads it."""
         latent = self.encode(self.to_pixels(x))                                             # (B, 1 + L, C)
         return latent[:, 0] if pool == "class" else latent[:, 1:].mean(1)
 
@@ -1761,8 +1768,8 @@ class ADDP(TokenModel):
 #     2. solves it for eps', given this x0'; if the clamp changed nothing it is the predicted eps again,
 #     3. mixes the two anew:
 #
-#     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise  [DDIM, 12]
-#     sigma^2 = eta^2 beta~                                                                       [DDIM, 16]
+#     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise [DDIM, eq. 12]
+#     sigma^2 = eta^2 beta~                                                                      [DDIM, eq. 16]
 #     beta~   = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
 #
 # eta decides how much of the noise in x_next is fresh: for each eta the variances of the eps' part and of
@@ -1841,7 +1848,7 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
 
 
 # Why eta = 1 is DDPM (on a first reading go on to class Denoising). The posterior q(x_next | xt, x0) has the
-# variance beta~ and the mean                                                                     [DDPM, eq. 7]
+# variance beta~ and the mean                                                                    [DDPM, eq. 7]
 #
 #     sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar) * xt
 #         + sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar) * x0
@@ -2653,9 +2660,10 @@ class ADM(Model):
 # 12. Side by side
 #
 # Results. What `python unified.py METHOD` (section 6) shows: accuracy of a linear probe on the embeddings,
-# before -> after the training of the method, the tokenizer trained in both. Before it the network is random,
-# UMD's gates and ADM's last convolutions, too; left at 0 they would mix nothing. The rows are not to be
-# compared: mage has batches of 64, the others of 16, and addp is trained after a mage.
+# before -> after the training of the method, the tokenizer trained in both. The network before it is random
+# throughout: UMD's gates and ADM's last convolutions, too, which start at 0 in training, and would let every
+# block pass its input on unchanged. The rows are not to be
+# compared, only their ends: mage has batches of 64, the others of 16, and addp is trained after a mage.
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours
@@ -2673,8 +2681,8 @@ class ADM(Model):
 # Inpainting differs, too:
 #
 #     MAGE, ADDP    Unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
-#                   their neighbours, are masked, and decoded in the usual steps. Then the known pixels are
-#                   pasted over the result (section 5, initial_state). In step 1 ADDP, which has no p_prev
+#                   their neighbours, are masked (section 5, initial_state), and decoded in the usual steps.
+#                   render() pastes the known pixels over what it shows. In step 1 ADDP, which has no p_prev
 #                   yet, takes MAGE's. It sees known places as decoded from their ids, and shows the token
 #                   that stays masked as its mean (section 8).
 #     UMD, ADM      All pixels start as noise. After each step the known ones are put back, with as much noise
@@ -2689,13 +2697,19 @@ class ADM(Model):
 #     pass 1     f_b = output of block b, for some late blocks b
 #     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that, and
 #                the head reads best_layer, or the blocks it is told (--layers)
-#     conv: 1x1, to the channels of the mirror; norm: batch norm. conv, norm and head learn
+#     mirror     the block as far from the other end: number of blocks + 1 - b; in transformers encoder and
+#                decoder are counted through
+#     conv, norm 1x1, to the channels of the mirror; batch norm. They and the head learn, by the gradient
+#                through pass 2; the network's weights stay
 #
-# A small transformer in the head takes the cells of all maps that it reads as tokens. Which b, by default?
+# Which b, by default?
 #
-#     ADM            for each size of map the last block whose mirror has that size, but not the last block of
-#                    all, whose mirror is a mere convolution. In size "tiny" 12, 10 and 8, to 2, 4 and 6
-#     transformers   all of the second half but the last. Of 6 blocks 5 and 4, to 2 and 3
+#     ADM            one for each size of map: the last block whose mirror has that size, too; in size "tiny"
+#                    12, 10 and 8, whose mirrors are 2, 4 and 6. (Not 13: its mirror, block 1, is a mere
+#                    convolution.)
+#     transformers   all of the second half but the last. Of 4 + 2 blocks 5 and 4, whose mirrors are 2 and 3
+#
+# The head itself is a small transformer, whose tokens are the cells of all maps that it reads.
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2720,7 +2734,7 @@ class ADM(Model):
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
 #     model.sample(16, order=row_by_row)                          # tokens of the highest priority are kept
-#     # (confidence has the Gumbel noise in it, so here the temperature does nothing)
+#     # (it ignores confidence, and with that the Gumbel noise, so the temperature does nothing)
 #
 #     def far_apart(confidence, mask, t):                         # first those without a decided neighbour
 #         decided = (~mask).float().unflatten(1, (model.grid, model.grid))                    # (n, h, w)
@@ -2728,8 +2742,9 @@ class ADM(Model):
 #         return confidence - 1000 * near
 #     model.sample(16, order=far_apart)
 #
-# mask is that before the step. The halves keep rounding, down in MAGE and up in ADDP, from taking a token
-# more; when inpainting divide by n0, not L; one token always stays masked (section 4).
+# (mask is that before the step, so two neighbours may be kept in one step. The halves are against errors of
+# rounding: floor(11.999) would leave 11 in MAGE, ceil(12.001) 13 in ADDP. When inpainting divide by n0, not
+# L. One token always stays masked, see section 4.)
 #
 # A method that is new takes a class in this file, such as Denoiser below, and a row, after MODELS:
 #
@@ -2760,10 +2775,11 @@ class ADM(Model):
 #                                         added to the output of that layer; finetune may be ignored
 #     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C)
 #
-# It may have what follows. What a method lacks the scripts skip; a flag that asks for it ends in a sentence.
+# It may have what follows. Scripts skip what a method lacks, and refuse a flag that asks for it.
 #
-#     options of sample_steps()           temperature, schedule and order as MAGE's, eta as UMD's; guidance,
-#                                         guidance_interval, guide, labels, known and mask as in both
+#     options of sample_steps()           temperature, schedule and order as TokenModel's (section 5), eta as
+#                                         UMD's (10); guidance, guidance_interval, guide, labels, known and
+#                                         mask as either's
 #     render(state)                       if x of its states is not in [-1, 1]
 #     num_steps(steps=None, eta=None)     if 10 steps are not usual
 #     noise(seeds, draw=0)                if what features() takes as noise is not like x
@@ -2782,7 +2798,7 @@ class ADM(Model):
 #                                         model has are called label_embed, and --init skips them
 #     alpha_bar           None            the noise schedule
 #     max_steps           inf             sample.py takes no more sampling steps than these
-#     generates           True            it can start from nothing
+#     generates           True            it can start from nothing; if not sample_steps() takes known, mask
 #     best_t              0               the t of features() at which best_layer is probed
 #     t_range             (0, 0, ...)     least t, largest t, and what t is; if both are ints, t is one, too
 #     pools               ("mean",)       poolings that embed() knows, the authors' first
@@ -2796,7 +2812,8 @@ class ADM(Model):
 # - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
 #   calls super().__init__(vqgan, image_size), sets self.vqgan, and defines step_logits() and render() in
 #   place of sample_steps(). Its pools are "mean" and "class".
-# - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`.
+# - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`, and
+#   names in stem what comes before them.
 # - Two views of an image, views=2 in its row, are for subclasses of ContrastiveMAGE: x is (B, 2, 3, S, S) or
 #   (B, 2, L), and one view in evaluations.
 # - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(). The names device and
@@ -2813,6 +2830,7 @@ class Denoiser(Model):
     """
 
     t_range = (0.0, 1.0, "the standard deviation of the noise")
+    stem = ("patch_embed", "pos_embed")
 
     def __init__(self, image_size, grid, width=128, depth=4, heads=4):
         super().__init__()
