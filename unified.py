@@ -1766,10 +1766,10 @@ class ADDP(TokenModel):
 #
 #     1. solves the mixture for x0', given the predicted eps, and clamps x0' to [-1, 1], where pixels lie,
 #     2. solves it for eps', given this x0'; if the clamp changed nothing it is the predicted eps again,
-#     3. mixes the two anew:
+#     3. mixes the two anew [DDIM, eq. 12 and 16]:
 #
-#     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise [DDIM, eq. 12]
-#     sigma^2 = eta^2 beta~                                                                      [DDIM, eq. 16]
+#     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise
+#     sigma^2 = eta^2 beta~
 #     beta~   = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
 #
 # eta decides how much of the noise in x_next is fresh: for each eta the variances of the eps' part and of
