@@ -681,15 +681,17 @@ def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
     """How many tokens of each image stay masked after step t = 1 ... T: int (n,) -> int (n,).
 
     initial   n0, how many were masked at the start          before  how many were before this step
-    schedule  a name in SCHEDULES, or a function (t, T) -> the ratio of n0 that stays masked, such as
-              lambda t, T: 1 - (t / T) ** 2. One token always stays masked
-    round_up  False: the rule above, so each step keeps at least one, until a single one is left; and
-              (k + 0.5) / n0 leaves k masked. True, as in ADDP (section 8): rounded up, a step may keep none,
-              and (k - 0.5) / n0 leaves k. n0 is L unless inpainting
+    schedule  a name in SCHEDULES; or a function (t, T) -> the ratio of n0 that stays masked, such as
+              lambda t, T: 1 - (t / T) ** 2; or a list of T counts. One token always stays masked
+    round_up  of a ratio. False: the rule above, so each step keeps at least one, until a single one is left.
+              True, as in ADDP (section 8): rounded up, and a step may keep none
     """
-    ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    wanted = initial.double() * ratio(t, T)
-    wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(before - 1)
+    if isinstance(schedule, (list, tuple)):
+        wanted = torch.full_like(before, schedule[t - 1])
+    else:
+        ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+        wanted = initial.double() * ratio(t, T)
+        wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(before - 1)
     return wanted.clamp(min=1).minimum(before)                                              # 0 stays 0
 
 
@@ -722,7 +724,7 @@ def sample_categorical(p, u):
     return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1).clamp(max=p.size(-1) - 1)
 
 
-def unmask(logits, ids, mask, count, u, gumbel, order=None):
+def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
     """One step of parallel decoding: the four lines of the picture above.
 
     logits  (n, L, K)
@@ -730,14 +732,16 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None):
     count   int (n,): how many stay masked
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
-    order   None: by confidence. Or a function, confidence (n, L) -> priority (n, L), of which the highest are
-            kept
+    order   None: the most confident tokens are kept. Or a function, (confidence (n, L), mask, t) -> priority
+            (n, L), of which the highest are kept. confidence has its Gumbel noise; what was visible stays,
+            whatever its priority. Section 13 has examples
+    t       number of the step, for order
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
     ids = torch.where(mask, sample_categorical(p, u), ids)
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + gumbel                    # (n, L)
-    priority = confidence if order is None else order(confidence).to(confidence)
+    priority = confidence if order is None else order(confidence, mask, t).to(confidence)
     priority = priority.masked_fill(~mask, math.inf)            # visible before: never masked again
     return ids, rank_in_row(priority) < to_device(count, ids.device)[:, None]           # the `count` lowest
 
@@ -763,10 +767,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 
     predict      function (t, state) -> logits (n, L, K), t = 1 ... steps
     state        the Decoding to begin with            seeds  int64 (n,)
-    temperature  of the Gumbel noise        schedule, round_up  see num_masked
-    order        None: the most confident tokens are kept. Or a function, (confidence (n, L), mask (n, L), t)
-                 -> priority (n, L), of which the highest are kept. confidence has its Gumbel noise, and mask
-                 is that before step t; what was visible stays, whatever its priority. Section 13 has examples
+    temperature  of the Gumbel noise        schedule, round_up  see num_masked        order  see unmask
     """
     initial = state.count
     for t in range(1, steps + 1):
@@ -774,8 +775,7 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         count = num_masked(initial, state.count, t, steps, schedule, round_up)          # after this step
         u_ids, u_gumbel = decoding_noise(seeds, t, state.ids.size(1))                   # (n, L) each
         gumbel = temperature * (1 - t / steps) * to_gumbel(u_gumbel)
-        rank = order and (lambda confidence: order(confidence, state.token_mask, t))
-        ids, mask = unmask(logits, state.ids, state.token_mask, count, u_ids, gumbel, rank)
+        ids, mask = unmask(logits, state.ids, state.token_mask, count, u_ids, gumbel, order, t)
         state = state._replace(ids=ids, token_mask=mask, count=count, logits=logits, last=t == steps)
         yield state
 
@@ -975,7 +975,7 @@ class TokenModel(Model):
         seeds         int (n,): all that an image depends on besides weights and options; or the first of n,
                       0 if None
         schedule      see num_masked
-        order         see parallel_decoding; by confidence if None
+        order         see unmask; by confidence if None
         guidance_interval    (low, high): step t of T is guided if low <= (t - 1) / T < high
         guide         None, or a weaker model of this class, with the same tokenizer; it sees the same labels
         yields        a Decoding after each step
@@ -1461,7 +1461,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     with positions     v0       m1       v2       v3       m4     i2   i3
 #     and predicts p               *                          *
 #
-# - Codes. A visible place has e_b, the code of its id b. A masked one has the mean under p_prev:
+# - Codes, image. A visible place has e_b, the code of its id b. A masked one has the mean under p_prev:
 #   mean_i = sum over k of p_prev_i(k) e_k. If p_prev_i is 0.7 at code 3 and 0.3 at code 8, that is
 #   0.7 e_3 + 0.3 e_8. D, the tokenizer's decoder, makes a blur of it.
 # - The encoder reads all patches of xt.
@@ -1482,6 +1482,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     mask             _     b     c     _        MAGE reads b and c; what it predicts at 1 and 4 is q
 #                                                 ADDP reads b, c and p_prev; what it predicts at 1 and 4 is p
 #                                                 (MAGE's prediction at 3 is not used: there c is visible)
+#     (MAGE reads as in generation: [MASK] at masked places, none of them dropped, and the fake class.)
 #
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
@@ -1495,24 +1496,25 @@ class EchoMAGE(ContrastiveMAGE):
 #
 #     p         = network(ids, p_prev)     all of the first picture
 #     ids, mask = unmask(p)                section 4: ids are sampled from p, those of the highest log p +
-#                                          Gumbel noise are kept, the others are masked again
-#     p_prev    = p                        all that goes on of a masked place; the id sampled there does not
+#                                          Gumbel noise are kept, the others are masked again, and forgotten
+#     p_prev    = p                        this alone goes on of a masked place
 #
-# (In code the three are a Decoding's ids, token_mask and softmax(logits).) The first steps are special:
-#
-#     from nothing     While no id is visible the decoder reads mask tokens alone. So the encoder is skipped,
-#                      and p_prev not used. That is step 1 and, with 256 tokens and 20 steps, step 2, too.
-#     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's.
-#
-# For how many tokens stay masked is rounded up, and a step may keep none:
+# (In code the three are a Decoding's ids, token_mask and softmax(logits).) How many tokens stay masked is
+# rounded up, so a step may keep none:
 #
 #     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
 #     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
 #     16 tokens, 8 steps     ADDP  16 15 14 12 9 7 4 1     MAGE  15 14 13 11 8 6 3 1
 #
+# The first steps are special:
+#
+#     from nothing     While no id is visible the decoder reads mask tokens alone. So the encoder is skipped,
+#                      and p_prev not used. With 256 tokens and 20 steps these are steps 1 and 2.
+#     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's.
+#
 # The token that is masked after the last step shows as its mean. No weight changes in generation. A guide
-# (section 5) acts on the logits of p, so on p_prev, too. It reads the same xt, but when inpainting asks its
-# own MAGE in step 1.
+# (section 5) acts on the logits of p, so on p_prev, too. It reads the same xt, except in step 1 of
+# inpainting, where its own MAGE makes p_prev.
 
 
 def nested_mask_ratios():
@@ -2660,10 +2662,10 @@ class ADM(Model):
 # 12. Side by side
 #
 # Results. What `python unified.py METHOD` (section 6) shows: accuracy of a linear probe on the embeddings,
-# before -> after the training of the method, the tokenizer trained in both. The network before it is random
-# throughout: UMD's gates and ADM's last convolutions, too, which start at 0 in training, and would let every
-# block pass its input on unchanged. The rows are not to be
-# compared, only their ends: mage has batches of 64, the others of 16, and addp is trained after a mage.
+# before -> after the training of the method; mage's tokenizer is trained in both. For "before" layers that
+# start at 0 (UMD's gates, ADM's last convolutions) are drawn at random, or only shortcuts would act. Compare
+# before with after, not one row with another: mage has batches of 64, the others of 16, and addp needs a
+# trained mage.
 #
 #     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
 #     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours
@@ -2682,9 +2684,9 @@ class ADM(Model):
 #
 #     MAGE, ADDP    Unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
 #                   their neighbours, are masked (section 5, initial_state), and decoded in the usual steps.
-#                   render() pastes the known pixels over what it shows. In step 1 ADDP, which has no p_prev
-#                   yet, takes MAGE's. It sees known places as decoded from their ids, and shows the token
-#                   that stays masked as its mean (section 8).
+#                   render() pastes the known pixels over what it shows. MAGE takes labels and a guide, ADDP
+#                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves. It sees known places as
+#                   decoded from their ids, and shows the token that stays masked as its mean (section 8).
 #     UMD, ADM      All pixels start as noise. After each step the known ones are put back, with as much noise
 #                   as x_next has (section 9, denoise). No patch is masked. The steps are those of generation:
 #                   UMD takes labels and a guide, ADM a guide alone, and its own variance at eta = 1.
@@ -2704,10 +2706,10 @@ class ADM(Model):
 #
 # Which b, by default?
 #
-#     ADM            one for each size of map: the last block whose mirror has that size, too; in size "tiny"
-#                    12, 10 and 8, whose mirrors are 2, 4 and 6. (Not 13: its mirror, block 1, is a mere
-#                    convolution.)
+#     ADM            without the first and the last block, for each size of map the last block whose mirror
+#                    has that size, too: in size "tiny" 12, 10 and 8, whose mirrors are 2, 4 and 6
 #     transformers   all of the second half but the last. Of 4 + 2 blocks 5 and 4, whose mirrors are 2 and 3
+#     (A block in the middle has no mirror. Block 1 of ADM is a mere convolution.)
 #
 # The head itself is a small transformer, whose tokens are the cells of all maps that it reads.
 
@@ -2728,8 +2730,7 @@ class ADM(Model):
 # order of your own it has no flag.)
 #
 #     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
-#     left, L = [12, 8, 4, 1], model.length                       # or so many tokens, here of 16
-#     model.sample(16, steps=4, schedule=lambda t, T: (left[t - 1] + 0.5) / L)                # ADDP: - 0.5
+#     model.sample(16, steps=4, schedule=[12, 8, 4, 1])           # or so many tokens, here of 16
 #
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
@@ -2742,17 +2743,17 @@ class ADM(Model):
 #         return confidence - 1000 * near
 #     model.sample(16, order=far_apart)
 #
-# (mask is that before the step, so two neighbours may be kept in one step. The halves are against errors of
-# rounding: floor(11.999) would leave 11 in MAGE, ceil(12.001) 13 in ADDP. When inpainting divide by n0, not
-# L. One token always stays masked, see section 4.)
+# (mask is that before the step, so two neighbours may be kept in one step.)
 #
 # A method that is new takes a class in this file, such as Denoiser below, and a row, after MODELS:
 #
 #     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
-#     Method(class, {size: arguments of the constructor}, recipe, tokens=...)      all its fields: section 14
-#     tokens     the constructor is called with, and then with the arguments of the size
-#     "ids"      vqgan, image_size=...                the default
+# The row has the class, {size: arguments of the constructor}, a recipe (section 14), and tokens, which says
+# with what the constructor is called, before the arguments of the size:
+#
+#     "ids"      vqgan, image_size=...                the default. With predictor="mage" in the row, as in
+#                                                     ADDP: a trained mage in place of vqgan
 #     "patches"  image_size=..., grid=...             patches on a side
 #     "none"     image_size=...
 #
@@ -2769,62 +2770,17 @@ class ADM(Model):
 #                                         from 1; the layer that probes read if not told otherwise
 #     forward(x, labels=None)             images (B, 3, S, S) -> scalar loss, dict of its terms
 #     sample_steps(n, steps=None, seeds=None)             yields a Denoising after each step, as many as
-#                                         num_steps(steps) says, without gradient
+#                                         num_steps(steps) says, without gradient. Image i follows from
+#                                         seeds[i]: image_seeds() makes (n,) of seeds, noise() draws from them
 #     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
 #                                         -> [map (B, C, h, w) for each of layers]. add, {layer: map}, is
 #                                         added to the output of that layer; finetune may be ignored
 #     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C)
-#
-# It may have what follows. Scripts skip what a method lacks, and refuse a flag that asks for it.
-#
-#     options of sample_steps()           temperature, schedule and order as TokenModel's (section 5), eta as
-#                                         UMD's (10); guidance, guidance_interval, guide, labels, known and
-#                                         mask as either's
-#     render(state)                       if x of its states is not in [-1, 1]
-#     num_steps(steps=None, eta=None)     if 10 steps are not usual
-#     noise(seeds, draw=0)                if what features() takes as noise is not like x
-#     reconstruct(x)                      images (B, 3, S, S) -> tuple of images like x, to look at; then
-#                                         reconstructs = True
-#     after_step()                        called after each step of the optimizer
-#     micro_batch_args(first, count)      dict: what forward() gets besides, with images first ... first +
-#                                         count - 1 of a batch that does not fit into memory at once
-#     mirror(layer)                       which block DifFeed feeds back to
-#
-#     attribute           default         what it says
-#     length              0               number of tokens; of patches, too
-#     codes               0               entries of the codebook, if ids are predicted
-#     classes             0               labels that this model is conditioned on
-#     takes_labels        False           the class can be built with classes > 0. Parameters that only such a
-#                                         model has are called label_embed, and --init skips them
-#     alpha_bar           None            the noise schedule
-#     max_steps           inf             sample.py takes no more sampling steps than these
-#     generates           True            it can start from nothing; if not sample_steps() takes known, mask
-#     best_t              0               the t of features() at which best_layer is probed
-#     t_range             (0, 0, ...)     least t, largest t, and what t is; if both are ints, t is one, too
-#     pools               ("mean",)       poolings that embed() knows, the authors' first
-#     reads_ids           False           given ids instead of pixels, training and probing lose nothing
-#     stem                ()              names of what layer decay counts as before `blocks`, and
-#                                         --init-encoder copies with them
-#     dynamic_blocks      ()              blocks whose number of tokens differs from call to call
-#     finetuning          as MAGE's       learning rate for 256 images, layer decay, fraction of warm-up: for
-#                                         a ViT-B, and for a ViT-L, whose best_layer is 24 or more
-#
-# - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
-#   calls super().__init__(vqgan, image_size), sets self.vqgan, and defines step_logits() and render() in
-#   place of sample_steps(). Its pools are "mean" and "class".
-# - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`, and
-#   names in stem what comes before them.
-# - Two views of an image, views=2 in its row, are for subclasses of ContrastiveMAGE: x is (B, 2, 3, S, S) or
-#   (B, 2, L), and one view in evaluations.
-# - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(). The names device and
-#   tokenizer are taken, by Model.
-# - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
-#   (FORMS, in section 16, has all). If yours means something else give it another name.
 
 
 class Denoiser(Model):
     """Transformer on patches that removes noise of one strength, at once. Generates by being fed its own
-    output, and is probed without noise: too simple to be good, but complete.
+    output, and is probed without noise: too simple to be good, but all that a method must be.
 
     image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
     """
@@ -2867,6 +2823,55 @@ class Denoiser(Model):
 
     def embed(self, x, noise=None, pool="mean"):
         return self.features(x)[0].mean((2, 3))                                             # (B, C)
+
+
+# A method may have what follows. Scripts skip what it lacks, and refuse a flag that asks for it.
+#
+#     options of sample_steps()           found by their names in its signature: temperature, schedule, order
+#                                         as in TokenModel, eta as in UMD; guidance, guidance_interval, guide,
+#                                         labels, known and mask as in both
+#     render(state)                       if x of its states is not in [-1, 1]
+#     num_steps(steps=None, eta=None)     if 10 steps are not usual
+#     noise(seeds)                        if what features() takes as noise is not like x; with draw=0, too,
+#                                         if denoise() uses it
+#     reconstruct(x)                      images (B, 3, S, S) -> tuple of images like x, to look at; then
+#                                         reconstructs = True
+#     after_step()                        called after each step of the optimizer
+#     micro_batch_args(first, count)      dict: what forward() gets besides, with images first ... first +
+#                                         count - 1 of a batch that does not fit into memory at once
+#     mirror(layer)                       which block DifFeed feeds back to
+#
+#     attribute           default         what it says
+#     length              0               number of tokens; of patches, too
+#     codes               0               entries of the codebook, if ids are predicted
+#     classes             0               labels that this model is conditioned on
+#     takes_labels        False           the class can be built with classes > 0. Parameters that only such a
+#                                         model has are called label_embed, and --init skips them
+#     alpha_bar           None            the noise schedule
+#     max_steps           inf             sample.py takes no more sampling steps than these
+#     generates           True            it can start from nothing; if not sample_steps() takes known, mask
+#     best_t              0               the t of features() at which best_layer is probed
+#     t_range             (0, 0, ...)     least t, largest t, and what t is; if both are ints, t is one, too
+#     pools               ("mean",)       poolings that embed() knows, the authors' first
+#     reads_ids           False           given ids instead of pixels, training and probing lose nothing
+#     stem                ()              names of what layer decay counts as before `blocks`, and
+#                                         --init-encoder copies with them
+#     dynamic_blocks      ()              blocks whose number of tokens differs from call to call
+#     finetuning          as MAGE's       learning rate for 256 images, layer decay, fraction of warm-up: for
+#                                         a ViT-B, and for a ViT-L, whose best_layer is 24 or more
+#
+# - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
+#   calls super().__init__(vqgan, image_size), sets self.vqgan, and defines step_logits() and render() in
+#   place of sample_steps(), which it inherits with num_steps(), noise() and reconstruct(). Its pools are
+#   "mean" and "class".
+# - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`, and
+#   names in stem what comes before them.
+# - Two views of an image, views=2 in its row, are for subclasses of ContrastiveMAGE: x is (B, 2, 3, S, S) or
+#   (B, 2, L), and one view in evaluations.
+# - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(). The names device and
+#   tokenizer are taken, by Model.
+# - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
+#   (FORMS, in section 16, has all). If yours means something else give it another name.
 
 
 # The tutorial ends here; the rest is to look things up in.
@@ -3352,7 +3357,7 @@ FORMS = {                               # by [class.][method.]argument; decoders
     "noise": "float ({N}, 3, {S}, {S})", "TokenModel.noise": "float ({N}, {m.length})",
     "n": "int in [1, inf]", "steps": "int in [1, inf]", "temperature": "float in [0, inf]",
     "eta": "float in [0, 1]", "guidance": "float in [-1e9, 1e9]", "guidance_interval": "pair in [0, 1]",
-    "schedule": "function or among {schedules}", "order": "function",
+    "schedule": "function or among {schedules} or counts ({T}) in [0, {m.length}]", "order": "function",
     "known": "float ({B}, 3, {S}, {S}) in [-0.5, 1.5]", "mask": "bool ({B}, {S}, {S})",
     "seeds": "int ({B})", "sample_steps.seeds": "int in [-9e18, 9e18] or int ({B})",
     "draw": "int in [0, 9e18]", "layers": "layers in [1, {D}]", "add": "maps in [1, {D}]",
@@ -3390,7 +3395,7 @@ def is_tensor(v, kind, shape, low, high, weight, near, wait):
 
 def fits(v, form, weight, near=False, wait=False):
     """Whether v has one of the forms that "or" connects; "among a, b" are names, "layers" and "maps"
-    collections of numbers, "pair" two ascending ones."""
+    collections of numbers, "counts (T)" a list of T, "pair" two ascending ones."""
     if " or " in form:
         return any(fits(v, part, weight, near, wait) for part in form.split(" or "))
     if form == "function":
@@ -3402,6 +3407,9 @@ def fits(v, form, weight, near=False, wait=False):
     if kind == "pair":
         two = isinstance(v, (tuple, list)) and len(v) == 2
         return two and all(is_number(b, "float", low, high) for b in v) and v[0] < v[1]
+    if kind == "counts":
+        listed = isinstance(v, (list, tuple)) and str(len(v)) == shape
+        return listed and all(is_number(b, "int", low, high) for b in v)
     if kind in ("layers", "maps"):
         several = typing.Mapping if kind == "maps" else typing.Collection
         return isinstance(v, several) and all(is_number(b, "int", low, high) for b in v)
@@ -3412,7 +3420,7 @@ def fits(v, form, weight, near=False, wait=False):
 
 def letters_of(model, a):
     """What the letters in forms stand for, given the arguments a: B images, N of them that are noised or two
-    crops each, S, D layers."""
+    crops each, S, D layers, T steps of decoding."""
     x, n, m = a.get("x"), a.get("n"), model
     S, D, stride = getattr(m, "image_size", 0), len(getattr(m, "layers", ())), getattr(m, "stride", 0)
     if a.get("finetune") and isinstance(m, ADDP):               # whose encoder takes other sizes
@@ -3428,7 +3436,9 @@ def letters_of(model, a):
     elif isinstance(x, torch.Tensor) and x.dim() in (3, 5):                       # (B, 2, L), (B, 2, 3, S, S)
         N = 2 * B
     kind = type(getattr(m, "t_range", (0, 0))[1]).__name__
-    return {"m": m, "S": S, "D": D, "B": B, "N": N, "time": kind, "schedules": ", ".join(SCHEDULES)}
+    steps = a.get("steps")
+    T = int(steps) if is_number(steps, "int", 1, math.inf) else m.num_steps() if "schedule" in a else 0
+    return {"m": m, "S": S, "D": D, "B": B, "N": N, "T": T, "time": kind, "schedules": ", ".join(SCHEDULES)}
 
 
 def form_of(model, method, argument):
