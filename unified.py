@@ -651,8 +651,9 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
     return mask, ids_keep.sort(1).values
 
 
-# Generation starts with n0 masked tokens: all L, or, when inpainting, the unknown ones. It takes T steps.
-# Each step predicts all masked tokens, keeps the most confident predictions, and masks the others again:
+# Generation starts with n0 masked tokens: all L or, when inpainting, the unknown ones and their neighbours.
+# In each of T steps it predicts all masked tokens, keeps the most confident predictions, and masks the
+# others again:
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
@@ -748,10 +749,10 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
 
 class Decoding(typing.NamedTuple):
     """Images while they are decoded."""
-    ids: torch.Tensor                   # (n, L)
-    token_mask: torch.Tensor            # bool (n, L), True = masked before the next step
-    count: torch.Tensor                 # int (n,), on the CPU: how many of each image that are
-    logits: torch.Tensor = None         # (n, L, K) of the previous step; ADDP makes its image from them
+    ids: torch.Tensor                   # (n, L); at masked places leftovers of the last step
+    token_mask: torch.Tensor            # bool (n, L), True = masked, to be predicted by the next step
+    count: torch.Tensor                 # int (n,), on the CPU: how many tokens of each image that is
+    logits: torch.Tensor = None         # (n, L, K) of the last step; ADDP makes its image from them
     known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
     inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
     last: bool = False                  # after step T: one token is still masked, but MAGE shows its id, too
@@ -1305,7 +1306,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 #     three images with the views 0 1 | 2 3 | 4 5:  a = 2 is to find b = 3 among v = 0, 1, 3, 4, 5
 #
 # Its weight beside the masked loss is 0.1 [MAGE, section 3]. The authors released no training code for
-# MAGE-C: the layers' sizes and tau = 0.2 are ours.
+# MAGE-C: the layers' sizes and tau = 0.2 are ours (near MoCo v3's). Both views have the same mask ratio.
 
 
 def info_nce(z, temperature=0.2):
@@ -1438,7 +1439,7 @@ class EchoMAGE(ContrastiveMAGE):
 # ------------------------------------------------------------------------------------------------------------
 # 8. ADDP: read pixels, predict ids
 #
-# MAGE reads ids. They suit generation. For recognition pixels are better, since rounding to ids loses detail.
+# MAGE reads ids. They suit generation. For recognition pixels should be better: rounding to ids loses detail.
 # ADDP reads pixels and predicts ids. It reads an image that is partly decided. Some places have a visible id.
 # The others are masked, and have p_prev, an earlier prediction: a distribution over the K codes each. In
 # training a MAGE makes p_prev; in generation it is ADDP's own, of the step before. ADDP predicts a better
@@ -1489,13 +1490,14 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # So the target is a distribution over codes, not the one true id. Tokenizer and MAGE are frozen: no gradient
 # flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real ones. Both
-# masks rank the same random numbers, which nests them. Their ratios are two of a list of 66.
+# masks rank the same random numbers, which nests them. Their ratios are two of a list of 66, at most five
+# entries apart: 235 and 240 of 256 tokens are masked, say.
 #
 # Generation. p_prev is ADDP's own p of the step before. (MAGE is asked in the first step of inpainting only.)
 # Each step is
 #
-#     p         = network(ids, p_prev)     all of the first picture
-#     ids, mask = unmask(p)                section 4: ids are sampled from p, those of the highest log p +
+#     p         = network(ids, mask, p_prev)             all of the first picture
+#     ids, mask = unmask(p, ids, mask)     section 4: ids are sampled from p, those of the highest log p +
 #                                          Gumbel noise are kept, the others are masked again, and forgotten
 #     p_prev    = p                        this alone goes on of a masked place
 #
@@ -1510,7 +1512,8 @@ class EchoMAGE(ContrastiveMAGE):
 #
 #     from nothing     While no id is visible the decoder reads mask tokens alone. So the encoder is skipped,
 #                      and p_prev not used. With 256 tokens and 20 steps these are steps 1 and 2.
-#     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's.
+#     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's. (A hole
+#                      that leaves no id visible is filled as from nothing.)
 #
 # The token that is masked after the last step shows as its mean. No weight changes in generation. A guide
 # (section 5) acts on the logits of p, so on p_prev, too. It reads the same xt, except in step 1 of
@@ -1951,9 +1954,9 @@ def timestep_embedding(t, dim, denominator, layout):
 #     DiT          0                -                  0            (L_x0 + L_eps) / 2, over all pixels
 #                                                                   (-: not used)
 #
-# In generation from noise nothing is masked. (In training something is, except in DiT, and in the noised
-# images of the second training below; attention takes any number of tokens.) Only the prediction of eps is
-# used, as in DDPM. MAE cannot start from noise; it inpaints with its prediction of x0.
+# In generation from noise nothing is masked, though in training something mostly is: attention takes any
+# number of tokens. Only the prediction of eps is used, as in DDPM. MAE cannot start from noise; it inpaints
+# with its prediction of x0.
 #
 # Labels. Only the noised part is told its labels, as in the official code. One label in ten is hidden, for
 # guidance, which works as in MAGE, but with the same w in every step:
@@ -2685,7 +2688,7 @@ class ADM(Model):
 #     MAGE, ADDP    Unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
 #                   their neighbours, are masked (section 5, initial_state), and decoded in the usual steps.
 #                   render() pastes the known pixels over what it shows. MAGE takes labels and a guide, ADDP
-#                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves. It sees known places as
+#                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves. ADDP sees known places as
 #                   decoded from their ids, and shows the token that stays masked as its mean (section 8).
 #     UMD, ADM      All pixels start as noise. After each step the known ones are put back, with as much noise
 #                   as x_next has (section 9, denoise). No patch is masked. The steps are those of generation:
@@ -2694,11 +2697,12 @@ class ADM(Model):
 #                   are kept (section 10, inpaint).
 #
 # DifFeed, a head in probe.py for any of these models, feeds late blocks, which know what the image shows,
-# back to early ones. It runs the frozen network twice, with the same noise or mask:
+# back to early ones. It runs the frozen network twice, at the t of the probe, with the same noise or mask:
 #
-#     pass 1     f_b = output of block b, for some late blocks b
+#     pass 1     f_b = output of block b, for some late blocks b: features(x, t, [b, ...])
 #     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that, and
-#                the head reads best_layer, or the blocks it is told (--layers)
+#                the head reads best_layer, or the blocks it is told (--layers): features(..., add={mirror
+#                of b: that, ...})
 #     mirror     the block as far from the other end: number of blocks + 1 - b; in transformers encoder and
 #                decoder are counted through
 #     conv, norm 1x1, to the channels of the mirror; batch norm. They and the head learn, by the gradient
@@ -2709,7 +2713,7 @@ class ADM(Model):
 #     ADM            without the first and the last block, for each size of map the last block whose mirror
 #                    has that size, too: in size "tiny" 12, 10 and 8, whose mirrors are 2, 4 and 6
 #     transformers   all of the second half but the last. Of 4 + 2 blocks 5 and 4, whose mirrors are 2 and 3
-#     (A block in the middle has no mirror. Block 1 of ADM is a mere convolution.)
+#     (A block in the middle is its own mirror, and left out. Block 1 of ADM is a mere convolution.)
 #
 # The head itself is a small transformer, whose tokens are the cells of all maps that it reads.
 
@@ -2730,7 +2734,7 @@ class ADM(Model):
 # order of your own it has no flag.)
 #
 #     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
-#     model.sample(16, steps=4, schedule=[12, 8, 4, 1])           # or so many tokens, here of 16
+#     model.sample(16, steps=4, schedule=[12, 8, 4, 1])           # or so many tokens, here of 16, a step
 #
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
@@ -2774,18 +2778,19 @@ class ADM(Model):
 #                                         seeds[i]: image_seeds() makes (n,) of seeds, noise() draws from them
 #     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
 #                                         -> [map (B, C, h, w) for each of layers]. add, {layer: map}, is
-#                                         added to the output of that layer; finetune may be ignored
+#                                         added to the output of that layer; finetune may be ignored.
+#                                         Heads and fine-tuning need its gradient
 #     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C)
 
 
 class Denoiser(Model):
     """Transformer on patches that removes noise of one strength, at once. Generates by being fed its own
-    output, and is probed without noise: too simple to be good, but all that a method must be.
+    output, and is probed without noise: too simple to be good, but with all that a method must have.
 
     image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
     """
 
-    t_range = (0.0, 1.0, "the standard deviation of the noise")
+    t_range = (0.0, 1.0, "the standard deviation of the noise")        # optional, as stem and length
     stem = ("patch_embed", "pos_embed")
 
     def __init__(self, image_size, grid, width=128, depth=4, heads=4):
