@@ -96,8 +96,9 @@ class Config:
     seed: int = flag(0, "random seed", min=0, max=2**32 - 1)
     out_dir: str = flag("", "folder of the run [out/<dataset>-<model>, or out/<dataset>-<model>-labels]",
                         metavar="PATH", group="run and log")
-    resume: str = flag(None, "go on where the run in this folder stopped, with its flags; --steps may be "
-                             "more. Without a folder: where a run of these flags stopped",
+    resume: str = flag(None, "go on where the run in this folder stopped, with its flags but for --device, "
+                             "--workers, --no-report; --steps may be more. Without a folder: where a run of "
+                             "these flags stopped",
                        nargs="?", const="", metavar="RUN")
     log_every: int = flag(None, "steps between rows of log.jsonl [50; as published 20]")
     eval_every: int = flag(None, "steps between held-out losses and sample grids, 0 for never [1000; as "
@@ -109,7 +110,8 @@ class Config:
     dtype: str = flag(None, "of activations [bfloat16 on GPUs that compute in it, else float32]",
                       choices=["float32", "bfloat16"])
     compile: bool = flag(None, "torch.compile the blocks [on cuda]")
-    micro_batch: int = flag(None, "images that one device computes at once [as many as fit]", max=10**6)
+    micro_batch: int = flag(None, "images that one device computes at once, on which random numbers depend "
+                                  "[as many as fit]", max=10**6)
     benchmark: bool = flag(False, "measure the speed of training on random data, and exit")
 
 
@@ -673,7 +675,8 @@ def set_up(cfg, name, model, recipe):
 
 def update(optimizer, weights, ema, recipe, step):
     """Step number `step`, from 0, of the weights and of their averages ema, {name: tensor} each. Returns
-    statistics of it, {name: a number, or a tensor that is read with the row}."""
+    statistics of it, {name: a number, or a tensor that is read with the row}, for rows of log.jsonl with a
+    loss; one of your own is a key more."""
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["grad_clip"])
     lr = probe.learning_rate(step + 1, recipe["warmup"] * recipe["steps"], recipe["steps"] + 1, recipe["lr"],
                              recipe["min_lr"] * recipe["lr"])

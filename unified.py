@@ -2956,8 +2956,10 @@ def umd_no_decay(name, p):
 #     paper                  the papers' epochs, batch_size and lr on ImageNet, for sizes base and large
 #     tiny                   batch_size, steps, lr and ids for size tiny, where they differ from the table
 #                            below
-#     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer. Its groups all
-#                            get the schedule's learning rate
+#     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer, as adamw() in
+#                            train.py. Its groups all get the schedule's learning rate, so give `tiny` and
+#                            `paper` an lr that suits it, and tell it in the help of --lr. --resume brings its
+#                            other numbers back as they were saved. Not fused, it makes a GPU wait
 #
 # train.py has its own values for sizes tiny and small; those in `tiny` come before them:
 #
