@@ -37,6 +37,10 @@ from probe import (compile_blocks, image_files, is_image, progress_bar, results_
 from unified import UserError, flag
 
 
+# What --order takes: functions (tokens on a side, seeds (n,)) -> order, as sample_steps takes it.
+ORDERS = {"confidence": lambda side, seeds: None, "halton": lambda side, seeds: halton_order(side, seeds)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     run: str = flag(None, "run folder, checkpoint, or weight file published by the authors",
@@ -68,7 +72,7 @@ class Config:
     schedule: str = flag(None, "models of ids: how the number of masked ones falls [cosine]",
                          choices=list(unified.SCHEDULES))
     order: str = flag(None, "models of ids: which of them are kept first; halton: such as lie far apart, "
-                            "whatever their confidence [confidence]", choices=["confidence", "halton"])
+                            "whatever their confidence [confidence]", choices=list(ORDERS))
     temperature: float = flag(None, "models of ids: Gumbel noise on the confidence; more is more varied, "
                                     "less is cleaner [6 for 16 x 16 ids, 3 for 8 x 8]", min=0)
     eta: float = flag(None, "models that start from noise: 1 is DDPM, as published; 0 is DDIM, which adds no "
@@ -231,7 +235,7 @@ OPTIONS = ("steps", "schedule", "order", "temperature", "eta")  # of sample_step
 def decode(model, cfg, index, labels, **inpainting):
     """The images with the numbers index (B,): yields the state after each step, see Model.sample_steps."""
     options, seeds = {name: getattr(cfg, name) for name in OPTIONS}, (cfg.seed << 32) + index
-    options["order"] = halton_order(model.grid, seeds) if cfg.order == "halton" else None
+    options["order"] = ORDERS[cfg.order](model.grid, seeds) if cfg.order else None
     if labels is not None:
         options["labels"] = labels.to(cfg.device)[index % len(labels)]
     if cfg.guidance != 1:
@@ -476,9 +480,8 @@ def check_flags(cfg):
         raise UserError("--box, --mask and --outside are about your own images; name them with --image")
     if cfg.image and (cfg.npz or cfg.png_dir):
         raise UserError("--npz and --png-dir are for images from nothing; leave --image out")
-    if cfg.order not in (None, "confidence") and cfg.temperature is not None:
-        raise UserError(f"--temperature does nothing with --order {cfg.order}, which has no noise; leave it "
-                        "out")
+    if cfg.order == "halton" and cfg.temperature is not None:
+        raise UserError("--temperature does nothing with --order halton, which has no noise; leave it out")
     if cfg.reconstruct and cfg.outside:
         raise UserError("--outside is about a --box or --mask, and --reconstruct has none; leave one out")
     if cfg.reconstruct and cfg.gif:
@@ -515,6 +518,7 @@ def check_model(model, config, cfg):
                         "nor learned to predict what is masked")
     signature = inspect.signature(model.sample_steps)
     asked = {name: getattr(cfg, name) for name in (*OPTIONS, "guide", "guidance_interval")}
+    asked["guidance"] = cfg.guidance if cfg.guidance != 1 else None
     others = {"label": cfg.label or None, "n": cfg.n, "seed": None if cfg.reconstruct else cfg.seed or None}
     idle = [name for name, value in {**asked, **others}.items() if value is not None]
     if idle and (cfg.reconstruct or not model.generates):

@@ -554,6 +554,17 @@ def test_the_inpainting_mask_is_filled_and_known_pixels_stay(name):
 
 
 @EVERY
+def test_features_depend_less_on_the_noise_at_the_least_t_than_in_the_middle(name):
+    model, x = small(name).eval(), some_images(4, 32)
+    low, high, _ = model.t_range
+
+    def spread(t):
+        a, b = (model.features(x, t, noise=model.noise(torch.arange(4) + seed))[0] for seed in (0, 9))
+        return (a - b).norm() / a.norm()
+    assert low == high or spread(low) < 0.3 * spread(type(high)((low + high) / 2))
+
+
+@EVERY
 def test_features_have_the_shapes_that_layers_promises_in_the_order_asked_for(name):
     model, x = small(name).eval(), some_images(4, 32)
     options = dict(t=corrupting(model), noise=model.noise(torch.arange(4)))

@@ -96,8 +96,8 @@ class Config:
     seed: int = flag(0, "random seed", min=0, max=2**32 - 1)
     out_dir: str = flag("", "folder of the run [out/<dataset>-<model>, or out/<dataset>-<model>-labels]",
                         metavar="PATH", group="run and log")
-    resume: str = flag(None, "go on where the run in this folder stopped, with its flags but for --device, "
-                             "--workers, --no-report; --steps may be more. Without a folder: where a run of "
+    resume: str = flag(None, "go on where the run in this folder stopped, with its flags but those of device, "
+                             "workers and report; --steps may be more. Without a folder: where a run of "
                              "these flags stopped",
                        nargs="?", const="", metavar="RUN")
     log_every: int = flag(None, "steps between rows of log.jsonl [50; as published 20]")

@@ -742,7 +742,9 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
     p = logits.softmax(-1)                                                                  # (n, L, K)
     ids = torch.where(mask, sample_categorical(p, u), ids)
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + gumbel                    # (n, L)
-    priority = confidence if order is None else order(confidence, mask, t).to(confidence)
+    priority = confidence if order is None else torch.as_tensor(order(confidence, mask, t)).to(confidence)
+    if priority.shape != mask.shape:
+        raise ValueError(f"order must return (n, L), here {tuple(mask.shape)}, not {tuple(priority.shape)}")
     priority = priority.masked_fill(~mask, math.inf)            # visible before: never masked again
     return ids, rank_in_row(priority) < to_device(count, ids.device)[:, None]           # the `count` lowest
 
@@ -2730,8 +2732,7 @@ class ADM(Model):
 #     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
 #
 # Another number of tokens a step, or another order of decoding, needs no class; both are arguments of
-# sample(). (sample.py --schedule takes the names in SCHEDULES, in section 4, so a row there is enough; for an
-# order of your own it has no flag.)
+# sample(). (For sample.py --schedule and --order add a row to SCHEDULES, in section 4, and to its ORDERS.)
 #
 #     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
 #     model.sample(16, steps=4, schedule=[12, 8, 4, 1])           # or so many tokens, here of 16, a step
@@ -2747,9 +2748,10 @@ class ADM(Model):
 #         return confidence - 1000 * near
 #     model.sample(16, order=far_apart)
 #
-# (mask is that before the step, so two neighbours may be kept in one step.)
+# mask is that before the step, so two neighbours may be kept in one step. And at high temperatures confidence
+# may differ by more than 1000; rank_in_row(confidence) - model.length * near never does.
 #
-# A method that is new takes a class in this file, such as Denoiser below, and a row, after MODELS:
+# A method that is new takes a class in this file, such as Denoiser below, and a row in MODELS, or after it:
 #
 #     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
@@ -2850,13 +2852,15 @@ class Denoiser(Model):
 #     length              0               number of tokens; of patches, too
 #     codes               0               entries of the codebook, if ids are predicted
 #     classes             0               labels that this model is conditioned on
-#     takes_labels        False           the class can be built with classes > 0. Parameters that only such a
+#     takes_labels        False           the class can be built with classes > 0, and sample_steps() takes
+#                                         labels, guidance and guidance_interval. Parameters that only such a
 #                                         model has are called label_embed, and --init skips them
 #     alpha_bar           None            the noise schedule
 #     max_steps           inf             sample.py takes no more sampling steps than these
 #     generates           True            it can start from nothing; if not sample_steps() takes known, mask
 #     best_t              0               the t of features() at which best_layer is probed
-#     t_range             (0, 0, ...)     least t, largest t, and what t is; if both are ints, t is one, too
+#     t_range             (0, 0, ...)     least t, which is clean, largest t, and what t is; if both are ints,
+#                                         t is one, too. --sweep reads the first half
 #     pools               ("mean",)       poolings that embed() knows, the authors' first
 #     reads_ids           False           given ids instead of pixels, training and probing lose nothing
 #     stem                ()              names of what layer decay counts as before `blocks`, and
