@@ -46,6 +46,7 @@ import math
 import os
 import pathlib
 import pickle
+import shutil
 import signal
 import statistics
 import sys
@@ -66,6 +67,7 @@ import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 import tqdm
+from torch.utils._triton import has_triton
 
 import unified
 from unified import UserError, flag
@@ -134,7 +136,8 @@ class Config:
     dtype: str = flag(None, "of activations [bfloat16 on GPUs that compute in it, else float32]",
                       choices=["float32", "bfloat16"])
     compile: bool = flag(None, "torch.compile the blocks [on cuda]")
-    workers: int = flag(min(8, os.cpu_count()), "data-loading processes, for folders", min=0, max=1000)
+    workers: int = flag(min(8, unified.usable_cores()), "data-loading processes, for folders", min=0,
+                        max=1000)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1649,7 +1652,8 @@ def confusion_of(y, prediction, classes):
 
 def intersection_over_union(confusion):
     """Counts (K, K) -> (K,), NaN for a class that occurs neither in labels nor in predictions."""
-    hits = confusion.diag().double()
+    confusion = confusion.cpu().double()                                # Apple's GPUs have no float64
+    hits = confusion.diag()
     return hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
 
@@ -1769,9 +1773,12 @@ def images_at_once(data, device):
     return max(4, 2 ** (16 if torch.device(device).type == "cpu" else 21) // data.size ** 2)
 
 
-def machine_memory():
-    """Bytes of memory of this machine; no limit where nobody says, as on Windows."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 60
+def machine_memory(limits=unified.CONTAINER):
+    """Bytes of memory of this machine, or of the container; no limit where nobody says, as on Windows."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 60
+    with contextlib.suppress(OSError, ValueError):                      # no container; "max": no limit
+        memory = min(memory, int((limits / "memory.max").read_text()))
+    return memory
 
 
 # Processes: each has an equal part of every batch, and the same weights. Signals ask them to end.
@@ -1851,7 +1858,11 @@ def learning_rate(position, warmup, total, peak, end=0.0):
 def compile_blocks(model):
     """torch.compile block by block, frozen parts too, for each shape that they meet: in a transformer one
     block is compiled and the others follow; those of a U-Net and of a tokenizer differ. Only ADDP's
-    decoder has no fixed number of tokens."""
+    decoder has no fixed number of tokens. Where that cannot be had, a line says so."""
+    compilers = filter(None, (os.environ.get("CC"), os.environ.get("CXX"), "gcc", "clang", "cc", "cl"))
+    if not any(map(shutil.which, compilers)) or next(model.parameters()).is_cuda and not has_triton():
+        print("nothing is compiled, which is slower: torch.compile needs a C compiler and, on GPUs, Triton")
+        return
     torch._dynamo.config.cache_size_limit = 256
     torch._dynamo.config.optimize_ddp = False                   # else a block is cut where DDP's buckets end
     dynamic = [block for part in model.modules() if isinstance(part, unified.Model)
@@ -1949,8 +1960,10 @@ class ImageTensor:
         left, top, w, h = (v / side for v in box)
         zero, sign = torch.zeros_like(w), 1 - 2 * flip.float()
         matrix = torch.stack([w * sign, zero, 2 * left + w - 1, zero, h, 2 * top + h - 1], 1)
+        # Within the centres of the border's pixels: padding_mode="border", which Apple's GPUs lack.
         grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
-        cut = functools.partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
+        grid = grid.clamp(1 / side - 1, 1 - 1 / side)
+        cut = functools.partial(F.grid_sample, grid=grid, align_corners=False)
         return torch.cat([cut(x[:, :3]), cut(x[:, 3:], mode="nearest")], 1) if x.size(1) > 3 else cut(x)
 
 
@@ -2036,7 +2049,8 @@ class ImageFolder(torch.utils.data.Dataset):
                 yield from (items[k:k + n] for k in range(0, len(items), n))
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=parts(), num_workers=workers, collate_fn=collate,
-            pin_memory=self.device.type == "cuda", timeout=5 if workers else 0)
+            worker_init_fn=ignore_interrupt, pin_memory=self.device.type == "cuda",
+            timeout=5 if workers else 0)
         images, labels = [], []
         for x, y, bad in batches_of(loader):
             for i, error in bad.items():
@@ -2054,6 +2068,11 @@ class ImageFolder(torch.utils.data.Dataset):
                 yield torch.cat(images).float().div_(255), torch.cat(labels)
                 lengths.popleft()
                 images, labels = [], []
+
+
+def ignore_interrupt(worker):
+    """Ctrl-C is for the parent to answer; on Windows, which blocks no signals, each process gets it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -2221,7 +2240,8 @@ def download_cifar10(folder, timeout=60):
                 if digest.hexdigest() != CIFAR10_MD5["cifar-10-python.tar.gz"]:
                     raise ValueError(f"{archive.tell()} bytes came, with a wrong checksum")
                 archive.seek(0)
-                tarfile.open(fileobj=archive).extractall(own, filter="data")
+                safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}    # from Python 3.11.4
+                tarfile.open(fileobj=archive).extractall(own, **safe)
                 os.rename(os.path.join(own, inside.name), inside)
     except Exception as error:                                      # sockets, HTTP, gzip and tar have theirs
         if not inside.exists():

@@ -4536,6 +4536,15 @@ def test_a_download_may_be_moved_and_of_unknown_length(web, tmp_path, fault):
     assert len(probe.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
 
 
+def test_a_download_is_unpacked_by_a_python_without_filters(web, tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter")
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda self, path: [
+        self.extract(member, path, filter="fully_trusted") for member in self])
+    web.pick("archive")
+    probe.download_cifar10(tmp_path)
+    assert len(probe.open_data("cifar10", str(tmp_path), 32, train=True)) == 50
+
+
 def test_a_download_with_another_checksum_is_not_unpacked(web, tmp_path, monkeypatch):
     web.pick("archive")
     monkeypatch.setitem(probe.CIFAR10_MD5, "cifar-10-python.tar.gz", "0" * 32)
@@ -6679,6 +6688,15 @@ def test_a_checkpoint_comes_back_and_can_be_read_while_it_is_replaced(links, tmp
     assert there == [True] * 2 if links else there == [True, False] * 2         # then .prev is read
 
 
+def test_a_run_needs_no_locks_where_a_file_system_has_none_and_gives_way_where_it_has(tmp_path, monkeypatch):
+    cfg = train.settings(train.Config(device="cpu", out_dir=str(tmp_path / "run")))
+    with contextlib.ExitStack() as lock, contextlib.ExitStack() as second:
+        train.open_folder(cfg, [], lock)
+        assert_refused("is in use by another train.py", train.open_folder, cfg, [], second)
+        monkeypatch.setattr(train.fcntl, "flock", failing(errno.ENOSYS, "Function not implemented"))
+        train.open_folder(cfg, [], second)
+
+
 def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     train.save_checkpoint(path, {"step": 1})
@@ -6689,7 +6707,7 @@ def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
 
 def without_unix():
     """As on Windows, as far as the scripts can see."""
-    for name in ("SC_PHYS_PAGES", "sysconf"):
+    for name in ("SC_PHYS_PAGES", "sysconf", "sched_getaffinity"):
         if hasattr(os, name):
             delattr(os, name)
     del signal.pthread_sigmask, signal.SIGCHLD
@@ -6707,7 +6725,7 @@ def test_scripts_run_without_what_windows_lacks(name, photos, finished, tmp_path
 
 def test_a_training_of_more_than_a_day_is_announced_once(monkeypatch, capsys):
     now = [1000.0]
-    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     for name, steps, seconds in (("tokenizer", 1_000_000, 60), ("model", 2_000_000, 5), ("model", 100, 60)):
         log = train.Log(train.Config(), name, {"steps": steps}, 7, forbidden)
         for step in range(8, 30):
@@ -7334,9 +7352,50 @@ def test_bfloat16_is_the_default_where_it_is_computed_in(capability, dtype, gpu,
     assert probe.settle(probe.Config(run="", device="cuda", dtype="float32")).dtype == "float32"
 
 
-@pytest.mark.parametrize("instructions, warned", [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
-def test_bfloat16_that_a_processor_only_emulates_is_warned_of(instructions, warned, monkeypatch, capsys):
+def test_a_containers_limits_of_cores_and_memory_are_kept(tmp_path):
+    cores, memory = unified.usable_cores(tmp_path), probe.machine_memory(tmp_path)      # no container
+    assert 1 <= cores <= os.cpu_count() and memory > 2**28
+    for text, expected in (("max 100000", cores), ("150000 100000", min(2, cores)), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text + "\n")
+        assert unified.usable_cores(tmp_path) == expected
+    for text, expected in (("max", memory), (str(2**27), 2**27), (str(2**70), memory)):
+        (tmp_path / "memory.max").write_text(text + "\n")
+        assert probe.machine_memory(tmp_path) == expected
+
+
+def test_without_a_compiler_blocks_run_as_they_are_and_a_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(probe.shutil, "which", lambda name: None)
+    model, x = small("umd").eval(), some_images(2, 32)
+    probe.compile_blocks(model)
+    assert "torch.compile needs a C compiler" in capsys.readouterr().out
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+def test_a_device_that_computes_nothing_is_refused_in_a_sentence():
+    for name in ("meta", "hpu", "cuda:99"):
+        with pytest.raises(unified.UserError, match=f"--device {name} is not available here"):
+            unified.pick_device(name)
+
+
+def test_crops_at_the_border_repeat_its_pixels():
+    """As padding_mode="border" would, which some devices lack."""
+    for side in (8, 32, 96):
+        data = probe.ImageTensor(some_images(3, side).mul(255).byte(), torch.zeros(3), ["a"], (0.2, 1.0))
+        crops, grids, real = torch.arange(3) * 7, [], F.grid_sample
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "affine_grid", lambda *args, real=F.affine_grid, **more:
+                          grids.append(real(*args, **more)) or grids[-1])
+            cut = data.crop(data.images / 255, crops)
+        assert_close(cut, real(data.images / 255, grids[0], padding_mode="border", align_corners=False), 1e-5)
+
+
+@pytest.mark.parametrize("processor, instructions, warned", [
+    ("x86_64", "AVX2", True), ("AMD64", "DEFAULT", True), ("x86_64", "AVX512", False),
+    ("arm64", "DEFAULT", False)])
+def test_bfloat16_that_a_processor_only_emulates_is_warned_of(processor, instructions, warned, monkeypatch,
+                                                              capsys):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(unified.platform, "machine", lambda: processor)
     for settle, Config in (train.settings, train.Config), (probe.settle, functools.partial(probe.Config, "")):
         assert settle(Config(device="cpu", dtype="bfloat16")).dtype == "bfloat16"
         assert ("warning: bfloat16 is only emulated" in capsys.readouterr().out) == warned

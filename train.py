@@ -62,7 +62,8 @@ class Config:
                             "fresh crops in every step [shapes 1, cifar10 and folders 4, as published 10]. "
                             "Models of pixels: 0 takes the whole image, 1 a fresh crop in every step "
                             "[shapes 0, else 1]", min=0, max=1000)
-    workers: int = flag(min(8, os.cpu_count()), "data-loading processes, for folders", min=0, max=1000)
+    workers: int = flag(min(8, unified.usable_cores()), "data-loading processes, for folders", min=0,
+                        max=1000)
     strict_images: bool = flag(None, "stop at an unreadable image instead of training on another")
     model: str = flag("mage", "what to train; mae, maskdit and dit are special cases of UMD, not the "
                               "official networks", choices=list(unified.MODELS), group="model")
@@ -96,9 +97,9 @@ class Config:
     seed: int = flag(0, "random seed", min=0, max=2**32 - 1)
     out_dir: str = flag("", "folder of the run [out/<dataset>-<model>, or out/<dataset>-<model>-labels]",
                         metavar="PATH", group="run and log")
-    resume: str = flag(None, "go on where the run in this folder stopped, with its flags but those of device, "
-                             "workers and report; --steps may be more. Without a folder: where a run of "
-                             "these flags stopped",
+    resume: str = flag(None, "go on where the run in this folder stopped, with its flags but those of "
+                             "device, workers and report; --steps may be more. Without a folder: where a run "
+                             "of these flags stopped",
                        nargs="?", const="", metavar="RUN")
     log_every: int = flag(None, "steps between rows of log.jsonl [50; as published 20]")
     eval_every: int = flag(None, "steps between held-out losses and sample grids, 0 for never [1000; as "
@@ -682,7 +683,7 @@ def update(optimizer, weights, ema, recipe, step):
                              recipe["min_lr"] * recipe["lr"])
     for group in optimizer.param_groups:
         group["lr"] = lr
-    fused = optimizer.defaults.get("fused")
+    fused = optimizer.defaults.get("fused") and norm.device.type != "mps"          # which obeys no found_inf
     if fused:                                   # as torch's GradScaler says that no weight is to move
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
     if fused or norm.isfinite():                # for an optimizer that is not fused the GPU is waited for
@@ -809,7 +810,7 @@ class Log:
 
     def restart_clock(self, step):
         """Images a second are counted from here on."""
-        self.since, self.seen = time.time(), step
+        self.since, self.seen = time.perf_counter(), step
 
     def add(self, values):
         """{name: scalar on the device} of one micro-batch, to be averaged over micro-batches, steps and
@@ -841,9 +842,9 @@ class Log:
         self.skipped, self.in_a_row = self.skipped + bad, (self.in_a_row + 1) * bad
         done = step - self.first
         if done == 1:                                   # the very first is no measure: it compiles
-            self.started = time.time()
+            self.started = time.perf_counter()
         if done == 4 and not self.bar.disable:
-            days = (self.recipe["steps"] - step) * (time.time() - self.started) / 3 / 86400
+            days = (self.recipe["steps"] - step) * (time.perf_counter() - self.started) / 3 / 86400
             prefix = "--tokenizer-" if self.name == "tokenizer" else "--"
             if days > 1:
                 print_once(f"at this pace the {self.name} takes {days:.0f} more days; {prefix}steps, "
@@ -868,7 +869,7 @@ class Log:
         self.check_finite(step)
         means, cuda = self.means(), self.cfg.device.startswith("cuda")
         stats = {name: float(v) if math.isfinite(v) else None for name, v in stats.items()}
-        rate = (step - self.seen) * self.recipe["batch_size"] / (time.time() - self.since)
+        rate = (step - self.seen) * self.recipe["batch_size"] / (time.perf_counter() - self.since)
         memory = torch.cuda.max_memory_allocated(self.cfg.device) / 2**30 if cuda else None
         write_row(self.cfg, stage=self.name, step=step, **means, **stats, images_per_second=rate,
                   memory_gib=memory)
@@ -919,8 +920,10 @@ def open_folder(cfg, train_set, lock):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # it dies with the process
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{folder} is in use by another train.py; take another --out-dir")
+    except OSError:                                                     # a file system without locks
+        pass
     if cfg.resume is None and not all(UNSAVED.fullmatch(p.name) for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty; --resume {folder} goes on with it and its flags (with more "
                         "--steps, if they are done), --out-dir takes another place")
@@ -1234,7 +1237,7 @@ def report(cfg, model, ema, train_set, test_set):
         probe.tell_no_gain(top1["features"], top1["the same network untrained"], len(test_set))
     else:
         print_once(f"no probe: {no_probe}")
-    run = shlex.quote(str(folder))
+    run = shlex.quote(folder.as_posix())
     print_once("next")
     if model.generates:
         print_once(f"    python sample.py {run} --n 64 --gif         more images, and how they come about")

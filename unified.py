@@ -112,6 +112,7 @@ import itertools
 import math
 import os
 import pathlib
+import platform
 import re
 import sys
 import threading
@@ -1269,6 +1270,8 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
     """Train a method, and what it needs before; probe its embeddings, and write a sheet of 64 samples."""
     if method not in ("mage", "addp", "umd", "adm"):
         raise UserError(f"python unified.py takes mage, addp, umd or adm, not {method}")
+    if not os.access(os.path.dirname(os.path.abspath(out)), os.W_OK):
+        raise UserError(f"{out} cannot be written in this folder; start it from another")
     torch.manual_seed(0)
     size = dict(image_size=32, width=128, depth=4, heads=4, decoder_depth=2)
     if method in ("mage", "addp"):
@@ -3598,6 +3601,8 @@ def run_main(script):
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")                    # names of files may be any bytes
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     try:
         with attention_kernels():
             script()
@@ -3615,9 +3620,25 @@ def run_main(script):
 def pick_device(name):
     """'cpu', 'cuda', 'cuda:1', ... -> torch.device. UserError if there is none of this name here."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError):
+        device = None
+    if device is None or device.type == "meta":
         raise UserError(f"--device {name} is not available here; --device cpu always is")
+    return device
+
+
+CONTAINER = pathlib.Path("/sys/fs/cgroup")                      # where Linux keeps a container's limits
+
+
+def usable_cores(limits=CONTAINER):
+    """How many cores this process may use: torch does not ask for a container's limit, and many threads on
+    few cores wait for one another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):                      # no container; "max": no limit
+        quota, period = map(int, (limits / "cpu.max").read_text().split())
+        cores = min(cores, -(-quota // period))
+    return cores
 
 
 def pick_dtype(name, device):
@@ -3628,7 +3649,8 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         emulated = torch.cuda.get_device_capability(device)[0] < 8
     else:
-        emulated = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        emulated = device.type == "cpu" and x86 and torch.backends.cpu.get_cpu_capability() != "AVX512"
     if name == "bfloat16" and emulated:
         print("warning: bfloat16 is only emulated here, and slow; --dtype float32 is faster")
     return name or ("bfloat16" if device.type == "cuda" and not emulated else "float32")
@@ -3644,7 +3666,7 @@ def parse_flags(cls, doc, argv=None):
     """Command line -> {field of the dataclass cls: its value} of the flags given, with dashes outside and
     underscores inside. A bool gives --x, or --no-x if it is True by default, or both if it is None. -h prints
     the first line of the script's docstring, and its second paragraph as examples."""
-    about, examples, *_ = doc.split("\n\n")
+    about, examples, *_ = (doc or "\n\n").split("\n\n")         # none under python -OO
     fields = dataclasses.fields(cls)
     names = [field.name + f" [{field.name} ...]" * (field.metadata.get("nargs") == "+")
              for field in fields if "positional" in field.metadata]
