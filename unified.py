@@ -3620,12 +3620,9 @@ def run_main(script):
 def pick_device(name):
     """'cpu', 'cuda', 'cuda:1', ... -> torch.device. UserError if there is none of this name here."""
     try:
-        device = torch.empty(0, device=name).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError):
-        device = None
-    if device is None or device.type == "meta":
         raise UserError(f"--device {name} is not available here; --device cpu always is")
-    return device
 
 
 CONTAINER = pathlib.Path("/sys/fs/cgroup")                      # where Linux keeps a container's limits
