@@ -4062,6 +4062,10 @@ def test_training_probing_and_inpainting_read_files_of_any_mode_alike(mode, suff
         lossless = {"lossless": True} if suffix == "webp" else {"quality": 100} if suffix == "jpg" else {}
         image.save(tmp_path / name / (f"x.{suffix}" if name == "a" else "x.png"),
                    **(lossless if name == "a" else {}))
+    try:
+        PIL.Image.open(tmp_path / "a" / f"x.{suffix}").load()
+    except OSError:
+        pytest.skip("this Pillow does not read the file that it wrote, as before 13 of YCbCr in TIFF")
     data = [folder(tmp_path, [name], 32) for name in ("a", "b")]
     plan = [(torch.tensor([0]), None), (torch.tensor([0]), torch.tensor([[1, 2, 3]]))]     # probing, training
     for (ours, _), (theirs, _) in zip(*(d.batches(plan) for d in data)):
