@@ -1109,7 +1109,7 @@ def tell_no_gain(trained, untrained, n):
     noise = 2 * math.hypot(standard_error(trained, n), standard_error(untrained, n))
     if untrained >= trained:
         harmed = untrained - trained > noise
-        verdict = "training harmed the features" if harmed else "no more than chance may explain"
+        verdict = "training harmed the features" if harmed else "the difference is within chance"
         print(f"             the network has {untrained:.1%} untrained, {trained:.1%} trained: {verdict}")
 
 
@@ -1204,6 +1204,9 @@ def save_features(model, config, places, first, cfg):
     if first:
         arrays = {"features": x, "labels": labels, "files": numpy.array(files, str)}
         write_file(pathlib.Path(cfg.save), lambda file: numpy.savez(file, **arrays))
+    if repeated := len(x) - len(numpy.unique(x, axis=0)):
+        print(f"warning: {repeated} of {len(x)} rows repeat another: these images, or their ids, are the same "
+              "to this network")
     print(f"features {x.shape} of {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
           f"left out as unreadable: {len(index) - len(kept)}\n"
           f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')

@@ -5737,7 +5737,7 @@ def report_of(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("untrained, n, told", [
-    (0.5, 9, ""), (0.7, 9, "no more than chance may explain"), (0.7, 2000, "training harmed the features")])
+    (0.5, 9, ""), (0.7, 9, "the difference is within chance"), (0.7, 2000, "training harmed the features")])
 def test_features_that_training_has_made_worse_are_told_of(untrained, n, told, report_of, monkeypatch,
                                                            capsys):
     top1 = {"features": 0.6, "the same network untrained": untrained, "raw pixels": 0.1}
@@ -6690,6 +6690,22 @@ def test_a_checkpoint_comes_back_and_can_be_read_while_it_is_replaced(links, tmp
     assert one.pop("model")["w"].tolist() == [3.0, 3.0] and one == {"step": 3, "config": state["config"]}
     assert previous["step"] == 2 and len([*tmp_path.iterdir()]) == 2
     assert there == [True] * 2 if links else there == [True, False] * 2         # then .prev is read
+
+
+def test_features_that_repeat_are_warned_of_where_they_are_saved(finished, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, shade in enumerate((10, 10, 200)):
+        PIL.Image.new("RGB", (32, 32), (shade, 50, 90)).save(tmp_path / "photos" / f"{i}.png")
+    printed = script("probe.py", finished[0], "--dataset", tmp_path / "photos", "--save", tmp_path / "a.npz",
+                     "--workers", 0)
+    rows = numpy.load(tmp_path / "a.npz")["features"]
+    assert f"warning: {3 - len(numpy.unique(rows, axis=0))} of 3 rows repeat another" in printed
+
+
+def test_a_run_of_pixels_that_is_named_as_a_tokenizer_is_told_so(tmp_path):
+    (tmp_path / "model.pt").touch()
+    assert_refused("a run of pixels has no tokenizer; name one of mage", unified.load_checkpoint,
+                   tmp_path / "tokenizer.pt")
 
 
 def test_a_run_needs_no_locks_where_a_file_system_has_none_and_gives_way_where_it_has(tmp_path, monkeypatch):

@@ -999,7 +999,7 @@ def stop_when_asked():
         probe.SIGNALS.setdefault(number, time.monotonic())
         if unified.rank_and_world()[0] == 0:
             with contextlib.suppress(OSError):          # print() might be at work on a line right now
-                os.write(2, b"\nstopping after this step or batch; Ctrl-C once more, in 2 s, quits at once\n")
+                os.write(2, b"\nstopping after this step or batch; Ctrl-C again, after 2 s, quits at once\n")
     probe.SIGNALS.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)

@@ -3743,6 +3743,8 @@ def reading(path, kind):
 def other_run(path):
     """What to type where there is no checkpoint of a run at path, in words."""
     run = path.parent if path.name == "model.pt" else path
+    if path.name == "tokenizer.pt" and (path.parent / "model.pt").exists():
+        return "a run of pixels has no tokenizer; name one of mage"
     if os.path.exists(run / "tokenizer.pt"):
         return f"its training has stopped before: python train.py --resume {run} goes on"
     places = {run.parent, pathlib.Path("out")}
