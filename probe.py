@@ -1205,8 +1205,8 @@ def save_features(model, config, places, first, cfg):
         arrays = {"features": x, "labels": labels, "files": numpy.array(files, str)}
         write_file(pathlib.Path(cfg.save), lambda file: numpy.savez(file, **arrays))
     if repeated := len(x) - len(numpy.unique(x, axis=0)):
-        print(f"warning: {repeated} of {len(x)} rows repeat another: these images, or their ids, are the same "
-              "to this network")
+        print(f"warning: {repeated} of {len(x)} rows repeat another: these images, or their ids, are the "
+              "same to this network")
     print(f"features {x.shape} of {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
           f"left out as unreadable: {len(index) - len(kept)}\n"
           f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')
