@@ -6559,7 +6559,7 @@ def test_a_signal_is_answered_in_words_at_once_and_a_second_one_at_once_in_deed(
         train.stop_when_asked()
         signal.raise_signal(signal.SIGTERM)
         said = capfd.readouterr().err
-        assert "stopping after this step or batch" in said and "once more" in said
+        assert "stopping after this step or batch" in said and "again, after 2 s" in said
         assert list(no_signals) == [signal.SIGTERM]
         signal.raise_signal(signal.SIGTERM)         # what torchrun passes on a moment later changes nothing
         no_signals[signal.SIGTERM] -= 3
