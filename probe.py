@@ -1931,9 +1931,9 @@ def shuffled(n, *seeds):
 
 class ImageTensor:
     """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time. A
-    fourth channel is a mask, see section 7, and not interpolated. labels int64 (N,), on the CPU, count
-    classes from 0; -1 is none. Tokenizers are trained on its whole images, since crops would be enlarged.
-    Attributes as of ImageFolder.
+    fourth channel is a mask, see section 7, and not interpolated. labels int64 (N,), on the CPU, are indices
+    of classes, a list of names; -1 is none. Tokenizers are trained on its whole images, since crops would be
+    enlarged. Attributes as of ImageFolder.
 
     scale  fraction of the area that a crop keeps, (0.2, 1) in the papers
     """
@@ -2375,8 +2375,8 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
 
     A kind of your own returns an ImageTensor, as cifar10 does, with the same classes for each part, and both
     parts together for None. It is asked for one part at a time, with size 64 for want of --image-size, unless
-    it has defaults of its own, by name, in train.py. One known by what lies in its folder comes after
-    check_folder().
+    it has defaults of its own, by name, in train.py, and raises a UserError if its images have another size.
+    One known by what lies in its folder comes after check_folder().
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":

@@ -735,8 +735,8 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
     order   None: the most confident tokens are kept. Or a function, (confidence (n, L), mask, t) -> priority
-            (n, L), of which the highest are kept. confidence has its Gumbel noise; what was visible stays,
-            whatever its priority. Section 13 has examples
+            (n, L), of which the highest are kept. confidence has its Gumbel noise, and lies, as mask, on the
+            model's device; what was visible stays, whatever its priority. Section 13 has examples
     t       number of the step, for order
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
