@@ -37,8 +37,8 @@ from probe import (compile_blocks, image_files, is_image, progress_bar, results_
 from unified import UserError, flag
 
 
-# What --order takes: functions (tokens on a side, seeds (n,)) -> order, as sample_steps takes it. For a row of
-# your own extend the help of --order; if it ignores confidence check_flags() is to refuse --temperature.
+# What --order takes: functions (tokens on a side, seeds (n,)) -> order, as sample_steps takes it. For a row
+# of your own extend the help of --order; if it ignores confidence check_flags() is to refuse --temperature.
 ORDERS = {"confidence": lambda side, seeds: None, "halton": lambda side, seeds: halton_order(side, seeds)}
 
 

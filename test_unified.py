@@ -3159,7 +3159,7 @@ def test_finetuning_has_the_recipe_of_its_model():
 # 11. Sizes
 
 
-@pytest.mark.parametrize("name", list(unified.MODELS))
+@pytest.mark.parametrize("name", KINDS)
 def test_every_preset_can_be_built_from_plain_values(name):
     method = unified.MODELS[name]
     strides = (2, 4, 8, 16) if method.tokenizer else (4,)
@@ -6084,7 +6084,7 @@ ONE_OF_EACH_SIZE = {(method.tokens, str(method.sizes)): name for name, method in
 
 @pytest.mark.parametrize("model", ONE_OF_EACH_SIZE.values())
 def test_every_image_size_is_built_or_refused_in_a_sentence_that_helps(model):
-    for size in ("tiny", "small", "base"):
+    for size in {"tiny", "small", "base"} & METHODS[model].sizes.keys():
         for side in range(8, 601):
             try:
                 cfg = train.settings(train.Config(model=model, size=size, image_size=side, device="cpu"))
@@ -6702,6 +6702,13 @@ def test_features_that_repeat_are_warned_of_where_they_are_saved(finished, tmp_p
     assert f"warning: {3 - len(numpy.unique(rows, axis=0))} of 3 rows repeat another" in printed
 
 
+def test_a_size_that_a_method_lacks_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setitem(unified.MODELS, "denoiser", DENOISER)
+    train.settings(train.Config(model="denoiser", device="cpu"))
+    assert_refused("denoiser has no size small; --size takes tiny", train.settings,
+                   train.Config(model="denoiser", size="small", device="cpu"))
+
+
 def test_a_run_of_pixels_that_is_named_as_a_tokenizer_is_told_so(tmp_path):
     (tmp_path / "model.pt").touch()
     assert_refused("a run of pixels has no tokenizer; name one of mage", unified.load_checkpoint,
@@ -6902,9 +6909,10 @@ def test_ids_are_checked_as_pixels_are(name):
                 call(wrong)
 
 
-@pytest.mark.parametrize("name", list(unified.MODELS))
+@EVERY
 def test_a_refusal_says_what_was_given_and_what_is_expected(name):
     model, x = small(name).eval(), some_images(2, 32)
+    inpaints = "known" in inspect.signature(model.sample_steps).parameters
     for call, words in [
             (lambda: model.features((255 * x).byte()),
              r"float \(B, 3, 32, 32\).*not torch.uint8 \(2, 3, 32, 32\).*divide.*255"),
@@ -6913,8 +6921,8 @@ def test_a_refusal_says_what_was_given_and_what_is_expected(name):
             (lambda: model.features(x, layers=[99]), rf"layers in \[1, {len(model.layers)}\], not \[99\]"),
             (lambda: model.features(x, t=1001), rf"t must be .*{model.t_range[1]}\], not 1001"),
             (lambda: model.embed(x, pool="max"), "among .*mean.*, not 'max'"),
-            (lambda: model.sample(0, known=x, mask=x[:, 0] > 0), "n must be int in .*, not 0"),
-            (lambda: model.sample(2, known=x), "known and mask go together"),
+            *[(lambda: model.sample(0, known=x, mask=x[:, 0] > 0), "n must be int in .*, not 0"),
+              (lambda: model.sample(2, known=x), "known and mask go together")] * inpaints,
             (lambda: model(x.repeat(2, 1, 1, 1), torch.arange(4)), "labels must be .*not torch.int64")]:
         with pytest.raises(ValueError, match=words):
             call()
@@ -7047,7 +7055,7 @@ def test_weights_of_sixteen_bits_are_refused_with_a_word_on_autocast(dtype):
         model.embed(some_images(2, 32).to(dtype))
 
 
-@pytest.mark.parametrize("name", list(unified.MODELS))
+@EVERY
 def test_every_model_computes_in_float64(name):
     model = small(name).double()
     x = some_images(2 * METHODS[name].views, 32).double()
@@ -7058,7 +7066,7 @@ def test_every_model_computes_in_float64(name):
     assert {v.dtype for v in maps} == {torch.float64}
 
 
-@pytest.mark.parametrize("name", list(unified.MODELS))
+@EVERY
 def test_a_float32_model_does_not_depend_on_torchs_default_dtype(name):
     model, x = small(name).eval(), some_images(2, 32)
     t = min(model.t_range[1], 500)
@@ -7076,7 +7084,7 @@ def test_a_float32_model_does_not_depend_on_torchs_default_dtype(name):
     assert all(a.equal(b) for a, b in zip(before, after))
 
 
-@pytest.mark.parametrize("name", list(unified.MODELS))
+@EVERY
 def test_no_images_at_all_are_refused(name):
     model = small(name).eval()
     for call in (model, model.features, model.embed):
@@ -7307,7 +7315,7 @@ def test_a_fused_kernel_takes_every_attention(name, attended):
         attended.clear()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@EVERY
 def test_torch_itself_chooses_a_fused_kernel(name, attended):
     model = small(name).eval()
     model.features(some_images(2, 32), layers=list(model.layers))
@@ -7331,7 +7339,7 @@ def test_hopper_takes_cudnns_attention_first_unless_it_would_round_the_dropout(v
 # bfloat16: where it ends, and who takes it.
 
 
-@pytest.mark.parametrize("name", KINDS)
+@EVERY
 def test_pixels_are_float32_whatever_the_network_computes_in(name):
     model, made = small(name).eval(), []
     last = model.vqgan.decoder.conv_out if METHODS[name].tokenizer else getattr(model, "to_pixels", None)
@@ -7561,7 +7569,7 @@ def compiled(name):
     return model
 
 
-@pytest.mark.parametrize("name", KINDS)
+@EVERY
 def test_compiled_blocks_compute_the_same_loss(name, graphs):
     losses = []
     for model in (compiled(name), small(name)):
@@ -7588,7 +7596,7 @@ def test_addps_decoder_is_compiled_once_for_any_number_of_tokens(graphs):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", list(unified.MODELS))
+@EVERY
 def test_no_step_waits_for_the_gpu_or_takes_the_slow_attention(name, tmp_path):
     method = unified.MODELS[name]
     tokenizer_arch = unified.tokenizer_config("tiny", 4) if method.tokenizer else None

@@ -167,7 +167,7 @@ def defaults(cfg):
 def noise_fits(cfg, size, side, ids):
     """Whether a token is as wide as its patch has values: else most of the noise in a patch cannot pass the
     network, which then cannot predict it, and samples stay noise."""
-    return 3 * side ** 2 / ids <= unified.MODELS[cfg.model].sizes[size].get("width", math.inf)
+    return 3 * side ** 2 / ids <= unified.MODELS[cfg.model].sizes.get(size, {}).get("width", math.inf)
 
 
 CHECKPOINTS = ("model.pt", "tokenizer.pt")
@@ -242,6 +242,8 @@ def settings(cfg):
 def check(cfg):
     """Refuse flags that do not go together, and files and folders that are not there."""
     method, predictor = unified.MODELS[cfg.model], unified.MODELS[cfg.model].predictor
+    if cfg.size not in method.sizes:
+        raise UserError(f"{cfg.model} has no size {cfg.size}; --size takes {', '.join(method.sizes)}")
     if predictor and not cfg.predictor and not cfg.init:
         data = "" if cfg.dataset == "shapes" else f" --dataset {cfg.dataset} --image-size {cfg.image_size}"
         run = f"out/{pathlib.Path(cfg.dataset).name}-{predictor}"

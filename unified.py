@@ -2809,14 +2809,14 @@ class Denoiser(Model):
 
     def forward(self, x, labels=None, *, noise=None):
         z = self.features(x, 0.5, noise=noise)[0]                       # of the noised image: (B, C, h, w)
-        loss = F.mse_loss(self.to_pixels(z), 2 * x - 1)                                 # the clean one
+        loss = F.mse_loss(in_float32(self.to_pixels, z), 2 * x - 1)                     # the clean one
         return loss, {"mse": loss}
 
     @torch.no_grad()
     def sample_steps(self, n, steps=None, seeds=None):
         x = 0.5 + 0.5 * self.noise(image_seeds(seeds, n, self.device))                  # noise around grey
         for _ in range(self.num_steps(steps)):
-            y = self.to_pixels(self.features(x)[0]).clamp(-1, 1)                            # (n, 3, S, S)
+            y = in_float32(self.to_pixels, self.features(x)[0]).clamp(-1, 1)                # (n, 3, S, S)
             x = (y + 1) / 2                                         # its output in [0, 1] is its next input
             yield Denoising(y)
 
