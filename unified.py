@@ -2882,6 +2882,12 @@ class Denoiser(Model):
 #   (B, 2, L), and one view in evaluations.
 # - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(). The names device and
 #   tokenizer are taken, by Model.
+# - A size's `width`, if it has one, is that of a token: train.py compares it with the values in a patch.
+# - Pixels stay float32 under autocast, by in_float32(). The tests run a model in float64, too, so what is
+#   float32, such as timestep_embedding(), is cast to the weights' type.
+# - features() has one t for all images. If forward() has one for each, (B,), both share a function, as
+#   UMD.predict().
+# - steps may be any number from 1 on. The samples that train.py draws on the way take 20.
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
 #   (FORMS, in section 16, has all). If yours means something else give it another name.
 
@@ -2965,8 +2971,9 @@ def umd_no_decay(name, p):
 #                            below
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer, as adamw() in
 #                            train.py. Its groups all get the schedule's learning rate, so give `tiny` and
-#                            `paper` an lr that suits it, and tell it in the help of --lr. --resume brings its
-#                            other numbers back as they were saved. Not fused, it makes a GPU wait
+#                            `paper` an lr that suits it, and tell it in the help of --lr (a test knows that
+#                            of mage). --resume brings its other numbers back as they were saved. Not fused,
+#                            it makes a GPU wait. Keys of your own are allowed in a recipe
 #
 # train.py has its own values for sizes tiny and small; those in `tiny` come before them:
 #
