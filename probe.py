@@ -1204,7 +1204,7 @@ def save_features(model, config, places, first, cfg):
     if first:
         arrays = {"features": x, "labels": labels, "files": numpy.array(files, str)}
         write_file(pathlib.Path(cfg.save), lambda file: numpy.savez(file, **arrays))
-    if repeated := len(x) - len(numpy.unique(x, axis=0)):
+    if repeated := len(x) - len({hash(row.tobytes()) for row in x}):
         print(f"warning: {repeated} of {len(x)} rows repeat another: these images, or their ids, are the "
               "same to this network")
     print(f"features {x.shape} of {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
