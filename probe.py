@@ -1189,7 +1189,8 @@ def table_cells(rows, heads, kind):
 
 
 def save_features(model, config, places, first, cfg):
-    """--save: features (N, C) of every image that can be read, labels (N,), -1 for none, file names (N,)."""
+    """--save: features (N, C) of every image that can be read, labels (N,), -1 for none, file names (N,); and
+    the names of the classes that labels count."""
     data = open_data(*data_of(config, cfg), model.image_size, None, cfg.device, cfg.strict_images)
     print(data.summary, end="\n" * bool(data.summary))
     labels, data.labels = data.labels, torch.arange(len(data))          # to see which of them were read
@@ -1202,14 +1203,15 @@ def save_features(model, config, places, first, cfg):
         files = [shown(data.paths[i].relative_to(data.root).as_posix()) for i in files]
     place = f"layer {places[0].layer}, t {places[0].t:g}, {places[0].pool}; {training_of(config)}"
     if first:
-        arrays = {"features": x, "labels": labels, "files": numpy.array(files, str)}
+        arrays = {"features": x, "labels": labels, "files": numpy.array(files, str),
+                  "classes": numpy.array(data.classes, str)}
         write_file(pathlib.Path(cfg.save), lambda file: numpy.savez(file, **arrays))
     if repeated := len(x) - len({hash(row.tobytes()) for row in x}):
         print(f"warning: {repeated} of {len(x)} rows repeat another: these images, or their ids, are the "
               "same to this network")
     print(f"features {x.shape} of {place}: {cfg.save}; images without a label (-1): {(labels < 0).sum()}, "
           f"left out as unreadable: {len(index) - len(kept)}\n"
-          f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"]')
+          f'    z = numpy.load("{cfg.save}")\n    z["features"], z["labels"], z["files"], z["classes"]')
 
 
 # Samples of shapes: the set's possible drawings are known, so one can see which images are among them.
@@ -2373,10 +2375,13 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
               with the label -1 where there is no class
     crop      min fraction of the area that a crop keeps; of shapes at least half, since less may show none
 
-    A kind of your own returns an ImageTensor, as cifar10 does, with the same classes for each part, and both
-    parts together for None. It is asked for one part at a time, with size 64 for want of --image-size, unless
-    it has defaults of its own, by name, in train.py, and raises a UserError if its images have another size.
-    One known by what lies in its folder comes after check_folder().
+    A kind of your own returns an ImageTensor, as cifar10 does, with the same classes, a list of str, for each
+    part, and both parts together for None. It is asked for one part at a time, with size 64 for want of
+    --image-size, unless it has defaults of its own, by name, in train.py, and raises a UserError if its
+    images have another size. One known by what lies in its folder comes after check_folder(). If its files
+    may change, its layout says which they are, such as "in memory, MD5 1f3a"; else --resume and probe.py go
+    on with others, if number and classes are the same. If its test images are those to train on, set unseen
+    to False, and say so in summary.
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":
@@ -2390,7 +2395,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     check_folder(root)
     if train is None:
         others = []
-        files, labels = image_files(root, others), {}
+        files, labels, classes = image_files(root, others), {}, []
         with contextlib.suppress(*[UserError] * bool(files)):           # of a layout that no training takes
             _, classes, parts, _ = find_images(root)
             labels = {path: c for part in parts.values() for path, c in zip(*part)} if classes else {}
@@ -2399,7 +2404,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
             inside = [named[name] for name in path.relative_to(root).parts[:-1] if name in named]
             labels[path] = inside[0] if inside else -1
         labels = [labels[path] for path in files]
-        return ImageFolder(root, files, labels, [], size, (crop, 1.0), strict, device,
+        return ImageFolder(root, files, labels, classes, size, (crop, 1.0), strict, device,
                            summary="\n".join(no_images(root, others)))
     layout, classes, parts, summary = find_images(root)
     files, labels = parts[train] if parts[train][0] else parts[True]

@@ -39,6 +39,7 @@ from unified import UserError, flag
 
 # What --order takes: functions (tokens on a side, seeds (n,)) -> order, as sample_steps takes it. For a row
 # of your own extend the help of --order; if it ignores confidence check_flags() is to refuse --temperature.
+# Random numbers of its own: unified.hashed_uniform(seeds, 2**31, n), as decoding takes the draws below.
 ORDERS = {"confidence": lambda side, seeds: None, "halton": lambda side, seeds: halton_order(side, seeds)}
 
 

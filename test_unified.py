@@ -803,6 +803,8 @@ def test_in_haltons_order_tokens_are_kept_along_it_from_a_place_that_the_seed_de
     found = kept(seeds)
     starts = [cells.index(order[0]) for order in found]
     assert found == [cells[start:] + cells[:start] for start in starts] and len(set(starts)) > 5
+    others = kept(seeds + (1 << 32))                                        # those of --seed 1
+    assert [cells.index(order[0]) for order in others] != starts
     assert kept(seeds[7:9]) == found[7:9]
     known, mask = some_noise(2, 3, 32, 32), torch.zeros(2, 32, 32).bool()
     mask[:, :4, :4] = True                                                  # tokens 0, 1, 4 and 5 are masked
@@ -3817,6 +3819,7 @@ def test_hash_ints_tells_every_combination_apart():
     assert len(both.unique()) == 100 * 100 and not both.equal(both.T)   # the order of the values counts
     # plain integers give the same
     assert both[3, 5] == unified.hash_ints(7, 3, 5) and not both.equal(unified.hash_ints(8, a, b))
+    assert len({unified.hash_ints(5 + (high << 32)) for high in range(1000)}) == 1000
 
 
 def test_a_crop_is_decided_by_its_number():
@@ -5492,7 +5495,8 @@ def test_features_of_ten_photos_in_a_flat_folder_are_kept(finished, tmp_path):
     (tmp_path / "5.png").write_bytes(b"not an image")
     printed, kept = save(finished[0], tmp_path, tmp_path / "z.npz")
     files = [f"{i}.png" for i in range(10) if i != 5]
-    assert sorted(kept) == ["features", "files", "labels"] and kept["files"].tolist() == files
+    assert sorted(kept) == ["classes", "features", "files", "labels"] and kept["files"].tolist() == files
+    assert not len(kept["classes"])
     assert kept["labels"].tolist() == [-1] * 9 and kept["features"].dtype == numpy.float32
     model, config = unified.load_model(finished[0])
     x = torch.stack([unified.read_image(tmp_path / name, config["image_size"]) for name in files])
@@ -5538,6 +5542,7 @@ def test_features_of_a_folder_of_any_layout_are_kept_with_the_labels_that_it_has
     classes = shutil.copytree(photos / "train", tmp_path / "classes")
     kept = save(finished[0], classes, tmp_path / "b.npz")[1]
     assert kept["labels"].tolist() == [0] * 24 + [1] * 24 and kept["files"][-1] == "dog/047.png"
+    assert kept["classes"].tolist() == ["cat", "dog"]
     shutil.copy(classes / "cat/000.png", classes / "beside.png")        # what trains leaves it out
     kept = save(finished[0], classes, tmp_path / "c.npz")[1]
     assert kept["files"][0] == "beside.png" and kept["labels"].tolist() == [-1] + [0] * 24 + [1] * 24
@@ -5706,7 +5711,7 @@ def test_a_run_of_another_optimizer_is_refused_in_a_sentence(tmp_path):
         train.save_checkpoint(tmp_path / "model.pt", {"model": model.state_dict(), "step": 3, "ema": {},
                                                       "optimizer": kept.state_dict()})
         for other in others:
-            with pytest.raises(unified.UserError, match="this method's optimizer: .* start another run"):
+            with pytest.raises(unified.UserError, match="another optimizer.* start another|this method's"):
                 train.restore(cfg, "model", model, other, {})
         assert train.restore(cfg, "model", model, kept, {}) == 3
 

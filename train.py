@@ -677,9 +677,10 @@ def set_up(cfg, name, model, recipe):
 
 
 def update(optimizer, weights, ema, recipe, step):
-    """Step number `step`, from 0, of the weights and of their averages ema, {name: tensor} each. Returns
-    statistics of it, {name: a number, or a tensor that is read with the row}, for rows of log.jsonl with a
-    loss; one of your own is a key more."""
+    """Step number `step`, from 0, of the weights and of their averages ema, {name: tensor} each; clips
+    gradients, and drops them. Returns statistics of it, {name: a number, or a tensor that is read with the
+    row}, for rows of log.jsonl with a loss; one of your own is a key more (if it remembers something, save()
+    and restore() are to keep that, too). grad_norm is that before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["grad_clip"])
     lr = probe.learning_rate(step + 1, recipe["warmup"] * recipe["steps"], recipe["steps"] + 1, recipe["lr"],
                              recipe["min_lr"] * recipe["lr"])
@@ -801,7 +802,7 @@ def read_rows(folder):
 
 class Log:
     """Progress bar and log of one training. What is added up stays on the device until a row is
-    written: no step waits."""
+    written: no step waits. It is not saved: the first row after --resume is of the steps since then."""
 
     def __init__(self, cfg, name, recipe, step, culprits):
         """culprits: step -> names of the images whose gradient alone is not finite."""
@@ -977,10 +978,11 @@ def restore(cfg, name, model, optimizer, ema):
     if path := checkpoint_in(folder, [f"{name}.pt"]):
         state = unified.load_checkpoint(path)
         unified.load_strictly(model, state["model"], path)
-        with unified.reading(path, "a state of this method's optimizer: put that back, or start another run"):
-            foreign = state["optimizer"]["param_groups"][0].keys() - optimizer.param_groups[0].keys()
-            if foreign - {"decoupled_weight_decay"}:            # which AdamW has since torch 2.7
-                raise ValueError(f"it has {', '.join(sorted(foreign))}")
+        foreign = state["optimizer"]["param_groups"][0].keys() - optimizer.param_groups[0].keys()
+        if foreign - {"decoupled_weight_decay"}:                # which AdamW has since torch 2.7
+            raise UserError(f"{path} has the state of another optimizer, with {', '.join(sorted(foreign))}; "
+                            "put that one back, or start another run with --out-dir")
+        with unified.reading(path, "a state of this method's optimizer"):
             optimizer.load_state_dict(state["optimizer"])
         for key, average in ema.items():
             average.copy_(state["ema"][key])
@@ -1307,12 +1309,12 @@ def seconds_a_call(cfg, function, seconds=None):
 
 
 def seconds_a_step(cfg, model, x, plain):
-    """Seconds that a step of train() takes on the batch x. plain: torch's default optimizer, and a wait
-    for the device in every step."""
+    """Seconds that a step of train() takes on the batch x. plain: AdamW, if that it is, as torch would have
+    it by default, and a wait for the device in every step."""
     took, batch, labels = [], len(x), torch.zeros(len(x), dtype=torch.long)
     recipe = dict(unified.MODELS[cfg.model].recipe, steps=10**9, batch_size=batch, micro_batch=batch, lr=1e-4)
     if plain:
-        recipe["optimizer"] = functools.partial(adamw, fused=None)
+        recipe.setdefault("optimizer", functools.partial(adamw, fused=None))
     batches = ((x, labels) for _ in rounds(cfg, took, 1 if plain else 50))
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):   # no more batches
         cfg = dataclasses.replace(cfg, out_dir=folder, log_every=10**9, eval_every=0, save_every=10**9)

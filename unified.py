@@ -2861,7 +2861,8 @@ class Denoiser(Model):
 #     alpha_bar           None            the noise schedule
 #     max_steps           inf             sample.py takes no more sampling steps than these
 #     generates           True            it can start from nothing; if not sample_steps() takes known, mask
-#     best_t              0               the t of features() at which best_layer is probed
+#     best_t              0               the t of features() at which best_layer is probed; probe.py --sweep
+#                                         finds both
 #     t_range             (0, 0, ...)     least t, which is clean, largest t, and what t is; if both are ints,
 #                                         t is one, too. --sweep reads the first half
 #     pools               ("mean",)       poolings that embed() knows, the authors' first
@@ -2889,7 +2890,9 @@ class Denoiser(Model):
 #   UMD.predict().
 # - steps may be any number from 1 on. The samples that train.py draws on the way take 20.
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
-#   (FORMS, in section 16, has all). If yours means something else give it another name.
+#   (FORMS, in section 16, has all). If yours means something else give it another name. That pixels lie in
+#   [0, 1] is checked if FORMS has a line for the class, as "UMD.x".
+# - guidance_interval: the tests take the progress of step i to be (i - 1) / steps, as in TokenModel.
 
 
 # The tutorial ends here; the rest is to look things up in.
@@ -2973,7 +2976,9 @@ def umd_no_decay(name, p):
 #                            train.py. Its groups all get the schedule's learning rate, so give `tiny` and
 #                            `paper` an lr that suits it, and tell it in the help of --lr (a test knows that
 #                            of mage). --resume brings its other numbers back as they were saved. Not fused,
-#                            it makes a GPU wait. Keys of your own are allowed in a recipe
+#                            it makes a GPU wait; fused, it must bear that its first step is skipped, which
+#                            torch's SGD does not. With --labels --init a row's tune_recipe counts, in which
+#                            UMD's four have AdamW. Keys of your own are allowed in a recipe
 #
 # train.py has its own values for sizes tiny and small; those in `tiny` come before them:
 #
@@ -3230,10 +3235,10 @@ def murmur(x):
 
 
 def hash_ints(*values):
-    """Integers, or int64 tensors, scrambled into one."""
+    """Integers, or int64 tensors, of 64 bits each, scrambled into one of 32."""
     state = 0
     for value in values:
-        state = murmur(murmur(value) + 0x9E3779B9 * (state + 1))
+        state = murmur((murmur(value) ^ (value >> 32)) + 0x9E3779B9 * (state + 1))
     return state
 
 
@@ -3753,7 +3758,7 @@ def other_run(path):
     if path.name == "tokenizer.pt" and (path.parent / "model.pt").exists():
         return "a run of pixels has no tokenizer; name one of mage"
     if os.path.exists(run / "tokenizer.pt"):
-        return f"its training has stopped before: python train.py --resume {run} goes on"
+        return f"its training has not come so far; if it has stopped, python train.py --resume {run} goes on"
     places = {run.parent, pathlib.Path("out")}
     runs = {str(p.parent) for place in places for p in place.glob("*/*.pt")
             if p.stem in ("model", "tokenizer")}
