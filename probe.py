@@ -1104,12 +1104,16 @@ def with_error(p, n, head):
     return f"{p:6.1%}" + f" +- {standard_error(p, n):.1%}" * (head != "segment")
 
 
+def by_chance(p, q, n):
+    """Whether accuracies p and q on n test images differ by at most two standard errors."""
+    return abs(p - q) <= 2 * math.hypot(standard_error(p, n), standard_error(q, n))
+
+
 def tell_no_gain(trained, untrained, n):
     """Print a line on features that are no better than those of the untrained network, on n test images."""
-    noise = 2 * math.hypot(standard_error(trained, n), standard_error(untrained, n))
     if untrained >= trained:
-        harmed = untrained - trained > noise
-        verdict = "training harmed the features" if harmed else "the difference is within chance"
+        chance = by_chance(trained, untrained, n)
+        verdict = "the difference is within chance" if chance else "training harmed the features"
         print(f"             the network has {untrained:.1%} untrained, {trained:.1%} trained: {verdict}")
 
 
@@ -1173,6 +1177,20 @@ def print_table(runs):
                if same_data(row.get("trained_on"), row["dataset"])]
     if 0 < len(at_home) < len(names):
         print(f"note that {', '.join(at_home)} learned from this data set, and the others did not")
+    tell_ties(names, runs)
+
+
+def tell_ties(names, runs):
+    """Print, for each head, which runs may be better than others by chance alone, the best one among them."""
+    scores = collections.defaultdict(list)
+    for name, rows in zip(names, runs):
+        for row in rows:
+            if "top1" in row:
+                scores[row["head"], row["dataset"], row["n_test"]].append((row["top1"], name))
+    for (head, _, n), of_runs in scores.items():
+        near = [name for p, name in of_runs if by_chance(p, max(of_runs)[0], n)]
+        if len(near) > 1:
+            print(f"note that {' and '.join(near)} differ by no more than chance ({head}, {n} test images)")
 
 
 def table_cells(rows, heads, kind):

@@ -5419,13 +5419,15 @@ def test_several_runs_make_one_table_in_which_equal_baselines_stand_once(photos,
     assert [line[0] for line in lines[4:7]] == ["untrained (run, twin)", "untrained (umd)", "raw pixels"]
     assert [line[1].split("%")[0] for line in lines[4:7]] == \
         [f"{100 * v:.1f}" for v in (rows[0]["untrained"], rows[1]["untrained"], rows[0]["pixels"])]
-    assert lines[7:] == [["note that the pool differs: mean, class; --pool mean makes it the same"]]
+    assert lines[7] == ["note that the pool differs: mean, class; --pool mean makes it the same"]
+    assert all("twin differ by no more than chance (ridge, 16 test images)" in line for line, in lines[8:])
 
 
 def test_a_table_of_runs_that_are_read_alike_warns_of_nothing(finished, diffused):
     same = script("probe.py", finished[0], diffused[0], "--workers", 0, "--pool", "mean",
                   "--head", "fewshot", "--shots", 4)
-    assert "note that" not in same and same.splitlines()[-6].split()[0] == "fewshot-4" and "+-" in same
+    lines = [line for line in same.splitlines() if "no more than chance" not in line]
+    assert "note that" not in "".join(lines) and lines[-6].split()[0] == "fewshot-4" and "+-" in same
 
 
 @pytest.mark.parametrize("homes, told", [(("cats", "dogs"), True), (("cats", "cats"), False),
@@ -5435,6 +5437,15 @@ def test_a_table_tells_which_run_is_at_home_on_the_data(homes, told, capsys):
            "n_train": 9, "n_test": 4, "training": "mage", "model": "mage", "dataset": "cats"}
     probe.print_table([[row | {"run": run, "trained_on": home}] for run, home in zip("ab", homes)])
     assert ("note that a learned from this data set, and the others" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("n, told", [(100, ["a and b and c"]), (400, ["b and c"]), (40_000, [])])
+def test_a_table_tells_which_runs_differ_by_no_more_than_chance(n, told, capsys):
+    """Two standard errors of the difference of 0.60 and 0.63 are 0.14 with 100 images, 0.07 with 400."""
+    scores = {"a": 0.5, "b": 0.6, "c": 0.63}
+    probe.tell_ties([*scores], [[{"head": "ridge", "dataset": "cats", "n_test": n, "top1": p}]
+                                for p in scores.values()])
+    assert re.findall("note that (.*) differ by no more than chance", capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("p, n, error", [(0.5, 100, 0.05), (0.0, 3, 0.231), (1.0, 3, 0.231)])
