@@ -153,7 +153,7 @@ class Attention(nn.Module):
     heads    number of heads; each has d = C / heads channels
     dropout  of attention probabilities and of outputs, in training
     fused    False: the equation above. True: the same result from one fast kernel, where that is faster; the
-             (L, L) matrix then never exists in memory
+             (L, L) matrix then need not exist in memory
     """
 
     def __init__(self, dim, heads, dropout=0.0, fused=True):
@@ -552,8 +552,8 @@ class Model(nn.Module):
         return self.render(state)
 
     def num_steps(self, steps=None, eta=None):
-        """How many steps sample_steps takes if asked for so many. None: its usual number, which is 10 unless
-        a method has another. (eta: at 0 ADM's usual number is smaller.)"""
+        """How many steps sample_steps(steps) takes. None: its usual number, which is 10 unless a method has
+        another. (eta: at 0 ADM's usual number is smaller.)"""
         return min(steps or 10, self.max_steps)
 
     def render(self, state):
@@ -618,7 +618,8 @@ class Model(nn.Module):
 # all masked ones. MAGE drops this fixed number, so that shapes stay the same from batch to batch, and the
 # other masked ones enter as [MASK]:
 #
-#     L = 256 tokens, r = 0.55, here sorted by their random numbers; the encoder reads them as they lie
+#     L = 256 tokens, r = 0.55: ceil(r L) = 141 are masked. Here they are sorted by their random numbers; the
+#     encoder reads those that enter in the order in which they lie in the image
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
 #     |------- 128 dropped -------|- 13 [MASK] --|
 #                                 |----- 128 tokens, with the class token 129 -----|     enter the encoder
@@ -684,7 +685,8 @@ def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
 
     initial   n0, how many were masked at the start          before  how many were before this step
     schedule  a name in SCHEDULES; or a function (t, T) -> the ratio of n0 that stays masked, such as
-              lambda t, T: 1 - (t / T) ** 2; or a list of T counts. One token always stays masked
+              lambda t, T: 1 - (t / T) ** 2; or a list of T counts, how many stay masked after each step. One
+              token always stays masked
     round_up  of a ratio. False: the rule above, so each step keeps at least one, until a single one is left.
               True, as in ADDP (section 8): rounded up, and a step may keep none
     """
@@ -735,8 +737,8 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
     order   None: the most confident tokens are kept. Or a function, (confidence (n, L), mask, t) -> priority
-            (n, L), of which the highest are kept. confidence has its Gumbel noise, and lies, as mask, on the
-            model's device; what was visible stays, whatever its priority. Section 13 has examples
+            (n, L), of which the highest are kept. confidence includes the Gumbel noise. What was visible
+            stays, whatever its priority. All lie on the model's device. Section 13 has examples
     t       number of the step, for order
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
@@ -793,13 +795,13 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 #     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
 #     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
 #     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
-#     fill      h0    ha   h0  h0  hb  h0  h0         h0, the summary, at every masked place (all after a
-#                                                     linear layer, plus positions). Of section 4's 256: 115
-#                                                     outputs of visible ids, and h0 at all 141 masked ones
+#     fill      h0    ha   h0  h0  hb  h0  h0         h0 at every masked place
 #     decode                p   p       p   p         each a softmax over the K codes
 #
-# At masked places the decoder reads h0, the encoder's output at the class token. So training makes h0 a
-# summary of the image. The loss is a cross-entropy at masked places, with label smoothing 0.1:
+# At masked places, dropped or not, the decoder reads h0, the encoder's output at the class token. So
+# training makes h0 a summary of the image. (In section 4's example the decoder reads h0, 115 outputs of
+# visible ids, and h0 again at 141 places, all after a linear layer and with positions.) The loss is a
+# cross-entropy at masked places, with label smoothing 0.1:
 #
 #     loss = - mean over masked i of  log p(id_i | visible ids)                                  [MAGE, eq. 1]
 #
@@ -830,11 +832,12 @@ class TokenEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Decoder output x (B, L, C') -> logits (B, L, V), in float32.
+    """Decoder output x (B, L, C') -> logits (B, L, V), in float32. V: the ids that weight (V, C) has, in MAGE
+    the K codes alone.
 
-    A logit is the product of the output with the embedding of that id, weight (V, C), plus a bias: input and
-    output share one table (weight tying). Here the table is detached, as in the official code, so it learns
-    as an input only."""
+    A logit is the product of the output with the embedding of that id, its row of weight, plus a bias: input
+    and output share one table (weight tying). Here the table is detached, as in the official code, so it
+    learns as an input only."""
 
     def __init__(self, inp, dim, vocab_size):
         super().__init__()
@@ -888,9 +891,9 @@ def init_weights(module):
 #   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
 #   low <= progress < high; elsewhere w_t is 1.
 # - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
-#   makes the errors of the network, only larger. So the direction from its prediction to the network's leads
-#   away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the only guidance
-#   they have.
+#   makes the same errors as the network, but larger ones. So the direction from its prediction to the
+#   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
+#   only guidance they have.
 
 
 def guidance_at(progress, w, interval):
@@ -1305,8 +1308,8 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
-#     b: the other view of a's image. v: all other views, of all processes; with one process these are b
-#     and 2B - 2 negatives                                                                   [SimCLR, eq. 1]
+#     b: the other view of a's image. v: all other views, b among them; with W processes, whose views all
+#     count, there are 2BW - 2 negatives                                                     [SimCLR, eq. 1]
 #
 #     three images with the views 0 1 | 2 3 | 4 5:  a = 2 is to find b = 3 among v = 0, 1, 3, 4, 5
 #
@@ -1479,15 +1482,15 @@ class EchoMAGE(ContrastiveMAGE):
 #   outputs of visible patches carry the whole image.
 # - No timestep enters the network: it can see how much of the image is decided.
 #
-# Training. A trained MAGE, the predictor, is frozen and makes two things: p_prev, and q, the target of p. It
-# runs twice, with two nested masks: `mask_earlier` contains `mask`, and mostly masks more.
+# Training. A trained MAGE, the predictor, is frozen and makes two things: p_prev, which was predicted when
+# fewer ids were visible, and q, the target of p, from the ids that are visible now. So it runs with two
+# nested masks: `mask_earlier` contains `mask`, and mostly masks more.
 #
 #     place            1     2     3     4
 #     ids              a     b     c     d        of the image
-#     mask_earlier     _     b     _     _        MAGE reads b; what it predicts at 1 and 4 is p_prev
-#     mask             _     b     c     _        MAGE reads b and c; what it predicts at 1 and 4 is q
-#                                                 ADDP reads b, c and p_prev; what it predicts at 1 and 4 is p
-#                                                 (MAGE's prediction at 3 is not used: there c is visible)
+#     mask_earlier     _     b     _     _        p_prev = MAGE(b), at 1 and 4 (at 3 it is not used)
+#     mask             _     b     c     _        q      = MAGE(b, c), at 1 and 4
+#                                                 p      = ADDP(b, c, p_prev), at 1 and 4
 #     (MAGE reads as in generation: [MASK] at masked places, none of them dropped, and the fake class.)
 #
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
@@ -1506,8 +1509,8 @@ class EchoMAGE(ContrastiveMAGE):
 #                                          Gumbel noise are kept, the others are masked again, and forgotten
 #     p_prev    = p                        this alone goes on of a masked place
 #
-# (In code the three are a Decoding's ids, token_mask and softmax(logits).) How many tokens stay masked is
-# rounded up, so a step may keep none:
+# (In code the three are a Decoding's ids, token_mask and softmax(logits); before step 1 logits is None.) How
+# many tokens stay masked is rounded up, and need not fall, so a step may keep none:
 #
 #     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
 #     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
@@ -1515,14 +1518,15 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # The first steps are special:
 #
-#     from nothing     While no id is visible the decoder reads mask tokens alone. So the encoder is skipped,
-#                      and p_prev not used. With 256 tokens and 20 steps these are steps 1 and 2.
+#     from nothing     While no id is visible, in any image of the batch, the decoder reads mask tokens alone.
+#                      So the encoder is skipped, and p_prev not used. With 256 tokens and 20 steps these are
+#                      steps 1 and 2.
 #     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's. (A hole
 #                      that leaves no id visible is filled as from nothing.)
 #
-# The token that is masked after the last step shows as its mean. No weight changes in generation. A guide
-# (section 5) acts on the logits of p, so on p_prev, too. It reads the same xt, except in step 1 of
-# inpainting, where its own MAGE makes p_prev.
+# The token that is masked after the last step shows as its mean. A guide (section 5) acts on the logits of
+# p, so on p_prev, too. It reads the same xt, except in step 1 of inpainting, where its own MAGE makes
+# p_prev.
 
 
 def nested_mask_ratios():
@@ -1796,7 +1800,9 @@ class ADDP(TokenModel):
 # [RePaint, without its jumps back].
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
-# tensor on the CPU: (B,), () or, of several timesteps, (T,).
+# tensor on the CPU: (B,), () or, of several timesteps, (T,). These are in the order of t, so alpha_bar_next
+# is the number before; but denoise() takes them in the order of sampling, where it is the number behind. At
+# the clean end it is 1.
 
 
 def noise_schedule(name, steps=1000):
@@ -1843,8 +1849,8 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     """Steps 2 and 3 above, from xt and a prediction of x0 to x_next. With alpha_bar_next = 1 that is x0.
 
     noise  standard normal, like xt; 0 gives the mean
-    std    None; or, of ADM with eta = 1 (section 11), the factor of the noise in place of sigma. The root
-           keeps sigma
+    std    None: the noise has the factor sigma, as above. ADM with eta = 1 (section 11) has a factor of its
+           own. Only "+ sigma noise" changes: the root subtracts sigma^2 all the same
     """
     factor = functools.partial(per_image, x=xt)
     eps = (factor(alpha_bar.rsqrt()) * xt - x0) / factor((1 / alpha_bar - 1).sqrt())
@@ -2382,8 +2388,9 @@ class ADMBlock(nn.Sequential):
 
 # The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
 # few it does. So ADM predicts the variance s^2 of each step, too, and L_vb, which trains this output, is
-# added to the loss [iDDPM, eq. 16]. (On a first reading go on to class ADM: all it needs is that there is a
-# second output, v.) The best variance lies between two bounds:
+# added to the loss [iDDPM, eq. 16]. (On a first reading go on to class ADM: all you need is that there is a
+# second output, v, that L_vb trains it, and that with eta = 1 a step adds s noise.) The best variance lies
+# between two bounds:
 #
 #     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
@@ -2396,12 +2403,13 @@ class ADMBlock(nn.Sequential):
 #     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
 #                                                 geometric mean
 #
-# A step of sampling is that of section 9. With eta = 1 its noise has the factor s instead of sigma:
+# A step of sampling is that of section 9, and v changes one thing in it: with eta = 1 the fresh noise has the
+# factor s instead of sigma = sqrt(beta~). x0', eps' and the root are as there.
 #
-#     mean      = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps'          no v in it
-#     x_next    = mean + s noise; the last step, which leads to x0, adds none
+#     x_next    = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps' + s noise
+#                 the last step, which leads to x0, adds no noise
 #
-#     eta        timesteps, unless told otherwise        subtracted in root  noise is added as
+#     eta        timesteps, unless told otherwise        sigma^2 in root     noise is added as
 #     1          250 of 1,000, evenly spaced             beta~               s noise
 #     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
 #     0          25 in whole strides: 0, 40, 80, ...     0                   none: v is not used
@@ -2422,8 +2430,8 @@ class ADMBlock(nn.Sequential):
 #                                        of half a grey level around it on either side
 #
 # L_vb is to train v, not eps', so eps' is detached in the mean of p. (Both terms move the layers that v and
-# eps' share.) Its weight is 1: the paper adds 0.001 times the sum over all timesteps, which for T = 1000 is
-# their mean, and one random t estimates that. It stays 1 for another T, as is the official code's default.
+# eps' share.) The paper adds 0.001 times the sum of L_vb over all timesteps. For T = 1000 this is their mean,
+# and one random t estimates a mean, so here the weight is 1. It is 1 for any T, as in the official code.
 
 
 def log_variances(alpha_bar):
@@ -2715,8 +2723,9 @@ class ADM(Model):
 #
 # Which b, by default?
 #
-#     ADM            without the first and the last block, for each size of map the last block whose mirror
-#                    has that size, too: in size "tiny" 12, 10 and 8, whose mirrors are 2, 4 and 6
+#     ADM            A block qualifies if its mirror's map has the same size; the first and the last do not.
+#                    Of each size the last such block is taken. In "tiny" these are, at 32, 16 and 8 pixels,
+#                    12, 10 and 8, whose mirrors are 2, 4 and 6
 #     transformers   all of the second half but the last. Of 4 + 2 blocks 5 and 4, whose mirrors are 2 and 3
 #     (A block in the middle is its own mirror, and left out. Block 1 of ADM is a mere convolution.)
 #
@@ -2735,10 +2744,10 @@ class ADM(Model):
 #     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
 #
 # Another number of tokens a step, or another order of decoding, needs no class; both are arguments of
-# sample(). (For sample.py --schedule and --order add a row to SCHEDULES, in section 4, and to its ORDERS.)
+# sample(). (In sample.py --schedule takes the names in SCHEDULES, section 4, and --order those in ORDERS.)
 #
 #     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
-#     model.sample(16, steps=4, schedule=[12, 8, 4, 1])           # or so many tokens, here of 16, a step
+#     model.sample(16, steps=4, schedule=[12, 8, 4, 1])           # or how many do, here of 16 tokens
 #
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
@@ -2752,7 +2761,7 @@ class ADM(Model):
 #     model.sample(16, order=far_apart)
 #
 # mask is that before the step, so two neighbours may be kept in one step. And at high temperatures confidence
-# may differ by more than 1000; rank_in_row(confidence) - model.length * near never does.
+# may differ by more than 1000; with rank_in_row(confidence) - model.length * near all is as wanted.
 #
 # A method that is new takes a class in this file, such as Denoiser below, and a row in MODELS, or after it:
 #
@@ -2835,11 +2844,12 @@ class Denoiser(Model):
         return self.features(x)[0].mean((2, 3))                                             # (B, C)
 
 
-# A method may have what follows. Scripts skip what it lacks, and refuse a flag that asks for it.
+# The tutorial ends here; the rest is to look things up in. First, what a method may have besides. Scripts
+# skip what it lacks, and refuse a flag that asks for it.
 #
 #     options of sample_steps()           found by their names in its signature: temperature, schedule, order
 #                                         as in TokenModel, eta as in UMD; guidance, guidance_interval, guide,
-#                                         labels, known and mask as in both
+#                                         labels, known and mask as in either
 #     render(state)                       if x of its states is not in [-1, 1]
 #     num_steps(steps=None, eta=None)     if 10 steps are not usual
 #     noise(seeds)                        if what features() takes as noise is not like x; with draw=0, too,
@@ -2863,7 +2873,7 @@ class Denoiser(Model):
 #     generates           True            it can start from nothing; if not sample_steps() takes known, mask
 #     best_t              0               the t of features() at which best_layer is probed; probe.py --sweep
 #                                         finds both
-#     t_range             (0, 0, ...)     least t, which is clean, largest t, and what t is; if both are ints,
+#     t_range             (0, 0, ...)     least t, the cleanest, largest t, and what t is; if both are ints,
 #                                         t is one, too. --sweep reads the first half
 #     pools               ("mean",)       poolings that embed() knows, the authors' first
 #     reads_ids           False           given ids instead of pixels, training and probing lose nothing
@@ -2892,10 +2902,8 @@ class Denoiser(Model):
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
 #   (FORMS, in section 16, has all). If yours means something else give it another name. That pixels lie in
 #   [0, 1] is checked if FORMS has a line for the class, as "UMD.x".
-# - guidance_interval: the tests take the progress of step i to be (i - 1) / steps, as in TokenModel.
+# - guidance_interval: the tests take the progress of step i to be about (i - 1) / steps.
 
-
-# The tutorial ends here; the rest is to look things up in.
 
 # ------------------------------------------------------------------------------------------------------------
 # 14. Sizes and recipes
