@@ -1761,6 +1761,8 @@ def test_fresh_addp_weights_are_drawn_as_the_authors_drew_them():
     (lambda: adm(18, ch_mult=(1, 1, 1)), "18"), (lambda: adm(head=12), "16.*12"),
     (lambda: unified.Attention(30, -1), "-1 heads"), (lambda: adm(head=-4), "-4"), (lambda: adm(0), "size 0"),
     (lambda: umd(mask_ratio_clean=75), "75"), (lambda: umd(mask_ratio_noised=1.0), r"\[0, 1\)"),
+    (lambda: umd(mask_ratio_noised=0.99), "leave a patch visible"),
+    (lambda: unified.noise_schedule("linear", 20), "more than 20 timesteps, not 20"),
     (lambda: umd(clean=2.0), "2.0"), (lambda: unified.VQGAN(8, 4, 8, [1], 1, groups=-1), "-1"),
     (lambda: unified.tokenizer_config("toy", 32), "2, 4, 8 or 16, not 32"),
     (lambda: unified.noise_schedule("sqrt"), "'sqrt'"), (lambda: umd(clean=1.0).sample(2), "from nothing"),

@@ -42,7 +42,7 @@ numbers. How a model is used:
     10 UMD, MAE, MaskDiT, DiT      predict masked patches, or the noise, or both
     11 ADM                         predict the noise with a U-Net; its blocks are representations, too
     12 Side by side                results; what is probed; inpainting; DifFeed
-    13 A method of your own        what it must have
+    13 A method of your own        what it must have. Here the tutorial ends
     14 Sizes and recipes           presets, and how each method is trained
     15 Published weights           how files of the original authors are read
     16 Behind the methods          random numbers by seed, drawn shapes, checked arguments
@@ -576,7 +576,8 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # ---- for the scripts: defaults of all they may ask. Section 13 says what each means; skip them till then
+    # ---- for the scripts: defaults of all they may ask. A method of your own may leave them alone. What each
+    # means stands in the table behind class Denoiser, where the tutorial ends
 
     length, codes, classes, alpha_bar, max_steps = 0, 0, 0, None, math.inf
     best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)
@@ -614,7 +615,7 @@ class Model(nn.Module):
 # Each gets a random number, its mask_noise, and those with the smallest numbers are masked. (It is noise in
 # name only: the numbers decide the order, and nothing is added to the image.)
 #
-# To save time, L / 2 of the masked tokens (rounded up) are dropped: they do not enter the encoder. MAE drops
+# To save time, ceil(L / 2) tokens, all of them masked, are dropped: they do not enter the encoder. MAE drops
 # all masked ones. MAGE drops this fixed number, so that shapes stay the same from batch to batch, and the
 # other masked ones enter as [MASK]:
 #
@@ -737,8 +738,8 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
     order   None: the most confident tokens are kept. Or a function, (confidence (n, L), mask, t) -> priority
-            (n, L), of which the highest are kept. confidence includes the Gumbel noise. What was visible
-            stays, whatever its priority. All lie on the model's device. Section 13 has examples
+            (n, L), of which the highest are kept. confidence includes the Gumbel noise, and lies, like mask,
+            on the model's device. What was visible stays, whatever its priority. Section 13 has examples
     t       number of the step, for order
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
@@ -836,8 +837,8 @@ class Head(nn.Module):
     the K codes alone.
 
     A logit is the product of the output with the embedding of that id, its row of weight, plus a bias: input
-    and output share one table (weight tying). Here the table is detached, as in the official code, so it
-    learns as an input only."""
+    and output share one table (weight tying). As in the official code it is detached here: the loss trains
+    the table through what the encoder reads, not through these products."""
 
     def __init__(self, inp, dim, vocab_size):
         super().__init__()
@@ -1096,8 +1097,8 @@ class MAGE(TokenModel):
         return self.mlm_layer(x, self.token_emb.word_embeddings.weight[:self.codes])
 
     def decoder_input(self, latent, mask, ids_keep=None):
-        """The line "fill" of the picture above, with positions: outputs of visible tokens at their places,
-        the output at position 0 at masked ones: (B, 1 + L, C')."""
+        """The line "fill" in this section's first picture, with positions: outputs of visible tokens at their
+        places, the output at position 0 at masked ones: (B, 1 + L, C')."""
         x = self.decoder_embed(latent)                                                      # (B, 1 + M, C')
         summary = x[:, :1].expand(-1, self.length, -1)                                      # (B, L, C')
         placed = x[:, 1:] if ids_keep is None else scatter_tokens(summary, ids_keep, x[:, 1:])
@@ -1498,8 +1499,9 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # So the target is a distribution over codes, not the one true id. Tokenizer and MAGE are frozen: no gradient
 # flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real ones. Both
-# masks rank the same random numbers, which nests them. Their ratios are two of a list of 66, at most five
-# entries apart: 235 and 240 of 256 tokens are masked, say.
+# masks rank the same random numbers, which nests them. Their ratios come from one ascending list of 66: that
+# of mask is drawn, that of mask_earlier is 1 to 5 entries further on, or the last. So 235 and 240 of 256
+# tokens are masked, say.
 #
 # Generation. p_prev is ADDP's own p of the step before. (MAGE is asked in the first step of inpainting only.)
 # Each step is
@@ -1509,8 +1511,9 @@ class EchoMAGE(ContrastiveMAGE):
 #                                          Gumbel noise are kept, the others are masked again, and forgotten
 #     p_prev    = p                        this alone goes on of a masked place
 #
-# (In code the three are a Decoding's ids, token_mask and softmax(logits); before step 1 logits is None.) How
-# many tokens stay masked is rounded up, and need not fall, so a step may keep none:
+# (In code a Decoding, of section 4, has all three: ids, token_mask, and logits, whose softmax is p_prev;
+# before step 1 logits is None.) How many tokens stay masked is rounded up, and need not fall, so a step may
+# keep none:
 #
 #     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
 #     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
@@ -1518,8 +1521,8 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # The first steps are special:
 #
-#     from nothing     While no id is visible, in any image of the batch, the decoder reads mask tokens alone.
-#                      So the encoder is skipped, and p_prev not used. With 256 tokens and 20 steps these are
+#     from nothing     While no image of the batch has a visible id, the decoder reads mask tokens alone. So
+#                      the encoder is skipped, and p_prev not used. With 256 tokens and 20 steps these are
 #                      steps 1 and 2.
 #     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's. (A hole
 #                      that leaves no id visible is filled as from nothing.)
@@ -1696,7 +1699,8 @@ class ADDP(TokenModel):
                 logits_prev = self.token_predictor.logits(ids, mask)
             latent = self.encode(self.next_image(ids, mask, logits_prev))
         # Inpainted images may differ in the number of visible ids, and the decoder takes one number. So
-        # in_groups(), of section 16, calls self.decode(latent, ids, mask, num_visible) once for each.
+        # in_groups(), of section 16, puts those of equal number together, and calls
+        # self.decode(latent, ids, mask, number) for each number.
         return in_groups(self.length - state.count, self.decode, latent, ids, mask)
 
     @torch.no_grad()
@@ -1710,8 +1714,8 @@ class ADDP(TokenModel):
         """As MAGE's, of pixels (B, 3, S, S), or of ids (B, L), which are decoded. t is 0. Layers of the
         decoder see all ids.
 
-        finetune  True: as the authors fine-tune, without clamp and tokenizer_norm, although pre-trained with
-                  them. S may then be another multiple of the patch size, for layers of the encoder
+        finetune  True: as the authors fine-tune, without clamp, tokenizer_norm and dropout, although trained
+                  with them. S may then be another multiple of the patch size, for layers of the encoder
         """
         x = self.to_pixels(x)
 
@@ -1800,9 +1804,9 @@ class ADDP(TokenModel):
 # [RePaint, without its jumps back].
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
-# tensor on the CPU: (B,), () or, of several timesteps, (T,). These are in the order of t, so alpha_bar_next
-# is the number before; but denoise() takes them in the order of sampling, where it is the number behind. At
-# the clean end it is 1.
+# tensor on the CPU: (B,), () or, of several timesteps, (T,). Stored in the order of t, entry t has entry
+# t - 1 as its alpha_bar_next. denoise() gets them reversed, from noise to clean: there entry i has entry
+# i + 1. Past the clean end it is 1.
 
 
 def noise_schedule(name, steps=1000):
@@ -1810,6 +1814,8 @@ def noise_schedule(name, steps=1000):
     a small image visible at middle timesteps [iDDPM, eq. 17]."""
     if name == "linear":
         beta = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+        if steps <= 20:                                                 # the last would be 1 or more
+            raise ValueError(f"a linear noise schedule has more than 20 timesteps, not {steps}")
     elif name == "cosine":
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = (((t + 0.008) / 1.008) * math.pi / 2).cos() ** 2
@@ -1979,7 +1985,7 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 # MAE and DiT in this table are UMD's versions. The published ones are other networks, whose weights do not
 # fit. The published MAE has fixed positions, a narrow decoder, and targets normalised patch by patch. The
-# published DiT reads latents, has no decoder, predicts the noise alone and learns a variance.
+# published DiT reads latents, has no decoder, and predicts no x0, but the noise and a variance.
 
 
 def zero_init(module):
@@ -2032,9 +2038,10 @@ class UMD(Model):
         super().__init__()
         if image_size % grid:
             raise ValueError(f"image size {image_size} is not a multiple of the grid, {grid}")
-        if not (0 <= clean_ratio <= 1 and 0 <= mask_ratio_clean < 1 and 0 <= mask_ratio_noised < 1):
-            raise ValueError("clean_ratio lies in [0, 1], mask ratios in [0, 1), not "
-                             f"{clean_ratio}, {mask_ratio_clean} and {mask_ratio_noised}")
+        ratios = clean_ratio, mask_ratio_clean, mask_ratio_noised
+        if not all(0 <= r <= 1 for r in ratios) or int(grid ** 2 * (1 - max(ratios[1:]))) < 1:
+            raise ValueError("clean_ratio lies in [0, 1], mask ratios in [0, 1), and leave a patch visible; "
+                             f"not {', '.join(map(str, ratios))}")
         self.image_size, self.grid, self.length, self.classes = image_size, grid, grid ** 2, classes
         self.clean_ratio = clean_ratio
         self.mask_ratio_clean, self.mask_ratio_noised = mask_ratio_clean, mask_ratio_noised
@@ -2305,7 +2312,7 @@ class UMD(Model):
 #     loss = mean (eps - eps'(xt, t))^2 + a term for the variance, below       t uniform in 0 ... T-1
 #                                                                                               [DDPM, eq. 14]
 # The network reads the noised image xt and predicts the noise. (It has a second output, for the variance of a
-# step; the second half of this section tells of it and its loss.) It is a U-Net of residual blocks, with
+# step; see "The variance", below.) It is a U-Net of residual blocks, with
 # attention on small maps. The side is halved on the way down and doubled on the way up. The output of each
 # block on the way down is kept, and its mirror, the block as far from the other end, reads it, too:
 #
@@ -2422,7 +2429,8 @@ class ADMBlock(nn.Sequential):
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
 #     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
 #
-# mean() is posterior_mean(); in sampling its x0' is clamped. In bits, and averaged over pixels and channels:
+# mean(xt, x0) is x_next as above, with this x0 and without noise (posterior_mean(), section 9); in sampling
+# its x0' is clamped. In bits, and averaged over pixels and channels:
 #
 #     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
 #            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
@@ -2636,8 +2644,8 @@ class ADM(Model):
         """From noise to images on a shortened process: yields a Denoising after each step.
 
         n, steps      images; see num_steps
-        eta           1: ancestral sampling [DDPM, algorithm 2] with the learned variance; less: DDIM, see
-                      the table above
+        eta           1: ancestral sampling [DDPM, algorithm 2]; the fresh noise has the factor s, the learned
+                      one. Less: DDIM; it has the factor eta sqrt(beta~), and v is not used
         known, mask, seeds        as for TokenModel.sample_steps
         guide, guidance   None, or a weaker ADM: eps = eps(guide) + w (eps - eps(guide)), with the same w in
                           each step. The variance is not guided
@@ -2760,15 +2768,17 @@ class ADM(Model):
 #         return confidence - 1000 * near
 #     model.sample(16, order=far_apart)
 #
-# mask is that before the step, so two neighbours may be kept in one step. And at high temperatures confidence
-# may differ by more than 1000; with rank_in_row(confidence) - model.length * near all is as wanted.
+# mask is that before the step, so two neighbours may be kept in one step. (At very high temperatures
+# confidence may differ by more than 1000; rank_in_row(confidence) - model.length * near is right at any.)
 #
 # A method that is new takes a class in this file, such as Denoiser below, and a row in MODELS, or after it:
 #
 #     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
-# The row has the class, {size: arguments of the constructor}, a recipe (section 14), and tokens, which says
-# with what the constructor is called, before the arguments of the size:
+# MODELS, in section 14, is a dict of such rows, and --model takes its names. A row has the class, {size:
+# arguments of the constructor}, and a recipe, the settings of its training: for a start UMD_RECIPE, or
+# MAGE_RECIPE if it predicts ids. tokens says with what the constructor is called, before the arguments of the
+# size:
 #
 #     "ids"      vqgan, image_size=...                the default. With predictor="mage" in the row, as in
 #                                                     ADDP: a trained mage in place of vqgan
