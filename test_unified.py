@@ -7014,6 +7014,18 @@ def test_the_order_that_section_13_shows_first_decides_tokens_without_a_decided_
     assert state.count.tolist() == [12] * 5
 
 
+@pytest.mark.parametrize("extreme", [math.inf, -math.inf, math.nan])
+def test_what_was_visible_stays_whatever_the_order_says(extreme):
+    mask, ids = torch.tensor([[False, True, True]]), torch.zeros(1, 3, dtype=torch.long)
+    order = torch.tensor([[0.0, extreme, 0.3]])
+    for count in (1, 2):
+        u, gumbel = torch.full((1, 3), 0.5), torch.zeros(1, 3)
+        _, still = unified.unmask(torch.zeros(1, 3, 4), ids, mask, torch.tensor([count]), u, gumbel,
+                                  lambda *_: order, 1)
+        assert still.sum() == count and not still[0, 0]
+    assert still.tolist() == [[False, True, True]]
+
+
 @pytest.mark.parametrize("name", ["mage", "addp"])
 def test_the_schedules_that_section_13_shows_leave_so_many_tokens_masked(name):
     names, text = {"model": small(name).eval()}, inspect.getsource(unified)

@@ -619,8 +619,8 @@ class Model(nn.Module):
 # all masked ones. MAGE drops this fixed number, so that shapes stay the same from batch to batch, and the
 # other masked ones enter as [MASK]:
 #
-#     L = 256 tokens, r = 0.55: ceil(r L) = 141 are masked. Here they are sorted by their random numbers; the
-#     encoder reads those that enter in the order in which they lie in the image
+#     L = 256 tokens, r = 0.55: ceil(r L) = 141 are masked. Here they are sorted by their random numbers; in
+#     the encoder they stand in the order of the image
 #     |--------------- 141 masked ---------------|---------- 115 visible ----------|
 #     |------- 128 dropped -------|- 13 [MASK] --|
 #                                 |----- 128 tokens, with the class token 129 -----|     enter the encoder
@@ -670,8 +670,8 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #
 #     256 tokens, 20 steps:  255 252 248 243 ... 59 40 20 1     few are kept at first, while all is uncertain
 #
-# One token is still marked as masked after step T, as in the official code. It has an id all the same, since
-# each step predicts all masked tokens. MAGE shows it; ADDP shows a mean (section 8).
+# After step T one token is still marked as masked, as in the official code. Each step predicts all masked
+# tokens, so it has an id, too, which MAGE shows. ADDP shows a mean (section 8).
 #
 # The Gumbel noise varies which tokens are kept first, and with that the images. It shrinks to 0 in step T.
 # The temperature scales this noise only: ids are always sampled from p itself. It is 6 for 16 x 16 tokens
@@ -749,7 +749,8 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
     priority = confidence if order is None else torch.as_tensor(order(confidence, mask, t)).to(confidence)
     if priority.shape != mask.shape:
         raise ValueError(f"order must return (n, L), here {tuple(mask.shape)}, not {tuple(priority.shape)}")
-    priority = priority.masked_fill(~mask, math.inf)            # visible before: never masked again
+    # What was visible is never masked again, not even if order says inf, or nan, of others.
+    priority = priority.nan_to_num(-math.inf, neginf=-math.inf).masked_fill(~mask, math.inf)
     return ids, rank_in_row(priority) < to_device(count, ids.device)[:, None]           # the `count` lowest
 
 
@@ -757,7 +758,7 @@ class Decoding(typing.NamedTuple):
     """Images while they are decoded."""
     ids: torch.Tensor                   # (n, L); at masked places leftovers of the last step
     token_mask: torch.Tensor            # bool (n, L), True = masked, to be predicted by the next step
-    count: torch.Tensor                 # int (n,), on the CPU: how many tokens of each image that is
+    count: torch.Tensor                 # int (n,), on the CPU: how many tokens of each image are masked
     logits: torch.Tensor = None         # (n, L, K) of the last step; ADDP makes its image from them
     known: torch.Tensor = None          # when inpainting: pixels (n, 3, S, S) ...
     inpaint_mask: torch.Tensor = None   # ... and bool (n, S, S), True = generated
@@ -1289,7 +1290,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
         model = UMD(**size, grid=8, clean_ratio=0.5, mask_ratio_clean=0.75, mask_ratio_noised=0.375)
     if method == "adm":
         model = ADM(image_size=32, **ADM_SIZES["tiny"])
-    fresh = draw_zero_layers(copy.deepcopy(model)).eval()           # of section 16; changes UMD and ADM alone
+    fresh = draw_zero_layers(copy.deepcopy(model)).eval()   # of section 16; UMD and ADM alone, see section 12
     untrained = {labelled: linear_probe(fresh, labelled) for labelled in (40, 1000)}
     fit(model.train(), steps, batch_size=64 if method == "mage" else 16, peak_lr=1.5e-3)
     for labelled, before in untrained.items():
@@ -1370,18 +1371,18 @@ class ContrastiveMAGE(MAGE):
 #
 #     ids     a  b  c  d     b is visible; a, c and d are masked
 #     drawn   e  b  f  g     e, f, g: each from the 2nd to 16th best code, in proportion to p among these,
-#                            so alike, but seldom the same
+#                            so like the true id, but seldom the same
 #     echo    _  b  f  _     [MASK] outside a random square; its side, one for the batch, is half to all of
 #                            the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
 # The image, masked as in MAGE, goes through the encoder that is trained. The echo, with the fake class, goes
-# through a teacher: a slow copy of encoder and projection, marked ' here, through which no gradient flows.
+# through a teacher: a slow copy of encoder and projection, through which no gradient flows.
 #
 #     z_i = unit(prediction(projection(mean(encoder(image i)))))         prediction: 256 -> 2048 -> 256
-#     e_i = unit(projection'(mean(encoder'(echo i))))
+#     u_i = unit(teacher's projection(mean(teacher's encoder(echo i))))
 #
-#     loss = - mean over images i of  log( exp(e_i . z_i / tau) / sum_j exp(e_i . z_j / tau) )       tau = 0.3
+#     loss = - mean over images i of  log( exp(u_i . z_i / tau) / sum_j exp(u_i . z_j / tau) )       tau = 0.3
 #
 # Its weight beside the masked loss is 0.1, as in MAGE-C. After each step the teacher's weights move 0.4 % of
 # the way to the model's, so they are an average over some 250 steps. The cost of the echo is one more pass of
@@ -1393,11 +1394,11 @@ class ContrastiveMAGE(MAGE):
 # weight 0.01, a first phase with true ids as echoes, and a teacher that moves ever more slowly.
 
 
-def echo_nce(z, e, temperature=0.3):
-    """The loss above of unit vectors z, and e of their echoes, (B, P) each; the other images' z, those of all
+def echo_nce(z, u, temperature=0.3):
+    """The loss above of unit vectors z, and u of their echoes, (B, P) each; the other images' z, those of all
     processes, are negatives."""
     everyone, me = of_all_processes(z)
-    return F.cross_entropy(e @ everyone.T / temperature, me)
+    return F.cross_entropy(u @ everyone.T / temperature, me)
 
 
 class EchoMAGE(ContrastiveMAGE):
@@ -1421,7 +1422,7 @@ class EchoMAGE(ContrastiveMAGE):
 
     @torch.no_grad()
     def echo(self, logits, ids, mask):
-        """Unit vectors e (B, 256) of new echoes."""
+        """Unit vectors u (B, 256) of new echoes."""
         scores, codes = (best[..., 1:] for best in logits.topk(min(16, self.codes)))        # (B, L, 15) each
         drawn = sample_categorical(scores.softmax(-1), torch.rand(ids.shape, device=ids.device))
         drawn_ids = torch.where(mask, codes.gather(-1, drawn[..., None]).squeeze(-1), ids)  # (B, L)
@@ -1498,10 +1499,11 @@ class EchoMAGE(ContrastiveMAGE):
 #            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
 #
 # So the target is a distribution over codes, not the one true id. Tokenizer and MAGE are frozen: no gradient
-# flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real ones. Both
-# masks rank the same random numbers, which nests them. Their ratios come from one ascending list of 66: that
-# of mask is drawn, that of mask_earlier is 1 to 5 entries further on, or the last. So 235 and 240 of 256
-# tokens are masked, say.
+# flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real ones.
+#
+# Both masks rank the same random numbers, so one contains the other. The ratios stand in one ascending list
+# of 66, nested_mask_ratios(): `mask` takes entry i, drawn at random, and mask_earlier entry i + gap, gap from
+# 1 to 5, or the last entry. With i = 40 and gap 3 they mask 235 and 240 of 256 tokens.
 #
 # Generation. p_prev is ADDP's own p of the step before. (MAGE is asked in the first step of inpainting only.)
 # Each step is
@@ -1509,7 +1511,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     p         = network(ids, mask, p_prev)             all of the first picture
 #     ids, mask = unmask(p, ids, mask)     section 4: ids are sampled from p, those of the highest log p +
 #                                          Gumbel noise are kept, the others are masked again, and forgotten
-#     p_prev    = p                        this alone goes on of a masked place
+#     p_prev    = p                        all that the next step gets to know of a masked place
 #
 # (In code a Decoding, of section 4, has all three: ids, token_mask, and logits, whose softmax is p_prev;
 # before step 1 logits is None.) How many tokens stay masked is rounded up, and need not fall, so a step may
@@ -1527,9 +1529,9 @@ class EchoMAGE(ContrastiveMAGE):
 #     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's. (A hole
 #                      that leaves no id visible is filled as from nothing.)
 #
-# The token that is masked after the last step shows as its mean. A guide (section 5) acts on the logits of
-# p, so on p_prev, too. It reads the same xt, except in step 1 of inpainting, where its own MAGE makes
-# p_prev.
+# The token that is masked after the last step shows as its mean. With a guide (section 5) p is made of the
+# guided logits, and so is the next p_prev. Network and guide read the same xt, which is made from this
+# p_prev. Only in step 1 of inpainting each makes p_prev with its own MAGE, and so an xt of its own.
 
 
 def nested_mask_ratios():
@@ -1804,9 +1806,10 @@ class ADDP(TokenModel):
 # [RePaint, without its jumps back].
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
-# tensor on the CPU: (B,), () or, of several timesteps, (T,). Stored in the order of t, entry t has entry
-# t - 1 as its alpha_bar_next. denoise() gets them reversed, from noise to clean: there entry i has entry
-# i + 1. Past the clean end it is 1.
+# tensor on the CPU: (B,), () or, of several timesteps, (T,).
+#
+# alpha_bar_next is always that of the less noisy neighbour, and 1 past the clean end. In a table in the order
+# of t this is entry t - 1. denoise() gets a table from noise to clean: there it is entry i + 1.
 
 
 def noise_schedule(name, steps=1000):
@@ -1941,7 +1944,8 @@ def timestep_embedding(t, dim, denominator, layout):
 #         L_eps   = mean over visible pixels of (eps - eps')^2
 #     the other B - N, clean  t = 0, and a ratio r_clean of the patches masked
 #         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
-#     with mask ratio 0, as in DiT, each term is a mean over all pixels
+#
+#     (In both parts: with mask ratio 0, as in DiT, each term is a mean over all pixels.)
 #
 #     loss = (N / B) (L_x0 + L_eps) / 2  +  ((B - N) / B) L_clean                            [UMD, section 3]
 #
@@ -2263,7 +2267,7 @@ class UMD(Model):
         x, c = self.noised(x, t, noise)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patches(x)], 1)          # (B, k + L, C)
         k = self.cls_token.size(1)
-        return encoder_decoder_features(self, x, self.decoder_input, layers, add, k, (c,))
+        return encoder_decoder_features(self, x, self.decoder_input, layers, add, prefix=k, condition=(c,))
 
     def embed(self, x, noise=None, pool="class"):
         """The vector that the paper probes: (B, C). 'class': the mean of the normed class tokens; 'mean': as
@@ -2427,10 +2431,10 @@ class ADMBlock(nn.Sequential):
 # knows the true x0. p has the prediction x0' instead, and the variance s^2:
 #
 #     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
-#     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps'), not clamped
+#     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps')
 #
-# mean(xt, x0) is x_next as above, with this x0 and without noise (posterior_mean(), section 9); in sampling
-# its x0' is clamped. In bits, and averaged over pixels and channels:
+# mean(xt, x0) is the step of section 9 with eta = 1, without noise: posterior_mean(). In L_vb x0' is not
+# clamped, in sampling it is. In bits, and averaged over pixels and channels:
 #
 #     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
 #            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
@@ -2731,9 +2735,10 @@ class ADM(Model):
 #
 # Which b, by default?
 #
-#     ADM            A block qualifies if its mirror's map has the same size; the first and the last do not.
-#                    Of each size the last such block is taken. In "tiny" these are, at 32, 16 and 8 pixels,
-#                    12, 10 and 8, whose mirrors are 2, 4 and 6
+#     ADM            Candidates are the blocks after the middle, but for the last, whose mirror has a map of
+#                    the same size. Of each size the last one is taken: in "tiny", at 32, 16 and 8 pixels,
+#                    12, 10 and 8, whose mirrors are 2, 4 and 6. (9 and 11 double the side: their mirrors'
+#                    maps are smaller.)
 #     transformers   all of the second half but the last. Of 4 + 2 blocks 5 and 4, whose mirrors are 2 and 3
 #     (A block in the middle is its own mirror, and left out. Block 1 of ADM is a mere convolution.)
 #
@@ -2743,16 +2748,17 @@ class ADM(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 13. A method of your own
 #
-# Often a change of a method is enough. This trains MAGE with three quarters of the tokens masked; the row has
-# to stand after MODELS, which is in section 14:
+# Often a change of a method is enough. As an example, this trains MAGE with three quarters of the tokens
+# masked (to generate it would need ratios up to 1). The row has to stand after MODELS, in section 14:
 #
 #     class MAGE75(MAGE):
 #         def forward(self, x, labels=None, *, mask_ratio=0.75, **draws):
 #             return super().forward(x, labels, mask_ratio=mask_ratio, **draws)
 #     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
 #
-# Another number of tokens a step, or another order of decoding, needs no class; both are arguments of
-# sample(). (In sample.py --schedule takes the names in SCHEDULES, section 4, and --order those in ORDERS.)
+# Where ids are predicted, another number of tokens a step, or another order of decoding, needs no class: both
+# are arguments of sample(). (In sample.py --schedule takes the names in SCHEDULES, section 4, and --order
+# those in its table ORDERS, which says what it wants.)
 #
 #     model.sample(16, schedule=lambda t, T: 1 - (t / T) ** 2)    # ratio that stays masked after t = 1 ... T
 #     model.sample(16, steps=4, schedule=[12, 8, 4, 1])           # or how many do, here of 16 tokens
@@ -2792,7 +2798,8 @@ class ADM(Model):
 #     python probe.py out/shapes-denoiser
 #     python -m pytest -q -k denoiser
 #
-# The class is a Model. It must have
+# The class is a Model. (If it predicts ids it is a TokenModel, of section 5, which brings sample_steps() with
+# it, and asks for step_logits() and render().) It must have
 #
 #     image_size, layers, best_layer      set in __init__: S; {layer: (channels, h, w)} of all blocks, counted
 #                                         from 1; the layer that probes read if not told otherwise
