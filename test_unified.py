@@ -4175,6 +4175,18 @@ def poisoned_steps(folder, bad, images=range(8), **recipe):
     return seen, trained(folder, model, recipe, batches, 12, data=image_set(8, 8), log_every=100)
 
 
+def test_averages_keep_no_graph_of_the_steps_behind_them(tmp_path):
+    """A graph that grows in each step fills any memory in the end."""
+    model = Linear()
+    weights, recipe = train.trainable(model), dict(unified.UMD_RECIPE, steps=3, lr=1e-3)
+    optimizer, ema = train.adamw(weights, recipe), {k: p.detach().clone() for k, p in weights.items()}
+    for step in range(3):
+        model(torch.ones(4, 3))[0].backward()
+        train.update(optimizer, weights, ema, recipe, step)
+    assert not any(v.requires_grad for v in ema.values())
+    assert all(p.requires_grad for p in weights.values())
+
+
 def momentum(weights, recipe):
     """An optimizer of a fork's own, which is not fused."""
     return torch.optim.SGD(weights.values(), 0.1, 0.9, weight_decay=0.1)

@@ -676,6 +676,7 @@ def set_up(cfg, name, model, recipe):
     return net, weights, optimizer, ema, step
 
 
+@torch.no_grad()                                        # or the averages would keep the graph of all steps
 def update(optimizer, weights, ema, recipe, step):
     """Step number `step`, from 0, of the weights and of their averages ema, {name: tensor} each; clips
     gradients, and drops them. Returns statistics of it, {name: a number, or a tensor that is read with the
@@ -985,7 +986,7 @@ def restore(cfg, name, model, optimizer, ema):
         with unified.reading(path, "a state of this method's optimizer"):
             optimizer.load_state_dict(state["optimizer"])
         for key, average in ema.items():
-            average.copy_(state["ema"][key])
+            average.copy_(state["ema"][key].detach())
         step = state["step"]
     if unified.rank_and_world()[0] == 0:                # whole lines only: the last may be cut off
         kept = [json.dumps(r) + "\n" for r in read_rows(folder) if r["stage"] != name or r["step"] <= step]

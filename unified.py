@@ -839,7 +839,7 @@ class Head(nn.Module):
 
     A logit is the product of the output with the embedding of that id, its row of weight, plus a bias: input
     and output share one table (weight tying). As in the official code it is detached here: the loss trains
-    the table through what the encoder reads, not through these products."""
+    the table through the ids that the network reads, not through these products."""
 
     def __init__(self, inp, dim, vocab_size):
         super().__init__()
@@ -1502,7 +1502,7 @@ class EchoMAGE(ContrastiveMAGE):
 # flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real ones.
 #
 # Both masks rank the same random numbers, so one contains the other. The ratios stand in one ascending list
-# of 66, nested_mask_ratios(): `mask` takes entry i, drawn at random, and mask_earlier entry i + gap, gap from
+# of 66, nested_mask_ratios(): `mask` takes entry i, drawn by weight, and mask_earlier entry i + gap, gap from
 # 1 to 5, or the last entry. With i = 40 and gap 3 they mask 235 and 240 of 256 tokens.
 #
 # Generation. p_prev is ADDP's own p of the step before. (MAGE is asked in the first step of inpainting only.)
@@ -1585,7 +1585,7 @@ class ADDP(TokenModel):
         # Mean and standard deviation of ImageNet's pixels.
         for name, values in (("color_mean", (0.485, 0.456, 0.406)), ("color_std", (0.229, 0.224, 0.225))):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self.vqgan, self.token_predictor = predictor.vqgan, predictor.requires_grad_(False)
+        self.vqgan, self.token_predictor = predictor.vqgan, predictor.requires_grad_(False).eval()
         self.best_layer = depth                                 # the encoder's last
         self.layers = dict.fromkeys(range(1, depth + decoder_depth + 1), (width, self.grid, self.grid))
 
@@ -2443,7 +2443,7 @@ class ADMBlock(nn.Sequential):
 #
 # L_vb is to train v, not eps', so eps' is detached in the mean of p. (Both terms move the layers that v and
 # eps' share.) The paper adds 0.001 times the sum of L_vb over all timesteps. For T = 1000 this is their mean,
-# and one random t estimates a mean, so here the weight is 1. It is 1 for any T, as in the official code.
+# and one random t estimates a mean, so here the weight is 1, for any T, as in the official code by default.
 
 
 def log_variances(alpha_bar):
@@ -2735,12 +2735,12 @@ class ADM(Model):
 #
 # Which b, by default?
 #
-#     ADM            Candidates are the blocks after the middle, but for the last, whose mirror has a map of
-#                    the same size. Of each size the last one is taken: in "tiny", at 32, 16 and 8 pixels,
-#                    12, 10 and 8, whose mirrors are 2, 4 and 6. (9 and 11 double the side: their mirrors'
-#                    maps are smaller.)
+#     ADM            Blocks after the middle count if their mirror's map has the same size. The last block
+#                    does not: its mirror, block 1, is a mere convolution. Of each size the last one is taken:
+#                    in "tiny" 12 at 32 pixels, 10 at 16 and 8 at 8, whose mirrors are 2, 4 and 6. (9 and 11
+#                    double the side: their mirrors' maps are smaller.)
 #     transformers   all of the second half but the last. Of 4 + 2 blocks 5 and 4, whose mirrors are 2 and 3
-#     (A block in the middle is its own mirror, and left out. Block 1 of ADM is a mere convolution.)
+#     (A block in the middle is its own mirror, and left out.)
 #
 # The head itself is a small transformer, whose tokens are the cells of all maps that it reads.
 
