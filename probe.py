@@ -229,8 +229,8 @@ def fewshot_ridge(x, y, x_test, y_test, penalties=(1e-3, 1e-2, 1e-1, 1.0, 10.0))
 
 
 def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
-    """Accuracy of ridge regression; a tenth of the training images chooses the penalty.
-    x (N, C) gives a number, x (places, N, C) a list of them."""
+    """Accuracy of ridge regression; a tenth of the training images chooses the penalty, or each in turn, if
+    they are fewer than 1,000. x (N, C) gives a number, x (places, N, C) a list of them."""
     x, y, x_test, y_test = where_float64_is(x, y, x_test, y_test)
     mean, std = x.mean(-2, keepdim=True), x.std(-2, keepdim=True) + 1e-6
     classes = 1 + max(y.max(), y_test.max()).item()
@@ -242,9 +242,27 @@ def ridge_probe(x, y, x_test, y_test, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
     def accuracy(weight, x, y):
         scores = ((x - mean) / std @ weight[..., :-1, :] + weight[..., -1:, :] for x in x.split(2048, -2))
         return torch.cat([s.argmax(-1) for s in scores], -1).eq(y).float().mean(-1)
-    found = torch.stack([accuracy(ridge(gram, cross, p), x[..., held, :], y[held]) for p in penalties])
+    if len(y) < 1000:
+        found = cross_validate((x - mean) / std, F.one_hot(y, classes), order, penalties)
+    else:
+        found = torch.stack([accuracy(ridge(gram, cross, p), x[..., held, :], y[held]) for p in penalties])
     best = torch.tensor(penalties, dtype=gram.dtype, device=gram.device)[found.argmax(0)][..., None, None]
     return accuracy(ridge(gram + gram_held, cross + cross_held, best), x_test, y_test).tolist()
+
+
+def cross_validate(x, target, order, penalties):
+    """Standardised features (..., N, C), one-hot labels (N, classes) -> accuracy (penalties, ...) on the
+    tenths of `order`, int (N,), each by what the others teach. W = X^T (X X^T + N penalty I)^-1 Y, since N is
+    small."""
+    x, hits = F.pad(x, (0, 1), value=1.0).double(), 0
+    kernel = x @ x.mT                                                                       # (..., N, N)
+    for held in order.split(max(1, len(order) // 10)):
+        rest = order[~torch.isin(order, held)]
+        inner, outer = kernel[..., rest[:, None], rest], kernel[..., held[:, None], rest]
+        identity, y = len(rest) * torch.eye(len(rest), dtype=x.dtype, device=x.device), target[rest].double()
+        scores = torch.stack([outer @ torch.linalg.solve(inner + p * identity, y) for p in penalties])
+        hits = hits + scores.argmax(-1).eq(target[held].argmax(-1)).sum(-1)
+    return hits / len(order)
 
 
 def moments(x, y, mean, std, classes):
@@ -1096,7 +1114,8 @@ def standard_error(p, n):
 
 def few_to_test_on(n):
     """A line, in a list, on test images of which one changes an accuracy."""
-    return [f"{n} test images are few: one is {1 / n:.1%} of an accuracy"] * (n < 100)
+    return [f"{n} test images are few: one is {1 / n:.1%} of an accuracy; class folders in train/ and val/, "
+            "with half of the images each, test more"] * (n < 100)
 
 
 def with_error(p, n, head):
@@ -1110,9 +1129,9 @@ def by_chance(p, q, n):
 
 
 def tell_no_gain(trained, untrained, n):
-    """Print a line on features that are no better than those of the untrained network, on n test images."""
-    if untrained >= trained:
-        chance = by_chance(trained, untrained, n)
+    """Print a line if features are not surely better than the untrained network's, on n test images."""
+    chance = by_chance(trained, untrained, n)
+    if chance or untrained > trained:
         verdict = "the difference is within chance" if chance else "training harmed the features"
         print(f"             the network has {untrained:.1%} untrained, {trained:.1%} trained: {verdict}")
 
@@ -1177,20 +1196,22 @@ def print_table(runs):
                if same_data(row.get("trained_on"), row["dataset"])]
     if 0 < len(at_home) < len(names):
         print(f"note that {', '.join(at_home)} learned from this data set, and the others did not")
-    tell_ties(names, runs)
+    tell_best(names, runs)
 
 
-def tell_ties(names, runs):
-    """Print, for each head, which runs may be better than others by chance alone, the best one among them."""
+def tell_best(names, runs):
+    """Print, for each head, which run has the highest accuracy, and which may be as good."""
     scores = collections.defaultdict(list)
     for name, rows in zip(names, runs):
         for row in rows:
             if "top1" in row:
                 scores[row["head"], row["dataset"], row["n_test"]].append((row["top1"], name))
     for (head, _, n), of_runs in scores.items():
-        near = [name for p, name in of_runs if by_chance(p, max(of_runs)[0], n)]
-        if len(near) > 1:
-            print(f"note that {' and '.join(near)} differ by no more than chance ({head}, {n} test images)")
+        top, best = max(of_runs, key=lambda found: found[0])
+        near = [name for p, name in of_runs if name != best and by_chance(p, top, n)]
+        doubt = f"; {n} test images cannot tell it from {', '.join(near)}" * bool(near)
+        if len(of_runs) > 1:
+            print(f"{head}: {best} is best{doubt}")
 
 
 def table_cells(rows, heads, kind):

@@ -151,6 +151,7 @@ GRID = 64                                                       # images in the 
 
 def generate(model, config, cfg, labels):
     """Images from nothing: the first 64 on a sheet and, if asked for, all as .npz or PNGs, and a film."""
+    check_free(cfg)
     every, first = torch.arange(cfg.n), unified.rank_and_world()[0] == 0
     outputs = [(every[:GRID], lambda batches: write_sheet(cfg.out, batches))]
     if cfg.npz:
@@ -175,6 +176,7 @@ def inpaint(model, cfg, labels):
     """A row for each --image: as it is, with its mask, and inpainted n times."""
     x = own_images(model, cfg).to(cfg.device)
     mask = inpainting_masks(cfg, model.image_size).to(cfg.device)
+    check_free(cfg)
     inpainting = {"known": x.repeat_interleave(cfg.n, 0), "mask": mask.repeat_interleave(cfg.n, 0)}
     batches, films = torch.arange(len(x) * cfg.n).split(cfg.batch), []
     for _, states in state_batches(model, cfg, batches, labels, **inpainting):
@@ -191,6 +193,7 @@ def inpaint(model, cfg, labels):
 def reconstruct(model, cfg):
     """Each --image beside what the model's reconstruct() makes of it."""
     x = own_images(model, cfg)
+    check_free(cfg)
     torch.manual_seed(cfg.seed)
     row = [x, *(y.cpu() for y in model.reconstruct(x.to(cfg.device)))]
     names = ["input"] + ["masked"] * (len(row) - 2) + ["output"]
@@ -429,7 +432,7 @@ def box_mask(box, size):
         x0 = y0 = x1 = y1 = -1
     if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
         raise UserError(f"--box {box} is not x0,y0,x1,y1 with 0 <= x0 < x1 <= {size} "
-                        f"and 0 <= y0 < y1 <= {size}")
+                        f"and 0 <= y0 < y1 <= {size}, in pixels of the model")
     mask = torch.zeros(size, size, dtype=torch.bool)
     mask[y0:y1, x0:x1] = True
     return mask
@@ -441,23 +444,27 @@ def film_path(cfg):
 
 
 def sheet_path(cfg):
-    """Where the sheet goes. UserError for outputs that cannot be written, are there, or share a place."""
+    """Where the sheet goes. UserError for outputs that cannot be written, or share a place."""
     kind = "reconstructed" if cfg.reconstruct else "painted" if cfg.image else "samples"
     path = pathlib.Path(cfg.out) if cfg.out else results_folder(cfg.run) / f"{kind}-{cfg.seed}.png"
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {path} is to be a PNG; give it a name that ends in .png")
     places = {"--out": path, "--gif": cfg.gif and path.with_suffix(".gif"), "--npz": cfg.npz}
     files = [writable(place, name) for name, place in places.items() if place]
-    for file in files:
-        if file.exists() and not cfg.overwrite:
-            raise UserError(f"{file} is there already; --overwrite replaces it, --out takes another name, "
-                            "--seed other images")
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise UserError(f"--npz {cfg.npz} is where another output goes; name another file")
     folder = writable(cfg.png_dir, "--png-dir", folder=True) if cfg.png_dir else None
     if folder and os.path.realpath(folder) in {os.path.realpath(file.parent) for file in files}:
         raise UserError(f"--png-dir {folder} gets other output, too; name a folder for its images alone")
     return path
+
+
+def check_free(cfg):
+    """UserError if an output is there already. It comes last, so that other mistakes are told first."""
+    for file in filter(None, (cfg.out, cfg.gif and film_path(cfg), cfg.npz)):
+        if os.path.exists(file) and not cfg.overwrite:
+            raise UserError(f"{file} is there already; --overwrite replaces it, --out takes another name, "
+                            "--seed other images")
 
 
 def find_run(cfg):

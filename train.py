@@ -191,7 +191,11 @@ def resumed(given):
         raise UserError(f"--resume {folder}: no checkpoint is there; "
                         + ("it ended before its first: type the command that began it once more" if unsaved
                            else unified.other_run(folder)))
-    config = dict(unified.load_checkpoint(path)["config"], out_dir=str(folder))
+    state = unified.load_checkpoint(path)
+    if path.name == "model.pt" and (given.get("steps") or math.inf) < state["step"]:
+        raise UserError(f"{folder} has had {state['step']} steps, and --steps {given['steps']} is less; "
+                        "leave it out, or take more")
+    config = dict(state["config"], out_dir=str(folder))
     if config.get("predictor"):                         # which brings its tokenizer along
         config["tokenizer"] = ""
     fixed = sorted(given.keys() - (RESUME_MAY_CHANGE - {"out_dir"}))
@@ -1119,9 +1123,10 @@ def draw_images(cfg, model, test_set, steps):
     if model.generates:
         columns = torch.arange(SAMPLES, device=cfg.device) % 8
         options = {"labels": columns % model.classes} if cfg.labels else {}
-        with probe.autocast(cfg):
+        total = model.num_steps(steps)
+        with probe.autocast(cfg), probe.progress_bar(total, "samples", "steps") as bar:
             for state in until_asked(model.sample_steps(SAMPLES, steps=steps, **options)):
-                pass
+                bar.update()
             x = model.render(state).float().cpu()
         unified.image_grid(x).save(pathlib.Path(cfg.out_dir, "samples.png"))
     if model.reconstructs and not model.tokenizer:
