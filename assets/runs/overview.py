@@ -26,13 +26,13 @@ def main(masks, noise, out, n=4, frames=14):
     denoised = unified.x0_from_eps(xt, adm.alpha_bar[t], adm.predict(xt, t).chunk(2, 1)[0])
     mask = torch.zeros(n, S, S, dtype=torch.bool)
     mask[:, S // 4:-S // 4, S // 4:-S // 4] = True
-    still = {"image": x, "masked": masked, "predicted": predicted, "noised": (xt + 1) / 2,
-             "denoised": (denoised + 1) / 2, "hole": torch.where(mask[:, None], 0.2, x)}
+    still = {"image": x, "masked": masked, "mae predicts": predicted, "noised": (xt + 1) / 2,
+             "adm denoises": (denoised + 1) / 2, "hole": torch.where(mask[:, None], 0.2, x)}
     last, sheets = adm.num_steps() - 1, []
     films = zip(adm.sample_steps(n, known=x, mask=mask, seeds=0), adm.sample_steps(n, seeds=0))
     for step, states in enumerate(films):
         if (last - step) % (last // (frames - 1)) == 0:
-            columns = {**still, **dict(zip(["inpainted", "generated"], map(adm.render, states)))}
+            columns = {**still, **dict(zip(["adm inpaints", "adm generates"], map(adm.render, states)))}
             tiles = torch.stack([v.clamp(0, 1) for v in columns.values()], 1).flatten(0, 1)
             sheets.append(unified.image_grid(tiles, min_side=800, names=[*columns]))
     colors = sheets[-1].quantize(256, dither=0)         # of all frames, so that what stands still does
