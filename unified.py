@@ -2315,10 +2315,11 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2 + a term for the variance, below       t uniform in 0 ... T-1
 #                                                                                               [DDPM, eq. 14]
+#
 # The network reads the noised image xt and predicts the noise. (It has a second output, for the variance of a
-# step; see "The variance", below.) It is a U-Net of residual blocks, with
-# attention on small maps. The side is halved on the way down and doubled on the way up. The output of each
-# block on the way down is kept, and its mirror, the block as far from the other end, reads it, too:
+# step; see "The variance", below.) It is a U-Net of residual blocks, with attention on small maps. The side
+# is halved on the way down and doubled on the way up. The output of each block on the way down is kept, and
+# its mirror, the block as far from the other end, reads it, too:
 #
 #     size "tiny", 32 pixels
 #     block                              1   2   3   4   5   6   7   8   9  10  11  12  13
