@@ -223,12 +223,12 @@ def image_batches(model, cfg, index, labels):
 
 def state_batches(model, cfg, batches, labels, **inpainting):
     """For each of batches, numbers of images (B,), yields it and the states of their decoding, to be used up
-    before the next; a bar counts passes through the network. inpainting: known and mask of all images."""
+    before the next; a bar counts steps. inpainting: known and mask of all images."""
     def counted(states):
         for state in states:
             bar.update()
             yield state
-    with progress_bar(model.num_steps(cfg.steps, cfg.eta) * len(batches), "images", "passes") as bar:
+    with progress_bar(model.num_steps(cfg.steps, cfg.eta) * len(batches), "images", "steps") as bar:
         for batch in batches:
             of_batch = {name: v[batch.to(v.device)] for name, v in inpainting.items()}
             yield batch, counted(decode(model, cfg, batch.to(cfg.device), labels, **of_batch))

@@ -279,12 +279,17 @@ def test_a_method_that_is_declared_wrongly_fails_when_it_is_built(monkeypatch):
         def __init__(self, image_size, grid):
             super().__init__()
             self.image_size, self.layers = image_size, {}
+
+    class Unlabelled(unified.Denoiser):
+        takes_labels = True
     row = unified.Method(Half, {"tiny": {}}, unified.UMD_RECIPE, tokens="patches")
     monkeypatch.setitem(unified.MODELS, "half", row)
     with pytest.raises(TypeError, match="Half lacks best_layer, embed, features, sample_steps; "):
         unified.build(unified.model_config("half", "tiny", 32, 8))
     with pytest.raises(ValueError, match="the row of half in MODELS has no size base"):
         unified.model_config("half", "base", 32, 8)
+    with pytest.raises(TypeError, match="Unlabelled lacks labels of sample_steps"):
+        unified.complete(Unlabelled(32, 8))
     monkeypatch.setitem(unified.MODELS, "half", row._replace(tokens="pixels"))
     with pytest.raises(ValueError, match="its tokens, 'pixels', are none of"):
         unified.model_config("half", "tiny", 32, 8)
@@ -5409,7 +5414,7 @@ def test_averaged_weights_resume_to_the_same_bits(photos, diffused, tmp_path):
     assert ["cpu_minutes" in row for row in reports] == [False, True]       # of a part it would mislead
 
 
-def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffused, tmp_path):
+def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, finished, diffused, tmp_path):
     printed = script("train.py", *flags(photos, tmp_path / "l", "--model", "umd", "--labels", "--init",
                                         diffused[0], "--views", 1, "--eval-every", 0))
     assert "fresh: label_embed" in printed
@@ -5421,6 +5426,8 @@ def test_a_trained_model_learns_the_classes_and_lends_its_encoder(photos, diffus
     printed = script("train.py", *flags(photos, tmp_path / "m", "--model", "mae", "--init-encoder",
                                         diffused[0], "--views", 1, "--eval-every", 0))
     assert "tensors from" in printed and not (tmp_path / "m" / "samples.png").exists()
+    assert "it has no blocks.0." in script("train.py", *flags(
+        photos, tmp_path / "x", "--model", "umd", "--init-encoder", finished[0], "--views", 1), expect=2)
     assert "start from nothing" in script("sample.py", tmp_path / "m", expect=2)
     file = next((photos / "val" / "cat").iterdir())
     printed = script("sample.py", tmp_path / "m", "--image", file, "--box", "0,0,9,9", "--eta", 0, expect=2)
@@ -6258,17 +6265,17 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_counts_passes_through_the_network(photos, finished, diffused, tmp_path, monkeypatch):
+def test_progress_counts_steps(photos, finished, diffused, tmp_path, monkeypatch):
     bars, new_bar = [], probe.progress_bar
     monkeypatch.setattr(sample, "progress_bar", lambda *args: bars.append(new_bar(*args)) or bars[-1])
     monkeypatch.setattr(io, "StringIO", Terminal)
     file = next((photos / "val" / "cat").iterdir())
     asked = ("--n", 5, "--batch", 2, "--steps", 4, "--out", tmp_path / "a.png", "--overwrite")
     inpainting = ("--image", file, "--box", "4,4,12,12")
-    for run, more, passes in ((finished[0], (), 12), (finished[0], inpainting, 12), (diffused[0], (), 15)):
+    for run, more, steps in ((finished[0], (), 12), (finished[0], inpainting, 12), (diffused[0], (), 15)):
         printed = script("sample.py", run, *asked, *more)
-        assert bars[-1].n == bars[-1].total == passes
-        assert f"0/{passes}" in printed and "passes" in printed, printed
+        assert bars[-1].n == bars[-1].total == steps
+        assert f"0/{steps}" in printed and "steps" in printed, printed
 
 
 def test_where_there_is_no_terminal_a_bar_is_a_line_now_and_then(monkeypatch, capsys):
@@ -6909,7 +6916,8 @@ def near_values(key, v):
         return ["other", "", None, 3, [v], (v,), torch.tensor(0), v.upper()]
     if v is None:
         return [torch.zeros(4, dtype=torch.long)] if key == "labels" else []
-    return [-1, 0, -0.5, 0.5, 10**30, -10**30, math.nan, math.inf, -math.inf, 1j, "two", None, [1], (), {},
+    many = 10**4 if key == "steps" else 10**30          # a sampler may make a table of them to begin with
+    return [-1, 0, -0.5, 0.5, many, -10**30, math.nan, math.inf, -math.inf, 1j, "two", None, [1], (), {},
             torch.tensor([1, 2]), torch.tensor(math.nan), torch.tensor(1, device="meta"), numpy.ones(2)]
 
 
@@ -7097,6 +7105,18 @@ def test_a_schedule_of_counts_has_one_for_each_step_and_leaves_no_more_masked_th
     for wrong in ([12, 8], [12, 8, 4, 2, 1], [17, 8, 1], [12, -1, 1], [12, 8.5, 1], "12"):
         with pytest.raises(ValueError, match="schedule"):
             list(model.sample_steps(2, steps=3, schedule=wrong))
+
+
+@pytest.mark.parametrize("name", ["mage", "addp"])
+def test_what_a_schedule_or_an_order_of_ones_own_must_return_is_said(name):
+    model = small(name).eval()
+    for wrong in (math.nan, 2.0, -0.5, None, "half"):
+        with pytest.raises(ValueError, match="schedule must return a ratio in .*, at t = 1 of 4 not"):
+            next(model.sample_steps(2, steps=4, schedule=lambda t, T: wrong))
+    for wrong in (None, 1.0, torch.zeros(2, 15)):
+        with pytest.raises(ValueError, match="order must return"):
+            next(model.sample_steps(2, steps=4, order=lambda confidence, mask, t: wrong))
+    model.sample(2, steps=4, schedule=lambda t, T: 1 - math.sin(math.pi / 2 * t / T) - 1e-16)
 
 
 class Plugin:

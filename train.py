@@ -540,8 +540,10 @@ def copy_weights(cfg, model, path, only=None):
              if k.startswith(wanted) and k in ours and v.shape == ours[k].shape}
     fresh = [k for k in ours if k not in state]
     lost = [k for k in fresh if k.startswith(wanted) and not k.startswith("label_embed")]
-    if not state or (lost and not only):
-        first = (lost or ["encoder block"])[0]
+    begun = {k.split(".")[1] for k in state if k.startswith("blocks.")}
+    partly = [k for k in lost if k.startswith("blocks.") and k.split(".")[1] in begun]
+    if not state or partly or (lost and not only):
+        first = (partly or lost or ["encoder block"])[0]
         raise UserError(f"{path} does not fit --model {cfg.model} --size {cfg.size}: it has no {first} of "
                         "this shape" + ", since classes are part of the vocabulary; --labels must be as "
                                        "there" * ("word_embeddings" in first))

@@ -686,16 +686,18 @@ def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
 
     initial   n0, how many were masked at the start          before  how many were before this step
     schedule  a name in SCHEDULES; or a function (t, T) -> the ratio of n0 that stays masked, such as
-              lambda t, T: 1 - (t / T) ** 2; or a list of T counts, how many stay masked after each step. One
-              token always stays masked
+              lambda t, T: 1 - (t / T) ** 2, in [0, 1], else ValueError; or a list of T counts, how many stay
+              masked after each step. One token always stays masked
     round_up  of a ratio. False: the rule above, so each step keeps at least one, until a single one is left.
               True, as in ADDP (section 8): rounded up, and a step may keep none
     """
     if isinstance(schedule, (list, tuple)):
         wanted = torch.full_like(before, schedule[t - 1])
     else:
-        ratio = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-        wanted = initial.double() * ratio(t, T)
+        ratio = (SCHEDULES[schedule] if isinstance(schedule, str) else schedule)(t, T)
+        if not is_number(ratio, "float", -1e-6, 1 + 1e-6):                                  # nan, say
+            raise ValueError(f"schedule must return a ratio in [0, 1], at t = {t} of {T} not {ratio}")
+        wanted = initial.double() * ratio
         wanted = wanted.ceil().long() if round_up else wanted.floor().long().minimum(before - 1)
     return wanted.clamp(min=1).minimum(before)                                              # 0 stays 0
 
@@ -738,19 +740,21 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
     order   None: the most confident tokens are kept. Or a function, (confidence (n, L), mask, t) -> priority
-            (n, L), of which the highest are kept. confidence includes the Gumbel noise, and lies, like mask,
-            on the model's device. What was visible stays, whatever its priority. Section 13 has examples
+            (n, L), of which the highest are kept, compared as float32. confidence includes the Gumbel noise,
+            and lies, like mask, on the model's device. What was visible stays, whatever its priority. Section
+            13 has examples
     t       number of the step, for order
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
     ids = torch.where(mask, sample_categorical(p, u), ids)
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + gumbel                    # (n, L)
-    priority = confidence if order is None else torch.as_tensor(order(confidence, mask, t)).to(confidence)
-    if priority.shape != mask.shape:
-        raise ValueError(f"order must return (n, L), here {tuple(mask.shape)}, not {tuple(priority.shape)}")
+    priority = confidence if order is None else order(confidence, mask, t)
+    if numpy.shape(priority) != mask.shape:
+        raise ValueError(f"order must return (n, L), here {tuple(mask.shape)}, not {numpy.shape(priority)}")
     # What was visible is never masked again, not even if order says inf, or nan, of others.
-    priority = priority.nan_to_num(-math.inf, neginf=-math.inf).masked_fill(~mask, math.inf)
+    priority = torch.as_tensor(priority).to(confidence).nan_to_num(-math.inf, neginf=-math.inf)
+    priority = priority.masked_fill(~mask, math.inf)
     return ids, rank_in_row(priority) < to_device(count, ids.device)[:, None]           # the `count` lowest
 
 
@@ -956,7 +960,7 @@ class TokenModel(Model):
 
         For inpainting the known image is tokenised. Its unknown pixels are set to 0 before, or ids nearby
         would betray them. Tokens that contain unknown pixels are masked. So are their neighbours, whose ids
-        may describe the black hole."""
+        may describe the black hole. (Ids further off may, too, if rarely: the encoder's norms see it all.)"""
         device = self.device
         if known is None:
             return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
@@ -1509,8 +1513,9 @@ class EchoMAGE(ContrastiveMAGE):
 # Each step is
 #
 #     p         = network(ids, mask, p_prev)             all of the first picture
-#     ids, mask = unmask(p, ids, mask)     section 4: ids are sampled from p, those of the highest log p +
-#                                          Gumbel noise are kept, the others are masked again, and forgotten
+#     ids, mask = unmask(p, ids, mask, num_masked(t))            section 4: ids are sampled from p; those of
+#                                          the highest log p + Gumbel noise are kept, num_masked(t) others are
+#                                          masked again, and no longer read
 #     p_prev    = p                        all that the next step gets to know of a masked place
 #
 # (In code a Decoding, of section 4, has all three: ids, token_mask, and logits, whose softmax is p_prev;
@@ -2408,7 +2413,7 @@ class ADMBlock(nn.Sequential):
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
 #
 # The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
-# v = -1 gives beta~, v = 1 gives beta. It is not clamped.
+# v = -1 gives beta~, v = 1 gives beta. Nothing clamps v: that s^2 lies between the two is learned.
 #
 #     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
 #
@@ -2416,7 +2421,8 @@ class ADMBlock(nn.Sequential):
 #                                                 geometric mean
 #
 # A step of sampling is that of section 9, and v changes one thing in it: with eta = 1 the fresh noise has the
-# factor s instead of sigma = sqrt(beta~). x0', eps' and the root are as there.
+# factor s instead of sigma = sqrt(beta~). x0', eps' and the root are as there, so the variances of x_next
+# sum to more than 1 - alpha_bar_next, by s^2 - beta~.
 #
 #     x_next    = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps' + s noise
 #                 the last step, which leads to x0, adds no noise
@@ -2709,18 +2715,23 @@ class ADM(Model):
 #     UMD      the encoder's class tokens, at t = 0, or 51 if no clean image was seen in training
 #     ADM      block 10 of 13 at t = 90 (24 of 37 in the published size): the mean over the map
 #
-# Inpainting differs, too:
+# Inpainting differs, too, in what is done and in what is approximate about it:
 #
 #     MAGE, ADDP    Unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
 #                   their neighbours, are masked (section 5, initial_state), and decoded in the usual steps.
 #                   render() pastes the known pixels over what it shows. MAGE takes labels and a guide, ADDP
-#                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves. ADDP sees known places as
-#                   decoded from their ids, and shows the token that stays masked as its mean (section 8).
+#                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves.
+#                   Approximate: what is known is read as ids, so without what the tokenizer loses, and known
+#                   pixels in masked tokens are not read at all; a seam may show where they are pasted. ADDP
+#                   shows the token that stays masked as its mean (section 8).
 #     UMD, ADM      All pixels start as noise. After each step the known ones are put back, with as much noise
 #                   as x_next has (section 9, denoise). No patch is masked. The steps are those of generation:
 #                   UMD takes labels and a guide, ADM a guide alone, and its own variance at eta = 1.
+#                   Approximate: a step changes both parts so that they fit each other, but the change of the
+#                   known part is then overwritten. [RePaint] goes back and repeats steps until they fit.
 #     MAE           Patches with an unknown pixel are masked, and predicted in one step; known pixels in them
 #                   are kept (section 10, inpaint).
+#                   Approximate: these pixels are not read, and a seam may show; one step gives a mean.
 #
 # DifFeed, a head in probe.py for any of these models, feeds late blocks, which know what the image shows,
 # back to early ones. It runs the frozen network twice, at the t of the probe, with the same noise or mask:
@@ -2800,7 +2811,7 @@ class ADM(Model):
 #     python -m pytest -q -k denoiser
 #
 # The class is a Model. (If it predicts ids it is a TokenModel, of section 5, which brings sample_steps() with
-# it, and asks for step_logits() and render().) It must have
+# it, and asks for self.vqgan, step_logits() and render().) It must have
 #
 #     image_size, layers, best_layer      set in __init__: S; {layer: (channels, h, w)} of all blocks, counted
 #                                         from 1; the layer that probes read if not told otherwise
@@ -2891,8 +2902,9 @@ class Denoiser(Model):
 #     generates           True            it can start from nothing; if not sample_steps() takes known, mask
 #     best_t              0               the t of features() at which best_layer is probed; probe.py --sweep
 #                                         finds both
-#     t_range             (0, 0, ...)     least t, the cleanest, largest t, and what t is; if both are ints,
-#                                         t is one, too. --sweep reads the first half
+#     t_range             (0, 0, ...)     least t, the cleanest, largest t, and what t is; if the largest is
+#                                         an int, only ints are taken. t may be an int anyway, such as 0.
+#                                         --sweep reads the first half
 #     pools               ("mean",)       poolings that embed() knows, the authors' first
 #     reads_ids           False           given ids instead of pixels, training and probing lose nothing
 #     stem                ()              names of what layer decay counts as before `blocks`, and
@@ -2911,12 +2923,16 @@ class Denoiser(Model):
 #   (B, 2, L), and one view in evaluations.
 # - A subclass of UMD inherits micro_batch_args(), which passes n_clean to forward(). The names device and
 #   tokenizer are taken, by Model.
-# - A size's `width`, if it has one, is that of a token: train.py compares it with the values in a patch.
+# - A size's `width`, if it has one, is that of a token. Where a patch has more values than this, train.py
+#   says that samples will stay noisy. A network that does not predict noise has another word for it, such as
+#   `dim`.
 # - Pixels stay float32 under autocast, by in_float32(). The tests run a model in float64, too, so what is
 #   float32, such as timestep_embedding(), is cast to the weights' type.
 # - features() has one t for all images. If forward() has one for each, (B,), both share a function, as
 #   UMD.predict().
 # - steps may be any number from 1 on. The samples that train.py draws on the way take 20.
+# - sample_steps() sends what it computes on the CPU to the device by to_device(), and reads nothing back, so
+#   that a GPU never waits.
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
 #   (FORMS, in section 16, has all). If yours means something else give it another name. That pixels lie in
 #   [0, 1] is checked if FORMS has a line for the class, as "UMD.x".
@@ -3365,7 +3381,10 @@ def add_grain(x, grain):
 def complete(model):
     """The model, if its class is as section 13 asks of a method; else a TypeError names what it lacks."""
     wanted = {"image_size", "layers", "best_layer", "sample_steps", "features", "embed"}
-    if missing := sorted(name for name in wanted if not hasattr(model, name)):
+    missing = sorted(name for name in wanted if not hasattr(model, name))
+    if not missing and model.takes_labels and not takes(inspect.signature(model.sample_steps), "labels"):
+        missing = ["labels of sample_steps, as takes_labels is True"]
+    if missing:
         raise TypeError(f"{type(model).__name__} lacks {', '.join(missing)}; section 13 says what each is")
     return model
 
