@@ -960,7 +960,7 @@ class TokenModel(Model):
 
         For inpainting the known image is tokenised. Its unknown pixels are set to 0 before, or ids nearby
         would betray them. Tokens that contain unknown pixels are masked. So are their neighbours, whose ids
-        may describe the black hole. (Ids further off may, too, if rarely: the encoder's norms see it all.)"""
+        may describe the black hole. (Ids further off seldom change.)"""
         device = self.device
         if known is None:
             return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
@@ -2319,13 +2319,13 @@ class UMD(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 11. ADM: predict the noise with a U-Net
 #
-#     loss = mean (eps - eps'(xt, t))^2 + a term for the variance, below       t uniform in 0 ... T-1
-#                                                                                               [DDPM, eq. 14]
+#     loss = mean (eps - eps'(xt, t))^2 + L_vb          t uniform in 0 ... T-1                  [DDPM, eq. 14]
 #
-# The network reads the noised image xt and predicts the noise. (It has a second output, for the variance of a
-# step; see "The variance", below.) It is a U-Net of residual blocks, with attention on small maps. The side
-# is halved on the way down and doubled on the way up. The output of each block on the way down is kept, and
-# its mirror, the block as far from the other end, reads it, too:
+# The network reads the noised image xt and predicts the noise. It has a second output, v: how much noise a
+# step of sampling adds with eta = 1. L_vb trains it; "The variance", behind class ADM, tells how. The network
+# is a U-Net of residual blocks, with attention on small maps. The side is halved on the way down and doubled
+# on the way up. The output of each block on the way down is kept, and its mirror, the block as far from the
+# other end, reads it, too:
 #
 #     size "tiny", 32 pixels
 #     block                              1   2   3   4   5   6   7   8   9  10  11  12  13
@@ -2402,127 +2402,6 @@ class ADMBlock(nn.Sequential):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ADMResBlock) else layer(x)
         return x
-
-
-# The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
-# few it does. So ADM predicts the variance s^2 of each step, too, and L_vb, which trains this output, is
-# added to the loss [iDDPM, eq. 16]. (On a first reading go on to class ADM: all you need is that there is a
-# second output, v, that L_vb trains it, and that with eta = 1 a step adds s noise.) The best variance lies
-# between two bounds:
-#
-#     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
-#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
-#
-# The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
-# v = -1 gives beta~, v = 1 gives beta. Nothing clamps v, but training tends to keep s^2 between the two.
-#
-#     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
-#
-#     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
-#                                                 geometric mean
-#
-# A step of sampling is that of section 9, and v changes one thing in it: with eta = 1 the fresh noise has the
-# factor s instead of sigma = sqrt(beta~). x0', eps' and the root are as there, so that the two variances no
-# longer sum to 1 - alpha_bar_next.
-#
-#     x_next    = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps' + s noise
-#                 the last step, which leads to x0, adds no noise
-#
-#     eta        timesteps, unless told otherwise        sigma^2 in root     noise is added as
-#     1          250 of 1,000, evenly spaced             beta~               s noise
-#     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
-#     0          25 in whole strides: 0, 40, 80, ...     0                   none: v is not used
-#
-# As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
-#
-# L_vb, the loss of v, is a term of the variational bound. It compares two normal distributions of x_next. q
-# knows the true x0. p has the prediction x0' instead, and the variance s^2:
-#
-#     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
-#     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps')
-#
-# mean(xt, x0) is the step of section 9 with eta = 1, without noise: posterior_mean(). In L_vb x0' is not
-# clamped, in sampling it is. In bits, and averaged over pixels and channels:
-#
-#     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
-#            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
-#     L_vb = - log P(x0 | xt) / ln 2     in the last, to x0. As x0 is a byte, P is the probability, under p,
-#                                        of half a grey level around it on either side
-#
-# L_vb is to train v, not eps', so eps' is detached in the mean of p. (Both terms move the layers that v and
-# eps' share.) The paper adds 0.001 times the sum of L_vb over all timesteps. For T = 1000 this is their mean,
-# and one random t estimates a mean, so here the weight is 1, for any T, as in the official code by default.
-
-
-def log_variances(alpha_bar):
-    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. When sampling skips timesteps, alpha_bar
-    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that of t = 1 (if T = 1,
-    of beta). That matters to L_vb alone, as the step from t = 0 to x0 adds no noise."""
-    alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
-    beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
-    first = beta_tilde[1:2] if len(beta) > 1 else beta
-    return torch.cat([first, beta_tilde[1:]]).log(), beta.log()
-
-
-def learned_log_variance(v, t, alpha_bar):
-    """log s^2 as above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
-    log_beta_tilde, log_beta = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
-    return (1 + v) / 2 * log_beta + (1 - v) / 2 * log_beta_tilde
-
-
-def discretised_nll(x, mean, log_std):
-    """-log of the probability, in nats, of the byte that x in [-1, 1] stands for, under a normal
-    distribution. The first and the last byte get all that lies beyond. Elementwise. The cdf is approximated
-    by tanh, as in the official losses.py."""
-    def cdf(z):
-        return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)).tanh())
-    below, above = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (-1, 1))
-    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
-    return -mass.clamp(min=1e-12).log()
-
-
-def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
-    """Both terms of the loss for each image: squared error of eps, and L_vb in bits. (B,) each.
-
-    out  (B, 6, S, S): predictions of eps, and v        x0, xt, eps  (B, 3, S, S), x0 in [-1, 1]
-    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,)
-    """
-    eps_hat, v = out.chunk(2, 1)
-    a, a_next = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]    # of t; of t - 1, where the step leads
-    q_mean = posterior_mean(xt, x0, a, a_next)
-    p_mean = posterior_mean(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next)
-    log_var = learned_log_variance(v, t, alpha_bar)
-    log_beta_tilde = per_image(log_variances(alpha_bar)[0][t], v)
-    kl = 0.5 * (log_var - log_beta_tilde - 1 + (log_beta_tilde - log_var).exp()
-                + (q_mean - p_mean) ** 2 * (-log_var).exp())
-    nll = discretised_nll(x0, p_mean, 0.5 * log_var)
-    to_x0 = to_device(t == 0, x0.device).view(-1, 1, 1, 1)                              # the last step
-    nats = torch.where(to_x0, nll, kl).mean((1, 2, 3))                                      # (B,)
-    return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
-
-
-def spaced_timesteps(steps, counts):
-    """A shorter process, ascending: spaced_timesteps(1000, [4]) is [0, 333, 666, 999]. With several counts
-    the timesteps 0 ... steps - 1 are cut into as many equal sections, of which each gets its own count.
-    ValueError if a section has fewer timesteps. (Official file: respace.py.)"""
-    kept, start = [], 0
-    for i, count in enumerate(counts):
-        size = steps // len(counts) + (i < steps % len(counts))
-        if count > size:
-            raise ValueError(f"{count} steps do not fit into a section of {size}")
-        stride, at = (size - 1) / max(1, count - 1), 0.0
-        for _ in range(count):
-            kept.append(start + round(at))
-            at += stride                          # added up as in the official code, so that ties round alike
-        start += size
-    return kept
-
-
-def strided_timesteps(steps, count):
-    """The same with one whole stride from 0 on, as DDIM was evaluated: strided_timesteps(1000, 4) is
-    [0, 250, 500, 750]. If no stride gives this count the next smaller one is taken: 250 for 300. ('ddimN' in
-    respace.py, which refuses such counts.)"""
-    return list(range(0, steps, -(-steps // count)))
 
 
 class ADM(Model):
@@ -2646,7 +2525,7 @@ class ADM(Model):
         return len(self.timesteps(steps, 1.0 if eta is None else eta))
 
     def timesteps(self, steps, eta):
-        """The timesteps of sampling, ascending."""
+        """The timesteps of sampling, ascending: evenly spaced or, at eta = 0, in whole strides."""
         steps = min(steps or (250 if eta else 25), self.max_steps)
         return spaced_timesteps(self.max_steps, [steps]) if eta else strided_timesteps(self.max_steps, steps)
 
@@ -2694,6 +2573,125 @@ class ADM(Model):
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
 
 
+# The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
+# few it does. So ADM predicts the variance s^2 of each step, too, and L_vb, which trains this output, is
+# added to the loss [iDDPM, eq. 16]. The best variance lies between two bounds:
+#
+#     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
+#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
+#
+# The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
+# v = -1 gives beta~, v = 1 gives beta. Nothing clamps v, but training tends to keep s^2 between the two.
+#
+#     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
+#
+#     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
+#                                                 geometric mean
+#
+# A step of sampling is that of section 9, and v changes one thing in it: with eta = 1 the fresh noise has the
+# factor s instead of sigma = sqrt(beta~). x0', eps' and the root are as there, so that the two variances no
+# longer sum to 1 - alpha_bar_next.
+#
+#     x_next    = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps' + s noise
+#                 the last step, which leads to x0, adds no noise
+#
+#     eta        timesteps, unless told otherwise        sigma^2 in root     noise is added as
+#     1          250 of 1,000, evenly spaced             beta~               s noise
+#     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
+#     0          25 in whole strides: 0, 40, 80, ...     0                   none: v is not used
+#
+# As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
+#
+# L_vb, the loss of v, is a term of the variational bound. It compares two normal distributions of x_next. q
+# knows the true x0. p has the prediction x0' instead, and the variance s^2:
+#
+#     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
+#     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps')
+#
+# mean(xt, x0) is the step of section 9 with eta = 1, without noise: posterior_mean(). In L_vb x0' is not
+# clamped, in sampling it is. In bits, and averaged over pixels and channels:
+#
+#     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
+#            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
+#     L_vb = - log P(x0 | xt) / ln 2     in the last, to x0. As x0 is a byte, P is the probability, under p,
+#                                        of half a grey level around it on either side
+#
+# L_vb is to train v, not eps', so eps' is detached in the mean of p. (Both terms move the layers that v and
+# eps' share.) The paper adds 0.001 times the sum of L_vb over all timesteps. For T = 1000 this is their mean,
+# and one random t estimates a mean, so here the weight is 1, for any T, as in the official code by default.
+
+
+def log_variances(alpha_bar):
+    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. When sampling skips timesteps, alpha_bar
+    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that of t = 1 (if T = 1,
+    of beta). That matters to L_vb alone, as the step from t = 0 to x0 adds no noise."""
+    alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
+    beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
+    first = beta_tilde[1:2] if len(beta) > 1 else beta
+    return torch.cat([first, beta_tilde[1:]]).log(), beta.log()
+
+
+def learned_log_variance(v, t, alpha_bar):
+    """log s^2 as above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
+    log_beta_tilde, log_beta = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
+    return (1 + v) / 2 * log_beta + (1 - v) / 2 * log_beta_tilde
+
+
+def discretised_nll(x, mean, log_std):
+    """-log of the probability, in nats, of the byte that x in [-1, 1] stands for, under a normal
+    distribution. The first and the last byte get all that lies beyond. Elementwise. The cdf is approximated
+    by tanh, as in the official losses.py."""
+    def cdf(z):
+        return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)).tanh())
+    below, above = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (-1, 1))
+    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return -mass.clamp(min=1e-12).log()
+
+
+def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
+    """Both terms of the loss for each image: squared error of eps, and L_vb in bits. (B,) each.
+
+    out  (B, 6, S, S): predictions of eps, and v        x0, xt, eps  (B, 3, S, S), x0 in [-1, 1]
+    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,)
+    """
+    eps_hat, v = out.chunk(2, 1)
+    a, a_next = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]    # of t; of t - 1, where the step leads
+    q_mean = posterior_mean(xt, x0, a, a_next)
+    p_mean = posterior_mean(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next)
+    log_var = learned_log_variance(v, t, alpha_bar)
+    log_beta_tilde = per_image(log_variances(alpha_bar)[0][t], v)
+    kl = 0.5 * (log_var - log_beta_tilde - 1 + (log_beta_tilde - log_var).exp()
+                + (q_mean - p_mean) ** 2 * (-log_var).exp())
+    nll = discretised_nll(x0, p_mean, 0.5 * log_var)
+    to_x0 = to_device(t == 0, x0.device).view(-1, 1, 1, 1)                              # the last step
+    nats = torch.where(to_x0, nll, kl).mean((1, 2, 3))                                      # (B,)
+    return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
+
+
+def spaced_timesteps(steps, counts):
+    """A shorter process, ascending: spaced_timesteps(1000, [4]) is [0, 333, 666, 999]. With several counts
+    the timesteps 0 ... steps - 1 are cut into as many equal sections, of which each gets its own count.
+    ValueError if a section has fewer timesteps. (Official file: respace.py.)"""
+    kept, start = [], 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (i < steps % len(counts))
+        if count > size:
+            raise ValueError(f"{count} steps do not fit into a section of {size}")
+        stride, at = (size - 1) / max(1, count - 1), 0.0
+        for _ in range(count):
+            kept.append(start + round(at))
+            at += stride                          # added up as in the official code, so that ties round alike
+        start += size
+    return kept
+
+
+def strided_timesteps(steps, count):
+    """The same with one whole stride from 0 on, as DDIM was evaluated: strided_timesteps(1000, 4) is
+    [0, 250, 500, 750]. If no stride gives this count the next smaller one is taken: 250 for 300. ('ddimN' in
+    respace.py, which refuses such counts.)"""
+    return list(range(0, steps, -(-steps // count)))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 12. Side by side
 #
@@ -2738,8 +2736,8 @@ class ADM(Model):
 #                   render() pastes the known pixels over what it shows. MAGE takes labels and a guide, ADDP
 #                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves.
 #                   Approximate: what is known is read as ids, so without what the tokenizer loses, and known
-#                   pixels in masked tokens are not read at all; a seam may show where they are pasted. ADDP
-#                   shows the token that stays masked as its mean (section 8).
+#                   pixels in masked tokens are hardly read; a seam may show where they are pasted. ADDP shows
+#                   the token that stays masked as its mean (section 8).
 #     UMD, ADM      All pixels start as noise. After each step the known ones are put back, with as much noise
 #                   as x_next has (section 9, denoise). No patch is masked. The steps are those of generation:
 #                   UMD takes labels and a guide, ADM a guide alone, and its own variance at eta = 1.
@@ -2777,7 +2775,8 @@ class ADM(Model):
 # 13. A method of your own
 #
 # Often a change of a method is enough. As an example, this trains MAGE with three quarters of the tokens
-# masked (to generate it would need ratios up to 1). The row has to stand after MODELS, in section 14:
+# masked (to generate it would need ratios up to 1). The row has to stand in MODELS, or after it, in section
+# 14:
 #
 #     class MAGE75(MAGE):
 #         def forward(self, x, labels=None, *, mask_ratio=0.75, **draws):
