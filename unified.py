@@ -2568,8 +2568,8 @@ class ADM(Model):
         return self.predict(self.noised(x, t, noise)[1], t, layers or [self.best_layer], add)
 
     def embed(self, x, noise=None, pool="mean"):
-        """The vector that the paper probes: (B, C), the map of best_layer at timestep best_t, averaged over
-        the image."""
+        """What probes read unless told otherwise: (B, C), the map of best_layer at timestep best_t, averaged
+        over the image. (The paper's best probe averages over its quarters.)"""
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
 
 
@@ -2598,7 +2598,7 @@ class ADM(Model):
 #     eta        timesteps, unless told otherwise        sigma^2 in root     noise is added as
 #     1          250 of 1,000, evenly spaced             beta~               s noise
 #     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
-#     0          25 in whole strides: 0, 40, 80, ...     0                   none: v is not used
+#     0          25 in whole strides: 0, 40, ... 960     0                   none: v is not used
 #
 # As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
 #
@@ -2711,16 +2711,18 @@ def strided_timesteps(steps, count):
 #
 #              linear probe    fine-tuned    FID
 #     MAGE     74.7 %          82.5 %        11.1
+#     MAGE-C   77.1 %                                  in shorter trainings, in which MAGE has 73.3 %
 #     MAGE-E   75.1 %                         9.6      [Sorcen], of which ours is a simple form
 #     ADDP                     83.9 %         8.9
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
-#     UMD      31.8 %                        19.8      at 64 pixels, with 100 labels a class for the probe and
-#     its MAE  36.6 %                        26.8      FID with labels, so these are to be compared with one
-#     its DiT  25.6 %                        18.9      another alone
+#     UMD      31.8 %                        19.8      at 64 pixels, with 100 labels a class for the probe,
+#     its MAE  36.6 %                        26.8      and FID after further training with labels. So these
+#     its DiT  25.6 %                        18.9      three are to be compared with one another alone
 #
-# So MAGE has features and images from one loss, and ADDP improves on it where the network is fine-tuned. UMD
-# lies between all masks, which give better features, and all noise, which gives better images.
+# So MAGE has features and images from one loss. ADDP improves its images, and its features once they are
+# fine-tuned. UMD lies between all masks, which give better features, and all noise, which gives better
+# images.
 #
 # What an embedding is, and so what such a probe reads, differs:
 #
@@ -2789,7 +2791,7 @@ def strided_timesteps(steps, count):
 #
 #     model.sample(16, steps=4, schedule=lambda t, T: 1 - (t / T) ** 2)      # ratio that stays masked after t
 #     model.sample(16, steps=4, schedule=[12, 8, 4, 1])                      # or how many do, of 16 tokens
-#     # (with as many steps as tokens MAGE decides one in each, whatever the ratio)
+#     # (with as many steps as tokens MAGE decides one in each, unless the ratio is below 1 - t / T)
 #
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
