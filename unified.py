@@ -687,7 +687,7 @@ def num_masked(initial, before, t, T, schedule="cosine", round_up=False):
     initial   n0, how many were masked at the start          before  how many were before this step
     schedule  a name in SCHEDULES; or a function (t, T) -> the ratio of n0 that stays masked, such as
               lambda t, T: 1 - (t / T) ** 2, in [0, 1], else ValueError; or a list of T counts, how many stay
-              masked after each step. One token always stays masked
+              masked after each step. One token always stays masked, if any was
     round_up  of a ratio. False: the rule above, so each step keeps at least one, until a single one is left.
               True, as in ADDP (section 8): rounded up, and a step may keep none
     """
@@ -1309,8 +1309,9 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 #
 # MAGE-C adds a contrastive loss to MAGE. Two random crops of an image, its views, are to have similar
 # embeddings, and views of different images are not. Each view is masked in its own places and goes through
-# MAGE. The encoder's outputs are averaged to one vector: those at visible tokens and at [MASK], but not the
-# class token's. Linear(C, 4096), ReLU and Linear(4096, 256) turn it into z, which is scaled to length 1:
+# MAGE. The encoder's outputs, behind its last norm, are averaged to one vector: those at visible tokens and
+# at [MASK], but not the class token's. Linear(C, 4096), ReLU and Linear(4096, 256) turn it into z, which is
+# scaled to length 1:
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
@@ -1535,18 +1536,15 @@ class EchoMAGE(ContrastiveMAGE):
 #     inpainting       Ids are visible at once, but there is no p_prev. So in step 1 it is MAGE's. (A hole
 #                      that leaves no id visible is filled as from nothing.)
 #
-# The token that is masked after the last step shows as its mean. With a guide (section 5) p is made of the
-# guided logits, and so is the next p_prev. Network and guide read the same xt, which is made from this
-# p_prev. Only in step 1 of inpainting each makes p_prev with its own MAGE, and so an xt of its own.
+# The token that is masked after the last step shows as its mean.
 
 
 def nested_mask_ratios():
     """Mask ratios of training, ascending from 0.509 to 0.9999, and their probabilities: float64 (66,) each.
     They are cos(pi / 2 * j / 100) for j = 66, 65 ... 1, weighted by MAGE's normal density. As they are dense
-    near 1, more is masked than in MAGE: 74.5 % on average. `mask` takes number index, drawn by weight,
-    mask_earlier number index + gap, gap from 1 to 5, or the last: index 40 and gap 3 mask 235 and 240 of 256
-    tokens. Counts are rounded up, so the five largest mask all 256: they teach the first steps of generation.
-    (The encoder runs even then, but nothing reads its outputs.) Official file: utils.py."""
+    near 1, more is masked than in MAGE: 74.5 % on average. Counts are rounded up, so the five largest mask
+    all 256 tokens: they teach the first steps of generation. (The encoder runs even then, but nothing reads
+    its outputs.) Official file: utils.py."""
     ratio = (math.pi / 2 * torch.arange(100, -1, -1, dtype=torch.float64) / 100).cos()
     ratio = ratio[(ratio >= 0.5) & (ratio < 1)]
     weight = (-((ratio - 0.55) / 0.25) ** 2 / 2).exp()
@@ -1697,7 +1695,9 @@ class ADDP(TokenModel):
         """Logits (n, L, K) from the image so far and the visible ids.
 
         If all tokens of all images are masked the decoder reads mask tokens only, and the encoder is skipped.
-        If some are visible, as in inpainting, but there is no p_prev, it takes the predictor's logits.
+        If some are visible, as in inpainting, but there is no p_prev, it takes the predictor's logits. With a
+        guide, state.logits are the guided ones, so network and guide read the same xt; without a p_prev each
+        makes it with its own predictor.
         """
         ids, mask, logits_prev = state.ids, state.token_mask, state.logits
         if state.count.min() == self.length:
@@ -2319,7 +2319,7 @@ class UMD(Model):
 # ------------------------------------------------------------------------------------------------------------
 # 11. ADM: predict the noise with a U-Net
 #
-#     loss = mean (eps - eps'(xt, t))^2 + L_vb          t uniform in 0 ... T-1                  [DDPM, eq. 14]
+#     loss = mean (eps - eps'(xt, t))^2 + L_vb          t uniform in 0 ... T-1                 [iDDPM, eq. 16]
 #
 # The network reads the noised image xt and predicts the noise. It has a second output, v: how much noise a
 # step of sampling adds with eta = 1. L_vb trains it; "The variance", behind class ADM, tells how. The network
@@ -2575,7 +2575,7 @@ class ADM(Model):
 
 # The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
 # few it does. So ADM predicts the variance s^2 of each step, too, and L_vb, which trains this output, is
-# added to the loss [iDDPM, eq. 16]. The best variance lies between two bounds:
+# added to the loss. The best variance lies between two bounds:
 #
 #     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
@@ -2713,7 +2713,7 @@ def strided_timesteps(steps, count):
 #     MAGE     74.7 %          82.5 %        11.1
 #     MAGE-C   77.1 %                                  in shorter trainings, in which MAGE has 73.3 %
 #     MAGE-E   75.1 %                         9.6      [Sorcen], of which ours is a simple form
-#     ADDP                     83.9 %         8.9
+#     ADDP     much weaker     83.9 %         8.9      so its reviewers; it sees decoded images alone
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
 #     UMD      31.8 %                        19.8      at 64 pixels, with 100 labels a class for the probe,
