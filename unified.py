@@ -1458,8 +1458,8 @@ class EchoMAGE(ContrastiveMAGE):
 # ADDP reads pixels and predicts ids. Its generation alternates between the two, hence the name: ids, an image
 # decoded from them, better ids, a better image. The image is partly decided. Some places have a visible id.
 # The others are masked, and have p_prev, an earlier prediction: a distribution over the K codes each. In
-# training a MAGE makes p_prev, from ids that were visible earlier; in generation it is ADDP's own, of the
-# step before, which has learned to predict as MAGE does. ADDP predicts a better distribution, p.
+# training a MAGE makes p_prev, from ids that were visible earlier. In generation it is ADDP's own, of the
+# step before: by then ADDP has learned to predict as MAGE does. ADDP predicts a better distribution, p.
 #
 # The network leads from ids and p_prev to p in four stages: codes, image, encoder, decoder. In this picture
 # places 1 and 4 of 4 are masked:
@@ -2321,11 +2321,11 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2 + L_vb          t uniform in 0 ... T-1                 [iDDPM, eq. 16]
 #
-# The network reads the noised image xt and predicts the noise. It has a second output, v: how much noise a
-# step of sampling adds with eta = 1. L_vb trains it; "The variance", behind class ADM, tells how. The network
-# is a U-Net of residual blocks, with attention on small maps. The side is halved on the way down and doubled
-# on the way up. The output of each block on the way down is kept, and its mirror, the block as far from the
-# other end, reads it, too:
+# The network reads the noised image xt and predicts the noise. It has a second output, v, which decides how
+# much noise a step of sampling adds with eta = 1 ("The variance", below). L_vb trains v, and stands behind
+# class ADM. The network is a U-Net of residual blocks, with attention on small maps. The side is halved on
+# the way down and doubled on the way up. The output of each block on the way down is kept, and its mirror,
+# the block as far from the other end, reads it, too:
 #
 #     size "tiny", 32 pixels
 #     block                              1   2   3   4   5   6   7   8   9  10  11  12  13
@@ -2402,6 +2402,75 @@ class ADMBlock(nn.Sequential):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ADMResBlock) else layer(x)
         return x
+
+
+# The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
+# few it does. So ADM predicts the variance s^2 of each step, too. The best variance lies between two bounds:
+#
+#     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
+#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
+#
+# The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
+# v = -1 gives beta~, v = 1 gives beta. Nothing clamps v, but training tends to keep s^2 between the two.
+#
+#     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
+#
+#     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
+#                                                 geometric mean
+#
+# A step of sampling is that of section 9, and v changes one thing in it: with eta = 1 the fresh noise has the
+# factor s instead of sigma = sqrt(beta~). x0', eps' and the root are as there, so that the two variances no
+# longer sum to 1 - alpha_bar_next.
+#
+#     x_next    = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps' + s noise
+#                 the last step, which leads to x0, adds no noise
+#
+#     eta        timesteps, unless told otherwise        sigma^2 in root     noise is added as
+#     1          250 of 1,000, evenly spaced             beta~               s noise
+#     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
+#     0          25 in whole strides: 0, 40, ... 960     0                   none: v is not used
+#
+# As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
+
+
+def log_variances(alpha_bar):
+    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. When sampling skips timesteps, alpha_bar
+    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that of t = 1 (if T = 1,
+    of beta). That matters to L_vb alone, as the step from t = 0 to x0 adds no noise."""
+    alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
+    beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
+    first = beta_tilde[1:2] if len(beta) > 1 else beta
+    return torch.cat([first, beta_tilde[1:]]).log(), beta.log()
+
+
+def learned_log_variance(v, t, alpha_bar):
+    """log s^2 as above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
+    log_beta_tilde, log_beta = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
+    return (1 + v) / 2 * log_beta + (1 - v) / 2 * log_beta_tilde
+
+
+def spaced_timesteps(steps, counts):
+    """A shorter process, ascending: spaced_timesteps(1000, [4]) is [0, 333, 666, 999]. With several counts
+    the timesteps 0 ... steps - 1 are cut into as many equal sections, of which each gets its own count.
+    ValueError if a section has fewer timesteps. (Official file: respace.py.)"""
+    kept, start = [], 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (i < steps % len(counts))
+        if count > size:
+            raise ValueError(f"{count} steps do not fit into a section of {size}")
+        stride, at = (size - 1) / max(1, count - 1), 0.0
+        for _ in range(count):
+            kept.append(start + round(at))
+            at += stride                          # added up as in the official code, so that ties round alike
+        start += size
+    return kept
+
+
+def strided_timesteps(steps, count):
+    """The same with one whole stride from 0 on, as DDIM was evaluated: strided_timesteps(1000, 4) is
+    [0, 250, 500, 750]. If no stride gives this count the next smaller one is taken: 250 for 300. ('ddimN' in
+    respace.py, which refuses such counts.)"""
+    return list(range(0, steps, -(-steps // count)))
 
 
 class ADM(Model):
@@ -2573,35 +2642,6 @@ class ADM(Model):
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
 
 
-# The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
-# few it does. So ADM predicts the variance s^2 of each step, too, and L_vb, which trains this output, is
-# added to the loss. The best variance lies between two bounds:
-#
-#     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
-#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
-#
-# The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
-# v = -1 gives beta~, v = 1 gives beta. Nothing clamps v, but training tends to keep s^2 between the two.
-#
-#     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
-#
-#     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
-#                                                 geometric mean
-#
-# A step of sampling is that of section 9, and v changes one thing in it: with eta = 1 the fresh noise has the
-# factor s instead of sigma = sqrt(beta~). x0', eps' and the root are as there, so that the two variances no
-# longer sum to 1 - alpha_bar_next.
-#
-#     x_next    = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps' + s noise
-#                 the last step, which leads to x0, adds no noise
-#
-#     eta        timesteps, unless told otherwise        sigma^2 in root     noise is added as
-#     1          250 of 1,000, evenly spaced             beta~               s noise
-#     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
-#     0          25 in whole strides: 0, 40, ... 960     0                   none: v is not used
-#
-# As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
-#
 # L_vb, the loss of v, is a term of the variational bound. It compares two normal distributions of x_next. q
 # knows the true x0. p has the prediction x0' instead, and the variance s^2:
 #
@@ -2619,22 +2659,6 @@ class ADM(Model):
 # L_vb is to train v, not eps', so eps' is detached in the mean of p. (Both terms move the layers that v and
 # eps' share.) The paper adds 0.001 times the sum of L_vb over all timesteps. For T = 1000 this is their mean,
 # and one random t estimates a mean, so here the weight is 1, for any T, as in the official code by default.
-
-
-def log_variances(alpha_bar):
-    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. When sampling skips timesteps, alpha_bar
-    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that of t = 1 (if T = 1,
-    of beta). That matters to L_vb alone, as the step from t = 0 to x0 adds no noise."""
-    alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
-    beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
-    first = beta_tilde[1:2] if len(beta) > 1 else beta
-    return torch.cat([first, beta_tilde[1:]]).log(), beta.log()
-
-
-def learned_log_variance(v, t, alpha_bar):
-    """log s^2 as above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
-    log_beta_tilde, log_beta = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
-    return (1 + v) / 2 * log_beta + (1 - v) / 2 * log_beta_tilde
 
 
 def discretised_nll(x, mean, log_std):
@@ -2668,30 +2692,6 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
 
 
-def spaced_timesteps(steps, counts):
-    """A shorter process, ascending: spaced_timesteps(1000, [4]) is [0, 333, 666, 999]. With several counts
-    the timesteps 0 ... steps - 1 are cut into as many equal sections, of which each gets its own count.
-    ValueError if a section has fewer timesteps. (Official file: respace.py.)"""
-    kept, start = [], 0
-    for i, count in enumerate(counts):
-        size = steps // len(counts) + (i < steps % len(counts))
-        if count > size:
-            raise ValueError(f"{count} steps do not fit into a section of {size}")
-        stride, at = (size - 1) / max(1, count - 1), 0.0
-        for _ in range(count):
-            kept.append(start + round(at))
-            at += stride                          # added up as in the official code, so that ties round alike
-        start += size
-    return kept
-
-
-def strided_timesteps(steps, count):
-    """The same with one whole stride from 0 on, as DDIM was evaluated: strided_timesteps(1000, 4) is
-    [0, 250, 500, 750]. If no stride gives this count the next smaller one is taken: 250 for 300. ('ddimN' in
-    respace.py, which refuses such counts.)"""
-    return list(range(0, steps, -(-steps // count)))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 12. Side by side
 #
@@ -2712,8 +2712,8 @@ def strided_timesteps(steps, count):
 #              linear probe    fine-tuned    FID
 #     MAGE     74.7 %          82.5 %        11.1
 #     MAGE-C   77.1 %                                  in shorter trainings, in which MAGE has 73.3 %
-#     MAGE-E   75.1 %                         9.6      [Sorcen], of which ours is a simple form
-#     ADDP     much weaker     83.9 %         8.9      so its reviewers; it sees decoded images alone
+#     Sorcen   75.1 %                         9.6      of which MAGE-E is a simple form
+#     ADDP     much weaker     83.9 %         8.9      (say its reviewers; it learns from decoded images)
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
 #     UMD      31.8 %                        19.8      at 64 pixels, with 100 labels a class for the probe,
@@ -2777,8 +2777,7 @@ def strided_timesteps(steps, count):
 # 13. A method of your own
 #
 # Often a change of a method is enough. As an example, this trains MAGE with three quarters of the tokens
-# masked (to generate it would need ratios up to 1). The row has to stand in MODELS, or after it, in section
-# 14:
+# masked (to generate it would need ratios up to 1). The row stands in MODELS, of section 14, or after it:
 #
 #     class MAGE75(MAGE):
 #         def forward(self, x, labels=None, *, mask_ratio=0.75, **draws):
