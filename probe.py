@@ -36,6 +36,7 @@ Shapes   B images, N training images, M test images    S image side
 """
 import collections
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -995,7 +996,8 @@ def run(cfg, first):
         return judge_samples(model, config, cfg)
     if cfg.save:
         return save_features(model.to(cfg.device), config, places, first, cfg)
-    dataset, train_set, test_set = open_sets(model.to(cfg.device), config, cfg)
+    dataset, *sets = open_sets(model.to(cfg.device), config, cfg)
+    train_set, test_set = map(with_labels, sets)
     print(train_set.summary or f"{dataset}: {len(train_set)} images to train on, {len(test_set)} to test on")
     for line in few_to_test_on(len(test_set)):
         print(line)
@@ -1408,7 +1410,7 @@ def judge_samples(model, config, cfg):
         raise UserError(f"{name} has {len(test_set)} images to test on, and --samples needs 4")
     if name == "shapes":
         judge_drawings(model, x, test_set.images[:500])
-    net, top1 = classifier_of(name, train_set, test_set, cfg)
+    net, top1 = classifier_of(name, with_labels(train_set), with_labels(test_set), cfg)
     results, n, n_train = measure_samples(net[0], model, x, train_set, test_set, cfg)
     print(f"{n} images of each against {n_train} training images of {name} (precision and recall: {n}); "
           f"the classifier has {top1:.1%} on the test set")
@@ -1577,20 +1579,32 @@ def open_sets(model, config, cfg):
 
 def no_probe(train_set, test_set):
     """Why these sets cannot be probed; "" if they can. In a single class, every accuracy means nothing."""
-    train, test = (len(data.labels.unique()) for data in (train_set, test_set))
+    known = [data.labels[data.labels >= 0] for data in (train_set, test_set)]
+    train, test = (len(labels.unique()) for labels in known)
     if train > 1 >= test and not test_set.unseen:
         return "it takes others to test on"
     if train > 1 >= test:
         return "all images to test on are of one class; lay some of every class into val/"
     if train < 2:
         return "it takes images of two classes or more"
-    few = f"it takes 20 images to train on, not {len(train_set)}" * (len(train_set) < 20)
+    few = f"it takes 20 images to train on, not {len(known[0])}" * (len(known[0]) < 20)
     return few or "it takes others to test on" * (not test_set.unseen)
 
 
 def describe_data(data):
     """What a run was trained on, for its checkpoint."""
     return {"classes": data.classes, "images": len(data), "layout": data.layout}
+
+
+def with_labels(data):
+    """A data set without the images of label -1; only an ImageTensor may have any to train or to test on."""
+    known = data.labels >= 0
+    if known.all():
+        return data
+    print(f"{known.sum()} of {len(data)} images have a label; the others are left out")
+    part = copy.copy(data)
+    part.images, part.labels = data.images[known.to(data.images.device)], data.labels[known]
+    return part
 
 
 def check_same_data(config, data, run, remedy):
@@ -1751,7 +1765,7 @@ def segment_sheet(examples, classes, side=128):
 
 def extract_features(read, data, index, cfg, title):
     """Features of the whole images index (N,), read by all processes together: {key: (N, ...)}, labels
-    (N,), without unreadable images. UserError if they do not fit into memory."""
+    (N,), without unreadable images, see with_labels(). UserError if they do not fit into memory."""
     sample = read_one(read, data, index, cfg)
     need = len(index) * sum(v.nbytes for v in sample.values())
     memory = torch.cuda.mem_get_info()[0] if cfg.device.startswith("cuda") else machine_memory()
@@ -1785,7 +1799,7 @@ def read_images(read, data, index, workers, device, name):
 def map_images(function, data, count=None, workers=0, device="cpu", name=None):
     """function(x (B, 3, S, S) on device) -> tensor (B, ...), applied to `count` whole images of a data
     set, None: all. Which ones is random, but the same every time. Returns results (count, ...), labels
-    (count,), on the CPU."""
+    (count,), on the CPU, without unreadable images."""
     index = torch.arange(len(data))
     if count and count < len(data):
         index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
@@ -1793,8 +1807,8 @@ def map_images(function, data, count=None, workers=0, device="cpu", name=None):
     def read(x, names):
         return {"": function(x).cpu()}
     features, labels = read_images(read, data, index, workers, device, name)
-    labels = labels.cpu()
-    return features[""][labels >= 0], labels[labels >= 0]
+    readable = torch.tensor([i not in data.unreadable for i in index.tolist()], dtype=torch.bool)
+    return features[""][readable], labels.cpu()[readable]
 
 
 def read_one(read, data, index, cfg):
@@ -1973,8 +1987,8 @@ def shuffled(n, *seeds):
 class ImageTensor:
     """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time. A
     fourth channel is a mask, see section 7, and not interpolated. labels int64 (N,), on the CPU, are indices
-    of classes, a list of names; -1 is none. Tokenizers are trained on its whole images, since crops would be
-    enlarged. Attributes as of ImageFolder.
+    of classes, a list of names; -1 is none, see with_labels(). Tokenizers are trained on its whole images,
+    since crops would be enlarged. Attributes as of ImageFolder; layout, summary and unseen may be set later.
 
     scale  fraction of the area that a crop keeps, (0.2, 1) in the papers
     """
@@ -2335,6 +2349,13 @@ def is_held_out(files, labels):
     return [held and c in left for held, c in zip(picked, labels)]
 
 
+def check_drawn(data_dir):
+    """UserError if shapes, which are drawn, are said to lie in a folder."""
+    if data_dir:
+        raise UserError(f"--dataset shapes is drawn, not read from {data_dir}; leave --data-dir out, or name "
+                        "the folder as --dataset")
+
+
 def check_folder(root):
     """UserError if there is no such folder."""
     if os.path.isfile(root):
@@ -2424,6 +2445,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":
+        check_drawn(data_dir)
         return ImageTensor(*shapes(train, size), (max(crop, 0.5), 1.0), device)
     if dataset == "cifar10":
         if size != 32:
@@ -2511,7 +2533,10 @@ class MaskFolder(ImageFolder):
 def open_masks(dataset, data_dir, size, cfg):
     """Images with masks to train and to test on: 'shapes', or a folder that lies as one of MASKS."""
     void = parse_numbers(cfg.ignore, int, "--ignore", high=255)
+    if dataset in ("cifar10", "imagenet"):
+        raise UserError(f"{dataset} has no masks; --head segment takes shapes, or a folder with masks")
     if dataset == "shapes":
+        check_drawn(data_dir)
         sets = [shapes(train, size, masks=True) for train in (True, False)]
         for images, _, _ in sets:
             images[:, 3] *= ~torch.isin(images[:, 3], torch.tensor(void) + 1)

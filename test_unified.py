@@ -5012,6 +5012,40 @@ def test_images_are_mapped_in_order_or_the_same_part_of_them_every_time(monkeypa
     assert probe.map_images(lambda x: x[:, 0, 0, 0], data, count=5)[0].equal(part)
 
 
+@pytest.fixture
+def half_labelled(monkeypatch):
+    """What open_data() finds: 60 images in memory to train on and to test on, half of them without label."""
+    data = image_set(60, 32)
+    data.labels[::2] = -1
+    monkeypatch.setattr(probe, "open_data", lambda *_: data)
+    return data
+
+
+def test_an_image_without_a_label_is_read_as_any_other(half_labelled):
+    assert len(probe.map_images(lambda x: x, half_labelled)[0]) == 60
+    assert len(probe.map_images(lambda x: x, half_labelled, 8)[0]) == 8
+
+
+@pytest.mark.parametrize("head", ["ridge", "knn", "linear"])
+def test_a_probe_leaves_images_without_a_label_out_and_says_so(head, half_labelled, finished):
+    epochs = ("--epochs", 1) * (head == "linear")
+    printed, [row] = probed(finished[0], "--dataset", "half", "--head", head, *epochs)
+    assert (row["n_train"], row["n_test"]) == (30, 30)
+    assert printed.count("30 of 60 images have a label") == 2
+
+
+def test_a_report_counts_the_images_that_have_a_label(half_labelled, report_of, capsys):
+    report_of(half_labelled)
+    assert "(ridge, 30 training images)" in capsys.readouterr().out
+
+
+def test_training_on_labels_takes_one_for_every_image(half_labelled):
+    assert_refused("60 images of half have no label", train.open_data,
+                   train.settings(train.Config(dataset="half", labels=True, model="umd", steps=5)))
+    half_labelled.labels.fill_(-1)
+    assert probe.no_probe(half_labelled, half_labelled)
+
+
 def test_golden_learning_rate():
     g = golden("mage")
     s = g.inputs["lr_schedule"]
@@ -5671,6 +5705,7 @@ def broken_tree(root, what):
     (["--dataset", "{empty}"], "no image in"), (["--dataset", "{classes}"], "cow"),
     (["--dataset", "{corrupt}", "--strict-images", "--image-size", "32", "--size", "tiny", "--workers", "0",
       "--tokenizer-steps", "2"], "b.jpg"),
+    (["--data-dir", "{empty}"], "shapes is drawn, not read from"),
     (["--dataset", "{tmp}/nowhere"], "there is no folder"), (["{empty}"], "did you mean --dataset"),
     (["--batch-size", "10", "--micro-batch", "4"], "10"), (["--ids", "17"], "--ids 17"),
     (["--image-size", "36", "--tokenizer", "{tokenizer}"], "36"), (["--device", "cuda:77"], "cuda:77"),
@@ -5782,6 +5817,49 @@ def test_a_run_of_another_optimizer_is_refused_in_a_sentence(tmp_path):
         assert train.restore(cfg, "model", model, kept, {}) == 3
 
 
+class OtherAdamW(torch.optim.AdamW):
+    """One with the same options, whose state may mean something else."""
+
+
+@pytest.mark.parametrize("make, told", [
+    (lambda w, r: torch.optim.Adam(w.values(), fused=True), "class Adam and not AdamW"),
+    (lambda w, r: OtherAdamW(w.values()), "class OtherAdamW"),
+    (lambda w, r: torch.optim.RAdam(w.values()), "class RAdam"),
+    (lambda w, r: train.adamw(w, {**r, "weight_decay": 0.3}), r"weight_decay \[0.0, 0.3\]"),
+    (lambda w, r: train.adamw(w, {**r, "betas": (0.5, 0.6)}), r"betas \[\(0.5, 0.6\)"),
+    (lambda w, r: train.adamw(w, {**r, "no_decay": lambda name, p: True}), r"number of weights \[2, 0\]")])
+def test_a_resumed_run_says_what_its_optimizer_was_and_is(make, told, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    weights, recipe = dict(model.named_parameters()), dict(unified.MAGE_RECIPE, lr=1e-3)
+    cfg, now = train.Config(out_dir=str(tmp_path)), train.adamw(weights, recipe)
+    for then in (make(weights, recipe), train.adamw(weights, dict(recipe, lr=7.0))):
+        model(torch.ones(1, 2)).sum().backward()
+        then.step()
+        train.save_checkpoint(tmp_path / "model.pt", {
+            "model": model.state_dict(), "step": 3, "ema": {}, "optimizer": train.state_of(then)})
+        if type(then) is not torch.optim.AdamW or then.param_groups[0]["lr"] < 7:
+            assert_refused(told + ".* start another run", train.restore, cfg, "model", model, now, {})
+    assert train.restore(cfg, "model", model, now, {}) == 3    # the learning rate follows from the step
+    train.update(now, weights, {}, dict(recipe, steps=5, grad_clip=1.0), 3)
+    assert_refused("averages of 0 weights, not of 2", train.restore, cfg, "model", model, now, dict(weights))
+
+
+@pytest.mark.parametrize("then, now", [(True, None), (None, True)])
+def test_a_run_goes_on_with_the_kernels_of_the_optimizer_at_hand(then, now, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    weights, recipe = dict(model.named_parameters()), dict(unified.MAGE_RECIPE, lr=0.1, steps=5)
+    first, again = (train.adamw(weights, recipe, fused=fused) for fused in (then, now))
+    for optimizer in (first, again):
+        before = model.weight.detach().clone()
+        model(torch.ones(1, 2)).sum().backward()
+        train.update(optimizer, weights, {}, recipe, 3)
+        assert not model.weight.equal(before)
+        train.save_checkpoint(tmp_path / "model.pt", {
+            "model": model.state_dict(), "step": 3, "ema": {}, "optimizer": train.state_of(first)})
+        train.restore(train.Config(out_dir=str(tmp_path)), "model", model, again, {})
+        assert again.param_groups[0]["fused"] is now
+
+
 def test_a_run_that_stopped_early_says_so_wherever_it_is_loaded(finished, tmp_path, capsys):
     unified.load_model(finished[0])
     assert "stopped" not in capsys.readouterr().out
@@ -5792,16 +5870,18 @@ def test_a_run_that_stopped_early_says_so_wherever_it_is_loaded(finished, tmp_pa
 
 @pytest.fixture
 def report_of(finished, tmp_path, monkeypatch):
-    """Prints the report on a copy of a run, with n images and a tokenizer of which so many codes are used."""
+    """Prints the report on a copy of a run, with these images, or so many, and so many codes used."""
     model, config = unified.load_model(finished[0])
     cfg = train.Config(**{k: v for k, v in config.items() if k in vars(train.Config())})
     cfg.out_dir = str(shutil.copytree(finished[0], tmp_path / "run"))
     monkeypatch.setattr(train, "draw_images", lambda *_, **__: None)
 
-    def report(n, codes_used=1.0):
+    def report(data, codes_used=1.0):
         monkeypatch.setattr(train, "measure_tokenizer",
                             lambda *_: ({"psnr": 30.0, "codes_used": codes_used}, 20.0))
-        data = probe.ImageTensor(torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.arange(n), [], (1, 1))
+        if isinstance(data, int):
+            images = torch.zeros(data, 3, 32, 32, dtype=torch.uint8)
+            data = probe.ImageTensor(images, torch.arange(data), [], (1, 1))
         train.report(cfg, model, {}, data, data)
         return model
     return report

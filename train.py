@@ -371,10 +371,13 @@ def open_data(cfg):
             cfg.resume is None and (cfg.steps is None or cfg.steps > 300))
         print_once(f"{len(train_set)} images are few: trained for long, the model will know them by heart"
                    + remedy)
-    for line in probe.few_to_test_on(len(test_set)) * bool(test_set.unseen and test_set.classes):
+    known = int((test_set.labels >= 0).sum())
+    for line in probe.few_to_test_on(known) * bool(test_set.unseen and test_set.classes):
         print_once(line)
     if cfg.labels and not train_set.classes:
         raise UserError(f"--labels: {probe.shown(train_set.root)} has no class folders")
+    if cfg.labels and (missing := sum(int((data.labels < 0).sum()) for data in (train_set, test_set))):
+        raise UserError(f"--labels: {missing} images of {cfg.dataset} have no label; leave --labels out")
     return train_set, test_set
 
 
@@ -628,7 +631,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
 
     def save():
         save_checkpoint(pathlib.Path(cfg.out_dir, f"{name}.pt"), {
-            "model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "stage": name,
+            "model": model.state_dict(), "ema": ema, "optimizer": state_of(optimizer), "stage": name,
             "step": step, "config": {**vars(cfg), **arch, **probe.describe_data(data)}})
     while step < steps:
         for i in range(accumulate):
@@ -985,12 +988,14 @@ def restore(cfg, name, model, optimizer, ema):
     if path := checkpoint_in(folder, [f"{name}.pt"]):
         state = unified.load_checkpoint(path)
         unified.load_strictly(model, state["model"], path)
-        foreign = state["optimizer"]["param_groups"][0].keys() - optimizer.param_groups[0].keys()
-        if foreign - {"decoupled_weight_decay"}:                # which AdamW has since torch 2.7
-            raise UserError(f"{path} has the state of another optimizer, with {', '.join(sorted(foreign))}; "
-                            "put that one back, or start another run with --out-dir")
         with unified.reading(path, "a state of this method's optimizer"):
+            check_same_optimizer(path, state["optimizer"], state_of(optimizer))
+            for saved, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+                saved.update((name, own[name]) for name in KERNELS & own.keys())
             optimizer.load_state_dict(state["optimizer"])
+        if state["ema"].keys() != ema.keys():
+            raise UserError(f"{path} has averages of {len(state['ema'])} weights, not of {len(ema)}; put the "
+                            "recipe's ema back, or start another run with --out-dir")
         for key, average in ema.items():
             average.copy_(state["ema"][key].detach())
         step = state["step"]
@@ -998,6 +1003,33 @@ def restore(cfg, name, model, optimizer, ema):
         kept = [json.dumps(r) + "\n" for r in read_rows(folder) if r["stage"] != name or r["step"] <= step]
         write_file(folder / "log.jsonl", lambda file: file.write("".join(kept).encode()))
     return step
+
+
+def state_of(optimizer):
+    """What a checkpoint keeps of an optimizer."""
+    return {"class": type(optimizer).__name__, **optimizer.state_dict()}
+
+
+KERNELS = {"fused", "foreach", "capturable"}            # options of an optimizer, that decide how it computes
+
+
+def options_of(state):
+    """{option: its value in each group} of an optimizer's state, but for what may differ after --resume."""
+    groups = state["param_groups"]
+    options = {"class": state.get("class"), "number of weights": [len(group["params"]) for group in groups]}
+    fixed = [name for name in groups[0] if name not in {"params", "lr"} | KERNELS]
+    return options | {name: [group.get(name) for group in groups] for name in fixed}
+
+
+def check_same_optimizer(path, then, now):
+    """UserError if the state `then`, which a checkpoint holds, is one of another optimizer than `now`."""
+    then, now = options_of(then), options_of(now)
+    for name in then | now:
+        a, b = then.get(name), now.get(name)
+        # Older checkpoints do not say the class; AdamW has decoupled_weight_decay since torch 2.7.
+        if a != b and not (name in ("class", "decoupled_weight_decay") and None in (a, b)):
+            raise UserError(f"{path} has the state of another optimizer, {name} {a} and not {b}; put that "
+                            "one back, or start another run with --out-dir")
 
 
 def stop_when_asked():
@@ -1223,7 +1255,8 @@ def report(cfg, model, ema, train_set, test_set):
     if charts := list(loss_charts(folder)):             # none if log.jsonl is gone
         stack_images(charts).save(folder / "loss.png")
     no_probe = probe.no_probe(train_set, test_set)
-    top1 = {} if no_probe else probe_features(cfg, model, ema, train_set, test_set)
+    known = [] if no_probe else [probe.with_labels(data) for data in (train_set, test_set)]
+    top1 = {} if no_probe else probe_features(cfg, model, ema, *known)
     spent = {"cpu_minutes": time.process_time() / 60} if cfg.resume is None else {}    # of this process alone
     write_row(cfg, stage="report", step=0, **figures, probe=top1, **spent)
     for data, fate in ((train_set, "another took its place"), (test_set, "left out")):
@@ -1240,13 +1273,13 @@ def report(cfg, model, ema, train_set, test_set):
     images = [folder / f"{name}.png" for name in ("samples", "reconstructions", "loss")]
     print_once(f"images      {', '.join(str(path) for path in images if path.exists())}")
     if top1:
-        print_once(f"linear probe (ridge, {min(len(train_set), 10_000)} training images), accuracy on the "
+        print_once(f"linear probe (ridge, {min(len(known[0]), 10_000)} training images), accuracy on the "
                    "test set")
         place = f"layer {model.best_layer}, t {model.best_t:g}, {model.pools[0]}"
         for name, title in zip(top1, (f"features of {cfg.model}: {place}", probe.untrained_title(model),
                                       "raw pixels")):
             print_once(f"    {top1[name]:6.1%}  {title}")
-        probe.tell_no_gain(top1["features"], top1["the same network untrained"], len(test_set))
+        probe.tell_no_gain(top1["features"], top1["the same network untrained"], len(known[1]))
     else:
         print_once(f"no probe: {no_probe}")
     run = shlex.quote(folder.as_posix())
