@@ -882,8 +882,9 @@ def init_weights(module):
         nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
 
 
-# Guidance. As one label in ten is left out in training, MAGE can predict with a label and without. So can UMD
-# (section 10). Classifier-free guidance exaggerates the difference that a label y makes [CFG]:
+# Guidance. (On a first reading go on to "Who calls whom".) As one label in ten is left out in training, MAGE
+# can predict with a label and without. So can UMD (section 10). Classifier-free guidance exaggerates the
+# difference that a label y makes [CFG]:
 #
 #     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
 #     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
@@ -1017,7 +1018,8 @@ class MAGE(TokenModel):
 
     vqgan           the frozen tokenizer, part of this module and of its checkpoint
     image_size      S, a multiple of the tokenizer's stride, else ValueError
-    width, depth, heads, decoder_width, decoder_depth, decoder_heads        of encoder and decoder
+    width, depth, heads, decoder_width, decoder_depth, decoder_heads        of encoder and decoder; in the
+                    size "base" 768, 12, 12 and 768, 8, 16
     classes         0, or the number of labels it can be conditioned on
     fake_class      None: the fake class has an id of its own; c: it shares that of class c
                     (published files: 76)
@@ -1456,13 +1458,18 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # MAGE reads ids. They suit generation. For recognition pixels should be better: rounding to ids loses detail.
 # ADDP reads pixels and predicts ids. Its generation alternates between the two, hence the name: ids, an image
-# decoded from them, better ids, a better image. The image is partly decided. Some places have a visible id.
-# The others are masked, and have p_prev, an earlier prediction: a distribution over the K codes each. In
-# training a MAGE makes p_prev, from ids that were visible earlier. In generation it is ADDP's own, of the
-# step before: by then ADDP has learned to predict as MAGE does. ADDP predicts a better distribution, p.
+# decoded from them, better ids, a better image. It is the loop of section 4, with an image inside:
 #
-# The network leads from ids and p_prev to p in four stages: codes, image, encoder, decoder. In this picture
-# places 1 and 4 of 4 are masked:
+#     ids, p_prev ----> codes ----> image xt ----> encoder ----> decoder ----> p
+#          ^                                                                   |
+#          '---- unmask: ids are sampled from p, the surest stay; p_prev = p --'
+#
+# In each step some places have a visible id. The others are masked, and have p_prev, the prediction of the
+# step before: a distribution over the K codes each. From both ADDP predicts a better distribution, p. In
+# training there is no step before. There a trained MAGE, frozen, makes p_prev, and also the target of p. So
+# ADDP learns to predict as MAGE does, and in generation its own p can take the place of MAGE's.
+#
+# One pass of the network, from ids and p_prev to p. Places 1 and 4 of 4 are masked:
 #
 #     place                        1        2        3        4
 #     ids                          _        b        c        _
@@ -1481,7 +1488,7 @@ class EchoMAGE(ContrastiveMAGE):
 # - Codes, image. A visible place has e_b, the code of its id b. A masked one has the mean under p_prev:
 #   mean_i = sum over k of p_prev_i(k) e_k. If p_prev_i is 0.7 at code 3 and 0.3 at code 8, that is
 #   0.7 e_3 + 0.3 e_8. D, the tokenizer's decoder, makes a blur of it.
-# - The encoder reads all patches of xt.
+# - The encoder reads all patches of xt, clamped to [0, 1] and normalised as ImageNet's pixels are.
 # - The decoder reads the encoder's outputs at visible places, after a linear layer. At masked places, and at
 #   position 0, where MAGE's decoder has the summary, it reads the mask token [M]. At the end come the visible
 #   ids, embedded. Visible places, masked places and ids have tables of positions of their own: v, m and i.
@@ -1490,9 +1497,9 @@ class EchoMAGE(ContrastiveMAGE):
 #   outputs of visible patches carry the whole image.
 # - No timestep enters the network: it can see how much of the image is decided.
 #
-# Training. A trained MAGE, the predictor, is frozen and makes two things: p_prev, which was predicted when
-# fewer ids were visible, and q, the target of p, from the ids that are visible now. So it runs with two
-# nested masks: `mask_earlier` contains `mask`, and mostly masks more.
+# Training. The predictor, that trained MAGE, makes p_prev from the ids that were visible earlier, and q, the
+# target of p, from those that are visible now. So it runs with two nested masks: `mask_earlier` contains
+# `mask`, and mostly masks more.
 #
 #     place            1     2     3     4
 #     ids              a     b     c     d        of the image
@@ -1511,10 +1518,9 @@ class EchoMAGE(ContrastiveMAGE):
 # of 66, nested_mask_ratios(): `mask` takes entry i, drawn by weight, and mask_earlier entry i + gap, gap from
 # 1 to 5, or the last entry. With i = 40 and gap 3 they mask 235 and 240 of 256 tokens.
 #
-# Generation. p_prev is ADDP's own p of the step before. (MAGE is asked in the first step of inpainting only.)
-# Each step is
+# Generation. A step of the loop:
 #
-#     p         = network(ids, mask, p_prev)             all of the first picture
+#     p         = network(ids, mask, p_prev)             one pass, as above
 #     ids, mask = unmask(p, ids, mask, num_masked(t))            section 4: ids are sampled from p; those of
 #                                          the highest log p + Gumbel noise are kept, num_masked(t) others are
 #                                          masked again, and no longer read
@@ -2327,7 +2333,7 @@ class UMD(Model):
 # the way down and doubled on the way up. The output of each block on the way down is kept, and its mirror,
 # the block as far from the other end, reads it, too:
 #
-#     size "tiny", 32 pixels
+#     size "tiny", 32 pixels: ch=16, ch_mult=(1, 2, 4), blocks=1, attention=(4,)
 #     block                              1   2   3   4   5   6   7   8   9  10  11  12  13
 #     side of its output                32  32  16  16   8   8   8   8  16  16  32  32  32
 #     channels                          16  16  16  32  32  64  64  64  64  32  32  16  16
@@ -2828,7 +2834,8 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 #     python -m pytest -q -k denoiser
 #
 # The class is a Model. (If it predicts ids it is a TokenModel, of section 5, which brings sample_steps() with
-# it, and asks for self.vqgan, step_logits() and render().) It must have
+# it, and asks for self.vqgan, step_logits() and render(). The simplest step_logits() is one pass of a
+# transformer over state.ids with [MASK] where state.token_mask; render = MAGE.render will do.) It must have
 #
 #     image_size, layers, best_layer      set in __init__: S; {layer: (channels, h, w)} of all blocks, counted
 #                                         from 1; the layer that probes read if not told otherwise
