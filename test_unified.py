@@ -5817,6 +5817,12 @@ def test_a_run_of_another_optimizer_is_refused_in_a_sentence(tmp_path):
         assert train.restore(cfg, "model", model, kept, {}) == 3
 
 
+def with_amsgrad(optimizer):
+    for group in optimizer.param_groups:
+        group["amsgrad"] = True
+    return optimizer
+
+
 class OtherAdamW(torch.optim.AdamW):
     """One with the same options, whose state may mean something else."""
 
@@ -5825,21 +5831,21 @@ class OtherAdamW(torch.optim.AdamW):
     (lambda w, r: torch.optim.Adam(w.values(), fused=True), "class Adam and not AdamW"),
     (lambda w, r: OtherAdamW(w.values()), "class OtherAdamW"),
     (lambda w, r: torch.optim.RAdam(w.values()), "class RAdam"),
-    (lambda w, r: train.adamw(w, {**r, "weight_decay": 0.3}), r"weight_decay \[0.0, 0.3\]"),
-    (lambda w, r: train.adamw(w, {**r, "betas": (0.5, 0.6)}), r"betas \[\(0.5, 0.6\)"),
+    (lambda w, r: with_amsgrad(train.adamw(w, r)), r"amsgrad \[True, True\] and not \[False, False\]"),
     (lambda w, r: train.adamw(w, {**r, "no_decay": lambda name, p: True}), r"number of weights \[2, 0\]")])
 def test_a_resumed_run_says_what_its_optimizer_was_and_is(make, told, tmp_path):
     model = torch.nn.Linear(2, 2)
     weights, recipe = dict(model.named_parameters()), dict(unified.MAGE_RECIPE, lr=1e-3)
     cfg, now = train.Config(out_dir=str(tmp_path)), train.adamw(weights, recipe)
-    for then in (make(weights, recipe), train.adamw(weights, dict(recipe, lr=7.0))):
+    for then in (make(weights, recipe), train.adamw(weights, dict(recipe, lr=7.0, weight_decay=0.3))):
         model(torch.ones(1, 2)).sum().backward()
         then.step()
         train.save_checkpoint(tmp_path / "model.pt", {
             "model": model.state_dict(), "step": 3, "ema": {}, "optimizer": train.state_of(then)})
         if type(then) is not torch.optim.AdamW or then.param_groups[0]["lr"] < 7:
             assert_refused(told + ".* start another run", train.restore, cfg, "model", model, now, {})
-    assert train.restore(cfg, "model", model, now, {}) == 3    # the learning rate follows from the step
+    assert train.restore(cfg, "model", model, now, {}) == 3
+    assert [group["weight_decay"] for group in now.param_groups] == [0.0, 0.3]              # as it was saved
     train.update(now, weights, {}, dict(recipe, steps=5, grad_clip=1.0), 3)
     assert_refused("averages of 0 weights, not of 2", train.restore, cfg, "model", model, now, dict(weights))
 

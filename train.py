@@ -644,6 +644,7 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
             place = i * world + rank                    # among the micro-batches of all processes
             torch.manual_seed(unified.hash_ints(cfg.seed, SEEDS[name], step, place))
             more = forward_args(step, place * micro)
+            # Up to the last micro-batch the gradients are sums of this process's own.
             with net.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext():
                 with probe.autocast(cfg):
                     loss, terms = net(x.squeeze(1), labels if cfg.labels else None, **more)
@@ -688,9 +689,10 @@ def set_up(cfg, name, model, recipe):
 @torch.no_grad()                                        # or the averages would keep the graph of all steps
 def update(optimizer, weights, ema, recipe, step):
     """Step number `step`, from 0, of the weights and of their averages ema, {name: tensor} each; clips
-    gradients, and drops them. Returns statistics of it, {name: a number, or a tensor that is read with the
-    row}, for rows of log.jsonl with a loss; one of your own is a key more (if it remembers something, save()
-    and restore() are to keep that, too). grad_norm is that before clipping."""
+    gradients, and drops them; they are means over all micro-batches and processes. Returns statistics of it,
+    {name: a number, or a tensor that is read with the row}, for rows of log.jsonl with a loss, as the first
+    process has them; one of your own is a key more, None where it is not defined (if it remembers something,
+    save() and restore() are to keep that, too). grad_norm is that before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["grad_clip"])
     lr = probe.learning_rate(step + 1, recipe["warmup"] * recipe["steps"], recipe["steps"] + 1, recipe["lr"],
                              recipe["min_lr"] * recipe["lr"])
@@ -878,10 +880,10 @@ class Log:
             print_once(f"{skipped} of the steps up to {step} were skipped: their gradient was not finite")
 
     def write(self, step, stats):
-        """A row: means of what was added, and the statistics of this step, {name: number or tensor}."""
+        """A row: means of what was added, and the statistics of this step, see update()."""
         self.check_finite(step)
         means, cuda = self.means(), self.cfg.device.startswith("cuda")
-        stats = {name: float(v) if math.isfinite(v) else None for name, v in stats.items()}
+        stats = {name: None if v is None or not math.isfinite(v) else float(v) for name, v in stats.items()}
         rate = (step - self.seen) * self.recipe["batch_size"] / (time.perf_counter() - self.since)
         memory = torch.cuda.max_memory_allocated(self.cfg.device) / 2**30 if cuda else None
         write_row(self.cfg, stage=self.name, step=step, **means, **stats, images_per_second=rate,
@@ -1013,23 +1015,24 @@ def state_of(optimizer):
 KERNELS = {"fused", "foreach", "capturable"}            # options of an optimizer, that decide how it computes
 
 
-def options_of(state):
-    """{option: its value in each group} of an optimizer's state, but for what may differ after --resume."""
+def kind_of(state):
+    """What the state of an optimizer says of its kind: its class, how many weights its groups have, the names
+    of its options, and the values of those that are True or False. Numbers may change from step to step."""
     groups = state["param_groups"]
-    options = {"class": state.get("class"), "number of weights": [len(group["params"]) for group in groups]}
-    fixed = [name for name in groups[0] if name not in {"params", "lr"} | KERNELS]
-    return options | {name: [group.get(name) for group in groups] for name in fixed}
+    kind = {"class": state.get("class"), "number of weights": [len(group["params"]) for group in groups]}
+    return kind | {name: [v if isinstance(v, bool) else "a number" for v in (g.get(name) for g in groups)]
+                   for name in groups[0] if name not in KERNELS}
 
 
 def check_same_optimizer(path, then, now):
     """UserError if the state `then`, which a checkpoint holds, is one of another optimizer than `now`."""
-    then, now = options_of(then), options_of(now)
+    then, now = kind_of(then), kind_of(now)
     for name in then | now:
         a, b = then.get(name), now.get(name)
         # Older checkpoints do not say the class; AdamW has decoupled_weight_decay since torch 2.7.
         if a != b and not (name in ("class", "decoupled_weight_decay") and None in (a, b)):
-            raise UserError(f"{path} has the state of another optimizer, {name} {a} and not {b}; put that "
-                            "one back, or start another run with --out-dir")
+            raise UserError(f"{path} has the state of another optimizer, {name} {a} and not {b}; put "
+                            "that one back, or start another run with --out-dir")
 
 
 def stop_when_asked():

@@ -3041,10 +3041,11 @@ def umd_no_decay(name, p):
 #     optimizer              if not AdamW: function ({name: parameter}, recipe) -> optimizer, as adamw() in
 #                            train.py. Its groups all get the schedule's learning rate, so give `tiny` and
 #                            `paper` an lr that suits it, and tell it in the help of --lr (a test knows that
-#                            of mage). --resume brings its other numbers back as they were saved. Not fused,
-#                            it makes a GPU wait; fused, it must bear that its first step is skipped, which
-#                            torch's SGD does not. With --labels --init a row's tune_recipe counts, in which
-#                            UMD's four have AdamW. Keys of your own are allowed in a recipe
+#                            of mage). --resume wants the same class and groups, and brings its other numbers
+#                            back as they were saved. Not fused, it makes a GPU wait; fused, it must bear that
+#                            its first step is skipped, which torch's SGD does not. With --labels --init a
+#                            row's tune_recipe counts, in which UMD's four have AdamW. The function stands in
+#                            this file. Keys of your own are allowed in a recipe
 #
 # train.py has its own values for sizes tiny and small; those in `tiny` come before them:
 #
