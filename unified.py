@@ -3809,7 +3809,8 @@ def file_remedy(path, error):
 
 @contextlib.contextmanager
 def reading(path, kind):
-    """Whatever fails in here is the fault of the file at path: a UserError says so, caused by what failed."""
+    """Whatever fails in here is the fault of the file at path: a UserError says so, caused by what failed. A
+    UserError of its own passes."""
     try:
         yield
     except UserError:
