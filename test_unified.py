@@ -171,10 +171,20 @@ def failing(number, text):
     return fail
 
 
-# Every method of MODELS, at its smallest; and the example for a method of one's own.
+# Every method of MODELS, at its smallest; and the examples for a method of one's own.
+
+def shown_in_the_tutorial(first, lines):
+    """All names of unified.py, and those that so many lines of its comments define, from the line `first`."""
+    text, names = inspect.getsource(unified), {**vars(unified)}
+    shown = text[text.index(f"#     {first}"):].split("\n")[:lines]
+    exec("\n".join(line.removeprefix("#     ") for line in shown), names)
+    return names
+
 
 DENOISER = unified.Method(unified.Denoiser, {"tiny": {}}, unified.UMD_RECIPE, tokens="patches")
-METHODS = {**unified.MODELS, "denoiser": DENOISER}
+MASKGIT = shown_in_the_tutorial("class MaskGIT(TokenModel):", 34)["MaskGIT"]
+METHODS = {**unified.MODELS, "denoiser": DENOISER,
+           "maskgit": unified.Method(MASKGIT, {"tiny": {}}, unified.MAGE_RECIPE)}
 EVERY = pytest.mark.parametrize("name", list(METHODS))
 KINDS = list(unified.MODELS)
 DECODES_IDS = [name for name, method in METHODS.items() if method.tokenizer]
@@ -7119,14 +7129,6 @@ def test_the_change_of_a_method_that_section_13_shows_trains_with_its_mask_ratio
     ids = some_ids(model)
     assert isinstance(model, names["MAGE75"])
     assert model(ids, **draws)[0].equal(unified.MAGE.forward(model, ids, mask_ratio=0.75, **draws)[0])
-
-
-def shown_in_the_tutorial(first, lines):
-    """All names of unified.py, and those that so many lines of its comments define, from the line `first`."""
-    text, names = inspect.getsource(unified), {**vars(unified)}
-    shown = text[text.index(f"#     {first}"):].split("\n")[:lines]
-    exec("\n".join(line.removeprefix("#     ") for line in shown), names)
-    return names
 
 
 @pytest.mark.parametrize("name", ["mage", "addp"])

@@ -65,6 +65,7 @@ Symbols  x, ids          an image as pixels, or as token ids
                          decided ids
          x', x0', eps'   predictions of x, x0, eps; in code x0_hat, eps_hat
          alpha_bar       how much of x0 is left in xt: the square of its factor
+         beta~, beta     smaller and larger variance of a step of DDPM; s^2: ADM's own, sigma^2 = eta^2 beta~
          r, n0           the mask ratio; how many tokens are masked at the start
          T               steps of decoding, in sections 4 to 8; timesteps of diffusion, in 9 to 11
          w               strength of guidance;  tau: a temperature;  sg: stop-gradient, detach()
@@ -533,7 +534,7 @@ class TokenizerTraining(nn.Module):
 #
 # A linear probe is a linear classifier on frozen embeddings: the usual test of a representation. Two
 # arguments of features() are for heads of probe.py alone: add, of DifFeed (section 12), and finetune, of
-# which only ADDP makes use. Wrong arguments of the four calls raise a ValueError that says what is wanted.
+# which only ADDP makes use. Wrong arguments of these calls raise a ValueError that says what is wanted.
 # (Section 16 puts a guard around them: a traceback shows it as checked().)
 
 
@@ -792,131 +793,15 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. MAGE: predict the masked ids
-#
-# An encoder reads what section 4 left: the visible ids and some [MASK]. Before them, at position 0, it reads
-# the class token. A decoder then predicts the masked ids:
-#
-#     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
-#     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
-#     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
-#     fill      h0    ha   h0  h0  hb  h0  h0         h0 at every masked place
-#     decode                p   p       p   p         each a softmax over the K codes
-#
-# At masked places, dropped or not, the decoder reads h0, the encoder's output at the class token. So
-# training makes h0 a summary of the image. (In section 4's example the decoder reads h0, 115 outputs of
-# visible ids, and h0 again at 141 places, all after a linear layer and with positions.) The loss is a
-# cross-entropy at masked places, with label smoothing 0.1:
-#
-#     loss = - mean over masked i of  log p(id_i | visible ids)       but for the smoothing      [MAGE, eq. 1]
-#
-# The class token is an embedded id like the others. It is the label of the image or, without a label, the
-# "fake class", which stands for any image. In training one label in ten is replaced by the fake class. Codes,
-# labels, fake class and [MASK] share one vocabulary:
-#
-#     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
-#
-# (In the authors' files the fake class has the id of class 76.)
-#
-# Generation is the loop of section 4. There, as in the official code, no [MASK] is dropped: dropping saves
-# time in training. So at the start the encoder reads L of them, while in training it never meets more than
-# L / 2.
-
-
-class TokenEmbedding(nn.Module):
-    """LayerNorm(token + position): ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
-
-    def __init__(self, vocab_size, positions, dim, dropout):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(vocab_size, dim)
-        self.position_embeddings = nn.Embedding(positions, dim)
-        self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-6), nn.Dropout(dropout)
-
-    def forward(self, ids):
-        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
-
-
-class Head(nn.Module):
-    """Decoder output x (B, L, C') -> logits (B, L, V), in float32. V: the ids that weight (V, C) has, in MAGE
-    the K codes alone.
-
-    A logit is the product of the output with the embedding of that id, its row of weight, plus a bias: input
-    and output share one table (weight tying). As in the official code it is detached here: the loss trains
-    the table through the ids that the network reads, not through these products."""
-
-    def __init__(self, inp, dim, vocab_size):
-        super().__init__()
-        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)             # eps 1e-5; MAGE's others 1e-6
-        self.bias = nn.Parameter(torch.zeros(1, 1, vocab_size))
-
-    def forward(self, x, weight):
-        x = self.ln(F.gelu(self.fc(x)))                                                     # (B, L, C)
-        logits = F.linear(x, weight.detach(), self.bias[0, 0, :len(weight)])
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def masked_cross_entropy(logits, target, mask):
-    """Cross-entropy with label smoothing 0.1, averaged over masked tokens (official file: models_mage.py).
-
-    logits (B, L, V)    target  ids (B, L), or probabilities (B, L, V)    mask bool (B, L)
-    """
-    logits, target = logits.flatten(0, 1), target.flatten(0, 1)                             # (B * L, ...)
-    nll = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")            # (B * L,)
-    return (nll * mask.flatten()).sum() / mask.sum()
-
-
-def learned_tokens(length, dim):
-    """A learned parameter (1, length, dim), initialised like an embedding."""
-    return nn.Parameter(torch.randn(1, length, dim) * 0.02 * (768 / dim) ** 0.5)
-
-
-def init_weights(module):
-    """MAE's and MAGE's initialisation: Xavier-uniform matrices (qkv as one), zero biases, N(0, 0.02^2)
-    embeddings. The 0.02 belongs to width 768. It is scaled so that fresh logits, products with these
-    embeddings, vary alike at any width."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
-
-
-# Guidance. (On a first reading go on to "Who calls whom".) As one label in ten is left out in training, MAGE
-# can predict with a label and without. So can UMD (section 10). Classifier-free guidance exaggerates the
-# difference that a label y makes [CFG]:
-#
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
-#
-#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
-#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
-#
-# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
-#
-# - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
-#   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
-#   low <= progress < high; elsewhere w_t is 1.
-# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
-#   makes the same errors as the network, but larger ones. So the direction from its prediction to the
-#   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
-#   only guidance they have.
-
-
-def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
-    low, high = interval
-    return w if low <= progress < high else 1.0
-
-
-# Who calls whom in generation:
+# MAGE and ADDP share this loop, as the class TokenModel. Each brings a network for it, step_logits(). Who
+# calls whom in generation:
 #
 #     sample                      Model: all steps, then render()
 #       sample_steps              TokenModel: seeds, temperature, inpainting
-#         parallel_decoding       section 4: for t = 1 ... T
-#           guided_logits         TokenModel: with guidance two passes
+#         parallel_decoding       above: for t = 1 ... T
+#           guided_logits         TokenModel: with guidance, which follows in section 5, two passes
 #             step_logits         MAGE, ADDP: one pass of the network
-#           num_masked, unmask    section 4: how many stay masked, and which
+#           num_masked, unmask    above: how many stay masked, and which
 #       render                    MAGE, ADDP: ids -> pixels
 
 
@@ -1011,6 +896,96 @@ class TokenModel(Model):
             return own
         other = (guide or self).step_logits(state, labels if guide else None)
         return other + w * (own - other)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. MAGE: predict the masked ids
+#
+# An encoder reads what section 4 left: the visible ids and some [MASK]. Before them, at position 0, it reads
+# the class token. A decoder then predicts the masked ids:
+#
+#     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
+#     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
+#     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
+#     fill      h0    ha   h0  h0  hb  h0  h0         h0 at every masked place
+#     decode                p   p       p   p         each a softmax over the K codes
+#
+# At masked places, dropped or not, the decoder reads h0, the encoder's output at the class token. So
+# training makes h0 a summary of the image. (In section 4's example the decoder reads h0, 115 outputs of
+# visible ids, and h0 again at 141 places, all after a linear layer and with positions.) The loss is a
+# cross-entropy at masked places, with label smoothing 0.1:
+#
+#     loss = - mean over masked i of  log p(id_i | visible ids)       but for the smoothing      [MAGE, eq. 1]
+#
+# The class token is an embedded id like the others. It is the label of the image or, without a label, the
+# "fake class", which stands for any image. In training one label in ten is replaced by the fake class. Codes,
+# labels, fake class and [MASK] share one vocabulary:
+#
+#     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
+#
+# (In the authors' files the fake class has the id of class 76.)
+#
+# Generation is the loop of section 4. There, as in the official code, no [MASK] is dropped: dropping saves
+# time in training. So at the start the encoder reads L of them, while in training it never meets more than
+# L / 2.
+
+
+class TokenEmbedding(nn.Module):
+    """LayerNorm(token + position): ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
+
+    def __init__(self, vocab_size, positions, dim, dropout):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, dim)
+        self.position_embeddings = nn.Embedding(positions, dim)
+        self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-6), nn.Dropout(dropout)
+
+    def forward(self, ids):
+        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
+
+
+class Head(nn.Module):
+    """Decoder output x (B, L, C') -> logits (B, L, V), in float32. V: the ids that weight (V, C) has, in MAGE
+    the K codes alone.
+
+    A logit is the product of the output with the embedding of that id, its row of weight, plus a bias: input
+    and output share one table (weight tying). As in the official code it is detached here: the loss trains
+    the table through the ids that the network reads, not through these products."""
+
+    def __init__(self, inp, dim, vocab_size):
+        super().__init__()
+        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)             # eps 1e-5; MAGE's others 1e-6
+        self.bias = nn.Parameter(torch.zeros(1, 1, vocab_size))
+
+    def forward(self, x, weight):
+        x = self.ln(F.gelu(self.fc(x)))                                                     # (B, L, C)
+        logits = F.linear(x, weight.detach(), self.bias[0, 0, :len(weight)])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def masked_cross_entropy(logits, target, mask):
+    """Cross-entropy with label smoothing 0.1, averaged over masked tokens (official file: models_mage.py).
+
+    logits (B, L, V)    target  ids (B, L), or probabilities (B, L, V)    mask bool (B, L)
+    """
+    logits, target = logits.flatten(0, 1), target.flatten(0, 1)                             # (B * L, ...)
+    nll = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")            # (B * L,)
+    return (nll * mask.flatten()).sum() / mask.sum()
+
+
+def learned_tokens(length, dim):
+    """A learned parameter (1, length, dim), initialised like an embedding."""
+    return nn.Parameter(torch.randn(1, length, dim) * 0.02 * (768 / dim) ** 0.5)
+
+
+def init_weights(module):
+    """MAE's and MAGE's initialisation: Xavier-uniform matrices (qkv as one), zero biases, N(0, 0.02^2)
+    embeddings. The 0.02 belongs to width 768. It is scaled so that fresh logits, products with these
+    embeddings, vary alike at any width."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
 
 
 class MAGE(TokenModel):
@@ -1173,6 +1148,33 @@ class MAGE(TokenModel):
     t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
 
 
+# Guidance. As one label in ten is left out in training, MAGE can predict with a label and without. So can UMD
+# (section 10). Classifier-free guidance exaggerates the difference that a label y makes [CFG]; for MAGE this
+# is TokenModel.guided_logits() of section 4:
+#
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
+#
+#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
+#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
+#
+# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
+#
+# - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
+#   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
+#   low <= progress < high; elsewhere w_t is 1.
+# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
+#   makes the same errors as the network, but larger ones. So the direction from its prediction to the
+#   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
+#   only guidance they have.
+
+
+def guidance_at(progress, w, interval):
+    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
+    low, high = interval
+    return w if low <= progress < high else 1.0
+
+
 # Feature maps. features() of MAGE, ADDP and UMD does not call encode() and decode(). It runs the blocks with
 # these two functions, which keep the outputs that are wanted and stop after the last of them. No token is
 # dropped, and no label given. (On a first reading go on to section 6. Tests hold both passes equal.)
@@ -1309,11 +1311,11 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 # ------------------------------------------------------------------------------------------------------------
 # 7. MAGE-C and MAGE-E: which two views show the same image?
 #
-# MAGE-C adds a contrastive loss to MAGE. Two random crops of an image, its views, are to have similar
-# embeddings, and views of different images are not. Each view is masked in its own places and goes through
-# MAGE. The encoder's outputs, behind its last norm, are averaged to one vector: those at visible tokens and
-# at [MASK], but not the class token's. Linear(C, 4096), ReLU and Linear(4096, 256) turn it into z, which is
-# scaled to length 1:
+# MAGE-C adds a contrastive loss to MAGE. Two random crops of an image, its views, each of 20 % of its area or
+# more and flipped every other time, are to have similar embeddings; views of different images are not. Each
+# view is masked in its own places and goes through MAGE. The encoder's outputs, behind its last norm, are
+# averaged to one vector: those at visible tokens and at [MASK], but not the class token's. Linear(C, 4096),
+# ReLU and Linear(4096, 256) turn it into z, which is scaled to length 1:
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
@@ -1377,9 +1379,9 @@ class ContrastiveMAGE(MAGE):
 # loss, and where an id was masked, a new one is drawn from them:
 #
 #     ids     a  b  c  d     b is visible; a, c and d are masked
-#     drawn   e  b  f  g     e, f, g: each from the 2nd to 16th best code, in proportion to p among these,
+#     drawn   x  b  y  z     x, y, z: each from the 2nd to 16th best code, in proportion to p among these,
 #                            so like the true id, but seldom the same
-#     echo    _  b  f  _     [MASK] outside a random square; its side, one for the batch, is half to all of
+#     echo    _  b  y  _     [MASK] outside a random square; its side, one for the batch, is half to all of
 #                            the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
@@ -1469,26 +1471,32 @@ class EchoMAGE(ContrastiveMAGE):
 # training there is no step before. There a trained MAGE, frozen, makes p_prev, and also the target of p. So
 # ADDP learns to predict as MAGE does, and in generation its own p can take the place of MAGE's.
 #
-# One pass of the network, from ids and p_prev to p. Places 1 and 4 of 4 are masked:
+# One step, of an image of four places and a codebook of two codes. Places 1 and 4 are masked; 2 and 3 have
+# the ids b and c:
 #
-#     place                        1        2        3        4
-#     ids                          _        b        c        _
-#     p_prev                       *                          *           * is a distribution over codes
+#     place                            1             2        3              4
+#     ids                              _             b        c              _
+#     p_prev, over the codes       (.7, .3)                              (.4, .6)
 #
-#     code                       mean1     e_b      e_c     mean4
-#     xt = D(codes)             blurred   sharp    sharp   blurred
+#     code                     .7 e_0 + .3 e_1      e_b      e_c     .4 e_0 + .6 e_1
+#     xt = D(codes)                 blurred        sharp    sharp         blurred
 #
-#     encoder reads    [class]  patch1   patch2   patch3   patch4
-#     and returns        h0       h1       h2       h3       h4
+#     encoder reads    [class]      patch1         patch2   patch3        patch4
+#     and returns        h0           h1             h2       h3            h4
 #
-#     decoder reads     [M]      [M]       h2       h3      [M]      b    c
-#     with positions     v0       m1       v2       v3       m4     i2   i3
-#     and predicts p               *                          *
+#     decoder reads     [M]          [M]             h2       h3           [M]          b    c
+#     with positions     v0           m1             v2       v3            m4         i2   i3
+#     and predicts p               (.9, .1)                              (.5, .5)
 #
-# - Codes, image. A visible place has e_b, the code of its id b. A masked one has the mean under p_prev:
-#   mean_i = sum over k of p_prev_i(k) e_k. If p_prev_i is 0.7 at code 3 and 0.3 at code 8, that is
-#   0.7 e_3 + 0.3 e_8. D, the tokenizer's decoder, makes a blur of it.
-# - The encoder reads all patches of xt, clamped to [0, 1] and normalised as ImageNet's pixels are.
+#     sampled from p                   0                                     1
+#     log p + Gumbel                 -.1                                   -.7          (as if Gumbel were 0)
+#     next ids                         0             b        c              _          num_masked is 1
+#     next p_prev                                                        (.5, .5)
+#
+# - Codes, image. A visible place has the code of its id. A masked one has the mean of all codes under p_prev,
+#   sum over k of p_prev(k) e_k. D, the tokenizer's decoder, makes a blur of it.
+# - The encoder reads all patches of xt, clamped to [0, 1], normalised as ImageNet's pixels are, embedded and
+#   normalised again (tokenizer_norm).
 # - The decoder reads the encoder's outputs at visible places, after a linear layer. At masked places, and at
 #   position 0, where MAGE's decoder has the summary, it reads the mask token [M]. At the end come the visible
 #   ids, embedded. Visible places, masked places and ids have tables of positions of their own: v, m and i.
@@ -1515,20 +1523,14 @@ class EchoMAGE(ContrastiveMAGE):
 # flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real ones.
 #
 # Both masks rank the same random numbers, so one contains the other. The ratios stand in one ascending list
-# of 66, nested_mask_ratios(): `mask` takes entry i, drawn by weight, and mask_earlier entry i + gap, gap from
-# 1 to 5, or the last entry. With i = 40 and gap 3 they mask 235 and 240 of 256 tokens.
+# of 66, nested_mask_ratios(), with a probability each: `mask` takes entry i, drawn with these, and
+# mask_earlier entry min(i + gap, 65), with gap uniform in 1 ... 5. i = 40 and gap = 3 mask 235 and 240 of 256
+# tokens.
 #
-# Generation. A step of the loop:
-#
-#     p         = network(ids, mask, p_prev)             one pass, as above
-#     ids, mask = unmask(p, ids, mask, num_masked(t))            section 4: ids are sampled from p; those of
-#                                          the highest log p + Gumbel noise are kept, num_masked(t) others are
-#                                          masked again, and no longer read
-#     p_prev    = p                        all that the next step gets to know of a masked place
-#
-# (In code a Decoding, of section 4, has all three: ids, token_mask, and logits, whose softmax is p_prev;
-# before step 1 logits is None.) How many tokens stay masked is rounded up, and need not fall, so a step may
-# keep none:
+# Generation. The steps are those of the picture. Of a masked place the next step gets to know p_prev alone,
+# not the id that was sampled there. (A Decoding, of section 4, has all: ids, token_mask, and logits, whose
+# softmax is p_prev; before step 1 logits is None.) How many tokens stay masked is rounded up, and need not
+# fall, so a step may keep none:
 #
 #     num_masked(t) = max(1, ceil(n0 cos(pi t / 2T)))
 #     256 tokens, 20 steps   ADDP  256 253 249 ...         MAGE  255 252 248 ...
@@ -1951,10 +1953,10 @@ def timestep_embedding(t, dim, denominator, layout):
 # does, it must learn the large structure of images. To remove noise, as DDPM does, it must learn every scale
 # of detail. A batch of B images has two parts:
 #
-#     the first N, noised     t uniform in 1 ... T, and a ratio r_noised of the patches masked
+#     the first N, noised     t uniform in 1 ... T; the ratio r_noised of the patches is masked
 #         L_x0    = mean over masked pixels of (x0 - x0')^2
 #         L_eps   = mean over visible pixels of (eps - eps')^2
-#     the other B - N, clean  t = 0, and a ratio r_clean of the patches masked
+#     the other B - N, clean  t = 0; the ratio r_clean of the patches is masked
 #         L_clean = mean over masked pixels of (x0 - x0')^2                                              [MAE]
 #
 #     (In both parts: with mask ratio 0, as in DiT, each term is a mean over all pixels.)
@@ -2425,8 +2427,8 @@ class ADMBlock(nn.Sequential):
 #                                                 geometric mean
 #
 # A step of sampling is that of section 9, and v changes one thing in it: with eta = 1 the fresh noise has the
-# factor s instead of sigma = sqrt(beta~). x0', eps' and the root are as there, so that the two variances no
-# longer sum to 1 - alpha_bar_next.
+# factor s instead of sigma = sqrt(beta~). The mean, and in it the root, stays DDPM's: it is what it is under
+# beta~.
 #
 #     x_next    = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps' + s noise
 #                 the last step, which leads to x0, adds no noise
@@ -2740,7 +2742,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 # Inpainting differs, too, in what is done and in what is approximate about it:
 #
 #     MAGE, ADDP    Unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
-#                   their neighbours, are masked (section 5, initial_state), and decoded in the usual steps.
+#                   their neighbours, are masked (section 4, initial_state), and decoded in the usual steps.
 #                   render() pastes the known pixels over what it shows. MAGE takes labels and a guide, ADDP
 #                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves.
 #                   Approximate: what is known is read as ids, so without what the tokenizer loses, and known
@@ -2758,14 +2760,23 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 # DifFeed, a head in probe.py for any of these models, feeds late blocks, which know what the image shows,
 # back to early ones. It runs the frozen network twice, at the t of the probe, with the same noise or mask:
 #
-#     pass 1     f_b = output of block b, for some late blocks b: features(x, t, [b, ...])
-#     pass 2     ReLU(norm(conv(f_b))) is added to the output of b's mirror, before anything reads that, and
-#                the head reads best_layer, or the blocks it is told (--layers): features(..., add={mirror
-#                of b: that, ...})
-#     mirror     the block as far from the other end: number of blocks + 1 - b; in transformers encoder and
-#                decoder are counted through
-#     conv, norm 1x1, to the channels of the mirror; batch norm. They and the head learn, by the gradient
-#                through pass 2; the network's weights stay
+#     pass 1    1   2   3   4   5   6   7   8   9  10  11  12  13     ADM in size "tiny"
+#                                           |       |       |
+#                   .-----------------------+-------+-------'         ReLU(norm(conv(f_b))): f_b is the
+#                   |       .---------------+-------'                 output of block b = 8, 10, 12
+#                   |       |       .-------'
+#                   v       v       v
+#     pass 2    1   2   3   4   5   6   7   8   9  10                 the head reads 10, best_layer
+#
+#     late = [12, 10, 8]
+#     f    = model.features(x, t, late, noise=noise)
+#     add  = {model.mirror(b): relu(norm_b(conv_b(f_b))) for b, f_b in zip(late, f)}
+#     maps = model.features(x, t, [model.best_layer], add=add, noise=noise)
+#
+# The mirror is the block as far from the other end: number of blocks + 1 - b. In transformers encoder and
+# decoder are counted through. What is added to its output is there before anything reads that. conv_b is 1x1,
+# to the channels of the mirror, and norm_b a batch norm. They and the head learn, by the gradient through
+# pass 2; the network's weights stay. (With --layers the head reads others than best_layer.)
 #
 # Which b, by default?
 #
@@ -2792,11 +2803,11 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 #
 # Where ids are predicted, another number of tokens a step, or another order of decoding, needs no class: both
 # are arguments of sample(). (In sample.py --schedule takes the names in SCHEDULES, section 4, and --order
-# those in its table ORDERS, which says what it wants.)
+# those in its table ORDERS, whose functions make such an order from the grid's side and the seeds.)
 #
 #     model.sample(16, steps=4, schedule=lambda t, T: 1 - (t / T) ** 2)      # ratio that stays masked after t
 #     model.sample(16, steps=4, schedule=[12, 8, 4, 1])                      # or how many do, of 16 tokens
-#     # (with as many steps as tokens MAGE decides one in each, unless the ratio is below 1 - t / T)
+#     # (with as many steps as tokens any ratio of 1 - t / T or more decides one token in each)
 #
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
@@ -2833,12 +2844,12 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 #     python probe.py out/shapes-denoiser
 #     python -m pytest -q -k denoiser
 #
-# The class is a Model. (If it predicts ids it is a TokenModel, of section 5, which brings sample_steps() with
-# it, and asks for self.vqgan, step_logits() and render(). The simplest step_logits() is one pass of a
-# transformer over state.ids with [MASK] where state.token_mask; render = MAGE.render will do.) It must have
+# The class is a Model, or a TokenModel, see behind Denoiser. It must have
 #
 #     image_size, layers, best_layer      set in __init__: S; {layer: (channels, h, w)} of all blocks, counted
 #                                         from 1; the layer that probes read if not told otherwise
+#     t_range                             if features() takes a t other than 0: the least and the largest, and
+#                                         what t is
 #     forward(x, labels=None)             images (B, 3, S, S) -> scalar loss, dict of its terms
 #     sample_steps(n, steps=None, seeds=None)             yields a Denoising after each step, as many as
 #                                         num_steps(steps) says, without gradient. Image i follows from
@@ -2851,50 +2862,106 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 
 
 class Denoiser(Model):
-    """Transformer on patches that removes noise of one strength, at once. Generates by being fed its own
-    output, and is probed without noise: too simple to be good, but with all that a method must have.
+    """Diffusion transformer at its smallest: it reads patches of the noised image, to each of which the
+    timestep is added, and predicts the noise. A UMD without masks and class tokens.
 
     image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
     """
 
-    t_range = (0.0, 1.0, "the standard deviation of the noise")        # optional, as stem and length
-    stem = ("patch_embed", "pos_embed")
-
     def __init__(self, image_size, grid, width=128, depth=4, heads=4):
         super().__init__()
         self.image_size, self.length, patch = image_size, grid ** 2, image_size // grid
+        self.alpha_bar = noise_schedule("cosine")                                           # (T,)
+        self.max_steps = len(self.alpha_bar)                                                # T
+        self.t_range, self.best_t = (0, self.max_steps - 1, "the timestep"), 50         # of features()
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.length, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.to_pixels = nn.ConvTranspose2d(width, 3, patch, patch)
         self.best_layer, self.layers = depth, {b: (width, grid, grid) for b in range(1, depth + 1)}
 
-    def forward(self, x, labels=None, *, noise=None):
-        z = self.features(x, 0.5, noise=noise)[0]                       # of the noised image: (B, C, h, w)
-        loss = F.mse_loss(in_float32(self.to_pixels, z), 2 * x - 1)                     # the clean one
-        return loss, {"mse": loss}
-
-    @torch.no_grad()
-    def sample_steps(self, n, steps=None, seeds=None):
-        x = 0.5 + 0.5 * self.noise(image_seeds(seeds, n, self.device))                  # noise around grey
-        for _ in range(self.num_steps(steps)):
-            y = in_float32(self.to_pixels, self.features(x)[0]).clamp(-1, 1)                # (n, 3, S, S)
-            x = (y + 1) / 2                                         # its output in [0, 1] is its next input
-            yield Denoising(y)
-
-    def features(self, x, t=0.0, layers=None, add={}, noise=None, finetune=False):
-        x = x if not t else x + t * (torch.randn_like(x) if noise is None else noise)
-        x = self.patch_embed(2 * x - 1).flatten(2).mT + self.pos_embed                      # (B, L, C)
-        layers, maps = layers or [self.best_layer], {}
-        for b, block in enumerate(self.blocks[:max(layers)], 1):
-            x = block(x)
-            if b in add:
-                x = x + add[b].flatten(2).mT                                                # (B, L, C)
-            maps[b] = x.mT.unflatten(2, self.layers[b][1:])                                 # (B, C, h, w)
+    def maps(self, xt, t, layers, add={}):
+        """Noised pixels xt (B, 3, S, S), timesteps t int (B,) -> [map (B, C, h, w) for each of layers]."""
+        width = self.pos_embed.size(2)
+        time = timestep_embedding(to_device(t, xt.device), width, width // 2, "cos sin")        # (B, C)
+        x = self.patch_embed(xt).flatten(2).mT + self.pos_embed + time[:, None].to(xt.dtype)    # (B, L, C)
+        _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))            # of section 5
         return [maps[b] for b in layers]
 
+    def predict(self, xt, t):
+        """Noised pixels (B, 3, S, S), timesteps int (B,) -> the noise in them, (B, 3, S, S)."""
+        return in_float32(self.to_pixels, self.maps(xt, t, [len(self.blocks)])[0])
+
+    def forward(self, x, labels=None, *, t=None, noise=None):
+        t = torch.randint(self.max_steps, (len(x),)) if t is None else t.cpu()
+        noise = torch.randn_like(x) if noise is None else noise
+        loss = F.mse_loss(self.predict(q_sample(2 * x - 1, self.alpha_bar[t], noise), t), noise)
+        return loss, {"mse": loss}
+
+    def num_steps(self, steps=None, eta=None):
+        return min(steps or 100, self.max_steps)
+
+    @torch.no_grad()
+    def sample_steps(self, n, steps=None, eta=1.0, known=None, mask=None, seeds=None):
+        t = spaced_timesteps(self.max_steps, [self.num_steps(steps)])[::-1]             # from noise to clean
+        alpha_bar, draw_noise = self.alpha_bar[t], functools.partial(
+            self.noise, image_seeds(seeds, n, self.device))
+
+        def predict_x0(x, step):
+            eps_hat = self.predict(x, torch.full((n,), t[step]))
+            return x0_from_eps(x, alpha_bar[step], eps_hat).clamp(-1, 1), None
+        yield from denoise(predict_x0, draw_noise, alpha_bar, eta, known, mask)
+
+    def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
+        noise = torch.randn_like(x) if noise is None else noise
+        t = torch.full((len(x),), int(t))
+        return self.maps(q_sample(2 * x - 1, self.alpha_bar[t], noise), t, layers or [self.best_layer], add)
+
     def embed(self, x, noise=None, pool="mean"):
-        return self.features(x)[0].mean((2, 3))                                             # (B, C)
+        return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))                   # (B, C)
+
+    stem = ("patch_embed", "pos_embed")                 # for fine-tuning
+
+
+# A method that predicts ids is a TokenModel, of section 4, which brings sample_steps() with it and asks for
+# self.vqgan, step_logits() and render() instead. This is MaskGIT without labels: one transformer, which reads
+# [MASK] at every masked place.
+#
+#     class MaskGIT(TokenModel):
+#         render, pools, reads_ids = MAGE.render, ("mean",), True
+#
+#         def __init__(self, vqgan, image_size, width=128, depth=4, heads=4):
+#             super().__init__(vqgan, image_size)                             # sets codes, length and grid
+#             self.token_emb = TokenEmbedding(self.codes + 1, self.length, width, dropout=0.0)
+#             self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+#             self.head, self.vqgan = nn.Linear(width, self.codes), vqgan.requires_grad_(False)
+#             self.best_layer = depth
+#             self.layers = {b: (width, self.grid, self.grid) for b in range(1, depth + 1)}
+#
+#         def maps(self, ids, mask, layers, add={}):
+#             x = self.token_emb(ids.masked_fill(mask, self.codes))               # (B, L, C); codes is [MASK]
+#             _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))
+#             return [maps[b] for b in layers]                                    # (B, C, h, w) each
+#
+#         def step_logits(self, state, labels=None):
+#             x, = self.maps(state.ids, state.token_mask, [len(self.blocks)])
+#             return in_float32(self.head, x.flatten(2).mT)                       # (n, L, K)
+#
+#         def forward(self, x, labels=None, *, mask_noise=None):
+#             ids = self.to_ids(x)                                                # (B, L)
+#             mask_noise = torch.rand(ids.shape, device=ids.device) if mask_noise is None else mask_noise
+#             mask, _ = random_masking(mask_noise, truncated_normal(torch.rand(())))
+#             loss = masked_cross_entropy(self.step_logits(Decoding(ids, mask, None)), ids, mask)
+#             return loss, {"masked": loss}
+#
+#         def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
+#             ids = self.to_ids(x)
+#             return self.maps(ids, torch.zeros_like(ids).bool(), layers or [self.best_layer], add)
+#
+#         def embed(self, x, noise=None, pool="mean"):
+#             return self.features(x)[0].mean((2, 3))                             # (B, C)
+#
+#     MODELS["maskgit"] = Method(MaskGIT, {"tiny": {}}, MAGE_RECIPE)
 
 
 # The tutorial ends here; the rest is to look things up in. First, what a method may have besides. Scripts
@@ -2937,10 +3004,8 @@ class Denoiser(Model):
 #     finetuning          as MAGE's       learning rate for 256 images, layer decay, fraction of warm-up: for
 #                                         a ViT-B, and for a ViT-L, whose best_layer is 24 or more
 #
-# - A model that predicts ids is a TokenModel, with tokens="ids" in its row, and takes ids for x as well. It
-#   calls super().__init__(vqgan, image_size), sets self.vqgan, and defines step_logits() and render() in
-#   place of sample_steps(), which it inherits with num_steps(), noise() and reconstruct(). Its pools are
-#   "mean" and "class".
+# - A TokenModel takes ids for x as well. It inherits sample_steps(), num_steps(), noise() and reconstruct().
+#   Its pools are "mean" and "class", unless it says otherwise.
 # - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`, and
 #   names in stem what comes before them.
 # - Two views of an image, views=2 in its row, are for subclasses of ContrastiveMAGE: x is (B, 2, 3, S, S) or
