@@ -577,14 +577,7 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # ---- for the scripts: defaults of all they may ask. A method of your own may leave them alone. What each
-    # means stands in the table behind class Denoiser, where the tutorial ends
-
-    length, codes, classes, alpha_bar, max_steps = 0, 0, 0, None, math.inf
-    best_t, t_range, pools = 0, (0, 0, "always 0"), ("mean",)
-    generates, takes_labels, reads_ids, reconstructs = True, False, False, False
-    stem, dynamic_blocks = (), ()
-    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
+    # ---- for the scripts, as are the attributes in the table where the tutorial ends
 
     def after_step(self):
         """Called after each step of the optimizer."""
@@ -741,21 +734,16 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
     order   None: the most confident tokens are kept. Or a function, (confidence (n, L), mask, t) -> priority
-            (n, L), of which the highest are kept, compared as float32. confidence includes the Gumbel noise,
-            and lies, like mask, on the model's device. What was visible stays, whatever its priority. Section
-            13 has examples
+            (n, L), of which the highest are kept, as float32. confidence includes the Gumbel noise, and lies,
+            like mask, on the model's device. Section 13 has examples
     t       number of the step, for order
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
     p = logits.softmax(-1)                                                                  # (n, L, K)
     ids = torch.where(mask, sample_categorical(p, u), ids)
     confidence = p.gather(-1, ids[..., None]).squeeze(-1).log() + gumbel                    # (n, L)
-    priority = confidence if order is None else order(confidence, mask, t)
-    if numpy.shape(priority) != mask.shape:
-        raise ValueError(f"order must return (n, L), here {tuple(mask.shape)}, not {numpy.shape(priority)}")
-    # What was visible is never masked again, not even if order says inf, or nan, of others.
-    priority = torch.as_tensor(priority).to(confidence).nan_to_num(-math.inf, neginf=-math.inf)
-    priority = priority.masked_fill(~mask, math.inf)
+    priority = confidence if order is None else priority_of(order, confidence, mask, t)
+    priority = priority.masked_fill(~mask, math.inf)                        # what was visible stays
     return ids, rank_in_row(priority) < to_device(count, ids.device)[:, None]           # the `count` lowest
 
 
@@ -793,13 +781,40 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
+# Guidance. MAGE and UMD may be told the label of an image. In training one label in ten is left out, so they
+# can predict with a label and without. Classifier-free guidance exaggerates the difference that a label y
+# makes [CFG]:
+#
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
+#
+#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
+#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
+#
+# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
+#
+# - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
+#   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
+#   low <= progress < high; elsewhere w_t is 1.
+# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
+#   makes the same errors as the network, but larger ones. So the direction from its prediction to the
+#   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
+#   only guidance they have.
+
+
+def guidance_at(progress, w, interval):
+    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
+    low, high = interval
+    return w if low <= progress < high else 1.0
+
+
 # MAGE and ADDP share this loop, as the class TokenModel. Each brings a network for it, step_logits(). Who
 # calls whom in generation:
 #
 #     sample                      Model: all steps, then render()
 #       sample_steps              TokenModel: seeds, temperature, inpainting
 #         parallel_decoding       above: for t = 1 ... T
-#           guided_logits         TokenModel: with guidance, which follows in section 5, two passes
+#           guided_logits         TokenModel: with guidance two passes
 #             step_logits         MAGE, ADDP: one pass of the network
 #           num_masked, unmask    above: how many stay masked, and which
 #       render                    MAGE, ADDP: ids -> pixels
@@ -818,7 +833,6 @@ class TokenModel(Model):
     """
 
     round_up = False                                            # of num_masked
-    reconstructs, pools = True, ("mean", "class")
 
     def __init__(self, vqgan, image_size):
         super().__init__()
@@ -1142,79 +1156,6 @@ class MAGE(TokenModel):
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
-    # ---- for the scripts, see class Model
-
-    takes_labels = reads_ids = True
-    t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
-
-
-# Guidance. As one label in ten is left out in training, MAGE can predict with a label and without. So can UMD
-# (section 10). Classifier-free guidance exaggerates the difference that a label y makes [CFG]; for MAGE this
-# is TokenModel.guided_logits() of section 4:
-#
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
-#
-#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
-#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
-#
-# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
-#
-# - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
-#   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
-#   low <= progress < high; elsewhere w_t is 1.
-# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
-#   makes the same errors as the network, but larger ones. So the direction from its prediction to the
-#   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
-#   only guidance they have.
-
-
-def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
-    low, high = interval
-    return w if low <= progress < high else 1.0
-
-
-# Feature maps. features() of MAGE, ADDP and UMD does not call encode() and decode(). It runs the blocks with
-# these two functions, which keep the outputs that are wanted and stop after the last of them. No token is
-# dropped, and no label given. (On a first reading go on to section 6. Tests hold both passes equal.)
-
-
-def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
-    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
-
-    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
-    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
-    add        {layer: map (B, C, h, w)} added to the output of that layer
-    condition  further arguments of the blocks
-    """
-    side, maps = math.isqrt(patches.stop - patches.start), {}
-    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
-        x = block(x, *condition)
-        if b in add:
-            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
-            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
-        if b in layers:
-            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
-    return x, maps
-
-
-def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
-    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
-
-    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
-    condition      further arguments of all blocks
-    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
-    """
-    layers, L = layers or [model.best_layer], x.size(1) - prefix
-    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
-    if max(layers) > len(model.blocks):
-        x = decoder_input(model.norm(x))
-        first = len(model.blocks) + 1
-        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
-        maps = {**maps, **more}
-    return [maps[b] for b in layers]
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. A training loop
@@ -1312,8 +1253,8 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 # 7. MAGE-C and MAGE-E: which two views show the same image?
 #
 # MAGE-C adds a contrastive loss to MAGE. Two random crops of an image, its views, each of 20 % of its area or
-# more and flipped every other time, are to have similar embeddings; views of different images are not. Each
-# view is masked in its own places and goes through MAGE. The encoder's outputs, behind its last norm, are
+# more and flipped with probability 1/2, are to have similar embeddings; views of different images are not.
+# Each view is masked in its own places and goes through MAGE. The encoder's outputs, after its last norm, are
 # averaged to one vector: those at visible tokens and at [MASK], but not the class token's. Linear(C, 4096),
 # ReLU and Linear(4096, 256) turn it into z, which is scaled to length 1:
 #
@@ -1471,32 +1412,31 @@ class EchoMAGE(ContrastiveMAGE):
 # training there is no step before. There a trained MAGE, frozen, makes p_prev, and also the target of p. So
 # ADDP learns to predict as MAGE does, and in generation its own p can take the place of MAGE's.
 #
-# One step, of an image of four places and a codebook of two codes. Places 1 and 4 are masked; 2 and 3 have
-# the ids b and c:
+# One step, of an image of four places and a codebook of two codes. Places 1 and 4 are masked:
 #
 #     place                            1             2        3              4
-#     ids                              _             b        c              _
+#     ids                              _             1        0              _
 #     p_prev, over the codes       (.7, .3)                              (.4, .6)
 #
-#     code                     .7 e_0 + .3 e_1      e_b      e_c     .4 e_0 + .6 e_1
+#     code                     .7 e_0 + .3 e_1      e_1      e_0     .4 e_0 + .6 e_1
 #     xt = D(codes)                 blurred        sharp    sharp         blurred
 #
 #     encoder reads    [class]      patch1         patch2   patch3        patch4
 #     and returns        h0           h1             h2       h3            h4
 #
-#     decoder reads     [M]          [M]             h2       h3           [M]          b    c
+#     decoder reads     [M]          [M]             h2       h3           [M]          1    0
 #     with positions     v0           m1             v2       v3            m4         i2   i3
 #     and predicts p               (.9, .1)                              (.5, .5)
 #
 #     sampled from p                   0                                     1
 #     log p + Gumbel                 -.1                                   -.7          (as if Gumbel were 0)
-#     next ids                         0             b        c              _          num_masked is 1
+#     next ids                         0             1        0              _          num_masked is 1
 #     next p_prev                                                        (.5, .5)
 #
 # - Codes, image. A visible place has the code of its id. A masked one has the mean of all codes under p_prev,
 #   sum over k of p_prev(k) e_k. D, the tokenizer's decoder, makes a blur of it.
-# - The encoder reads all patches of xt, clamped to [0, 1], normalised as ImageNet's pixels are, embedded and
-#   normalised again (tokenizer_norm).
+# - The encoder reads all patches of xt, clamped to [0, 1], normalised as ImageNet's pixels are, embedded with
+#   class token and positions, and normalised again (tokenizer_norm).
 # - The decoder reads the encoder's outputs at visible places, after a linear layer. At masked places, and at
 #   position 0, where MAGE's decoder has the summary, it reads the mask token [M]. At the end come the visible
 #   ids, embedded. Visible places, masked places and ids have tables of positions of their own: v, m and i.
@@ -1762,14 +1702,6 @@ class ADDP(TokenModel):
         grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
-    # ---- for the scripts, see class Model
-
-    # reads_ids stays False: decoded ids are not the original image.
-    t_range = (0, 0, "always 0, since no timestep enters the network")
-    stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
-    dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
-    finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 9. Noise
@@ -1779,10 +1711,12 @@ class ADDP(TokenModel):
 #     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, 1)                  [DDPM, eq. 4]
 #
 # The noise schedule alpha_bar falls from almost 1, clean, to almost 0, noise, over T timesteps. They are
-# counted in two ways:
+# counted in two ways; and sampling, in denoise(), counts its steps from the other end:
 #
-#     here and in ADM    t = 0 ... T-1      at 0 there is a little noise already
-#     UMD                t = 0 ... T        at 0 there is none; UMD's t = 1 is t = 0 here
+#     alpha_bar            1      .9999    .9998     ...     .00004        of the clean image, then of xt
+#     t, here and in ADM            0        1       ...      T-1
+#     t in UMD             0        1        2       ...       T
+#     step in denoise()            T-1      T-2      ...       0           each leads one place to the left
 #
 # (1 - alpha_bar_t / alpha_bar_(t-1) is called beta_t: the variance of the noise that timestep t adds.)
 #
@@ -1820,10 +1754,8 @@ class ADDP(TokenModel):
 # [RePaint, without its jumps back].
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
-# tensor on the CPU: (B,), () or, of several timesteps, (T,).
-#
-# alpha_bar_next is always that of the less noisy neighbour, and 1 past the clean end. In a table in the order
-# of t this is entry t - 1. denoise() gets a table from noise to clean: there it is entry i + 1.
+# tensor on the CPU: (B,), () or, of several timesteps, (T,). alpha_bar_next is that of the next place to the
+# left in the table above: in the order of t entry t - 1, in that of denoise() entry step + 1; at the end 1.
 
 
 def noise_schedule(name, steps=1000):
@@ -2314,10 +2246,7 @@ class UMD(Model):
         nn.init.normal_(self.to_pixels.weight, std=0.02)
         nn.init.zeros_(self.to_pixels.bias)
 
-    # ---- for the scripts, see class Model
-
-    takes_labels = True
-    pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
+    # ---- for train.py
 
     def micro_batch_args(self, first, count):
         """How many images of this part of a batch stay clean, so that the ratio is right in the whole."""
@@ -2330,7 +2259,7 @@ class UMD(Model):
 #     loss = mean (eps - eps'(xt, t))^2 + L_vb          t uniform in 0 ... T-1                 [iDDPM, eq. 16]
 #
 # The network reads the noised image xt and predicts the noise. It has a second output, v, which decides how
-# much noise a step of sampling adds with eta = 1 ("The variance", below). L_vb trains v, and stands behind
+# much noise a step of sampling adds with eta = 1 ("The variance", below). L_vb trains v, and stands after
 # class ADM. The network is a U-Net of residual blocks, with attention on small maps. The side is halved on
 # the way down and doubled on the way up. The output of each block on the way down is kept, and its mirror,
 # the block as far from the other end, reads it, too:
@@ -2528,10 +2457,10 @@ class ADM(Model):
         self.input_blocks = nn.ModuleList(downs)
         self.middle_block = ADMBlock(residual(width, width), ADMAttention(width, head, groups, heads, order),
                                      residual(width, width))
-        # Up: blocks 8 to 13. Each level has blocks + 1 of them, one for each output that the way down has
-        # left at this size: those of its blocks, and that of what came before them, the block that halved the
-        # side or the first convolution. Below full size the last one ends in a residual block that doubles
-        # the side.
+        # Up: blocks 8 to 13, which take the skips from the end. Each level has blocks + 1 of them, one for
+        # each output that the way down has left at this size: those of its blocks, and that of what came
+        # before them, the block that halved the side or the first convolution. Below full size the last one
+        # ends in a residual block that doubles the side.
         outputs, ups = [*skips, (width, bottom)], []            # outputs: (channels, level) of all blocks
         for level, out in reversed([*enumerate(widths)]):
             for j in range(blocks + 1):
@@ -2721,7 +2650,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 #     MAGE     74.7 %          82.5 %        11.1
 #     MAGE-C   77.1 %                                  in shorter trainings, in which MAGE has 73.3 %
 #     Sorcen   75.1 %                         9.6      of which MAGE-E is a simple form
-#     ADDP     much weaker     83.9 %         8.9      (say its reviewers; it learns from decoded images)
+#     ADDP     much weaker     83.9 %         8.9      (say its reviewers on OpenReview, without a figure)
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
 #     UMD      31.8 %                        19.8      at 64 pixels, with 100 labels a class for the probe,
@@ -2752,7 +2681,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 #                   as x_next has (section 9, denoise). No patch is masked. The steps are those of generation:
 #                   UMD takes labels and a guide, ADM a guide alone, and its own variance at eta = 1.
 #                   Approximate: a step changes both parts so that they fit each other, but the change of the
-#                   known part is then overwritten. [RePaint] goes back and repeats steps until they fit.
+#                   known part is then overwritten. [RePaint] goes back and repeats steps, so that they fit.
 #     MAE           Patches with an unknown pixel are masked, and predicted in one step; known pixels in them
 #                   are kept (section 10, inpaint).
 #                   Approximate: these pixels are not read, and a seam may show; one step gives a mean.
@@ -2760,18 +2689,16 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 # DifFeed, a head in probe.py for any of these models, feeds late blocks, which know what the image shows,
 # back to early ones. It runs the frozen network twice, at the t of the probe, with the same noise or mask:
 #
-#     pass 1    1   2   3   4   5   6   7   8   9  10  11  12  13     ADM in size "tiny"
-#                                           |       |       |
-#                   .-----------------------+-------+-------'         ReLU(norm(conv(f_b))): f_b is the
-#                   |       .---------------+-------'                 output of block b = 8, 10, 12
-#                   |       |       .-------'
-#                   v       v       v
-#     pass 2    1   2   3   4   5   6   7   8   9  10                 the head reads 10, best_layer
+#     block     1   2   3   4   5   6   7   8   9  10  11  12  13     ADM in size "tiny"
+#                   ^       ^       ^       |       |       |
+#                   |       |       '-------'       |       |        f_8, f_10 and f_12 of pass 1 are added
+#                   |       '-----------------------'       |        to the outputs of 6, 4 and 2 in pass 2,
+#                   '---------------------------------------'        as ReLU(norm(conv(f_b)))
 #
 #     late = [12, 10, 8]
 #     f    = model.features(x, t, late, noise=noise)
 #     add  = {model.mirror(b): relu(norm_b(conv_b(f_b))) for b, f_b in zip(late, f)}
-#     maps = model.features(x, t, [model.best_layer], add=add, noise=noise)
+#     maps = model.features(x, t, [model.best_layer], add=add, noise=noise)       # of 10, for the head
 #
 # The mirror is the block as far from the other end: number of blocks + 1 - b. In transformers encoder and
 # decoder are counted through. What is added to its output is there before anything reads that. conv_b is 1x1,
@@ -2788,6 +2715,47 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 #     (A block in the middle is its own mirror, and left out.)
 #
 # The head itself is a small transformer, whose tokens are the cells of all maps that it reads.
+
+
+# Feature maps. features() of MAGE, ADDP and UMD does not call encode() and decode(). It runs the blocks with
+# these two functions, which keep the outputs that are wanted, add DifFeed's maps, and stop after the last
+# layer that is wanted. No token is dropped, and no label given. (Tests hold both passes equal.)
+
+
+def run_blocks(x, blocks, layers, add, patches, condition=(), first=1):
+    """Run transformer blocks, none beyond the last of layers -> output (B, ., C), {layer: map (B, C, h, w)}.
+
+    x          tokens (B, ., C); x[:, patches], patches a slice, are the image's, row by row
+    layers     numbers of the blocks whose outputs are wanted; the first block has the number first
+    add        {layer: map (B, C, h, w)} added to the output of that layer
+    condition  further arguments of the blocks
+    """
+    side, maps = math.isqrt(patches.stop - patches.start), {}
+    for b, block in enumerate(blocks[:max(layers) - first + 1], first):
+        x = block(x, *condition)
+        if b in add:
+            more = add[b].flatten(2).mT                                                     # (B, h * w, C)
+            x = torch.cat([x[:, :patches.start], x[:, patches] + more, x[:, patches.stop:]], 1)
+        if b in layers:
+            maps[b] = x[:, patches].mT.unflatten(2, (side, side))                           # (B, C, h, w)
+    return x, maps
+
+
+def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, condition=()):
+    """features() of a model with blocks and decoder_blocks -> [map (B, C, h, w) for each of layers].
+
+    x              tokens (B, prefix + L, C), the input of the first block, prefix class tokens first
+    condition      further arguments of all blocks
+    decoder_input  normed encoder output -> tokens (B, 1 + L ..., C'), the input of the first decoder block
+    """
+    layers, L = layers or [model.best_layer], x.size(1) - prefix
+    x, maps = run_blocks(x, model.blocks, layers, add, slice(prefix, prefix + L), condition)
+    if max(layers) > len(model.blocks):
+        x = decoder_input(model.norm(x))
+        first = len(model.blocks) + 1
+        _, more = run_blocks(x, model.decoder_blocks, layers, add, slice(1, 1 + L), condition, first)
+        maps = {**maps, **more}
+    return [maps[b] for b in layers]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2807,7 +2775,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 #
 #     model.sample(16, steps=4, schedule=lambda t, T: 1 - (t / T) ** 2)      # ratio that stays masked after t
 #     model.sample(16, steps=4, schedule=[12, 8, 4, 1])                      # or how many do, of 16 tokens
-#     # (with as many steps as tokens any ratio of 1 - t / T or more decides one token in each)
+#     # (in MAGE, with as many steps as tokens, any ratio of 1 - t / T or more decides one token in each)
 #
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
@@ -2844,7 +2812,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 #     python probe.py out/shapes-denoiser
 #     python -m pytest -q -k denoiser
 #
-# The class is a Model, or a TokenModel, see behind Denoiser. It must have
+# The class is a Model, or a TokenModel, of which an example follows Denoiser. It must have
 #
 #     image_size, layers, best_layer      set in __init__: S; {layer: (channels, h, w)} of all blocks, counted
 #                                         from 1; the layer that probes read if not told otherwise
@@ -2863,7 +2831,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 
 class Denoiser(Model):
     """Diffusion transformer at its smallest: it reads patches of the noised image, to each of which the
-    timestep is added, and predicts the noise. A UMD without masks and class tokens.
+    timestep is added, and predicts the noise. (UMD has more: masks, a decoder, class tokens, labels.)
 
     image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
     """
@@ -2885,7 +2853,7 @@ class Denoiser(Model):
         width = self.pos_embed.size(2)
         time = timestep_embedding(to_device(t, xt.device), width, width // 2, "cos sin")        # (B, C)
         x = self.patch_embed(xt).flatten(2).mT + self.pos_embed + time[:, None].to(xt.dtype)    # (B, L, C)
-        _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))            # of section 5
+        _, maps = run_blocks(x, self.blocks, layers, add, slice(0, self.length))           # of section 12
         return [maps[b] for b in layers]
 
     def predict(self, xt, t):
@@ -2969,7 +2937,7 @@ class Denoiser(Model):
 #
 #     options of sample_steps()           found by their names in its signature: temperature, schedule, order
 #                                         as in TokenModel, eta as in UMD; guidance, guidance_interval, guide,
-#                                         labels, known and mask as in either
+#                                         labels, known and mask as in both
 #     render(state)                       if x of its states is not in [-1, 1]
 #     num_steps(steps=None, eta=None)     if 10 steps are not usual
 #     noise(seeds)                        if what features() takes as noise is not like x; with draw=0, too,
@@ -2981,28 +2949,49 @@ class Denoiser(Model):
 #                                         count - 1 of a batch that does not fit into memory at once
 #     mirror(layer)                       which block DifFeed feeds back to
 #
-#     attribute           default         what it says
-#     length              0               number of tokens; of patches, too
-#     codes               0               entries of the codebook, if ids are predicted
-#     classes             0               labels that this model is conditioned on
-#     takes_labels        False           the class can be built with classes > 0, and sample_steps() takes
-#                                         labels, guidance and guidance_interval. Parameters that only such a
-#                                         model has are called label_embed, and --init skips them
-#     alpha_bar           None            the noise schedule
-#     max_steps           inf             sample.py takes no more sampling steps than these
-#     generates           True            it can start from nothing; if not sample_steps() takes known, mask
-#     best_t              0               the t of features() at which best_layer is probed; probe.py --sweep
-#                                         finds both
-#     t_range             (0, 0, ...)     least t, the cleanest, largest t, and what t is; if the largest is
-#                                         an int, only ints are taken. t may be an int anyway, such as 0.
-#                                         --sweep reads the first half
-#     pools               ("mean",)       poolings that embed() knows, the authors' first
-#     reads_ids           False           given ids instead of pixels, training and probing lose nothing
-#     stem                ()              names of what layer decay counts as before `blocks`, and
-#                                         --init-encoder copies with them
-#     dynamic_blocks      ()              blocks whose number of tokens differs from call to call
-#     finetuning          as MAGE's       learning rate for 256 images, layer decay, fraction of warm-up: for
-#                                         a ViT-B, and for a ViT-L, whose best_layer is 24 or more
+#     attribute           what it says
+#     length              number of tokens; of patches, too
+#     codes               entries of the codebook, if ids are predicted
+#     classes             labels that this model is conditioned on
+#     takes_labels        the class can be built with classes > 0, and sample_steps() takes labels, guidance
+#                         and guidance_interval. Parameters that only such a model has are called
+#                         label_embed, and --init skips them
+#     alpha_bar           the noise schedule
+#     max_steps           sample.py takes no more sampling steps than these
+#     generates           it can start from nothing; if not sample_steps() takes known, mask
+#     best_t              the t of features() at which best_layer is probed; probe.py --sweep finds both
+#     t_range             least t, the cleanest, largest t, and what t is; if the largest is an int, only ints
+#                         are taken. t may be an int anyway, such as 0. --sweep reads the first half
+#     pools               poolings that embed() knows, the authors' first
+#     reads_ids           given ids instead of pixels, training and probing lose nothing. In ADDP they do:
+#                         decoded ids are not the original image
+#     reconstructs        it has reconstruct()
+#     stem                names of what layer decay counts as before `blocks`, and --init-encoder copies with
+#                         them
+#     dynamic_blocks      blocks whose number of tokens differs from call to call
+#     finetuning          learning rate for 256 images, layer decay, fraction of warm-up: for a ViT-B, and for
+#                         a ViT-L, whose best_layer is 24 or more
+#
+# A class of your own sets in its body what differs from class Model, as Denoiser does with t_range:
+
+FOR_SCRIPTS = {
+    Model: dict(length=0, codes=0, classes=0, takes_labels=False, alpha_bar=None, max_steps=math.inf,
+                generates=True, best_t=0, t_range=(0, 0, "always 0"), pools=("mean",), reads_ids=False,
+                reconstructs=False, stem=(), dynamic_blocks=(),
+                finetuning=((2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1))),
+    TokenModel: dict(reconstructs=True, pools=("mean", "class")),
+    MAGE: dict(takes_labels=True, reads_ids=True, t_range=(0.0, 1.0, "the mask ratio"), stem=("token_emb",)),
+    ADDP: dict(t_range=(0, 0, "always 0, since no timestep enters the network"),
+               stem=("patch_embed", "pos_embed", "cls_token", "token_emb"),
+               dynamic_blocks=property(lambda self: tuple(self.decoder_blocks)),
+               finetuning=((1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1))),
+    UMD: dict(takes_labels=True, pools=("class", "mean"), stem=("patch_embed", "pos_embed", "cls_token")),
+}
+for _class, _values in FOR_SCRIPTS.items():
+    for _name, _value in _values.items():
+        setattr(_class, _name, _value)
+
+# Further:
 #
 # - A TokenModel takes ids for x as well. It inherits sample_steps(), num_steps(), noise() and reconstruct().
 #   Its pools are "mean" and "class", unless it says otherwise.
@@ -3388,6 +3377,15 @@ def to_device(x, device):
     """x on the device, without waiting for the copy. Apple's GPUs have to wait: there x might be freed before
     it is read."""
     return x.to(device, non_blocking=torch.device(device).type != "mps")
+
+
+def priority_of(order, confidence, mask, t):
+    """What an order of unmask() returns: float (n, L) like confidence, the lowest where it is nan. ValueError
+    for another shape."""
+    priority = order(confidence, mask, t)
+    if numpy.shape(priority) != mask.shape:
+        raise ValueError(f"order must return (n, L), here {tuple(mask.shape)}, not {numpy.shape(priority)}")
+    return torch.as_tensor(priority).to(confidence).nan_to_num(-math.inf, neginf=-math.inf)
 
 
 def in_groups(counts, function, *tensors):
