@@ -1604,6 +1604,7 @@ def with_labels(data):
     print(f"{known.sum()} of {len(data)} images have a label; the others are left out")
     part = copy.copy(data)
     part.images, part.labels = data.images[known.to(data.images.device)], data.labels[known]
+    part.summary = ""                                   # which counts the others, too
     return part
 
 
@@ -2441,7 +2442,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     images have another size. One known by what lies in its folder comes after check_folder(). If its files
     may change, its layout says which they are, such as "in memory, MD5 1f3a"; else --resume and probe.py go
     on with others, if number and classes are the same. If its test images are those to train on, set unseen
-    to False, and say so in summary.
+    to False, and say so in summary. For --head segment open_masks() is asked instead.
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":

@@ -182,7 +182,7 @@ def shown_in_the_tutorial(first, lines):
 
 
 DENOISER = unified.Method(unified.Denoiser, {"tiny": {}}, unified.UMD_RECIPE, tokens="patches")
-MASKGIT = shown_in_the_tutorial("class MaskGIT(TokenModel):", 34)["MaskGIT"]
+MASKGIT = shown_in_the_tutorial("class MaskGIT(TokenModel):", 35)["MaskGIT"]
 METHODS = {**unified.MODELS, "denoiser": DENOISER,
            "maskgit": unified.Method(MASKGIT, {"tiny": {}}, unified.MAGE_RECIPE)}
 EVERY = pytest.mark.parametrize("name", list(METHODS))
@@ -4174,7 +4174,7 @@ class Linear(nn.Module):
         return self.inner(x).square().mean(), {}
 
 
-def poisoned_steps(folder, bad, images=range(8), **recipe):
+def poisoned_steps(folder, bad, images=range(8), save_every=100, **recipe):
     """Twelve steps of four of 8 images, whose gradient is not finite in the steps of bad: [weight before each
     step], rows of the log. Alone, only these images have no finite gradient."""
     model, seen = Linear(), []
@@ -4187,7 +4187,8 @@ def poisoned_steps(folder, bad, images=range(8), **recipe):
                 seen.append(model.inner.weight.detach().clone())
                 yield torch.full((4, 3), math.nan if len(seen) - 1 in bad else 1.0), torch.zeros(4)
     recipe = dict(recipe, ema=0.5, batch_size=4, lr=1e-2)
-    return seen, trained(folder, model, recipe, batches, 12, data=image_set(8, 8), log_every=100)
+    return seen, trained(folder, model, recipe, batches, 12, data=image_set(8, 8), log_every=100,
+                         save_every=save_every)
 
 
 def test_a_run_cannot_be_resumed_with_fewer_steps_than_it_has(finished):
@@ -4254,7 +4255,9 @@ def test_a_step_whose_gradient_is_not_finite_moves_nothing_and_is_told(recipe, t
 
 def test_several_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path):
     told = f"6 steps in a row up to step 12; {tmp_path} keeps the last good checkpoint; a lower --lr"
-    assert_refused(told, poisoned_steps, tmp_path, set(range(6, 12)))
+    assert_refused(told, poisoned_steps, tmp_path, set(range(6, 12)), save_every=6)
+    (tmp_path / "new").mkdir()
+    assert_refused("up to step 12; a lower --lr", poisoned_steps, tmp_path / "new", set(range(12)))
 
 
 def test_an_image_that_alone_is_to_blame_for_such_steps_is_named(tmp_path):
@@ -4333,8 +4336,8 @@ def test_images_without_classes_train_and_are_not_probed(tmp_path):
     printed = script("train.py", *flags(tmp_path / "mine", tmp_path / "run", "--eval-every", 0))
     assert "no probe: it takes images of two" in printed and (tmp_path / "run" / "samples.png").exists()
     assert "two classes" in script("probe.py", tmp_path / "run", "--workers", 0, expect=2)
-    assert "no class folders" in script("train.py",
-                                        *flags(tmp_path / "mine", tmp_path / "other", "--labels"), expect=2)
+    assert "mine has no classes (no class folders)" in script(
+        "train.py", *flags(tmp_path / "mine", tmp_path / "other", "--labels"), expect=2)
 
 
 @pytest.mark.parametrize("of_train, of_test, unseen, lacking", [
@@ -5039,9 +5042,10 @@ def test_an_image_without_a_label_is_read_as_any_other(half_labelled):
 @pytest.mark.parametrize("head", ["ridge", "knn", "linear"])
 def test_a_probe_leaves_images_without_a_label_out_and_says_so(head, half_labelled, finished):
     epochs = ("--epochs", 1) * (head == "linear")
+    half_labelled.summary = "60 images to train on"
     printed, [row] = probed(finished[0], "--dataset", "half", "--head", head, *epochs)
     assert (row["n_train"], row["n_test"]) == (30, 30)
-    assert printed.count("30 of 60 images have a label") == 2
+    assert printed.count("30 of 60 images have a label") == 2 and "60 images to train on" not in printed
 
 
 def test_a_report_counts_the_images_that_have_a_label(half_labelled, report_of, capsys):
@@ -5054,6 +5058,7 @@ def test_training_on_labels_takes_one_for_every_image(half_labelled):
                    train.settings(train.Config(dataset="half", labels=True, model="umd", steps=5)))
     half_labelled.labels.fill_(-1)
     assert probe.no_probe(half_labelled, half_labelled)
+    train.open_data(train.settings(train.Config(dataset="half", model="umd", steps=5)))    # without labels
 
 
 def test_golden_learning_rate():

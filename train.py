@@ -372,10 +372,11 @@ def open_data(cfg):
         print_once(f"{len(train_set)} images are few: trained for long, the model will know them by heart"
                    + remedy)
     known = int((test_set.labels >= 0).sum())
-    for line in probe.few_to_test_on(known) * bool(test_set.unseen and test_set.classes):
-        print_once(line)
+    if test_set.unseen and test_set.classes and known:
+        for line in probe.few_to_test_on(known):
+            print_once(line)
     if cfg.labels and not train_set.classes:
-        raise UserError(f"--labels: {probe.shown(train_set.root)} has no class folders")
+        raise UserError(f"--labels: {cfg.dataset} has no classes (no class folders)")
     if cfg.labels and (missing := sum(int((data.labels < 0).sum()) for data in (train_set, test_set))):
         raise UserError(f"--labels: {missing} images of {cfg.dataset} have no label; leave --labels out")
     return train_set, test_set
@@ -644,7 +645,8 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
             place = i * world + rank                    # among the micro-batches of all processes
             torch.manual_seed(unified.hash_ints(cfg.seed, SEEDS[name], step, place))
             more = forward_args(step, place * micro)
-            # Up to the last micro-batch the gradients are sums of this process's own.
+            # Up to the last micro-batch the gradients are sums of this process's own. (Micro-batches need not
+            # be alike, see UMD.micro_batch_args().)
             with net.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext():
                 with probe.autocast(cfg):
                     loss, terms = net(x.squeeze(1), labels if cfg.labels else None, **more)
@@ -692,7 +694,8 @@ def update(optimizer, weights, ema, recipe, step):
     gradients, and drops them; they are means over all micro-batches and processes. Returns statistics of it,
     {name: a number, or a tensor that is read with the row}, for rows of log.jsonl with a loss, as the first
     process has them; one of your own is a key more, None where it is not defined (if it remembers something,
-    save() and restore() are to keep that, too). grad_norm is that before clipping."""
+    save() in train() and restore() are to keep that, too; Log.write() has what stands on the bar). grad_norm
+    is that before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["grad_clip"])
     lr = probe.learning_rate(step + 1, recipe["warmup"] * recipe["steps"], recipe["steps"] + 1, recipe["lr"],
                              recipe["min_lr"] * recipe["lr"])
@@ -873,9 +876,12 @@ class Log:
             names = self.culprits(step)
             remedy = "a lower --lr may help, or another --seed"
             if names:
-                remedy = f"{', '.join(names)} alone {'does' if len(names) == 1 else 'do'} that: take it out"
+                does, it = ("does", "it") if len(names) == 1 else ("do", "them")
+                remedy = f"{', '.join(names)} alone {does} that: take {it} out"
+            kept = pathlib.Path(self.cfg.out_dir, f"{self.name}.pt").exists()
             raise UserError(f"the loss or its gradient is not finite, {in_a_row} steps in a row up to step "
-                            f"{step}; {self.cfg.out_dir} keeps the last good checkpoint; {remedy}")
+                            f"{step}; " + f"{self.cfg.out_dir} keeps the last good checkpoint; " * kept
+                            + remedy)
         if skipped:
             print_once(f"{skipped} of the steps up to {step} were skipped: their gradient was not finite")
 
@@ -904,8 +910,8 @@ def write_evaluation(cfg, name, step, model, ema, evaluate):
 
 
 def images_to_blame(cfg, model, recipe, data, read, step):
-    """Names of the images, at most three, whose gradient alone is not finite; none if that of every
-    image of the step is not."""
+    """Names of the images, at most three, whose gradient alone is not finite; none if it is that of more
+    than one in ten: then not they are to blame."""
     found, alone = [], list(plan(len(data), cfg.seed, dict(recipe, micro_batch=1), step - 1, step))
     for (index, _), batch in zip(alone, read(alone)):
         x, labels = (unified.to_device(v, cfg.device) for v in batch)
@@ -915,7 +921,7 @@ def images_to_blame(cfg, model, recipe, data, read, step):
         if not all(g.isfinite().all() for g in gradients if g is not None):
             in_files = isinstance(data, probe.ImageFolder)
             found.append(probe.shown(data.paths[index]) if in_files else f"image {index.item()}")
-    return found[:3] if len(found) < len(alone) else []
+    return found if len(found) <= max(1, min(3, len(alone) // 10)) else []
 
 
 # Files: the run's folder, checkpoints; and signals, which end a run only when all is saved

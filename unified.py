@@ -734,8 +734,8 @@ def unmask(logits, ids, mask, count, u, gumbel, order=None, t=None):
     u       (n, L) in (0, 1): samples the ids
     gumbel  (n, L): is added to log p
     order   None: the most confident tokens are kept. Or a function, (confidence (n, L), mask, t) -> priority
-            (n, L), of which the highest are kept, as float32. confidence includes the Gumbel noise, and lies,
-            like mask, on the model's device. Section 13 has examples
+            (n, L) of any type, on any device, of which the highest are kept. confidence includes the Gumbel
+            noise, and lies, like mask, on the model's device. Section 13 has examples
     t       number of the step, for order
     returns ids with every masked one predicted, and the new mask, (n, L) each
     """
@@ -1713,7 +1713,7 @@ class ADDP(TokenModel):
 # The noise schedule alpha_bar falls from almost 1, clean, to almost 0, noise, over T timesteps. They are
 # counted in two ways; and sampling, in denoise(), counts its steps from the other end:
 #
-#     alpha_bar            1      .9999    .9998     ...     .00004        of the clean image, then of xt
+#     alpha_bar            1      .9999    .9998     ...     .00004        "linear"; of x0, then of xt
 #     t, here and in ADM            0        1       ...      T-1
 #     t in UMD             0        1        2       ...       T
 #     step in denoise()            T-1      T-2      ...       0           each leads one place to the left
@@ -2791,7 +2791,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # mask is that before the step, so two neighbours may be kept in one step. (At very high temperatures
 # confidence may differ by more than 1000; rank_in_row(confidence) - model.length * near is right at any.)
 #
-# A method that is new takes a class in this file, such as Denoiser below, and a row in MODELS, or after it:
+# A method that is new takes a class in this file, such as Denoiser below, and a row in MODELS, or after it in
+# this file, since --model is made of what stands there when the scripts begin:
 #
 #     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
@@ -2841,7 +2842,8 @@ class Denoiser(Model):
         self.image_size, self.length, patch = image_size, grid ** 2, image_size // grid
         self.alpha_bar = noise_schedule("cosine")                                           # (T,)
         self.max_steps = len(self.alpha_bar)                                                # T
-        self.t_range, self.best_t = (0, self.max_steps - 1, "the timestep"), 50         # of features()
+        self.t_range = (0, self.max_steps - 1, "the timestep")                          # t of features()
+        self.best_t = 50                                        # that of embed(); optional, else it is 0
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.length, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -2888,7 +2890,7 @@ class Denoiser(Model):
     def embed(self, x, noise=None, pool="mean"):
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))                   # (B, C)
 
-    stem = ("patch_embed", "pos_embed")                 # for fine-tuning
+    stem = ("patch_embed", "pos_embed")         # optional: what stands before the blocks, for fine-tuning
 
 
 # A method that predicts ids is a TokenModel, of section 4, which brings sample_steps() with it and asks for
@@ -2896,7 +2898,8 @@ class Denoiser(Model):
 # [MASK] at every masked place.
 #
 #     class MaskGIT(TokenModel):
-#         render, pools, reads_ids = MAGE.render, ("mean",), True
+#         render = MAGE.render
+#         pools = ("mean",)                   # of embed(); a TokenModel else has "class", too
 #
 #         def __init__(self, vqgan, image_size, width=128, depth=4, heads=4):
 #             super().__init__(vqgan, image_size)                             # sets codes, length and grid
