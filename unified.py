@@ -1425,7 +1425,7 @@ class EchoMAGE(ContrastiveMAGE):
 #     and returns        h0           h1             h2       h3            h4
 #
 #     decoder reads     [M]          [M]             h2       h3           [M]          1    0
-#     with positions     v0           m1             v2       v3            m4         i2   i3
+#     with positions     v0           m1             v2       v3            m4         i2   i3     (3 tables)
 #     and predicts p               (.9, .1)                              (.5, .5)
 #
 #     sampled from p                   0                                     1
@@ -1459,8 +1459,12 @@ class EchoMAGE(ContrastiveMAGE):
 #     loss = - mean over i in mask of  sum over k of q_i(k) log p_i(k | xt, visible ids)      [ADDP, figure 4]
 #            with label smoothing 0.1, and p over the whole vocabulary; in generation, over the codes alone
 #
-# So the target is a distribution over codes, not the one true id. Tokenizer and MAGE are frozen: no gradient
-# flows through xt or q. The encoder sees decoded images only; it is probed and fine-tuned on real ones.
+# So the target is a distribution over codes, not the one true id. The paper sees a diffusion process in this:
+# forward steps mask tokens, and MAGE fills each masked place with what it predicts; p is a step back, and the
+# loss its KL(q || p), which differs from the cross-entropy by q's entropy, a constant.
+#
+# Tokenizer and MAGE are frozen: no gradient flows through xt or q. The encoder sees decoded images only; it
+# is probed and fine-tuned on real ones.
 #
 # Both masks rank the same random numbers, so one contains the other. The ratios stand in one ascending list
 # of 66, nested_mask_ratios(), with a probability each: `mask` takes entry i, drawn with these, and
@@ -1711,17 +1715,15 @@ class ADDP(TokenModel):
 #     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,      eps ~ N(0, 1)                  [DDPM, eq. 4]
 #
 # The noise schedule alpha_bar falls from almost 1, clean, to almost 0, noise, over T timesteps. They are
-# counted in two ways; and sampling, in denoise(), counts its steps from the other end:
+# counted in two ways:
 #
-#     alpha_bar            1      .9999    .9998     ...     .00004        "linear"; of x0, then of xt
-#     t, here and in ADM            0        1       ...      T-1
-#     t in UMD             0        1        2       ...       T
-#     step in denoise()            T-1      T-2      ...       0           each leads one place to the left
+#     here and in ADM    t = 0 ... T-1      at 0 there is a little noise already
+#     UMD                t = 0 ... T        at 0 there is none; UMD's t = 1 is t = 0 here
 #
 # (1 - alpha_bar_t / alpha_bar_(t-1) is called beta_t: the variance of the noise that timestep t adds.)
 #
-# The network reads xt and t, and predicts eps. That is as good as predicting x0, since the mixture can be
-# solved for x0. The error is only rescaled:
+# The network reads xt and t, and predicts eps. That is one with predicting x0, since the mixture can be
+# solved for x0. Only the errors differ, by a factor:
 #
 #     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2             x0' not clamped
 #
@@ -1754,8 +1756,15 @@ class ADDP(TokenModel):
 # [RePaint, without its jumps back].
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
-# tensor on the CPU: (B,), () or, of several timesteps, (T,). alpha_bar_next is that of the next place to the
-# left in the table above: in the order of t entry t - 1, in that of denoise() entry step + 1; at the end 1.
+# tensor on the CPU: (B,), () or, of several timesteps, (T,). Sampling counts its steps from noise to clean.
+# Four steps of ADM skip most of 1,000 timesteps:
+#
+#     step of denoise()        0        1        2        3
+#     t                      999      666      333        0
+#     alpha_bar           .00004     .011     .319    .9999         "linear"
+#     alpha_bar_next        .011     .319    .9999        1         that of the next column; at the end 1
+#
+# A loss has all timesteps, in the order of t. There alpha_bar_next of t is alpha_bar of t - 1; for t = 0, 1.
 
 
 def noise_schedule(name, steps=1000):
@@ -2259,10 +2268,10 @@ class UMD(Model):
 #     loss = mean (eps - eps'(xt, t))^2 + L_vb          t uniform in 0 ... T-1                 [iDDPM, eq. 16]
 #
 # The network reads the noised image xt and predicts the noise. It has a second output, v, which decides how
-# much noise a step of sampling adds with eta = 1 ("The variance", below). L_vb trains v, and stands after
-# class ADM. The network is a U-Net of residual blocks, with attention on small maps. The side is halved on
-# the way down and doubled on the way up. The output of each block on the way down is kept, and its mirror,
-# the block as far from the other end, reads it, too:
+# much noise a step of sampling adds with eta = 1, and which L_vb trains. The network is a U-Net of residual
+# blocks, with attention on small maps. The side is halved on the way down and doubled on the way up. The
+# output of each block on the way down is kept, and its mirror, the block as far from the other end, reads it,
+# too:
 #
 #     size "tiny", 32 pixels: ch=16, ch_mult=(1, 2, 4), blocks=1, attention=(4,)
 #     block                              1   2   3   4   5   6   7   8   9  10  11  12  13
@@ -2275,6 +2284,103 @@ class UMD(Model):
 #
 # The frozen network is a representation, too [DiffSSL]. The best features come from blocks soon after the
 # middle, of an image with a little noise. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
+
+
+# The variance. (To see the network first, go on to class ADMResBlock.) How much noise should a step of
+# sampling add? With a thousand steps that hardly matters, with few it does. So ADM predicts the variance s^2
+# of each step, too. The best one depends on the images, and lies between those of two extremes [DDPM, 3.2]:
+#
+#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          if x0 were known (section 9)
+#     beta  = 1 - alpha_bar / alpha_bar_next                         if x0 were N(0, 1): so would be x_next
+#                                                                    and xt, and their squared correlation
+#                                                                    alpha_bar / alpha_bar_next
+#
+# The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
+# v = -1 gives beta~, v = 1 gives beta. Nothing clamps v, but training tends to keep s^2 between the two.
+#
+#     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
+#
+#     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
+#                                                 geometric mean
+#
+# A step of sampling is that of section 9, and v changes one thing in it: with eta = 1 the fresh noise has the
+# factor s instead of sigma = sqrt(beta~). The mean does not change, and so beta~ stays in its root:
+#
+#     x_next    = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps' + s noise
+#                 the last step, which leads to x0, adds no noise
+#
+#     eta        timesteps, unless told otherwise        sigma^2 in root     noise is added as
+#     1          250 of 1,000, evenly spaced             beta~               s noise
+#     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
+#     0          25 in whole strides: 0, 40, ... 960     0                   none: v is not used
+#
+# As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
+
+
+def log_variances(alpha_bar):
+    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. When sampling skips timesteps, alpha_bar
+    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that of t = 1 (if T = 1,
+    of beta). That matters to L_vb alone, as the step from t = 0 to x0 adds no noise."""
+    alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
+    beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
+    first = beta_tilde[1:2] if len(beta) > 1 else beta
+    return torch.cat([first, beta_tilde[1:]]).log(), beta.log()
+
+
+def learned_log_variance(v, t, alpha_bar):
+    """log s^2 as above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
+    log_beta_tilde, log_beta = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
+    return (1 + v) / 2 * log_beta + (1 - v) / 2 * log_beta_tilde
+
+
+# The loss of v. L_vb is a term of the variational bound. It compares two normal distributions of x_next. q
+# knows the true x0. p has the prediction x0' instead, and the variance s^2:
+#
+#     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
+#     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps')
+#
+# mean(xt, x0) is the step of section 9 with eta = 1, without noise: posterior_mean(). In L_vb x0' is not
+# clamped, in sampling it is. In bits, and averaged over pixels and channels:
+#
+#     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
+#            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
+#     L_vb = - log P(x0 | xt) / ln 2     in the last, to x0. As x0 is a byte, P is the probability, under p,
+#                                        of half a grey level around it on either side
+#
+# L_vb is to train v, not eps', so eps' is detached in the mean of p. (Both terms move the layers that v and
+# eps' share.) The paper adds 0.001 times the sum of L_vb over all timesteps. For T = 1000 this is their mean,
+# and one random t estimates a mean, so here the weight is 1, for any T, as in the official code by default.
+
+
+def discretised_nll(x, mean, log_std):
+    """-log of the probability, in nats, of the byte that x in [-1, 1] stands for, under a normal
+    distribution. The first and the last byte get all that lies beyond. Elementwise. The cdf is approximated
+    by tanh, as in the official losses.py."""
+    def cdf(z):
+        return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)).tanh())
+    below, above = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (-1, 1))
+    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return -mass.clamp(min=1e-12).log()
+
+
+def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
+    """Both terms of the loss for each image: squared error of eps, and L_vb in bits. (B,) each.
+
+    out  (B, 6, S, S): predictions of eps, and v        x0, xt, eps  (B, 3, S, S), x0 in [-1, 1]
+    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,)
+    """
+    eps_hat, v = out.chunk(2, 1)
+    a, a_next = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]    # of t; of t - 1, where the step leads
+    q_mean = posterior_mean(xt, x0, a, a_next)
+    p_mean = posterior_mean(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next)
+    log_var = learned_log_variance(v, t, alpha_bar)
+    log_beta_tilde = per_image(log_variances(alpha_bar)[0][t], v)
+    kl = 0.5 * (log_var - log_beta_tilde - 1 + (log_beta_tilde - log_var).exp()
+                + (q_mean - p_mean) ** 2 * (-log_var).exp())
+    nll = discretised_nll(x0, p_mean, 0.5 * log_var)
+    to_x0 = to_device(t == 0, x0.device).view(-1, 1, 1, 1)                              # the last step
+    nats = torch.where(to_x0, nll, kl).mean((1, 2, 3))                                      # (B,)
+    return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
 
 
 class ADMResBlock(nn.Module):
@@ -2339,51 +2445,6 @@ class ADMBlock(nn.Sequential):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ADMResBlock) else layer(x)
         return x
-
-
-# The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
-# few it does. So ADM predicts the variance s^2 of each step, too. The best variance lies between two bounds:
-#
-#     beta  = 1 - alpha_bar / alpha_bar_next                         right if x0 itself were N(0, 1)
-#     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          right if x0 were known (section 9)
-#
-# The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
-# v = -1 gives beta~, v = 1 gives beta. Nothing clamps v, but training tends to keep s^2 between the two.
-#
-#     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
-#
-#     alpha_bar = 0.25, alpha_bar_next = 0.64     beta = 0.609, beta~ = 0.293; v = 0 gives s^2 = 0.422, their
-#                                                 geometric mean
-#
-# A step of sampling is that of section 9, and v changes one thing in it: with eta = 1 the fresh noise has the
-# factor s instead of sigma = sqrt(beta~). The mean, and in it the root, stays DDPM's: it is what it is under
-# beta~.
-#
-#     x_next    = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - beta~) eps' + s noise
-#                 the last step, which leads to x0, adds no noise
-#
-#     eta        timesteps, unless told otherwise        sigma^2 in root     noise is added as
-#     1          250 of 1,000, evenly spaced             beta~               s noise
-#     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
-#     0          25 in whole strides: 0, 40, ... 960     0                   none: v is not used
-#
-# As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
-
-
-def log_variances(alpha_bar):
-    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. When sampling skips timesteps, alpha_bar
-    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that of t = 1 (if T = 1,
-    of beta). That matters to L_vb alone, as the step from t = 0 to x0 adds no noise."""
-    alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
-    beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
-    first = beta_tilde[1:2] if len(beta) > 1 else beta
-    return torch.cat([first, beta_tilde[1:]]).log(), beta.log()
-
-
-def learned_log_variance(v, t, alpha_bar):
-    """log s^2 as above: v (B, 3, S, S) at timesteps t of the process alpha_bar (T,) -> like v."""
-    log_beta_tilde, log_beta = (per_image(bound[t], v) for bound in log_variances(alpha_bar))
-    return (1 + v) / 2 * log_beta + (1 - v) / 2 * log_beta_tilde
 
 
 def spaced_timesteps(steps, counts):
@@ -2579,56 +2640,6 @@ class ADM(Model):
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))
 
 
-# L_vb, the loss of v, is a term of the variational bound. It compares two normal distributions of x_next. q
-# knows the true x0. p has the prediction x0' instead, and the variance s^2:
-#
-#     q(x_next | xt, x0) = N( mean(xt, x0), beta~ )
-#     p(x_next | xt)     = N( mean(xt, x0'), s^2 )                          x0' from sg(eps')
-#
-# mean(xt, x0) is the step of section 9 with eta = 1, without noise: posterior_mean(). In L_vb x0' is not
-# clamped, in sampling it is. In bits, and averaged over pixels and channels:
-#
-#     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
-#            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
-#     L_vb = - log P(x0 | xt) / ln 2     in the last, to x0. As x0 is a byte, P is the probability, under p,
-#                                        of half a grey level around it on either side
-#
-# L_vb is to train v, not eps', so eps' is detached in the mean of p. (Both terms move the layers that v and
-# eps' share.) The paper adds 0.001 times the sum of L_vb over all timesteps. For T = 1000 this is their mean,
-# and one random t estimates a mean, so here the weight is 1, for any T, as in the official code by default.
-
-
-def discretised_nll(x, mean, log_std):
-    """-log of the probability, in nats, of the byte that x in [-1, 1] stands for, under a normal
-    distribution. The first and the last byte get all that lies beyond. Elementwise. The cdf is approximated
-    by tanh, as in the official losses.py."""
-    def cdf(z):
-        return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)).tanh())
-    below, above = (cdf((x - mean + side / 255) * (-log_std).exp()) for side in (-1, 1))
-    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
-    return -mass.clamp(min=1e-12).log()
-
-
-def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
-    """Both terms of the loss for each image: squared error of eps, and L_vb in bits. (B,) each.
-
-    out  (B, 6, S, S): predictions of eps, and v        x0, xt, eps  (B, 3, S, S), x0 in [-1, 1]
-    t    int (B,), on the CPU: timesteps of the process alpha_bar (T,)
-    """
-    eps_hat, v = out.chunk(2, 1)
-    a, a_next = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]    # of t; of t - 1, where the step leads
-    q_mean = posterior_mean(xt, x0, a, a_next)
-    p_mean = posterior_mean(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next)
-    log_var = learned_log_variance(v, t, alpha_bar)
-    log_beta_tilde = per_image(log_variances(alpha_bar)[0][t], v)
-    kl = 0.5 * (log_var - log_beta_tilde - 1 + (log_beta_tilde - log_var).exp()
-                + (q_mean - p_mean) ** 2 * (-log_var).exp())
-    nll = discretised_nll(x0, p_mean, 0.5 * log_var)
-    to_x0 = to_device(t == 0, x0.device).view(-1, 1, 1, 1)                              # the last step
-    nats = torch.where(to_x0, nll, kl).mean((1, 2, 3))                                      # (B,)
-    return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 12. Side by side
 #
@@ -2650,7 +2661,7 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
 #     MAGE     74.7 %          82.5 %        11.1
 #     MAGE-C   77.1 %                                  in shorter trainings, in which MAGE has 73.3 %
 #     Sorcen   75.1 %                         9.6      of which MAGE-E is a simple form
-#     ADDP     much weaker     83.9 %         8.9      (say its reviewers on OpenReview, without a figure)
+#     ADDP        -            83.9 %         8.9      two of its reviewers call its linear probe weak
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
 #     UMD      31.8 %                        19.8      at 64 pixels, with 100 labels a class for the probe,
@@ -2975,7 +2986,7 @@ class Denoiser(Model):
 #     finetuning          learning rate for 256 images, layer decay, fraction of warm-up: for a ViT-B, and for
 #                         a ViT-L, whose best_layer is 24 or more
 #
-# A class of your own sets in its body what differs from class Model, as Denoiser does with t_range:
+# A class of your own sets what differs from class Model, in its body or in __init__, as Denoiser does:
 
 FOR_SCRIPTS = {
     Model: dict(length=0, codes=0, classes=0, takes_labels=False, alpha_bar=None, max_steps=math.inf,
