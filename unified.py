@@ -542,7 +542,9 @@ class Model(nn.Module):
     """What all have in common. A subclass defines forward(), features(), embed(), and sample_steps(), which
     yields a state after each step: a Decoding of ids and their mask (section 4), or a Denoising of pixels
     (section 9). In its __init__ it sets image_size, layers = {number of a block: (channels, h, w)}, and
-    best_layer, the block that features() reads if none is named."""
+    best_layer, the block that features() reads if none is named. (Section 13 has the whole contract.)"""
+
+    max_steps = math.inf                        # of sampling, that make sense
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1], options as for sample_steps. Call eval() before: in training mode
@@ -781,40 +783,13 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-# Guidance. MAGE and UMD may be told the label of an image. In training one label in ten is left out, so they
-# can predict with a label and without. Classifier-free guidance exaggerates the difference that a label y
-# makes [CFG]:
-#
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
-#
-#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
-#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
-#
-# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
-#
-# - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
-#   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
-#   low <= progress < high; elsewhere w_t is 1.
-# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
-#   makes the same errors as the network, but larger ones. So the direction from its prediction to the
-#   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
-#   only guidance they have.
-
-
-def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
-    low, high = interval
-    return w if low <= progress < high else 1.0
-
-
 # MAGE and ADDP share this loop, as the class TokenModel. Each brings a network for it, step_logits(). Who
 # calls whom in generation:
 #
 #     sample                      Model: all steps, then render()
 #       sample_steps              TokenModel: seeds, temperature, inpainting
 #         parallel_decoding       above: for t = 1 ... T
-#           guided_logits         TokenModel: with guidance two passes
+#           guided_logits         TokenModel: with guidance, of which section 5 has more, two passes
 #             step_logits         MAGE, ADDP: one pass of the network
 #           num_masked, unmask    above: how many stay masked, and which
 #       render                    MAGE, ADDP: ids -> pixels
@@ -896,7 +871,7 @@ class TokenModel(Model):
         steps, seeds = self.num_steps(steps), image_seeds(seeds, n, self.device)
         temperature = 6.0 * self.grid / 16 if temperature is None else temperature
 
-        def predict(t, state):
+        def predict(t, state):                          # without guidance w_t is 1, and one pass is enough
             w_t = 1 + (guidance - 1) * t / steps
             w_t = guidance_at((t - 1) / steps, w_t, guidance_interval)
             return self.guided_logits(state, labels, w_t, guide)
@@ -940,8 +915,9 @@ class TokenModel(Model):
 # (In the authors' files the fake class has the id of class 76.)
 #
 # Generation is the loop of section 4. There, as in the official code, no [MASK] is dropped: dropping saves
-# time in training. So at the start the encoder reads L of them, while in training it never meets more than
-# L / 2.
+# time in training. So the network meets what it has never seen: at the start L times [MASK] in the encoder,
+# where training has L / 2 at most; in the last third of the steps, and in embed(), fewer than half of the ids
+# masked. By the results it copes with that.
 
 
 class TokenEmbedding(nn.Module):
@@ -1157,6 +1133,33 @@ class MAGE(TokenModel):
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
 
 
+# Guidance. MAGE and UMD may be told the label of an image. In training one label in ten is left out, so they
+# can predict with a label and without. Classifier-free guidance exaggerates the difference that a label y
+# makes [CFG]; in MAGE this is done by guided_logits(), of section 4:
+#
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
+#
+#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
+#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
+#
+# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
+#
+# - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
+#   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
+#   low <= progress < high; elsewhere w_t is 1.
+# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
+#   makes the same errors as the network, but larger ones. So the direction from its prediction to the
+#   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
+#   only guidance they have.
+
+
+def guidance_at(progress, w, interval):
+    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
+    low, high = interval
+    return w if low <= progress < high else 1.0
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 6. A training loop
 #
@@ -1239,7 +1242,8 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
         model = UMD(**size, grid=8, clean_ratio=0.5, mask_ratio_clean=0.75, mask_ratio_noised=0.375)
     if method == "adm":
         model = ADM(image_size=32, **ADM_SIZES["tiny"])
-    fresh = draw_zero_layers(copy.deepcopy(model)).eval()   # of section 16; UMD and ADM alone, see section 12
+    # What starts at 0 in UMD and ADM is drawn at random, or only shortcuts would act; see section 12.
+    fresh = draw_zero_layers(copy.deepcopy(model)).eval()
     untrained = {labelled: linear_probe(fresh, labelled) for labelled in (40, 1000)}
     fit(model.train(), steps, batch_size=64 if method == "mage" else 16, peak_lr=1.5e-3)
     for labelled, before in untrained.items():
@@ -1722,7 +1726,7 @@ class ADDP(TokenModel):
 #
 # (1 - alpha_bar_t / alpha_bar_(t-1) is called beta_t: the variance of the noise that timestep t adds.)
 #
-# The network reads xt and t, and predicts eps. That is one with predicting x0, since the mixture can be
+# The network reads xt and t, and predicts eps. This is the same as predicting x0, since the mixture can be
 # solved for x0. Only the errors differ, by a factor:
 #
 #     |x0 - x0'|^2 = (1 / alpha_bar_t - 1) |eps - eps'|^2             x0' not clamped
@@ -2268,10 +2272,10 @@ class UMD(Model):
 #     loss = mean (eps - eps'(xt, t))^2 + L_vb          t uniform in 0 ... T-1                 [iDDPM, eq. 16]
 #
 # The network reads the noised image xt and predicts the noise. It has a second output, v, which decides how
-# much noise a step of sampling adds with eta = 1, and which L_vb trains. The network is a U-Net of residual
-# blocks, with attention on small maps. The side is halved on the way down and doubled on the way up. The
-# output of each block on the way down is kept, and its mirror, the block as far from the other end, reads it,
-# too:
+# much noise a step of sampling adds with eta = 1, and which L_vb trains; both follow the blocks. The network
+# is a U-Net of residual blocks, with attention on small maps. The side is halved on the way down and doubled
+# on the way up. The output of each block on the way down is kept, and its mirror, the block as far from the
+# other end, reads it, too:
 #
 #     size "tiny", 32 pixels: ch=16, ch_mult=(1, 2, 4), blocks=1, attention=(4,)
 #     block                              1   2   3   4   5   6   7   8   9  10  11  12  13
@@ -2286,9 +2290,73 @@ class UMD(Model):
 # middle, of an image with a little noise. (Official files: unet.py, gaussian_diffusion.py, nn.py.)
 
 
-# The variance. (To see the network first, go on to class ADMResBlock.) How much noise should a step of
-# sampling add? With a thousand steps that hardly matters, with few it does. So ADM predicts the variance s^2
-# of each step, too. The best one depends on the images, and lies between those of two extremes [DDPM, 3.2]:
+class ADMResBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, 4 ch) -> (B, out, h', w').
+
+    emb scales and shifts every channel between the convolutions. resize, a layer that halves or doubles the
+    side, acts before the first convolution and on the shortcut. Official name: ResBlock.
+    """
+
+    def __init__(self, inp, out, emb, groups, dropout, resize=None):
+        super().__init__()
+        self.resize = resize or nn.Identity()
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, inp), nn.SiLU(),
+                                       nn.Conv2d(inp, out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * out))
+        self.out_layers = nn.Sequential(nn.GroupNorm(groups, out), nn.SiLU(), nn.Dropout(dropout),
+                                        zero_init(nn.Conv2d(out, out, 3, padding=1)))
+        self.skip_connection = nn.Identity() if inp == out else nn.Conv2d(inp, out, 1)
+
+    def forward(self, x, emb):
+        norm, silu, conv = self.in_layers
+        h = conv(self.resize(silu(norm(x))))                                                # (B, out, h', w')
+        scale, shift = self.emb_layers(emb)[..., None, None].chunk(2, 1)                # (B, out, 1, 1) each
+        h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        return self.skip_connection(self.resize(x)) + h
+
+
+class ADMAttention(nn.Module):
+    """Self-attention over a map, without positions: (B, C, h, w) -> (B, C, h, w). Official name:
+    AttentionBlock.
+
+    head, heads  width of a head, or their number
+    order        of the 3 C channels: "legacy": q, k, v of the first head, of the second, ...; "new":
+                 q of all heads, k, v
+    """
+
+    def __init__(self, dim, head, groups, heads=None, order="legacy"):
+        super().__init__()
+        if (heads or head) < 1 or dim % (heads or head):
+            raise ValueError(f"width {dim} is no multiple of {heads or head}, see --adm-heads")
+        self.heads, self.order = heads or dim // head, order
+        self.norm = nn.GroupNorm(groups, dim)
+        self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero_init(nn.Conv1d(dim, dim, 1))
+
+    def forward(self, x):
+        # The 1x1 convolutions are computed as linear layers: a convolution's output is in no order that fused
+        # kernels take.
+        qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C)
+        if self.order == "legacy":
+            q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)      # 3 x (B, heads, L, d)
+        else:
+            q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)              # (B, L, C)
+        return x + F.linear(y, self.proj_out.weight[..., 0], self.proj_out.bias).mT.view(x.shape)
+
+
+class ADMBlock(nn.Sequential):
+    """The layers of one block; residual blocks read the timestep's embedding: (B, C, h, w), (B, 4 ch) ->
+    (B, C_out, h', w')."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ADMResBlock) else layer(x)
+        return x
+
+
+# The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
+# few it does. So ADM predicts the variance s^2 of each step, too. The best one depends on the images, and
+# lies between those of two extremes [DDPM, 3.2]:
 #
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          if x0 were known (section 9)
 #     beta  = 1 - alpha_bar / alpha_bar_next                         if x0 were N(0, 1): so would be x_next
@@ -2381,70 +2449,6 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     to_x0 = to_device(t == 0, x0.device).view(-1, 1, 1, 1)                              # the last step
     nats = torch.where(to_x0, nll, kl).mean((1, 2, 3))                                      # (B,)
     return (eps - eps_hat).square().mean((1, 2, 3)), nats / math.log(2)
-
-
-class ADMResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (B, inp, h, w), emb (B, 4 ch) -> (B, out, h', w').
-
-    emb scales and shifts every channel between the convolutions. resize, a layer that halves or doubles the
-    side, acts before the first convolution and on the shortcut. Official name: ResBlock.
-    """
-
-    def __init__(self, inp, out, emb, groups, dropout, resize=None):
-        super().__init__()
-        self.resize = resize or nn.Identity()
-        self.in_layers = nn.Sequential(nn.GroupNorm(groups, inp), nn.SiLU(),
-                                       nn.Conv2d(inp, out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * out))
-        self.out_layers = nn.Sequential(nn.GroupNorm(groups, out), nn.SiLU(), nn.Dropout(dropout),
-                                        zero_init(nn.Conv2d(out, out, 3, padding=1)))
-        self.skip_connection = nn.Identity() if inp == out else nn.Conv2d(inp, out, 1)
-
-    def forward(self, x, emb):
-        norm, silu, conv = self.in_layers
-        h = conv(self.resize(silu(norm(x))))                                                # (B, out, h', w')
-        scale, shift = self.emb_layers(emb)[..., None, None].chunk(2, 1)                # (B, out, 1, 1) each
-        h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
-        return self.skip_connection(self.resize(x)) + h
-
-
-class ADMAttention(nn.Module):
-    """Self-attention over a map, without positions: (B, C, h, w) -> (B, C, h, w). Official name:
-    AttentionBlock.
-
-    head, heads  width of a head, or their number
-    order        of the 3 C channels: "legacy": q, k, v of the first head, of the second, ...; "new":
-                 q of all heads, k, v
-    """
-
-    def __init__(self, dim, head, groups, heads=None, order="legacy"):
-        super().__init__()
-        if (heads or head) < 1 or dim % (heads or head):
-            raise ValueError(f"width {dim} is no multiple of {heads or head}, see --adm-heads")
-        self.heads, self.order = heads or dim // head, order
-        self.norm = nn.GroupNorm(groups, dim)
-        self.qkv, self.proj_out = nn.Conv1d(dim, 3 * dim, 1), zero_init(nn.Conv1d(dim, dim, 1))
-
-    def forward(self, x):
-        # The 1x1 convolutions are computed as linear layers: a convolution's output is in no order that fused
-        # kernels take.
-        qkv = F.linear(self.norm(x).flatten(2).mT, self.qkv.weight[..., 0], self.qkv.bias)  # (B, L, 3C)
-        if self.order == "legacy":
-            q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)      # 3 x (B, heads, L, d)
-        else:
-            q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)              # (B, L, C)
-        return x + F.linear(y, self.proj_out.weight[..., 0], self.proj_out.bias).mT.view(x.shape)
-
-
-class ADMBlock(nn.Sequential):
-    """The layers of one block; residual blocks read the timestep's embedding: (B, C, h, w), (B, 4 ch) ->
-    (B, C_out, h', w')."""
-
-    def forward(self, x, emb):
-        for layer in self:
-            x = layer(x, emb) if isinstance(layer, ADMResBlock) else layer(x)
-        return x
 
 
 def spaced_timesteps(steps, counts):
@@ -2665,12 +2669,13 @@ class ADM(Model):
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
 #     UMD      31.8 %                        19.8      at 64 pixels, with 100 labels a class for the probe,
-#     its MAE  36.6 %                        26.8      and FID after further training with labels. So these
-#     its DiT  25.6 %                        18.9      three are to be compared with one another alone
+#     its MAE  36.6 %                        26.8      and FID after further training with labels and noise,
+#     its DiT  25.6 %                        18.9      which lets MAE generate, too. These three are to be
+#                                                      compared with one another alone
 #
 # So MAGE has features and images from one loss. ADDP improves its images, and its features once they are
-# fine-tuned. UMD lies between all masks, which give better features, and all noise, which gives better
-# images.
+# fine-tuned. UMD lies between all masks, which give better features, and all noise, which gives slightly
+# better images.
 #
 # What an embedding is, and so what such a probe reads, differs:
 #
@@ -2718,12 +2723,12 @@ class ADM(Model):
 #
 # Which b, by default?
 #
-#     ADM            Blocks after the middle count if their mirror's map has the same size. The last block
-#                    does not: its mirror, block 1, is a mere convolution. Of each size the last one is taken:
-#                    in "tiny" 12 at 32 pixels, 10 at 16 and 8 at 8, whose mirrors are 2, 4 and 6. (9 and 11
-#                    double the side: their mirrors' maps are smaller.)
-#     transformers   all of the second half but the last. Of 4 + 2 blocks 5 and 4, whose mirrors are 2 and 3
-#     (A block in the middle is its own mirror, and left out.)
+#     ADM            1. the blocks after the middle: 8 to 13 in "tiny"
+#                    2. without the last, whose mirror is a mere convolution: 8 to 12
+#                    3. without those whose mirror's map has another size: 8, 10, 12
+#                    4. of each size the last: 12 at 32 pixels, 10 at 16, 8 at 8
+#     transformers   1. the blocks after the middle: 4, 5 and 6 of 4 + 2 blocks
+#                    2. without the last: 4 and 5, whose mirrors are 3 and 2; the head reads 4, best_layer
 #
 # The head itself is a small transformer, whose tokens are the cells of all maps that it reads.
 
@@ -2773,7 +2778,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # 13. A method of your own
 #
 # Often a change of a method is enough. As an example, this trains MAGE with three quarters of the tokens
-# masked (to generate it would need ratios up to 1). The row stands in MODELS, of section 14, or after it:
+# masked (to generate it would need ratios up to 1). It stands in this file, below MODELS, of section 14:
 #
 #     class MAGE75(MAGE):
 #         def forward(self, x, labels=None, *, mask_ratio=0.75, **draws):
@@ -2781,8 +2786,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
 #
 # Where ids are predicted, another number of tokens a step, or another order of decoding, needs no class: both
-# are arguments of sample(). (In sample.py --schedule takes the names in SCHEDULES, section 4, and --order
-# those in its table ORDERS, whose functions make such an order from the grid's side and the seeds.)
+# are arguments of sample(). (On the command line they have names: SCHEDULES, of section 4, and ORDERS, in
+# sample.py, whose functions make an order from the grid's side and the seeds.)
 #
 #     model.sample(16, steps=4, schedule=lambda t, T: 1 - (t / T) ** 2)      # ratio that stays masked after t
 #     model.sample(16, steps=4, schedule=[12, 8, 4, 1])                      # or how many do, of 16 tokens
@@ -2802,8 +2807,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # mask is that before the step, so two neighbours may be kept in one step. (At very high temperatures
 # confidence may differ by more than 1000; rank_in_row(confidence) - model.length * near is right at any.)
 #
-# A method that is new takes a class in this file, such as Denoiser below, and a row in MODELS, or after it in
-# this file, since --model is made of what stands there when the scripts begin:
+# A method that is new takes a class, such as Denoiser below, and a row. Put both into this file, the row
+# below MODELS, since --model is made of what stands there when the scripts begin. (Denoiser's is not there.)
 #
 #     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
@@ -2832,7 +2837,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #                                         what t is
 #     forward(x, labels=None)             images (B, 3, S, S) -> scalar loss, dict of its terms
 #     sample_steps(n, steps=None, seeds=None)             yields a Denoising after each step, as many as
-#                                         num_steps(steps) says, without gradient. Image i follows from
+#                                         num_steps(steps) says (10 unless you define it, too), without
+#                                         gradient. Image i follows from
 #                                         seeds[i]: image_seeds() makes (n,) of seeds, noise() draws from them
 #     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
 #                                         -> [map (B, C, h, w) for each of layers]. add, {layer: map}, is
@@ -2905,8 +2911,8 @@ class Denoiser(Model):
 
 
 # A method that predicts ids is a TokenModel, of section 4, which brings sample_steps() with it and asks for
-# self.vqgan, step_logits() and render() instead. This is MaskGIT without labels: one transformer, which reads
-# [MASK] at every masked place.
+# self.vqgan, step_logits() and render() instead. This is MaskGIT's network, without labels and with MAGE's
+# mask ratios: one transformer, which reads [MASK] at every masked place.
 #
 #     class MaskGIT(TokenModel):
 #         render = MAGE.render
@@ -2989,9 +2995,9 @@ class Denoiser(Model):
 # A class of your own sets what differs from class Model, in its body or in __init__, as Denoiser does:
 
 FOR_SCRIPTS = {
-    Model: dict(length=0, codes=0, classes=0, takes_labels=False, alpha_bar=None, max_steps=math.inf,
-                generates=True, best_t=0, t_range=(0, 0, "always 0"), pools=("mean",), reads_ids=False,
-                reconstructs=False, stem=(), dynamic_blocks=(),
+    Model: dict(length=0, codes=0, classes=0, takes_labels=False, alpha_bar=None, generates=True,
+                best_t=0, t_range=(0, 0, "always 0"), pools=("mean",), reads_ids=False, reconstructs=False,
+                stem=(), dynamic_blocks=(),
                 finetuning=((2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1))),
     TokenModel: dict(reconstructs=True, pools=("mean", "class")),
     MAGE: dict(takes_labels=True, reads_ids=True, t_range=(0.0, 1.0, "the mask ratio"), stem=("token_emb",)),
