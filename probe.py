@@ -198,7 +198,7 @@ def fewshot_scores(x, y, x_test, classes, penalty=1024.0):
     x, x_test = (F.pad((v - mean) / std, (0, 1), value=100.0).double() for v in (x, x_test))
     target = 2.0 * F.one_hot(y, classes).double() - 1
     gram = x.T @ x + penalty * torch.eye(x.size(1), dtype=x.dtype, device=x.device)
-    return (x_test @ torch.linalg.solve(gram, x.T @ target)).float()
+    return (x_test @ solve(gram, x.T @ target)).float()
 
 
 def fewshot_ridge(x, y, x_test, y_test, penalties=(1e-3, 1e-2, 1e-1, 1.0, 10.0)):
@@ -261,7 +261,7 @@ def cross_validate(x, target, order, penalties):
         rest = order[~torch.isin(order, held)]
         inner, outer = kernel[..., rest[:, None], rest], kernel[..., held[:, None], rest]
         identity, y = len(rest) * torch.eye(len(rest), dtype=x.dtype, device=x.device), target[rest].double()
-        scores = torch.stack([outer @ torch.linalg.solve(inner + p * identity, y) for p in penalties])
+        scores = torch.stack([outer @ solve(inner + p * identity, y) for p in penalties])
         hits = hits + scores.argmax(-1).eq(target[held].argmax(-1)).sum(-1)
     return hits / len(order)
 
@@ -280,7 +280,13 @@ def ridge(gram, cross, penalty):
     """Moments -> weight (..., C + 1, classes), whose last row is the bias. penalty: for each image, of
     which there are gram[-1, -1]; a number, or (..., 1, 1)."""
     diagonal = penalty * gram[..., -1:, -1:] * torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + diagonal)).float()
+    return solve(gram + diagonal, cross).float()
+
+
+def solve(a, b):
+    """a^-1 b of positive definite a (..., N, N). By Cholesky: on a CPU torch.linalg.solve() may hang forever
+    over several matrices, after torch.set_num_threads() (seen with torch 2.13 and MKL)."""
+    return torch.cholesky_solve(b, torch.linalg.cholesky(a))
 
 
 def where_float64_is(*tensors):

@@ -6469,21 +6469,32 @@ def test_two_processes_train_as_one_does(contrastive, alone, losses_agree, tmp_p
             assert (without_keys(name, weights2[name]) - without_keys(name, p)).abs().max() < 1e-5, name
 
 
-def test_two_processes_share_the_ids_and_leave_one_run(photos, tmp_path):
-    """As a user starts them, with torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               HERE / "train.py"]
-    with open(tmp_path / "printed", "w") as file:
-        process = subprocess.Popen([*command, *map(str, flags(photos, tmp_path / "run", "--labels"))],
-                                   stdout=file, stderr=file,
-                                   start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def python(folder, *args):
+    """What a Python of its own prints, which must end with code 0 within the limit; its group is killed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder / "printed", "w") as file:
+        process = subprocess.Popen([sys.executable, *map(str, args)], stdout=file, stderr=file, cwd=HERE,
+                                   start_new_session=True, env=environment)
     try:
         process.wait(LIMIT)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    printed = (tmp_path / "printed").read_text()
+    printed = (folder / "printed").read_text()
     assert process.returncode == 0, printed
+    return printed
+
+
+def test_a_probe_of_few_images_at_several_places_ends_on_several_threads(tmp_path):
+    """LU decompositions of several matrices, on two threads that are asked for so, hang in torch 2.13."""
+    python(tmp_path, "-c", "import torch, probe; torch.set_num_threads(2); y = torch.arange(400) % 8\n"
+           "x = torch.randn(3, 400, 128); probe.ridge_probe(x, y, x, y)")
+
+
+def test_two_processes_share_the_ids_and_leave_one_run(photos, tmp_path):
+    """As a user starts them, with torchrun."""
+    printed = python(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                     HERE / "train.py", *flags(photos, tmp_path / "run", "--labels"))
     assert printed.count("python sample.py") == 1
     vqgan, _ = unified.load_tokenizer(tmp_path / "run")
     data = probe.open_data(str(photos), "", 32, train=True)
