@@ -7211,6 +7211,11 @@ def test_a_schedule_of_counts_has_one_for_each_step_and_leaves_no_more_masked_th
             list(model.sample_steps(2, steps=3, schedule=wrong))
 
 
+def test_a_schedule_may_have_any_name(monkeypatch):
+    monkeypatch.setitem(unified.SCHEDULES, "power 1.5", lambda t, T: 1 - (t / T) ** 1.5)
+    small("mage").eval().sample(1, steps=2, schedule="power 1.5")
+
+
 @pytest.mark.parametrize("name", ["mage", "addp"])
 def test_what_a_schedule_or_an_order_of_ones_own_must_return_is_said(name):
     model = small(name).eval()

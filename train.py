@@ -73,7 +73,8 @@ class Config:
     ids: int = flag(None, "tokens per image: ids, or patches of pixels [shapes 16, of pixels 64; else 64 "
                           "below 128 pixels, 256 below 256, then one for 16 x 16; 256 patches also where 64 "
                           "would have more values than the model is wide]", min=4, max=2**20)
-    labels: bool = flag(False, "condition on class labels, so that sample.py --label works")
+    labels: bool = flag(False, "condition on class labels, which addp and adm do not take, so that "
+                               "sample.py --label works")
     init: str = flag("", "start from this run of the same model and size, with its tokenizer; with --labels, "
                          "to teach it the classes", metavar="RUN")
     init_encoder: str = flag("", "start from the encoder blocks of this run of the same width", metavar="RUN")

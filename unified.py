@@ -1768,7 +1768,7 @@ class ADDP(TokenModel):
 #     alpha_bar           .00004     .011     .319    .9999         "linear"
 #     alpha_bar_next        .011     .319    .9999        1         that of the next column; at the end 1
 #
-# A loss has all timesteps, in the order of t. There alpha_bar_next of t is alpha_bar of t - 1; for t = 0, 1.
+# A loss has all timesteps, in the order of t. There alpha_bar_next is alpha_bar of t - 1, and 1 if t is 0.
 
 
 def noise_schedule(name, steps=1000):
@@ -1831,8 +1831,8 @@ def ddim_step(xt, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=0.0, std=None):
     return factor(alpha_bar_next.sqrt()) * x0 + direction + std * noise
 
 
-# Why eta = 1 is DDPM (on a first reading go on to class Denoising). The posterior q(x_next | xt, x0) has the
-# variance beta~ and the mean                                                                    [DDPM, eq. 7]
+# Why eta = 1 is DDPM (on a first reading go on to class Denoising). A step of DDPM draws x_next from the
+# posterior q(x_next | xt, x0), with x0' for x0. Its variance is beta~, its mean                 [DDPM, eq. 7]
 #
 #     sqrt(alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar) * xt
 #         + sqrt(alpha_bar_next) * (1 - alpha_bar / alpha_bar_next) / (1 - alpha_bar) * x0
@@ -2359,9 +2359,10 @@ class ADMBlock(nn.Sequential):
 # lies between those of two extremes [DDPM, 3.2]:
 #
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          if x0 were known (section 9)
-#     beta  = 1 - alpha_bar / alpha_bar_next                         if x0 were N(0, 1): so would be x_next
-#                                                                    and xt, and their squared correlation
-#                                                                    alpha_bar / alpha_bar_next
+#     beta  = 1 - alpha_bar / alpha_bar_next                         if all that is known were x0 ~ N(0, 1)
+#
+# (In the second case x_next and xt are N(0, 1), too. Their correlation is the root of alpha_bar /
+# alpha_bar_next, and the variance of one, given the other, is 1 minus its square.)
 #
 # The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
 # v = -1 gives beta~, v = 1 gives beta. Nothing clamps v, but training tends to keep s^2 between the two.
@@ -2665,7 +2666,7 @@ class ADM(Model):
 #     MAGE     74.7 %          82.5 %        11.1
 #     MAGE-C   77.1 %                                  in shorter trainings, in which MAGE has 73.3 %
 #     Sorcen   75.1 %                         9.6      of which MAGE-E is a simple form
-#     ADDP        -            83.9 %         8.9      two of its reviewers call its linear probe weak
+#     ADDP                     83.9 %         8.9      (no linear probe in its README)
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
 #     UMD      31.8 %                        19.8      at 64 pixels, with 100 labels a class for the probe,
@@ -2778,7 +2779,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # 13. A method of your own
 #
 # Often a change of a method is enough. As an example, this trains MAGE with three quarters of the tokens
-# masked (to generate it would need ratios up to 1). It stands in this file, below MODELS, of section 14:
+# masked (to generate it would need ratios up to 1). Put it into this file, below MODELS, of section 14:
 #
 #     class MAGE75(MAGE):
 #         def forward(self, x, labels=None, *, mask_ratio=0.75, **draws):
@@ -2791,7 +2792,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #
 #     model.sample(16, steps=4, schedule=lambda t, T: 1 - (t / T) ** 2)      # ratio that stays masked after t
 #     model.sample(16, steps=4, schedule=[12, 8, 4, 1])                      # or how many do, of 16 tokens
-#     # (in MAGE, with as many steps as tokens, any ratio of 1 - t / T or more decides one token in each)
+#     # (MAGE decides one token in each step at least, whatever the ratio; ADDP may decide none)
 #
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
@@ -3029,6 +3030,8 @@ for _class, _values in FOR_SCRIPTS.items():
 # - features() has one t for all images. If forward() has one for each, (B,), both share a function, as
 #   UMD.predict().
 # - steps may be any number from 1 on. The samples that train.py draws on the way take 20.
+# - The help of --steps in sample.py, and of --ids, --batch-size, --steps and --lr in train.py, names defaults
+#   of methods. Add yours.
 # - sample_steps() sends what it computes on the CPU to the device by to_device(), and reads nothing back, so
 #   that a GPU never waits.
 # - An argument with a name known from above, such as labels or mask_noise, is checked before the method runs
@@ -3540,7 +3543,7 @@ FORMS = {                               # by [class.][method.]argument; decoders
     "known": "float ({B}, 3, {S}, {S}) in [-0.5, 1.5]", "mask": "bool ({B}, {S}, {S})",
     "seeds": "int ({B})", "sample_steps.seeds": "int in [-9e18, 9e18] or int ({B})",
     "draw": "int in [0, 9e18]", "layers": "layers in [1, {D}]", "add": "maps in [1, {D}]",
-    "pool": "among {m.pools}",
+    "pool": "among {pools}",
 }
 FORM = re.compile(r"(\w+)(?: \((.*?),?\))?(?: in \[(\S+), (\S+)([])]))?")
 
@@ -3580,7 +3583,7 @@ def fits(v, form, weight, near=False, wait=False):
     if form == "function":
         return callable(v)
     if form.startswith("among "):
-        return isinstance(v, str) and v in re.findall(r"[\w-]+", form)[1:]
+        return isinstance(v, str) and v in form.removeprefix("among ").split(", ")
     kind, shape, low, high, end = FORM.fullmatch(form).groups()
     low, high = float(low or -math.inf), float(high or math.inf) - (end == ")")
     if kind == "pair":
@@ -3617,7 +3620,8 @@ def letters_of(model, a):
     kind = type(getattr(m, "t_range", (0, 0))[1]).__name__
     steps = a.get("steps")
     T = int(steps) if is_number(steps, "int", 1, math.inf) else m.num_steps() if "schedule" in a else 0
-    return {"m": m, "S": S, "D": D, "B": B, "N": N, "T": T, "time": kind, "schedules": ", ".join(SCHEDULES)}
+    return {"m": m, "S": S, "D": D, "B": B, "N": N, "T": T, "time": kind, "schedules": ", ".join(SCHEDULES),
+            "pools": ", ".join(getattr(m, "pools", ()))}
 
 
 def form_of(model, method, argument):
