@@ -1019,7 +1019,7 @@ def state_of(optimizer):
     return {"class": type(optimizer).__name__, **optimizer.state_dict()}
 
 
-KERNELS = {"fused", "foreach", "capturable"}            # options of an optimizer, that decide how it computes
+KERNELS = {"fused", "foreach", "capturable"}            # options of an optimizer that decide how it computes
 
 
 def kind_of(state):
