@@ -542,9 +542,17 @@ class Model(nn.Module):
     """What all have in common. A subclass defines forward(), features(), embed(), and sample_steps(), which
     yields a state after each step: a Decoding of ids and their mask (section 4), or a Denoising of pixels
     (section 9). In its __init__ it sets image_size, layers = {number of a block: (channels, h, w)}, and
-    best_layer, the block that features() reads if none is named. (Section 13 has the whole contract.)"""
+    best_layer, the block that features() reads if none is named. Section 13 lists its duties."""
 
-    max_steps = math.inf                        # of sampling, that make sense
+    # What a method declares besides, in its class or in __init__, where it differs.
+    takes_labels, classes = False, 0            # whether it can be told labels, and how many
+    t_range = (0, 0, "always 0")                # of the t of features(): least, largest, and what it is
+    best_t, pools = 0, ("mean",)                # at which t, and how averaged, embed() reads
+    max_steps, alpha_bar = math.inf, None       # of sampling; the noise schedule
+    generates, reconstructs = True, False       # can it start from nothing; has it reconstruct()
+    length, codes, reads_ids = 0, 0, False      # tokens; size of a codebook; whether ids serve as pixels do
+    stem, dynamic_blocks = (), ()               # for layer decay and torch.compile
+    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)      # learning rate, layer decay, warm-up
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1], options as for sample_steps. Call eval() before: in training mode
@@ -578,8 +586,6 @@ class Model(nn.Module):
     def tokenizer(self):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
-
-    # ---- for the scripts, as are the attributes in the table where the tutorial ends
 
     def after_step(self):
         """Called after each step of the optimizer."""
@@ -807,6 +813,7 @@ class TokenModel(Model):
     render(state)                      a Decoding -> pixels (n, 3, S, S) in [0, 1]
     """
 
+    reconstructs, pools = True, ("mean", "class")
     round_up = False                                            # of num_masked
 
     def __init__(self, vqgan, image_size):
@@ -991,6 +998,9 @@ class MAGE(TokenModel):
     dropout         after the embedding and in the blocks
     """
 
+    takes_labels, reads_ids = True, True
+    t_range, stem = (0.0, 1.0, "the mask ratio"), ("token_emb",)
+
     def __init__(self, vqgan, image_size, width, depth, heads, decoder_width, decoder_depth, decoder_heads,
                  classes=0, fake_class=None, dropout=0.1):
         super().__init__(vqgan, image_size)
@@ -1117,6 +1127,7 @@ class MAGE(TokenModel):
             noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
             mask = rank_in_row(noise) < math.ceil(t * self.length)
         x = self.token_emb(self.input_ids(ids, mask))                                       # (B, 1 + L, C)
+        # Of section 12: encode() and decode(), that keep what comes after blocks.
         return encoder_decoder_features(self, x, lambda latent: self.decoder_input(latent, mask), layers, add)
 
     def embed(self, x, noise=None, pool="mean"):
@@ -1333,7 +1344,8 @@ class ContrastiveMAGE(MAGE):
 # The image, masked as in MAGE, goes through the encoder that is trained. The echo, with the fake class, goes
 # through a teacher: a slow copy of encoder and projection, through which no gradient flows.
 #
-#     z_i = unit(prediction(projection(mean(encoder(image i)))))         prediction: 256 -> 2048 -> 256
+#     z_i = unit(prediction(projection(mean(encoder(image i)))))         prediction: 256 -> 2048 -> 256;
+#                                                                        mean as in MAGE-C
 #     u_i = unit(teacher's projection(mean(teacher's encoder(echo i))))
 #
 #     loss = - mean over images i of  log( exp(u_i . z_i / tau) / sum_j exp(u_i . z_j / tau) )       tau = 0.3
@@ -1465,7 +1477,7 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # So the target is a distribution over codes, not the one true id. The paper sees a diffusion process in this:
 # forward steps mask tokens, and MAGE fills each masked place with what it predicts; p is a step back, and the
-# loss its KL(q || p), which differs from the cross-entropy by q's entropy, a constant.
+# loss its KL(q || p): but for the smoothing, the cross-entropy less q's entropy, a constant.
 #
 # Tokenizer and MAGE are frozen: no gradient flows through xt or q. The encoder sees decoded images only; it
 # is probed and fine-tuned on real ones.
@@ -1520,6 +1532,11 @@ class ADDP(TokenModel):
     - visible ids enter the decoder as tokens, beside the encoder's output;
     - p_prev comes from a mask ratio 1 to 5 entries further in the list, not from exactly one step before.
     """
+
+    t_range = (0, 0, "always 0, since no timestep enters the network")
+    stem = ("patch_embed", "pos_embed", "cls_token", "token_emb")
+    dynamic_blocks = property(lambda self: tuple(self.decoder_blocks))
+    finetuning = (1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1)
 
     def __init__(self, predictor, image_size, width, depth, heads, decoder_depth, decoder_heads, dropout=0.1):
         if image_size != predictor.image_size:
@@ -1996,6 +2013,9 @@ class UMD(Model):
     The timestep t is 0 for clean images, and 1 ... T for noised ones.
     """
 
+    takes_labels = True
+    pools, stem = ("class", "mean"), ("patch_embed", "pos_embed", "cls_token")
+
     def __init__(self, image_size, grid, width, depth, heads, decoder_depth, clean_ratio, mask_ratio_clean,
                  mask_ratio_noised, classes=0, class_tokens=4):
         super().__init__()
@@ -2272,10 +2292,10 @@ class UMD(Model):
 #     loss = mean (eps - eps'(xt, t))^2 + L_vb          t uniform in 0 ... T-1                 [iDDPM, eq. 16]
 #
 # The network reads the noised image xt and predicts the noise. It has a second output, v, which decides how
-# much noise a step of sampling adds with eta = 1, and which L_vb trains; both follow the blocks. The network
-# is a U-Net of residual blocks, with attention on small maps. The side is halved on the way down and doubled
-# on the way up. The output of each block on the way down is kept, and its mirror, the block as far from the
-# other end, reads it, too:
+# much noise a step of sampling adds with eta = 1, and which L_vb trains (more on both after class ADMBlock).
+# The network is a U-Net of residual blocks, with attention on small maps. The side is halved on the way down
+# and doubled on the way up. The output of each block on the way down is kept, and its mirror, the block as
+# far from the other end, reads it, too:
 #
 #     size "tiny", 32 pixels: ch=16, ch_mult=(1, 2, 4), blocks=1, attention=(4,)
 #     block                              1   2   3   4   5   6   7   8   9  10  11  12  13
@@ -2660,7 +2680,8 @@ class ADM(Model):
 #     umd      2              42.9 -> 50.3 %   80.3 -> 86.8 %   flat colours: it needs longer training
 #     adm      3              32.5 -> 39.6 %   70.7 -> 83.4 %   blobs with sharp edges, in all colours
 #
-# At scale the papers report, of ViT-B (ADM: a U-Net) and ImageNet, at 256 pixels, FID without labels:
+# At scale the papers report, of ViT-B (ADM: a U-Net) and ImageNet at 256 pixels, and FID (the distance of
+# samples from images: lower is better) without labels:
 #
 #              linear probe    fine-tuned    FID
 #     MAGE     74.7 %          82.5 %        11.1
@@ -2669,10 +2690,12 @@ class ADM(Model):
 #     ADDP                     83.9 %         8.9      (no linear probe in its README)
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
-#     UMD      31.8 %                        19.8      at 64 pixels, with 100 labels a class for the probe,
-#     its MAE  36.6 %                        26.8      and FID after further training with labels and noise,
-#     its DiT  25.6 %                        18.9      which lets MAE generate, too. These three are to be
-#                                                      compared with one another alone
+# And UMD's authors at 64 pixels, with 100 labels a class for the probe, and FID after further training with
+# labels and noise, which lets MAE generate, too. These three are to be compared with one another alone:
+#
+#     UMD      31.8 %                        19.8
+#     its MAE  36.6 %                        26.8
+#     its DiT  25.6 %                        18.9
 #
 # So MAGE has features and images from one loss. ADDP improves its images, and its features once they are
 # fine-tuned. UMD lies between all masks, which give better features, and all noise, which gives slightly
@@ -2792,7 +2815,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #
 #     model.sample(16, steps=4, schedule=lambda t, T: 1 - (t / T) ** 2)      # ratio that stays masked after t
 #     model.sample(16, steps=4, schedule=[12, 8, 4, 1])                      # or how many do, of 16 tokens
-#     # (MAGE decides one token in each step at least, whatever the ratio; ADDP may decide none)
+#     # (by such ratios MAGE decides one token in each step at least; ADDP, or a list, may decide none)
 #
 #     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
 #         return -torch.arange(confidence.size(1)).expand_as(confidence)
@@ -2855,6 +2878,8 @@ class Denoiser(Model):
     image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
     """
 
+    stem = ("patch_embed", "pos_embed")         # optional: what stands before the blocks, for fine-tuning
+
     def __init__(self, image_size, grid, width=128, depth=4, heads=4):
         super().__init__()
         self.image_size, self.length, patch = image_size, grid ** 2, image_size // grid
@@ -2908,12 +2933,10 @@ class Denoiser(Model):
     def embed(self, x, noise=None, pool="mean"):
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))                   # (B, C)
 
-    stem = ("patch_embed", "pos_embed")         # optional: what stands before the blocks, for fine-tuning
-
 
 # A method that predicts ids is a TokenModel, of section 4, which brings sample_steps() with it and asks for
-# self.vqgan, step_logits() and render() instead. This is MaskGIT's network, without labels and with MAGE's
-# mask ratios: one transformer, which reads [MASK] at every masked place.
+# self.vqgan, step_logits() and render() instead; the other duties are the same. This is MaskGIT's network,
+# without labels and with MAGE's mask ratios: one transformer, which reads [MASK] at every masked place.
 #
 #     class MaskGIT(TokenModel):
 #         render = MAGE.render
@@ -2970,7 +2993,7 @@ class Denoiser(Model):
 #                                         count - 1 of a batch that does not fit into memory at once
 #     mirror(layer)                       which block DifFeed feeds back to
 #
-#     attribute           what it says
+#     attribute           what it says; class Model has the defaults
 #     length              number of tokens; of patches, too
 #     codes               entries of the codebook, if ids are predicted
 #     classes             labels that this model is conditioned on
@@ -2993,25 +3016,6 @@ class Denoiser(Model):
 #     finetuning          learning rate for 256 images, layer decay, fraction of warm-up: for a ViT-B, and for
 #                         a ViT-L, whose best_layer is 24 or more
 #
-# A class of your own sets what differs from class Model, in its body or in __init__, as Denoiser does:
-
-FOR_SCRIPTS = {
-    Model: dict(length=0, codes=0, classes=0, takes_labels=False, alpha_bar=None, generates=True,
-                best_t=0, t_range=(0, 0, "always 0"), pools=("mean",), reads_ids=False, reconstructs=False,
-                stem=(), dynamic_blocks=(),
-                finetuning=((2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1))),
-    TokenModel: dict(reconstructs=True, pools=("mean", "class")),
-    MAGE: dict(takes_labels=True, reads_ids=True, t_range=(0.0, 1.0, "the mask ratio"), stem=("token_emb",)),
-    ADDP: dict(t_range=(0, 0, "always 0, since no timestep enters the network"),
-               stem=("patch_embed", "pos_embed", "cls_token", "token_emb"),
-               dynamic_blocks=property(lambda self: tuple(self.decoder_blocks)),
-               finetuning=((1e-3, 0.65, 0.2), (2.5e-4, 0.8, 0.1))),
-    UMD: dict(takes_labels=True, pools=("class", "mean"), stem=("patch_embed", "pos_embed", "cls_token")),
-}
-for _class, _values in FOR_SCRIPTS.items():
-    for _name, _value in _values.items():
-        setattr(_class, _name, _value)
-
 # Further:
 #
 # - A TokenModel takes ids for x as well. It inherits sample_steps(), num_steps(), noise() and reconstruct().
