@@ -430,7 +430,8 @@ class VQGAN(nn.Module):
 #     discriminator  1.0   hinge(d(x), d(sg(x'))) / 2  d alone
 #
 # where hinge(a, b) = max(0, 1 - a) + max(0, 1 + b). The factor g is chosen anew in each step: it makes the
-# gradient of g d(x') at the decoder's last layer as long as that of l1 + l2, taken without their weights.
+# gradient of g d(x') at the decoder's last layer as long as that of l1 + l2, taken without their weights. It
+# is 10,000 at most.
 #
 # MaskGIT's perceptual loss needs a pretrained network. We do without, and pay in texture: expect a clearly
 # higher reconstruction FID than the 2 to 3 of released tokenizers.
@@ -551,8 +552,6 @@ class Model(nn.Module):
     max_steps, alpha_bar = math.inf, None       # of sampling; the noise schedule
     generates, reconstructs = True, False       # can it start from nothing; has it reconstruct()
     length, codes, reads_ids = 0, 0, False      # tokens; size of a codebook; whether ids serve as pixels do
-    stem, dynamic_blocks = (), ()               # for layer decay and torch.compile
-    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)      # learning rate, layer decay, warm-up
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1], options as for sample_steps. Call eval() before: in training mode
@@ -586,6 +585,11 @@ class Model(nn.Module):
     def tokenizer(self):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
+
+    # ---- for the scripts: fine-tuning, torch.compile, train.py
+
+    stem, dynamic_blocks = (), ()
+    finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
 
     def after_step(self):
         """Called after each step of the optimizer."""
@@ -1450,7 +1454,8 @@ class EchoMAGE(ContrastiveMAGE):
 #     next p_prev                                                        (.5, .5)
 #
 # - Codes, image. A visible place has the code of its id. A masked one has the mean of all codes under p_prev,
-#   sum over k of p_prev(k) e_k. D, the tokenizer's decoder, makes a blur of it.
+#   sum over k of p_prev(k) e_k. D, the tokenizer's decoder, makes a blur of it. (An image needs pixels
+#   everywhere: where nothing is decided p_prev shows what is likely.)
 # - The encoder reads all patches of xt, clamped to [0, 1], normalised as ImageNet's pixels are, embedded with
 #   class token and positions, and normalised again (tokenizer_norm).
 # - The decoder reads the encoder's outputs at visible places, after a linear layer. At masked places, and at
@@ -1778,7 +1783,7 @@ class ADDP(TokenModel):
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
 # tensor on the CPU: (B,), () or, of several timesteps, (T,). Sampling counts its steps from noise to clean.
-# Four steps of ADM skip most of 1,000 timesteps:
+# Four steps of ADM, at eta = 1, skip most of 1,000 timesteps:
 #
 #     step of denoise()        0        1        2        3
 #     t                      999      666      333        0
@@ -1924,6 +1929,7 @@ def timestep_embedding(t, dim, denominator, layout):
 #     (In both parts: with mask ratio 0, as in DiT, each term is a mean over all pixels.)
 #
 #     loss = (N / B) (L_x0 + L_eps) / 2  +  ((B - N) / B) L_clean                            [UMD, section 3]
+#                                      (/ 2: a noised image counts as much as a clean one)
 #
 # The network predicts x0 and eps for every patch. At visible patches eps counts. At masked ones x0 counts:
 # nothing there tells which noise was drawn, but the rest of the image tells what the patch may show.
@@ -2402,6 +2408,7 @@ class ADMBlock(nn.Sequential):
 #     1          250 of 1,000, evenly spaced             beta~               s noise
 #     between    the same                                eta^2 beta~         eta sqrt(beta~) noise, not s
 #     0          25 in whole strides: 0, 40, ... 960     0                   none: v is not used
+#                (pure noise is taken for t = 960, too)
 #
 # As alpha_bar_next is that of the next timestep visited, beta and beta~ fit the stride.
 
@@ -2459,9 +2466,9 @@ def hybrid_loss(out, x0, xt, eps, t, alpha_bar):
     t    int (B,), on the CPU: timesteps of the process alpha_bar (T,)
     """
     eps_hat, v = out.chunk(2, 1)
-    a, a_next = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]    # of t; of t - 1, where the step leads
-    q_mean = posterior_mean(xt, x0, a, a_next)
-    p_mean = posterior_mean(xt, x0_from_eps(xt, a, eps_hat.detach()), a, a_next)
+    now, after = alpha_bar[t], F.pad(alpha_bar, (1, 0), value=1.0)[t]   # of t; of t - 1, where the step leads
+    q_mean = posterior_mean(xt, x0, now, after)
+    p_mean = posterior_mean(xt, x0_from_eps(xt, now, eps_hat.detach()), now, after)
     log_var = learned_log_variance(v, t, alpha_bar)
     log_beta_tilde = per_image(log_variances(alpha_bar)[0][t], v)
     kl = 0.5 * (log_var - log_beta_tilde - 1 + (log_beta_tilde - log_var).exp()
@@ -2747,12 +2754,10 @@ class ADM(Model):
 #
 # Which b, by default?
 #
-#     ADM            1. the blocks after the middle: 8 to 13 in "tiny"
-#                    2. without the last, whose mirror is a mere convolution: 8 to 12
-#                    3. without those whose mirror's map has another size: 8, 10, 12
-#                    4. of each size the last: 12 at 32 pixels, 10 at 16, 8 at 8
-#     transformers   1. the blocks after the middle: 4, 5 and 6 of 4 + 2 blocks
-#                    2. without the last: 4 and 5, whose mirrors are 3 and 2; the head reads 4, best_layer
+#     ADM            of the blocks after the middle, and for each map size, the last one whose mirror's map
+#                    has that size: 12 at 32 pixels, 10 at 16, 8 at 8; not 13, whose mirror is a convolution
+#     transformers   all blocks of the second half but the last: 4 and 5 of 4 + 2 blocks, whose mirrors are 3
+#                    and 2; the head reads 4, best_layer
 #
 # The head itself is a small transformer, whose tokens are the cells of all maps that it reads.
 
@@ -2810,8 +2815,9 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
 #
 # Where ids are predicted, another number of tokens a step, or another order of decoding, needs no class: both
-# are arguments of sample(). (On the command line they have names: SCHEDULES, of section 4, and ORDERS, in
-# sample.py, whose functions make an order from the grid's side and the seeds.)
+# are arguments of sample(). (On the command line they have names. --schedule takes those in SCHEDULES, of
+# section 4; --order those in ORDERS, in sample.py: functions of the grid's side and the seeds that return an
+# order.)
 #
 #     model.sample(16, steps=4, schedule=lambda t, T: 1 - (t / T) ** 2)      # ratio that stays masked after t
 #     model.sample(16, steps=4, schedule=[12, 8, 4, 1])                      # or how many do, of 16 tokens
