@@ -1994,8 +1994,9 @@ def shuffled(n, *seeds):
 class ImageTensor:
     """A whole set in memory as uint8 (N, 3, S, S), on the device; crops are cut there, a batch at a time. A
     fourth channel is a mask, see section 7, and not interpolated. labels int64 (N,), on the CPU, are indices
-    of classes, a list of names; -1 is none, see with_labels(). Tokenizers are trained on its whole images,
-    since crops would be enlarged. Attributes as of ImageFolder; layout, summary and unseen may be set later.
+    of classes, a list of names; -1 is none: such images are trained on, if not with --labels, and not probed.
+    Tokenizers are trained on its whole images, since crops would be enlarged. Attributes as of ImageFolder;
+    layout, summary and unseen may be set later.
 
     scale  fraction of the area that a crop keeps, (0.2, 1) in the papers
     """
@@ -2356,11 +2357,11 @@ def is_held_out(files, labels):
     return [held and c in left for held, c in zip(picked, labels)]
 
 
-def check_drawn(data_dir):
-    """UserError if shapes, which are drawn, are said to lie in a folder."""
+def check_drawn(dataset, data_dir):
+    """UserError if images that are drawn, as shapes, are said to lie in a folder."""
     if data_dir:
-        raise UserError(f"--dataset shapes is drawn, not read from {data_dir}; leave --data-dir out, or name "
-                        "the folder as --dataset")
+        raise UserError(f"--dataset {dataset} is drawn, not read from {data_dir}; leave --data-dir out, or "
+                        "name the folder as --dataset")
 
 
 def check_folder(root):
@@ -2448,11 +2449,12 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     images have another size. One known by what lies in its folder comes after check_folder(). If its files
     may change, its layout says which they are, such as "in memory, MD5 1f3a"; else --resume and probe.py go
     on with others, if number and classes are the same. If its test images are those to train on, set unseen
-    to False, and say so in summary. For --head segment open_masks() is asked instead.
+    to False, and say so in summary. Half of all crops are mirrored. For --head segment open_masks() is asked
+    instead. The help of --dataset names all kinds.
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":
-        check_drawn(data_dir)
+        check_drawn(dataset, data_dir)
         return ImageTensor(*shapes(train, size), (max(crop, 0.5), 1.0), device)
     if dataset == "cifar10":
         if size != 32:
@@ -2543,7 +2545,7 @@ def open_masks(dataset, data_dir, size, cfg):
     if dataset in ("cifar10", "imagenet"):
         raise UserError(f"{dataset} has no masks; --head segment takes shapes, or a folder with masks")
     if dataset == "shapes":
-        check_drawn(data_dir)
+        check_drawn(dataset, data_dir)
         sets = [shapes(train, size, masks=True) for train in (True, False)]
         for images, _, _ in sets:
             images[:, 3] *= ~torch.isin(images[:, 3], torch.tensor(void) + 1)

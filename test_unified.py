@@ -1360,7 +1360,7 @@ def test_one_view_is_plain_mage():
     x = some_images()
     draws = dict(mask_ratio=0.6, mask_noise=some_noise(4, 16))
     loss, logs = mage(kind=unified.ContrastiveMAGE)(x, **draws)
-    assert [*logs] == ["masked"] and loss == mage()(x, **draws)[0]
+    assert "contrast" not in logs and loss == mage()(x, **draws)[0]
 
 
 def mage_e(**options):
@@ -4258,6 +4258,35 @@ def test_several_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path):
     assert_refused(told, poisoned_steps, tmp_path, set(range(6, 12)), save_every=6)
     (tmp_path / "new").mkdir()
     assert_refused("up to step 12; a lower --lr", poisoned_steps, tmp_path / "new", set(range(12)))
+
+
+class Terms(Linear):
+    """One that returns terms of its own."""
+    terms = {}
+
+    def forward(self, x, labels=None, **draws):
+        loss, _ = super().forward(x, labels, **draws)
+        return loss, self.terms
+
+
+def some_terms(folder, **terms):
+    """The last row of a training of two steps, in which forward() returns these terms."""
+    model = Terms()
+    model.terms = terms
+
+    def batches(plan):
+        return ((torch.ones(2, 3), torch.zeros(2)) for _ in plan)
+    return trained(folder, model, dict(batch_size=2), batches, 2, data=image_set(8, 8), log_every=2)[-1]
+
+
+def test_a_row_has_terms_that_are_numbers_or_nothing_where_they_are_not_finite(tmp_path):
+    (tmp_path / "a").mkdir()
+    row = some_terms(tmp_path, plain=0.5, scalar=torch.tensor(2.0), lost=torch.tensor(math.nan))
+    assert (row["plain"], row["scalar"], row["lost"]) == (0.5, 2.0, None)
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text() and list(train.loss_charts(tmp_path))
+    for wrong in (dict(lr=1.0), dict(step=1.0), dict(several=torch.ones(2))):
+        with pytest.raises(ValueError, match=f"a term {[*wrong][0]} of shape"):
+            some_terms(tmp_path / "a", **wrong)
 
 
 def test_an_image_that_alone_is_to_blame_for_such_steps_is_named(tmp_path):

@@ -360,8 +360,10 @@ def open_data(cfg):
     train_set, test_set = (
         probe.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, cfg.device, cfg.strict_images,
                           recipe_of(cfg)["min_crop"]) for part in (True, False))
+    unlabelled = sum(int((data.labels < 0).sum()) for data in (train_set, test_set))
     print_once(train_set.summary or f"{cfg.dataset}: {len(train_set)} images of {len(train_set.classes)} "
-               f"classes to train on, {len(test_set)} to test on")
+               f"classes to train on, {len(test_set)} to test on"
+               + f"; {unlabelled} of them have no label" * bool(unlabelled))
     steps = f"{cfg.steps} steps" if cfg.steps else f"{cfg.epochs:g} epochs"
     first = f"tokenizer: {cfg.tokenizer or cfg.init or f'{cfg.tokenizer_steps} steps'}; "
     first *= unified.MODELS[cfg.model].tokenizer
@@ -378,8 +380,8 @@ def open_data(cfg):
             print_once(line)
     if cfg.labels and not train_set.classes:
         raise UserError(f"--labels: {cfg.dataset} has no classes (no class folders)")
-    if cfg.labels and (missing := sum(int((data.labels < 0).sum()) for data in (train_set, test_set))):
-        raise UserError(f"--labels: {missing} images of {cfg.dataset} have no label; leave --labels out")
+    if cfg.labels and unlabelled:
+        raise UserError(f"--labels: {unlabelled} images of {cfg.dataset} have no label; leave --labels out")
     return train_set, test_set
 
 
@@ -816,6 +818,9 @@ def read_rows(folder):
     return [r for r in rows if isinstance(r, dict) and isinstance(r.get("step"), int) and "stage" in r]
 
 
+ROW = "stage", "step", "lr", "grad_norm", "images_per_second", "memory_gib"   # of log.jsonl, beside the terms
+
+
 class Log:
     """Progress bar and log of one training. What is added up stays on the device until a row is
     written: no step waits. It is not saved: the first row after --resume is of the steps since then."""
@@ -832,10 +837,13 @@ class Log:
         self.since, self.seen = time.perf_counter(), step
 
     def add(self, values):
-        """{name: scalar on the device} of one micro-batch, to be averaged over micro-batches, steps and
-        processes."""
+        """{name: number, or scalar on the device} of one micro-batch, to be averaged over micro-batches,
+        steps and processes, where it is finite. ValueError for what a row cannot hold."""
         for name, value in values.items():
-            (total, count), value = self.sums.get(name, (0, 0)), value.detach()
+            (total, count), value = self.sums.get(name, (0, 0)), torch.as_tensor(value).detach()
+            if value.dim() or name in ROW:
+                raise ValueError(f"forward() returns a term {name} of shape {tuple(value.shape)}; terms are "
+                                 f"scalars, and not called {', '.join(ROW)}, as rows have these")
             self.sums[name] = total + value.nan_to_num(0, 0, 0), count + value.isfinite()
 
     def means(self):
@@ -890,11 +898,11 @@ class Log:
         """A row: means of what was added, and the statistics of this step, see update()."""
         self.check_finite(step)
         means, cuda = self.means(), self.cfg.device.startswith("cuda")
-        stats = {name: None if v is None or not math.isfinite(v) else float(v) for name, v in stats.items()}
+        row = {name: None if v is None or not math.isfinite(v) else float(v)
+               for name, v in {**means, **stats}.items()}
         rate = (step - self.seen) * self.recipe["batch_size"] / (time.perf_counter() - self.since)
         memory = torch.cuda.max_memory_allocated(self.cfg.device) / 2**30 if cuda else None
-        write_row(self.cfg, stage=self.name, step=step, **means, **stats, images_per_second=rate,
-                  memory_gib=memory)
+        write_row(self.cfg, stage=self.name, step=step, **row, images_per_second=rate, memory_gib=memory)
         self.bar.set_postfix(loss=f"{means['loss']:.4f}", images=f"{rate:.0f}/s")
         self.restart_clock(step)
 
@@ -1252,6 +1260,7 @@ def loss_charts(folder):
         rows = [r for r in read_rows(folder) if r["stage"] == stage]
         curves = {name: [(r["step"], r.get("masked", r[name])) for r in rows if name in r]
                   for name in ("loss", "held_out")}
+        curves = {name: [p for p in curve if p[1] is not None] for name, curve in curves.items()}
         if any(curves.values()):
             yield line_chart(curves, stage)
 

@@ -2865,7 +2865,9 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #                                         from 1; the layer that probes read if not told otherwise
 #     t_range                             if features() takes a t other than 0: the least and the largest, and
 #                                         what t is
-#     forward(x, labels=None)             images (B, 3, S, S) -> scalar loss, dict of its terms
+#     forward(x, labels=None)             images (B, 3, S, S) -> scalar loss, {name: scalar} of its terms and
+#                                         of what else is to be logged. One called masked is charted, and
+#                                         measured on held-out images, in place of the loss
 #     sample_steps(n, steps=None, seeds=None)             yields a Denoising after each step, as many as
 #                                         num_steps(steps) says (10 unless you define it, too), without
 #                                         gradient. Image i follows from
@@ -2874,7 +2876,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #                                         -> [map (B, C, h, w) for each of layers]. add, {layer: map}, is
 #                                         added to the output of that layer; finetune may be ignored.
 #                                         Heads and fine-tuning need its gradient
-#     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C)
+#     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C), as probes are to read it: they
+#                                         do not normalise it
 
 
 class Denoiser(Model):
@@ -3017,7 +3020,7 @@ class Denoiser(Model):
 #                         decoded ids are not the original image
 #     reconstructs        it has reconstruct()
 #     stem                names of what layer decay counts as before `blocks`, and --init-encoder copies with
-#                         them
+#                         them; in fine-tuning only these are in training mode
 #     dynamic_blocks      blocks whose number of tokens differs from call to call
 #     finetuning          learning rate for 256 images, layer decay, fraction of warm-up: for a ViT-B, and for
 #                         a ViT-L, whose best_layer is 24 or more
@@ -3025,7 +3028,8 @@ class Denoiser(Model):
 # Further:
 #
 # - A TokenModel takes ids for x as well. It inherits sample_steps(), num_steps(), noise() and reconstruct().
-#   Its pools are "mean" and "class", unless it says otherwise.
+#   Its pools are "mean" and "class", unless it says otherwise. It sets self.vqgan after self.apply(), which
+#   would initialise that anew, too.
 # - To be fine-tuned, or to lend its encoder to --init-encoder, it calls its transformer blocks `blocks`, and
 #   names in stem what comes before them.
 # - Two views of an image, views=2 in its row, are for subclasses of ContrastiveMAGE: x is (B, 2, 3, S, S) or
