@@ -611,8 +611,8 @@ class Model(nn.Module):
 # predicts p, at each masked place a distribution over the ids. This section says which are masked, in
 # training and, step by step, in generation.
 #
-# Training masks a random part of the tokens. The mask ratio r is drawn once for each batch, from a truncated
-# normal distribution [MAGE, section 3]:
+# Training masks a random part of the tokens. The mask ratio r is drawn once for each call of forward(), from
+# a truncated normal distribution [MAGE, section 3]:
 #
 #     r ~ N(0.55, 0.25^2) restricted to [0.5, 1]          mean 0.69
 #
@@ -668,6 +668,10 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
 #     confidence   -.1 -1.6        -.9            log p(sampled id) + temperature (1 - t/T) Gumbel
 #     next           c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
+#
+# Why in steps? In one step each token is sampled from its own p, and does not know what the others become.
+# Two that may both be red or both be blue can turn out one of each. So few are decided at once, and in the
+# next step the others see them.
 #
 # How many stay masked falls along a cosine [MaskGIT, 3.3], and in MAGE by at least one in each step, down to
 # one:
@@ -1767,6 +1771,9 @@ class ADDP(TokenModel):
 #     x_next  = sqrt(alpha_bar_next) x0' + sqrt(1 - alpha_bar_next - sigma^2) eps' + sigma noise
 #     sigma^2 = eta^2 beta~
 #     beta~   = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+#
+# Why in steps? Many x0 fit an xt with much noise, and the best prediction x0' is their mean, which is a blur.
+# A step goes only part of the way to it, and then the network is asked again.
 #
 # eta decides how much of the noise in x_next is fresh: for each eta the variances of the eps' part and of
 # the fresh noise sum to 1 - alpha_bar_next. eta = 0 adds none: this is DDIM. eta = 1 is DDPM with the
