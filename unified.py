@@ -14,8 +14,8 @@ nothing, it is generation.
     ADM      pixels              noise added                             the noise; variance of a step back
 
 MAGE is short for masked generative encoder, ADDP for alternating denoising diffusion process, UMD for unified
-masked diffusion, ADM for ablated diffusion model. UMD's versions of MAE, MaskDiT and DiT are UMD with other
-numbers. How a model is used:
+masked diffusion, ADM for ablated diffusion model. MAGE-E is a simple form of Sorcen. UMD's versions of MAE,
+MaskDiT and DiT are UMD with other numbers. How a model is used:
 
     import torch, unified
     vqgan = unified.build(unified.tokenizer_config("toy", stride=8, codes=128))     # a fresh tokenizer
@@ -1432,7 +1432,7 @@ class EchoMAGE(ContrastiveMAGE):
 #          '---- unmask: ids are sampled from p, the surest stay; p_prev = p --'
 #
 # In each step some places have a visible id. The others are masked, and have p_prev, the prediction of the
-# step before: a distribution over the K codes each. From both ADDP predicts a better distribution, p. In
+# step before: a distribution over the K codes each. From both ADDP predicts a new distribution, p. In
 # training there is no step before. There a trained MAGE, frozen, makes p_prev, and also the target of p. So
 # ADDP learns to predict as MAGE does, and in generation its own p can take the place of MAGE's.
 #
@@ -1487,6 +1487,9 @@ class EchoMAGE(ContrastiveMAGE):
 # So the target is a distribution over codes, not the one true id. The paper sees a diffusion process in this:
 # forward steps mask tokens, and MAGE fills each masked place with what it predicts; p is a step back, and the
 # loss its KL(q || p): but for the smoothing, the cross-entropy less q's entropy, a constant.
+#
+# q follows from the visible ids alone, which ADDP reads, too; p_prev is no more than a hint at it. What is
+# gained is an encoder of pixels. That the samples get better than MAGE's the loss does not explain.
 #
 # Tokenizer and MAGE are frozen: no gradient flows through xt or q. The encoder sees decoded images only; it
 # is probed and fine-tuned on real ones.
