@@ -551,7 +551,7 @@ class Model(nn.Module):
     best_t, pools = 0, ("mean",)                # at which t, and how averaged, embed() reads
     max_steps, alpha_bar = math.inf, None       # of sampling; the noise schedule
     generates, reconstructs = True, False       # can it start from nothing; has it reconstruct()
-    length, codes, reads_ids = 0, 0, False      # tokens; size of a codebook; whether ids serve as pixels do
+    length, codes, reads_ids = 0, 0, False      # tokens; size of a codebook; whether ids lose it nothing
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1], options as for sample_steps. Call eval() before: in training mode
@@ -2816,60 +2816,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 # ------------------------------------------------------------------------------------------------------------
 # 13. A method of your own
 #
-# Often a change of a method is enough. As an example, this trains MAGE with three quarters of the tokens
-# masked (to generate it would need ratios up to 1). Put it into this file, below MODELS, of section 14:
-#
-#     class MAGE75(MAGE):
-#         def forward(self, x, labels=None, *, mask_ratio=0.75, **draws):
-#             return super().forward(x, labels, mask_ratio=mask_ratio, **draws)
-#     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
-#
-# Where ids are predicted, another number of tokens a step, or another order of decoding, needs no class: both
-# are arguments of sample(). (On the command line they have names. --schedule takes those in SCHEDULES, of
-# section 4; --order those in ORDERS, in sample.py: functions of the grid's side and the seeds that return an
-# order.)
-#
-#     model.sample(16, steps=4, schedule=lambda t, T: 1 - (t / T) ** 2)      # ratio that stays masked after t
-#     model.sample(16, steps=4, schedule=[12, 8, 4, 1])                      # or how many do, of 16 tokens
-#     # (by such ratios MAGE decides one token in each step at least; ADDP, or a list, may decide none)
-#
-#     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
-#         return -torch.arange(confidence.size(1)).expand_as(confidence)
-#     model.sample(16, order=row_by_row)                          # tokens of the highest priority are kept
-#     # (it ignores confidence, and with that the Gumbel noise, so the temperature does nothing)
-#
-#     def far_apart(confidence, mask, t):                         # first those without a decided neighbour
-#         decided = (~mask).float().unflatten(1, (model.grid, model.grid))                    # (n, h, w)
-#         near = F.max_pool2d(decided, 3, 1, 1).flatten(1)                                    # (n, L), 1 or 0
-#         return confidence - 1000 * near
-#     model.sample(16, order=far_apart)
-#
-# mask is that before the step, so two neighbours may be kept in one step. (At very high temperatures
-# confidence may differ by more than 1000; rank_in_row(confidence) - model.length * near is right at any.)
-#
-# A method that is new takes a class, such as Denoiser below, and a row. Put both into this file, the row
-# below MODELS, since --model is made of what stands there when the scripts begin. (Denoiser's is not there.)
-#
-#     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
-#
-# MODELS, in section 14, is a dict of such rows, and --model takes its names. A row has the class, {size:
-# arguments of the constructor}, and a recipe, the settings of its training: for a start UMD_RECIPE, or
-# MAGE_RECIPE if it predicts ids. tokens says with what the constructor is called, before the arguments of the
-# size:
-#
-#     "ids"      vqgan, image_size=...                the default. With predictor="mage" in the row, as in
-#                                                     ADDP: a trained mage in place of vqgan
-#     "patches"  image_size=..., grid=...             patches on a side
-#     "none"     image_size=...
-#
-# Then the scripts know it, and so do the tests of what every method has in common:
-#
-#     python train.py --model denoiser
-#     python sample.py out/shapes-denoiser
-#     python probe.py out/shapes-denoiser
-#     python -m pytest -q -k denoiser
-#
-# The class is a Model, or a TokenModel, of which an example follows Denoiser. It must have
+# A method that is new takes a class and a row in MODELS. The class is a Model, such as Denoiser below, or a
+# TokenModel, such as MaskGIT below that. It must have
 #
 #     image_size, layers, best_layer      set in __init__: S; {layer: (channels, h, w)} of all blocks, counted
 #                                         from 1; the layer that probes read if not told otherwise
@@ -2880,8 +2828,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #                                         measured on held-out images, in place of the loss
 #     sample_steps(n, steps=None, seeds=None)             yields a Denoising after each step, as many as
 #                                         num_steps(steps) says (10 unless you define it, too), without
-#                                         gradient. Image i follows from
-#                                         seeds[i]: image_seeds() makes (n,) of seeds, noise() draws from them
+#                                         gradient. Image i follows from seeds[i]: image_seeds() makes (n,) of
+#                                         seeds, noise() draws from them
 #     features(x, t=0, layers=None, add={}, noise=None, finetune=False)
 #                                         -> [map (B, C, h, w) for each of layers]. add, {layer: map}, is
 #                                         added to the output of that layer; finetune may be ignored.
@@ -2959,7 +2907,7 @@ class Denoiser(Model):
 #
 #     class MaskGIT(TokenModel):
 #         render = MAGE.render
-#         pools = ("mean",)                   # of embed(); a TokenModel else has "class", too
+#         pools, reads_ids = ("mean",), True          # embed() has no "class"; ids are all that it reads
 #
 #         def __init__(self, vqgan, image_size, width=128, depth=4, heads=4):
 #             super().__init__(vqgan, image_size)                             # sets codes, length and grid
@@ -2993,6 +2941,59 @@ class Denoiser(Model):
 #             return self.features(x)[0].mean((2, 3))                             # (B, C)
 #
 #     MODELS["maskgit"] = Method(MaskGIT, {"tiny": {}}, MAGE_RECIPE)
+
+
+# The row. Put the class into this file, and its row below MODELS, of section 14, since --model is made of
+# what stands there when the scripts begin. (To try the commands below, put Denoiser's row there.)
+#
+#     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
+#
+# It has the class, {size: arguments of the constructor}, and a recipe, the settings of its training: for a
+# start UMD_RECIPE, or MAGE_RECIPE if it predicts ids. tokens says with what the constructor is called, before
+# the arguments of the size:
+#
+#     "ids"      vqgan, image_size=...                the default. With predictor="mage" in the row, as in
+#                                                     ADDP: a trained mage in place of vqgan
+#     "patches"  image_size=..., grid=...             patches on a side
+#     "none"     image_size=...
+#
+# Then the scripts know it, and so do the tests of what every method has in common:
+#
+#     python train.py --model denoiser
+#     python sample.py out/shapes-denoiser
+#     python probe.py out/shapes-denoiser
+#     python -m pytest -q -k denoiser
+#
+# Often a change of a method is enough. This trains MAGE with three quarters of the tokens masked (to generate
+# it would need ratios up to 1). It, too, goes below MODELS:
+#
+#     class MAGE75(MAGE):
+#         def forward(self, x, labels=None, *, mask_ratio=0.75, **draws):
+#             return super().forward(x, labels, mask_ratio=mask_ratio, **draws)
+#     MODELS["mage-75"] = Method(MAGE75, MAGE_SIZES, MAGE_RECIPE)
+#
+# Where ids are predicted, another number of tokens a step, or another order of decoding, needs no class: both
+# are arguments of sample(). (On the command line they have names. --schedule takes those in SCHEDULES, of
+# section 4; --order those in ORDERS, in sample.py: functions of the grid's side and the seeds that return an
+# order.)
+#
+#     model.sample(16, steps=4, schedule=lambda t, T: 1 - (t / T) ** 2)      # ratio that stays masked after t
+#     model.sample(16, steps=4, schedule=[12, 8, 4, 1])                      # or how many do, of 16 tokens
+#     # (by such ratios MAGE decides one token in each step at least; ADDP, or a list, may decide none)
+#
+#     def row_by_row(confidence, mask, t):                        # (n, L), bool (n, L), 1 ... T
+#         return -torch.arange(confidence.size(1)).expand_as(confidence)
+#     model.sample(16, order=row_by_row)                          # tokens of the highest priority are kept
+#     # (it ignores confidence, and with that the Gumbel noise, so the temperature does nothing)
+#
+#     def far_apart(confidence, mask, t):                         # first those without a decided neighbour
+#         decided = (~mask).float().unflatten(1, (model.grid, model.grid))                    # (n, h, w)
+#         near = F.max_pool2d(decided, 3, 1, 1).flatten(1)                                    # (n, L), 1 or 0
+#         return confidence - 1000 * near
+#     model.sample(16, order=far_apart)
+#
+# mask is that before the step, so two neighbours may be kept in one step. (At very high temperatures
+# confidence may differ by more than 1000; rank_in_row(confidence) - model.length * near is right at any.)
 
 
 # The tutorial ends here; the rest is to look things up in. First, what a method may have besides. Scripts
