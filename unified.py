@@ -551,7 +551,7 @@ class Model(nn.Module):
     best_t, pools = 0, ("mean",)                # at which t, and how averaged, embed() reads
     max_steps, alpha_bar = math.inf, None       # of sampling; the noise schedule
     generates, reconstructs = True, False       # can it start from nothing; has it reconstruct()
-    length, codes, reads_ids = 0, 0, False      # tokens; size of a codebook; whether ids lose it nothing
+    length, codes, reads_ids = 0, 0, False      # tokens; size of a codebook; are ids all it reads of an image
 
     def sample(self, n, **options):
         """Images (n, 3, S, S) in [0, 1], options as for sample_steps. Call eval() before: in training mode
@@ -666,7 +666,7 @@ def random_masking(mask_noise, mask_ratio, drop_ratio=0.5):
 #
 #     ids            _    _    a    _    b        _ is masked; tokens that are visible stay
 #     prediction     c    d    a    e    b        sampled from p at masked tokens only
-#     confidence   -.1 -1.6        -.9            log p(sampled id) + temperature (1 - t/T) Gumbel
+#     confidence   -.1 -1.6        -.9            log p(sampled id) + temperature (1 - t/T) Gumbel (here 0)
 #     next           c    _    a    _    b        num_masked(t) = 2: the least confident are masked again
 #
 # Why in steps? In one step each token is sampled from its own p, and does not know what the others become.
@@ -2704,7 +2704,7 @@ class ADM(Model):
 #     MAGE     74.7 %          82.5 %        11.1
 #     MAGE-C   77.1 %                                  in shorter trainings, in which MAGE has 73.3 %
 #     Sorcen   75.1 %                         9.6      of which MAGE-E is a simple form
-#     ADDP                     83.9 %         8.9      (no linear probe in its README)
+#     ADDP     low             83.9 %         8.9      (reviewers on its linear probe; no figure in its README)
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
 # And UMD's authors at 64 pixels, with 100 labels a class for the probe, and FID after further training with
@@ -2824,8 +2824,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #     t_range                             if features() takes a t other than 0: the least and the largest, and
 #                                         what t is
 #     forward(x, labels=None)             images (B, 3, S, S) -> scalar loss, {name: scalar} of its terms and
-#                                         of what else is to be logged. One called masked is charted, and
-#                                         measured on held-out images, in place of the loss
+#                                         of what else is to be logged. If there is a term called masked, it
+#                                         is charted in place of the loss
 #     sample_steps(n, steps=None, seeds=None)             yields a Denoising after each step, as many as
 #                                         num_steps(steps) says (10 unless you define it, too), without
 #                                         gradient. Image i follows from seeds[i]: image_seeds() makes (n,) of
