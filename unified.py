@@ -1344,7 +1344,7 @@ class ContrastiveMAGE(MAGE):
 #
 #     ids     a  b  c  d     b is visible; a, c and d are masked
 #     drawn   x  b  y  z     x, y, z: each from the 2nd to 16th best code, in proportion to p among these,
-#                            so like the true id, but seldom the same
+#                            like the true id, never the first choice
 #     echo    _  b  y  _     [MASK] outside a random square; its side, one for the batch, is half to all of
 #                            the grid's
 #                            (this is one row of the grid, and the square covers its middle)
@@ -2704,7 +2704,7 @@ class ADM(Model):
 #     MAGE     74.7 %          82.5 %        11.1
 #     MAGE-C   77.1 %                                  in shorter trainings, in which MAGE has 73.3 %
 #     Sorcen   75.1 %                         9.6      of which MAGE-E is a simple form
-#     ADDP     low             83.9 %         8.9      (reviewers on its linear probe; no figure in its README)
+#     ADDP     low             83.9 %         8.9      "low": its reviewers; its README has no figure
 #     ADM      64.9 %                        26.2      probe by [DiffSSL]: block 24, 2 x 2 cells
 #
 # And UMD's authors at 64 pixels, with 100 labels a class for the probe, and FID after further training with
@@ -2764,8 +2764,14 @@ class ADM(Model):
 #
 # Which b, by default?
 #
-#     ADM            of the blocks after the middle, and for each map size, the last one whose mirror's map
-#                    has that size: 12 at 32 pixels, 10 at 16, 8 at 8; not 13, whose mirror is a convolution
+#     ADM            for each map size the last block after the middle whose mirror's map has that size:
+#
+#                        block of "tiny"           8    9   10   11   12   13
+#                        side of its map           8   16   16   32   32   32
+#                        its mirror                6    5    4    3    2    1
+#                        side of that one's map    8    8   16   16   32   32
+#                        taken                     *         *         *        not 13: 1 is a convolution
+#
 #     transformers   all blocks of the second half but the last: 4 and 5 of 4 + 2 blocks, whose mirrors are 3
 #                    and 2; the head reads 4, best_layer
 #
@@ -2948,9 +2954,9 @@ class Denoiser(Model):
 #
 #     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
-# It has the class, {size: arguments of the constructor}, and a recipe, the settings of its training: for a
-# start UMD_RECIPE, or MAGE_RECIPE if it predicts ids. tokens says with what the constructor is called, before
-# the arguments of the size:
+# Its fields are the class; sizes, {size: arguments of the constructor}; a recipe, which says how it is
+# trained (learning rate, batch size, steps and the like: for a start UMD_RECIPE, or MAGE_RECIPE if it predicts
+# ids); and tokens, which says with what the constructor is called, before the arguments of the size:
 #
 #     "ids"      vqgan, image_size=...                the default. With predictor="mage" in the row, as in
 #                                                     ADDP: a trained mage in place of vqgan
