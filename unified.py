@@ -2955,8 +2955,8 @@ class Denoiser(Model):
 #     MODELS["denoiser"] = Method(Denoiser, {"tiny": {}}, UMD_RECIPE, tokens="patches")
 #
 # Its fields are the class; sizes, {size: arguments of the constructor}; a recipe, which says how it is
-# trained (learning rate, batch size, steps and the like: for a start UMD_RECIPE, or MAGE_RECIPE if it predicts
-# ids); and tokens, which says with what the constructor is called, before the arguments of the size:
+# trained (learning rate, batch size, steps and the like: for a start UMD_RECIPE, or MAGE_RECIPE if it
+# predicts ids); and tokens, which says with what the constructor is called, before the arguments of the size:
 #
 #     "ids"      vqgan, image_size=...                the default. With predictor="mage" in the row, as in
 #                                                     ADDP: a trained mage in place of vqgan
