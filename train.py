@@ -648,14 +648,11 @@ def train(cfg, name, model, recipe, data, read, arch, evaluate, forward_args, af
             place = i * world + rank                    # among the micro-batches of all processes
             torch.manual_seed(unified.hash_ints(cfg.seed, SEEDS[name], step, place))
             more = forward_args(step, place * micro)
-            # Up to the last micro-batch the gradients are sums of this process's own. (Micro-batches need not
-            # be alike, see UMD.micro_batch_args().)
             with net.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext():
                 with probe.autocast(cfg):
                     loss, terms = net(x.squeeze(1), labels if cfg.labels else None, **more)
                 (loss / accumulate).backward()
             log.add({"loss": loss, **terms})
-
         stats = update(optimizer, weights, ema, recipe, step)
         after_step()
         step += 1
@@ -694,11 +691,12 @@ def set_up(cfg, name, model, recipe):
 @torch.no_grad()                                        # or the averages would keep the graph of all steps
 def update(optimizer, weights, ema, recipe, step):
     """Step number `step`, from 0, of the weights and of their averages ema, {name: tensor} each; clips
-    gradients, and drops them; they are means over all micro-batches and processes. Returns statistics of it,
-    {name: a number, or a tensor that is read with the row}, for rows of log.jsonl with a loss, as the first
-    process has them; one of your own is a key more, None where it is not defined (if it remembers something,
-    save() in train() and restore() are to keep that, too; Log.write() has what stands on the bar). grad_norm
-    is that before clipping."""
+    gradients, and drops them; they are means over all micro-batches and processes. (In train(), before the
+    last micro-batch, they are sums of a process's own, and micro-batches need not be alike, see UMD.) Returns
+    statistics of it, {name: a number, or a tensor that is read with the row}, for rows of log.jsonl with a
+    loss, as the first process has them; one of your own is a key more, None where it is not defined (if it
+    remembers something, save() in train() and restore() are to keep that, too; Log.write() has what stands on
+    the bar). grad_norm is that before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["grad_clip"])
     lr = probe.learning_rate(step + 1, recipe["warmup"] * recipe["steps"], recipe["steps"] + 1, recipe["lr"],
                              recipe["min_lr"] * recipe["lr"])

@@ -850,7 +850,8 @@ class TokenModel(Model):
 
         For inpainting the known image is tokenised. Its unknown pixels are set to 0 before, or ids nearby
         would betray them. Tokens that contain unknown pixels are masked. So are their neighbours, whose ids
-        may describe the black hole. (Ids further off seldom change.)"""
+        may describe the black hole. (Ids further off seldom change, although the encoder's norms see it
+        all.)"""
         device = self.device
         if known is None:
             return Decoding(torch.zeros(n, self.length, dtype=torch.long, device=device),
@@ -1135,7 +1136,7 @@ class MAGE(TokenModel):
             noise = torch.rand(ids.shape, device=ids.device) if noise is None else noise
             mask = rank_in_row(noise) < math.ceil(t * self.length)
         x = self.token_emb(self.input_ids(ids, mask))                                       # (B, 1 + L, C)
-        # Of section 12: encode() and decode(), that keep what comes after blocks.
+        # Section 12 has this function: encode() and decode() that keep the outputs of blocks.
         return encoder_decoder_features(self, x, lambda latent: self.decoder_input(latent, mask), layers, add)
 
     def embed(self, x, noise=None, pool="mean"):
@@ -2890,13 +2891,12 @@ class Denoiser(Model):
     @torch.no_grad()
     def sample_steps(self, n, steps=None, eta=1.0, known=None, mask=None, seeds=None):
         t = spaced_timesteps(self.max_steps, [self.num_steps(steps)])[::-1]             # from noise to clean
-        alpha_bar, draw_noise = self.alpha_bar[t], functools.partial(
-            self.noise, image_seeds(seeds, n, self.device))
+        alpha_bar, seeds = self.alpha_bar[t], image_seeds(seeds, n, self.device)
 
         def predict_x0(x, step):
             eps_hat = self.predict(x, torch.full((n,), t[step]))
             return x0_from_eps(x, alpha_bar[step], eps_hat).clamp(-1, 1), None
-        yield from denoise(predict_x0, draw_noise, alpha_bar, eta, known, mask)
+        yield from denoise(predict_x0, functools.partial(self.noise, seeds), alpha_bar, eta, known, mask)
 
     def features(self, x, t=0, layers=None, add={}, noise=None, finetune=False):
         noise = torch.randn_like(x) if noise is None else noise
