@@ -543,8 +543,8 @@ def copy_weights(cfg, model, path, only=None):
     only labels need starts afresh."""
     wanted = only or ("",)
     there, ours = unified.load_model(path)[0].state_dict(), model.state_dict()
-    state = {k: v for k, v in there.items()
-             if k.startswith(wanted) and k in ours and v.shape == ours[k].shape}
+    there = {k: v for k, v in there.items() if k.startswith(wanted)}
+    state = {k: v for k, v in there.items() if k in ours and v.shape == ours[k].shape}
     fresh = [k for k in ours if k not in state]
     lost = [k for k in fresh if k.startswith(wanted) and not k.startswith("label_embed")]
     begun = {k.split(".")[1] for k in state if k.startswith("blocks.")}
@@ -556,7 +556,7 @@ def copy_weights(cfg, model, path, only=None):
                                        "there" * ("word_embeddings" in first))
     model.load_state_dict(state, strict=False)
     names = ", ".join(sorted({k.split(".")[0] for k in fresh}))
-    print_once(f"{len(state)} tensors from {path}; fresh: {names or 'none'}")
+    print_once(f"{len(state)} of {len(there)} tensors from {path}; fresh: {names or 'none'}")
 
 
 def model_steps(cfg, train_set):

@@ -545,7 +545,7 @@ class Model(nn.Module):
     (section 9). In its __init__ it sets image_size, layers = {number of a block: (channels, h, w)}, and
     best_layer, the block that features() reads if none is named. Section 13 lists its duties."""
 
-    # What a method declares besides, in its class or in __init__, where it differs.
+    # What a method declares besides, in its class or in __init__, where it differs. (No need to learn these.)
     takes_labels, classes = False, 0            # whether it can be told labels, and how many
     t_range = (0, 0, "always 0")                # of the t of features(): least, largest, and what it is
     best_t, pools = 0, ("mean",)                # at which t, and how averaged, embed() reads
@@ -586,7 +586,7 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # ---- for the scripts: fine-tuning, torch.compile, train.py
+    # ---- for the scripts. On a first reading go on to section 4; the end of section 13 explains these
 
     stem, dynamic_blocks = (), ()
     finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
@@ -803,10 +803,13 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
 #     sample                      Model: all steps, then render()
 #       sample_steps              TokenModel: seeds, temperature, inpainting
 #         parallel_decoding       above: for t = 1 ... T
-#           guided_logits         TokenModel: with guidance, of which section 5 has more, two passes
+#           guided_logits         TokenModel: the prediction, with guidance or without
 #             step_logits         MAGE, ADDP: one pass of the network
 #           num_masked, unmask    above: how many stay masked, and which
 #       render                    MAGE, ADDP: ids -> pixels
+#
+# Guidance, to which section 5 comes, takes a second pass in each step: without the label, or by a weaker
+# network, the guide. The prediction is moved away from this other one. w says how far; 1 is not at all.
 
 
 class TokenModel(Model):
@@ -1209,7 +1212,8 @@ def guidance_at(progress, w, interval):
 
 
 def fit(net, steps, batch_size, peak_lr):
-    """Train net on batches of drawn shapes. A simpler recipe than those of section 14."""
+    """Train net on batches of drawn shapes. A simpler recipe than those of section 14. (Not for MAGE-C and
+    MAGE-E, to come in section 7: they need two crops of an image, or after_step().)"""
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.05)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, cycle_momentum=False)
@@ -1344,8 +1348,8 @@ class ContrastiveMAGE(MAGE):
 # loss, and where an id was masked, a new one is drawn from them:
 #
 #     ids     a  b  c  d     b is visible; a, c and d are masked
-#     drawn   x  b  y  z     x, y, z: each from the 2nd to 16th best code, in proportion to p among these,
-#                            like the true id, never the first choice
+#     drawn   x  b  y  z     x, y, z: each one of the 2nd to 16th best codes, in proportion to p among these;
+#                            the best one is never drawn
 #     echo    _  b  y  _     [MASK] outside a random square; its side, one for the batch, is half to all of
 #                            the grid's
 #                            (this is one row of the grid, and the square covers its middle)
@@ -1432,10 +1436,10 @@ class EchoMAGE(ContrastiveMAGE):
 #          ^                                                                   |
 #          '---- unmask: ids are sampled from p, the surest stay; p_prev = p --'
 #
-# In each step some places have a visible id. The others are masked, and have p_prev, the prediction of the
-# step before: a distribution over the K codes each. From both ADDP predicts a new distribution, p. In
-# training there is no step before. There a trained MAGE, frozen, makes p_prev, and also the target of p. So
-# ADDP learns to predict as MAGE does, and in generation its own p can take the place of MAGE's.
+# In each step some places (at first none) have a visible id. The others are masked, and have p_prev, the
+# prediction of the step before: a distribution over the K codes each. From both ADDP predicts a new one, p.
+# In training there is no step before. There a trained MAGE, frozen, makes p_prev, and also the target of p.
+# So ADDP learns to predict as MAGE does, and in generation its own p can take the place of MAGE's.
 #
 # One step, of an image of four places and a codebook of two codes. Places 1 and 4 are masked:
 #
@@ -1449,8 +1453,8 @@ class EchoMAGE(ContrastiveMAGE):
 #     encoder reads    [class]      patch1         patch2   patch3        patch4
 #     and returns        h0           h1             h2       h3            h4
 #
-#     decoder reads     [M]          [M]             h2       h3           [M]          1    0
-#     with positions     v0           m1             v2       v3            m4         i2   i3     (3 tables)
+#     decoder reads     [M]          [M]             h2       h3           [M]          1      0
+#     with positions   vis[0]       msk[1]         vis[2]   vis[3]       msk[4]       id[2]  id[3]
 #     and predicts p               (.9, .1)                              (.5, .5)
 #
 #     sampled from p                   0                                     1
@@ -1465,7 +1469,7 @@ class EchoMAGE(ContrastiveMAGE):
 #   class token and positions, and normalised again (tokenizer_norm).
 # - The decoder reads the encoder's outputs at visible places, after a linear layer. At masked places, and at
 #   position 0, where MAGE's decoder has the summary, it reads the mask token [M]. At the end come the visible
-#   ids, embedded. Visible places, masked places and ids have tables of positions of their own: v, m and i.
+#   ids, embedded. Visible places, masked places and ids have each a table of positions: vis, msk and id.
 # - So h0, h1 and h4 are thrown away. What the blur shows reaches the decoder through h2 and h3 alone, since
 #   these have attended to it. The official code does this, too, and gives no reason. Perhaps it makes the
 #   outputs of visible patches carry the whole image.
@@ -1497,8 +1501,8 @@ class EchoMAGE(ContrastiveMAGE):
 #
 # Both masks rank the same random numbers, so one contains the other. The ratios stand in one ascending list
 # of 66, nested_mask_ratios(), with a probability each: `mask` takes entry i, drawn with these, and
-# mask_earlier entry min(i + gap, 65), with gap uniform in 1 ... 5. i = 40 and gap = 3 mask 235 and 240 of 256
-# tokens.
+# mask_earlier entry min(i + gap, 65), with gap uniform in 1 ... 5. i = 40 and gap = 3 are the ratios 0.918
+# and 0.935: of 256 tokens 235 and 240 are masked.
 #
 # Generation. The steps are those of the picture. Of a masked place the next step gets to know p_prev alone,
 # not the id that was sampled there. (A Decoding, of section 4, has all: ids, token_mask, and logits, whose
@@ -1789,8 +1793,8 @@ class ADDP(TokenModel):
 #
 # The error of eps is 0.1, that of x0' is 0.173: sqrt(1 / 0.25 - 1) = 1.73 times as large.
 #
-# Inpainting takes the same steps. After each the known pixels are put back, with as much noise as x_next has
-# [RePaint, without its jumps back].
+# Inpainting takes the same steps. After each the known pixels are put back, with as much noise as x_next has,
+# drawn anew each time, even at eta = 0 [RePaint, without its jumps back].
 #
 # In this section pixels are in [-1, 1], except the known ones of inpainting, and alpha_bar is a float64
 # tensor on the CPU: (B,), () or, of several timesteps, (T,). Sampling counts its steps from noise to clean.
@@ -2392,8 +2396,8 @@ class ADMBlock(nn.Sequential):
 
 
 # The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
-# few it does. So ADM predicts the variance s^2 of each step, too. The best one depends on the images, and
-# lies between those of two extremes [DDPM, 3.2]:
+# few it does. So ADM predicts the variance s^2 of each step, too. The best one depends on the images. It lies
+# between those of two extremes [DDPM, 3.2]:
 #
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          if x0 were known (section 9)
 #     beta  = 1 - alpha_bar / alpha_bar_next                         if all that is known were x0 ~ N(0, 1)
@@ -2402,7 +2406,8 @@ class ADMBlock(nn.Sequential):
 # alpha_bar_next, and the variance of one, given the other, is 1 minus its square.)
 #
 # The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
-# v = -1 gives beta~, v = 1 gives beta. Nothing clamps v, but training tends to keep s^2 between the two.
+# v = -1 gives beta~, v = 1 gives beta. The two are marks on a scale, no limits: nothing clamps v, though
+# training tends to keep s^2 between them.
 #
 #     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
 #
@@ -2425,9 +2430,10 @@ class ADMBlock(nn.Sequential):
 
 
 def log_variances(alpha_bar):
-    """log beta~ and log beta: alpha_bar float64 (T,) -> (T,) each. When sampling skips timesteps, alpha_bar
-    is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is replaced by that of t = 1 (if T = 1,
-    of beta). That matters to L_vb alone, as the step from t = 0 to x0 adds no noise."""
+    """log beta~ and log beta: alpha_bar float64 (T,) in the order of t, clean first -> (T,) each. When
+    sampling skips timesteps, alpha_bar is that of the visited ones. At t = 0 beta~ is 0, so its logarithm is
+    replaced by that of t = 1 (if T = 1, of beta). That matters to L_vb alone, as the step from t = 0 to x0
+    adds no noise."""
     alpha_bar_next = F.pad(alpha_bar[:-1], (1, 0), value=1.0)                           # that of t - 1
     beta_tilde, beta = posterior_variance(alpha_bar, alpha_bar_next), 1 - alpha_bar / alpha_bar_next
     first = beta_tilde[1:2] if len(beta) > 1 else beta
@@ -2689,14 +2695,13 @@ class ADM(Model):
 # Results. What `python unified.py METHOD` (section 6) shows: accuracy of a linear probe on the embeddings,
 # before -> after the training of the method; mage's tokenizer is trained in both. For "before" layers that
 # start at 0 (UMD's gates, ADM's last convolutions) are drawn at random, or only shortcuts would act. Compare
-# before with after, not one row with another: mage has batches of 64, the others of 16, and addp needs a
-# trained mage.
+# before with after, not one row with another, since batches differ, and addp needs a trained mage.
 #
-#     method   minutes        40 labels        1,000 labels     64 samples, shapes.png
-#     mage     2              42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours
-#     addp     3              31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
-#     umd      2              42.9 -> 50.3 %   80.3 -> 86.8 %   flat colours: it needs longer training
-#     adm      3              32.5 -> 39.6 %   70.7 -> 83.4 %   blobs with sharp edges, in all colours
+#     method   minutes   batch        40 labels        1,000 labels     64 samples, shapes.png
+#     mage     2         64           42.0 -> 64.1 %   88.3 -> 93.4 %   most are shapes, in two colours
+#     addp     3         16           31.0 -> 46.8 %   78.3 -> 81.4 %   shapes of the same colours, rounder
+#     umd      2         16           42.9 -> 50.3 %   80.3 -> 86.8 %   flat colours: it needs longer training
+#     adm      3         16           32.5 -> 39.6 %   70.7 -> 83.4 %   blobs with sharp edges, in all colours
 #
 # At scale the papers report, of ViT-B (ADM: a U-Net) and ImageNet at 256 pixels, and FID (the distance of
 # samples from images: lower is better) without labels:
@@ -2765,13 +2770,14 @@ class ADM(Model):
 #
 # Which b, by default?
 #
-#     ADM            for each map size the last block after the middle whose mirror's map has that size:
+#     ADM            of the blocks behind the middle whose maps are as large as their mirrors', the last one
+#                    of each size, but not the last of all: its mirror, 1, is a mere convolution
 #
 #                        block of "tiny"           8    9   10   11   12   13
 #                        side of its map           8   16   16   32   32   32
 #                        its mirror                6    5    4    3    2    1
 #                        side of that one's map    8    8   16   16   32   32
-#                        taken                     *         *         *        not 13: 1 is a convolution
+#                        taken                     *         *         *
 #
 #     transformers   all blocks of the second half but the last: 4 and 5 of 4 + 2 blocks, whose mirrors are 3
 #                    and 2; the head reads 4, best_layer
@@ -2843,6 +2849,8 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #                                         Heads and fine-tuning need its gradient
 #     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C), as probes are to read it: they
 #                                         do not normalise it
+#
+# All else that Denoiser and MaskGIT set, such as stem, is optional; the end of this section lists it.
 
 
 class Denoiser(Model):
@@ -2852,7 +2860,7 @@ class Denoiser(Model):
     image_size, grid        S, and patches on a side        width, depth, heads    of the transformer
     """
 
-    stem = ("patch_embed", "pos_embed")         # optional: what stands before the blocks, for fine-tuning
+    stem = ("patch_embed", "pos_embed")                         # before the blocks; for fine-tuning
 
     def __init__(self, image_size, grid, width=128, depth=4, heads=4):
         super().__init__()
@@ -2860,7 +2868,7 @@ class Denoiser(Model):
         self.alpha_bar = noise_schedule("cosine")                                           # (T,)
         self.max_steps = len(self.alpha_bar)                                                # T
         self.t_range = (0, self.max_steps - 1, "the timestep")                          # t of features()
-        self.best_t = 50                                        # that of embed(); optional, else it is 0
+        self.best_t = 50                                        # that of embed(), else 0
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.length, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
