@@ -11,7 +11,7 @@
     python sample.py out/RUN --n 50000 --npz samples.npz            for FID tools; others read --png-dir DIR
     torchrun --standalone --nproc-per-node 8 -- sample.py out/RUN   the same on 8 GPUs; mind the lone --
 
-Image i depends on the weights, --seed and i, not on --n or --batch.
+Image i depends on the weights, --seed and i, not on --n and, but for rounding, not on --batch.
 """
 import collections
 import contextlib
@@ -130,17 +130,20 @@ def run(cfg, device):
         print(f"--steps {cfg.steps}: there are {model.max_steps} {unit} only, and more steps gain nothing")
     elif cfg.steps not in (None, taken) and first:
         print(f"--steps {cfg.steps}: {taken} are taken, in strides of whole timesteps")
-    film = film_path(cfg)
+    film, kept = film_path(cfg), []
     if film.exists() and not cfg.gif and first:
         print(f"{film} is of an earlier command; --gif with --overwrite makes it anew")
+    for line in idle_lines(model, cfg, taken) * first:
+        print(line)
     if not cfg.image:
-        generate(model, config, cfg, labels)
+        kept = generate(model, config, cfg, labels)
     elif first and cfg.reconstruct:
         reconstruct(model, cfg)
     elif first:
         inpaint(model, cfg, labels)
     if first:
-        print(f"wrote {cfg.out}" + f", {film}" * cfg.gif)
+        files = [str(file) for file in (cfg.out, film)[:1 + cfg.gif]]
+        print("; ".join(f"{file} was there and stays" if file in kept else f"wrote {file}" for file in files))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -150,10 +153,13 @@ GRID = 64                                                       # images in the 
 
 
 def generate(model, config, cfg, labels):
-    """Images from nothing: the first 64 on a sheet and, if asked for, all as .npz or PNGs, and a film."""
-    check_free(cfg)
-    every, first = torch.arange(cfg.n), unified.rank_and_world()[0] == 0
-    outputs = [(every[:GRID], lambda batches: write_sheet(cfg.out, batches))]
+    """Images from nothing: the first 64 on a sheet and, if asked for, all as .npz or PNGs, and a film. Sheet
+    and film that an earlier start of the same --png-dir has left stay, and are returned."""
+    kept = unified.rank_zero_first(lambda: left_behind(model, config, cfg))
+    check_free(cfg, kept)
+    every, first, outputs = torch.arange(cfg.n), unified.rank_and_world()[0] == 0, []
+    if cfg.out not in kept:
+        outputs.append((every[:GRID], lambda batches: write_sheet(cfg.out, batches)))
     if cfg.npz:
         shape = (cfg.n, model.image_size, model.image_size, 3)
         outputs.append((every, lambda batches: write_npz(pathlib.Path(cfg.npz), batches, shape)))
@@ -167,9 +173,10 @@ def generate(model, config, cfg, labels):
             write(batches)
         else:
             collections.deque(batches, 0)                       # helps to make them, keeps none
-    if cfg.gif and first:
+    if cfg.gif and first and str(film_path(cfg)) not in kept:
         [(_, states)] = state_batches(model, cfg, [every[:GRID]], labels)
         write_film(film_path(cfg), frames(model, cfg, states))
+    return kept
 
 
 def inpaint(model, cfg, labels):
@@ -331,22 +338,39 @@ def write_pngs(folder, batches):
     """Each image as 000000.png, 000001.png, ...; none is ever half written."""
     for index, x in batches:
         for i, image in zip(index.tolist(), x):
-            PIL.Image.fromarray(image).save(folder / "unfinished", "PNG")
-            os.replace(folder / "unfinished", folder / f"{i:06d}.png")
+            save = functools.partial(PIL.Image.fromarray(image).save, format="PNG")
+            write_file(folder / f"{i:06d}.png", save)
 
 
 NOTE = "made-by.json"                                           # in --png-dir; nobody takes it for an image
 
 
 def made_by(model, config, cfg):
-    """What images depend on: a digest of network and weights, and the options that change them."""
+    """What images depend on: a digest of network and weights, and the options that change them; None for one
+    that says what is usual."""
     digest = hashlib.sha256(json.dumps(config["arch"], sort_keys=True).encode())
     for net in filter(None, (model, guide_of(cfg))):
         for tensor in net.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
+    usual = {"steps": model.num_steps(None, cfg.eta), "schedule": "cosine", "order": "confidence", "eta": 1.0}
     options = ["seed", "steps", "temperature", "eta", "label", "guidance", "dtype"]  # in notes of older sets
-    options += [name for name in (*OPTIONS, "guidance_interval") if getattr(cfg, name) is not None]
-    return {"weights": digest.hexdigest(), **{name: getattr(cfg, name) for name in options}}
+    found = {name: None if getattr(cfg, name) == usual.get(name) else getattr(cfg, name)
+             for name in (*options, *OPTIONS, "guidance_interval")}
+    return {"weights": digest.hexdigest(),
+            **{name: value for name, value in found.items() if name in options or value is not None}}
+
+
+def note_in(folder):
+    """What made_by() said of the images in a folder; None if nobody knows."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / NOTE).read_text())
+
+
+def left_behind(model, config, cfg):
+    """The sheet and the film, if they are there and the command is one that continues its --png-dir."""
+    if not cfg.png_dir or cfg.overwrite or note_in(pathlib.Path(cfg.png_dir)) != made_by(model, config, cfg):
+        return []
+    return [str(file) for file in (cfg.out, film_path(cfg)) if os.path.exists(file)]
 
 
 def missing_pngs(folder, note, cfg):
@@ -356,13 +380,12 @@ def missing_pngs(folder, note, cfg):
             if path.stem.isdecimal():                           # else a smaller set would keep some of them
                 path.unlink()
     elif image_files(folder, []):
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads((folder / NOTE).read_text()) == note:
-                if any(int(p.stem) >= cfg.n for p in folder.glob("*.png") if p.stem.isdecimal()):
-                    raise UserError(f"{folder} holds more of these images than --n {cfg.n}; name as many, or "
-                                    "take another --png-dir")
-                lacking = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
-                return torch.tensor(lacking, dtype=torch.long)
+        if note_in(folder) == note:
+            if any(int(p.stem) >= cfg.n for p in folder.glob("*.png") if p.stem.isdecimal()):
+                raise UserError(f"{folder} holds more of these images than --n {cfg.n}; name as many, or "
+                                "take another --png-dir")
+            lacking = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
+            return torch.tensor(lacking, dtype=torch.long)
         raise UserError(f"{folder} holds images that other weights, options or another seed made, or no "
                         "sample.py at all; take another --png-dir, or --overwrite, which deletes those that "
                         "are numbered")
@@ -386,7 +409,7 @@ def class_numbers(cfg, names):
                         "train.py --labels makes one that takes them")
     by_number = not any(name.isdecimal() for name in names)             # else 1 would mean two classes
     numbers = {str(i): i for i in range(len(names)) if by_number} | {name: i for i, name in enumerate(names)}
-    asked = names if cfg.label == "all" else [cfg.label] if cfg.label in names else cfg.label.split(",")
+    asked = [cfg.label] if cfg.label in names else names if cfg.label == "all" else cfg.label.split(",")
     for name in asked:
         if name not in numbers:
             known = ", ".join(names[:20]) + ", ..." * (len(names) > 20) + \
@@ -459,10 +482,11 @@ def sheet_path(cfg):
     return path
 
 
-def check_free(cfg):
-    """UserError if an output is there already. It comes last, so that other mistakes are told first."""
+def check_free(cfg, kept=()):
+    """UserError if an output is there already and not among those kept. It comes last, so that other mistakes
+    are told first."""
     for file in filter(None, (cfg.out, cfg.gif and film_path(cfg), cfg.npz)):
-        if os.path.exists(file) and not cfg.overwrite:
+        if os.path.exists(file) and str(file) not in kept and not cfg.overwrite:
             raise UserError(f"{file} is there already; --overwrite replaces it, --out takes another name, "
                             "--seed other images")
 
@@ -545,6 +569,34 @@ def check_model(model, config, cfg):
     if cfg.image and max(cfg.n or 6, len(cfg.image)) > widest:
         raise UserError(f"{len(cfg.image)} rows of --n {cfg.n or 6} are too large a sheet; take {widest} at "
                         "most")
+
+
+def same_weights(a, b):
+    """Whether two networks are one."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(v.equal(b[name]) for name, v in a.items())
+
+
+def idle_lines(model, cfg, steps):
+    """Lines on options that change nothing, or may, in so many steps."""
+    def counts(schedule):
+        left = [torch.tensor([model.length])]
+        for t in range(1, steps + 1):
+            left.append(unified.num_masked(left[0], left[-1], t, steps, schedule, model.round_up))
+        return torch.cat(left).tolist()
+    lines = []
+    if cfg.guide and same_weights(guide_of(cfg), model):
+        lines.append(f"--guide {cfg.guide} has the weights of {cfg.run}, and changes nothing")
+    if steps == 1 and cfg.temperature is not None:
+        lines.append("--temperature changes nothing in a single step")
+    if cfg.schedule not in (None, "cosine") and not cfg.image and counts(cfg.schedule) == counts("cosine"):
+        lines.append(f"--schedule {cfg.schedule} changes nothing in {steps} steps for {model.length} ids; "
+                     "take other --steps")
+    low, high = parse_interval(cfg.guidance_interval or "0,1")
+    if (high - low) * steps < 1:
+        lines.append(f"--guidance-interval {cfg.guidance_interval} is shorter than one of {steps} steps, and "
+                     "may hold none")
+    return lines
 
 
 if __name__ == "__main__":

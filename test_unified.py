@@ -5273,6 +5273,7 @@ def test_labels_that_are_numbers_are_names_and_a_name_may_have_a_comma():
     assert asked("2,1", ["1", "2", "cat, small"]) == [1, 0]
     assert asked("cat, small", ["1", "cat, small"]) == [1]
     assert asked("0,dog", ["cat", "dog"]) == [0, 1] and asked("all", ["1", "2"]) == [0, 1]
+    assert asked("all", ["all", "cat"]) == [0]
     assert_refused("--label 0 is no class; they are 1, 2$", asked, "0", ["1", "2"])
 
 
@@ -6331,6 +6332,47 @@ def test_pngs_are_continued_only_by_what_made_them(finished, diffused, tmp_path,
     assert sorted(p.name for p in folder.iterdir()) == ["000000.png", "000001.png", "made-by.json"]
     (folder / "made-by.json").unlink()
     assert "--overwrite" in ask("--seed", 1, "--n", 2, expect=2)        # images of unknown origin
+
+
+def test_the_command_that_began_a_set_of_pngs_goes_on_with_it_typed_again(finished, tmp_path):
+    command = ("sample.py", finished[0], "--n", 3, "--steps", 2, "--png-dir", tmp_path / "set", "--out",
+               tmp_path / "sheet.png", "--gif")
+    script(*command)
+    whole = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    (tmp_path / "set" / "000001.png").unlink()
+    printed = script(*command, "--order", "confidence", "--schedule", "cosine")     # the usual ones
+    assert "sheet.png was there and stays" in printed and "sheet.gif was there and stays" in printed
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == whole
+    assert "sheet.png is there already" in script(*command, "--seed", 1, expect=2)
+
+
+def test_two_commands_may_fill_one_folder_of_pngs(tmp_path):
+    fill = ("import numpy, pathlib, sample\n"
+            "batches = (([i], numpy.full((1, 8, 8, 3), i % 256, 'uint8')) for i in range(1500))\n"
+            f"sample.write_pngs(pathlib.Path({str(tmp_path)!r}), ((numpy.array(i), x) for i, x in batches))")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda folder: python(folder, "-c", fill), folders))
+    for i, path in enumerate(sorted(tmp_path.glob("*.png"))):
+        assert path.name == f"{i:06d}.png" and (numpy.array(PIL.Image.open(path)) == i % 256).all()
+    assert i == 1499 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_sampling_says_which_options_change_nothing(finished, tmp_path):
+    outs = (tmp_path / f"{i}.png" for i in itertools.count())
+
+    def said(*more):
+        return script("sample.py", finished[0], "--n", 1, "--out", next(outs), *more)
+    L = unified.load_model(finished[0])[0].length
+    assert f"--schedule linear changes nothing in {L} steps" in said("--steps", L, "--schedule", "linear")
+    assert "--schedule" not in said("--steps", L // 2, "--schedule", "linear")
+    assert "--temperature changes nothing in a single step" in said("--steps", 1, "--temperature", 9)
+    guided = ("--steps", 4, "--guide", finished[0], "--guidance", 2, "--guidance-interval")
+    printed = said(*guided, "0.3,0.31")
+    assert "is shorter than one of 4 steps" in printed and "and changes nothing" in printed
+    assert "is shorter than one" not in said(*guided, "0.3,0.6")
 
 
 def test_an_option_that_a_fork_adds_tells_sets_of_images_apart(monkeypatch):
