@@ -4194,6 +4194,8 @@ def poisoned_steps(folder, bad, images=range(8), save_every=100, **recipe):
 def test_a_run_cannot_be_resumed_with_fewer_steps_than_it_has(finished):
     printed = script("train.py", "--resume", finished[0], "--steps", 3, expect=2)
     assert "has had 6 steps, and --steps 3 is less" in printed
+    printed = script("train.py", "--resume", finished[0], "--epochs", 0.5, expect=2)
+    assert "has had 6 steps, and --epochs 0.5 is less" in printed
 
 
 def test_a_sheet_that_is_there_hides_no_other_mistake(finished, photos, tmp_path):
@@ -4287,6 +4289,15 @@ def test_a_row_has_terms_that_are_numbers_or_nothing_where_they_are_not_finite(t
     for wrong in (dict(lr=1.0), dict(step=1.0), dict(several=torch.ones(2))):
         with pytest.raises(ValueError, match=f"a term {[*wrong][0]} of shape"):
             some_terms(tmp_path / "a", **wrong)
+
+
+def test_a_statistic_does_not_take_the_place_of_a_term(tmp_path, monkeypatch):
+    update = train.update
+    monkeypatch.setattr(train, "update", lambda *args: {**update(*args), "plain": 7.0, "lost": None})
+    with pytest.raises(ValueError, match=r"a term plain of shape \(\): .* not called .*plain"):
+        some_terms(tmp_path, plain=0.5)
+    (tmp_path / "b").mkdir()
+    assert some_terms(tmp_path / "b", other=0.5)["plain"] == 7.0
 
 
 def test_an_image_that_alone_is_to_blame_for_such_steps_is_named(tmp_path):
@@ -5204,7 +5215,7 @@ def test_a_run_leaves_images_figures_and_the_next_commands(finished):
     assert all(r["loss"] > 0 and r["images_per_second"] > 0 and r["grad_norm"] > 0 for r in rows
                if "loss" in r)
     assert {"model", "ema", "optimizer", "stage", "step",
-            "config"} == set(unified.load_checkpoint(folder / "model.pt"))
+            "config"} <= set(unified.load_checkpoint(folder / "model.pt"))
 
 
 def test_mage_c_trains_on_two_views_of_a_shared_tokenizer(photos, finished, tmp_path):
@@ -7922,6 +7933,40 @@ def test_a_run_that_starts_from_another_keeps_the_ids_that_it_has_learned(photos
                                                                   "--init", finished[0]), expect=2)
 
 
+def test_a_run_begun_from_another_has_its_number_of_patches_unless_told_otherwise(tmp_path):
+    torch.save({"config": {"image_size": 32, "ids": 16}}, tmp_path / "model.pt")
+    given = {"dataset": "shapes", "model": "umd", "init": str(tmp_path)}
+    assert train.settings(train.Config(**given)).ids == 16
+    assert train.settings(train.Config(**given, ids=64)).ids == 64
+
+
+def test_views_that_were_asked_for_are_taken():
+    def views(**given):
+        return train.settings(train.Config(model="mage-c", **given)).views
+    assert [views(), views(views=2), views(views=3), views(views=5), views(views=0)] == [4, 2, 3, 5, 0]
+    assert_refused("--views 1 keeps one", views, views=1)
+
+
+def test_ids_of_a_training_that_replaced_images_are_none_of_one_that_is_strict(tmp_path):
+    make_images(tmp_path / "data", [f"{i}.png" for i in range(24)])
+    data = probe.open_data(str(tmp_path / "data"), "", 8, True)
+    train.cache_ids(tmp_path, tokenizer(2), data, 1)
+    data.strict = True
+    train.cache_ids(tmp_path, tokenizer(2), data, 1)
+    assert len(list(tmp_path.glob("ids-*.npy"))) == 2
+
+
+def test_images_to_test_on_that_cannot_be_read_are_told_before_any_training(photos, tmp_path):
+    split = tmp_path / "split"
+    shutil.copytree(photos / "train", split / "train")
+    for name in ("cat", "dog"):
+        (split / "val" / name).mkdir(parents=True)
+        whole = next((photos / "val" / name).iterdir()).read_bytes()
+        (split / "val" / name / "a.png").write_bytes(whole[:60])
+    printed = script("train.py", *flags(split, tmp_path / "run", "--model", "umd", "--views", 1), expect=2)
+    assert "none of the images to test on can be read" in printed and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flag, file, side", [
     ("tokenizer", "", 32), ("tokenizer", "tokenizer.pt", 32), ("predictor", "model.pt", 32), ("init", "", 32),
     ("tokenizer", "other.pt", 64)])
@@ -7933,7 +7978,7 @@ def test_a_run_built_on_another_has_its_image_size_unless_told_otherwise(tmp_pat
     assert train.settings(train.Config(**given)).image_size == side
     assert train.settings(train.Config(**given, image_size=64)).image_size == 64
     torch.save({"weights": 1}, tmp_path / "model.pt")                       # of another program
-    assert train.side_of_run(str(tmp_path)) is None
+    assert train.config_of_run(str(tmp_path)) == {}
 
 
 def test_a_predictor_that_is_missing_or_unfit_ends_in_one_sentence(photos, finished, tmp_path):

@@ -152,6 +152,8 @@ def defaults(cfg):
         values.update(recipe["tiny"])
     if not method.tokenizer:
         values["views"] = 0 if cfg.dataset == "shapes" else 1
+    elif method.views == 2:
+        values["views"] = max(4, values["views"])
     side = cfg.image_size or values["image_size"]
     if side >= 256:
         values["ids"] = (side // 16) ** 2
@@ -193,9 +195,12 @@ def resumed(given):
                         + ("it ended before its first: type the command that began it once more" if unsaved
                            else unified.other_run(folder)))
     state = unified.load_checkpoint(path)
-    if path.name == "model.pt" and (given.get("steps") or math.inf) < state["step"]:
-        raise UserError(f"{folder} has had {state['step']} steps, and --steps {given['steps']} is less; "
-                        "leave it out, or take more")
+    length = {name: given[name] for name in ("steps", "epochs") if given.get(name)}
+    for name, value in length.items():
+        asked = unified.steps_of({**state["config"], "steps": None, **length})
+        if path.name == "model.pt" and asked < state["step"]:
+            raise UserError(f"{folder} has had {state['step']} steps, and --{name} {value:g} is less; "
+                            "leave it out, or take more")
     config = dict(state["config"], out_dir=str(folder))
     if config.get("predictor"):                         # which brings its tokenizer along
         config["tokenizer"] = ""
@@ -203,7 +208,7 @@ def resumed(given):
     if wrong := contradictions(config, {name: given[name] for name in fixed}):
         raise UserError(f"{folder} was made with {wrong}: leave that out, or start another run with "
                         "--out-dir")
-    length = {"steps", "epochs"} if given.keys() & {"steps", "epochs"} else set()
+    length = {"steps", "epochs"} if length else set()
     kept = vars(Config()).keys() & config.keys() - length - {"device", "workers", "resume", "report"}
     return {**{name: config[name] for name in kept}, **given}
 
@@ -217,18 +222,20 @@ def contradictions(config, flags):
                      if not same(config.get(name, now), now))
 
 
-def side_of_run(path):
-    """The image size of the run that path names, by its folder or a checkpoint in it; None of other files."""
+def config_of_run(path):
+    """The config of the run that path names, by its folder or a checkpoint in it; {} of other files."""
     folder, name = os.path.split(path)
     file = checkpoint_in(path) if os.path.isdir(path) else checkpoint_in(folder, {name} & {*CHECKPOINTS})
     config = unified.load_checkpoint(file).get("config") if file else None
-    return config.get("image_size") if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
 
 
 def settings(cfg):
     """A copy of cfg with nothing left open; UserError for what cannot be."""
     for path in filter(None, (cfg.predictor, cfg.tokenizer, cfg.init)):         # what it builds on decides
-        cfg = dataclasses.replace(cfg, image_size=cfg.image_size or side_of_run(path))
+        cfg = dataclasses.replace(cfg, image_size=cfg.image_size or config_of_run(path).get("image_size"))
+    if cfg.init and unified.MODELS[cfg.model].tokens == "patches":
+        cfg = dataclasses.replace(cfg, ids=cfg.ids or config_of_run(cfg.init).get("ids"))
     if cfg.steps and cfg.epochs:
         raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; give one")
     answered = {"steps", "epochs"} if cfg.steps or cfg.epochs else set()
@@ -239,9 +246,7 @@ def settings(cfg):
     cfg = dataclasses.replace(cfg, **values, out_dir=cfg.out_dir or folder,
                               dtype=unified.pick_dtype(cfg.dtype, cfg.device))
     check(cfg)
-    two_crops = cfg.dataset == "shapes" and cfg.views and unified.MODELS[cfg.model].views == 2
-    return dataclasses.replace(cfg, views=max(cfg.views, 4) if two_crops else cfg.views,
-                               tokenizer=cfg.tokenizer or cfg.predictor)
+    return dataclasses.replace(cfg, tokenizer=cfg.tokenizer or cfg.predictor)
 
 
 def check(cfg):
@@ -269,13 +274,14 @@ def check(cfg):
     if not method.tokenizer and cfg.views > 1:
         raise UserError(f"{cfg.model} reads one crop of an image, fresh in every step: --views {cfg.views} "
                         "is for models that read ids; take 1, or 0 for no crop")
-    if method.views == 2 and cfg.views == 1 and cfg.dataset != "shapes":
+    if method.views == 2 and cfg.views == 1:
         raise UserError(f"{cfg.model} compares two crops of an image; --views 1 keeps one; take 0 or 2 and "
                         "more")
     for name in ("tokenizer", "predictor", "init", "init_encoder"):
         path = vars(cfg)[name]
         if not os.path.exists(path or "."):
-            raise UserError(f"--{name.replace('_', '-')}: there is no {path}; name a run or a checkpoint")
+            remedy = "put back what this run began with" if cfg.resume else "name a run or a checkpoint"
+            raise UserError(f"--{name.replace('_', '-')}: there is no {path}; {remedy}")
     if not cfg.benchmark:
         probe.writable(cfg.out_dir, "--out-dir", folder=True)
 
@@ -360,6 +366,9 @@ def open_data(cfg):
     train_set, test_set = (
         probe.open_data(cfg.dataset, cfg.data_dir, cfg.image_size, part, cfg.device, cfg.strict_images,
                           recipe_of(cfg)["min_crop"]) for part in (True, False))
+    if isinstance(test_set, probe.ImageFolder) and not len(probe.map_images(torch.clone, test_set, 32)[0]):
+        raise UserError(f"none of the images to test on can be read that were tried, "
+                        f"{probe.shown(test_set.paths[0])} for one; mend them, or take them out")
     unlabelled = sum(int((data.labels < 0).sum()) for data in (train_set, test_set))
     print_once(train_set.summary or f"{cfg.dataset}: {len(train_set)} images of {len(train_set.classes)} "
                f"classes to train on, {len(test_set)} to test on"
@@ -379,7 +388,7 @@ def open_data(cfg):
         for line in probe.few_to_test_on(known):
             print_once(line)
     if cfg.labels and not train_set.classes:
-        raise UserError(f"--labels: {cfg.dataset} has no classes (no class folders)")
+        raise UserError(f"--labels: {cfg.dataset} has no classes; lay images into class folders")
     if cfg.labels and unlabelled:
         raise UserError(f"--labels: {unlabelled} images of {cfg.dataset} have no label; leave --labels out")
     return train_set, test_set
@@ -528,8 +537,11 @@ def build_model(cfg, frozen, arch, train_set):
         (model.token_predictor if method.predictor else model.vqgan).load_state_dict(frozen.state_dict())
     if cfg.init:
         copy_weights(cfg, model, cfg.init)
+        then, now = config_of_run(cfg.init), train_set.classes
+        if cfg.labels and then.get("labels") and (old := then.get("classes", now)) != now:
+            print_once(f"what it learned of {', '.join(old[:5])} it now takes for {', '.join(now[:5])}")
     if cfg.init_encoder:
-        copy_weights(cfg, model, cfg.init_encoder, (*model.stem, "blocks"))
+        copy_weights(cfg, model, cfg.init_encoder, (*model.stem, "time_embed", "blocks"))     # blocks read it
     path = checkpoint_in(cfg.out_dir, ["model.pt"])
     if path and model.tokenizer and cfg.resume is not None:         # ids are made with its own
         own = unified.load_checkpoint(path)["model"]
@@ -553,7 +565,8 @@ def copy_weights(cfg, model, path, only=None):
         first = (partly or lost or ["encoder block"])[0]
         raise UserError(f"{path} does not fit --model {cfg.model} --size {cfg.size}: it has no {first} of "
                         "this shape" + ", since classes are part of the vocabulary; --labels must be as "
-                                       "there" * ("word_embeddings" in first))
+                                       "there" * ("word_embeddings" in first)
+                        + "; --ids and --image-size must be as there" * ("pos_embed" in first))
     model.load_state_dict(state, strict=False)
     names = ", ".join(sorted({k.split(".")[0] for k in fresh}))
     print_once(f"{len(state)} of {len(there)} tensors from {path}; fresh: {names or 'none'}")
@@ -819,6 +832,14 @@ def read_rows(folder):
 ROW = "stage", "step", "lr", "grad_norm", "images_per_second", "memory_gib"   # of log.jsonl, beside the terms
 
 
+def check_scalar(name, value, taken):
+    """ValueError for what a row cannot hold beside the names that are taken."""
+    shape = tuple(torch.as_tensor(value).shape)
+    if shape or name in taken:
+        raise ValueError(f"log.jsonl cannot hold a term {name} of shape {shape}: terms of forward(), and "
+                         f"statistics, are scalars, and not called {', '.join(taken)}, as rows have these")
+
+
 class Log:
     """Progress bar and log of one training. What is added up stays on the device until a row is
     written: no step waits. It is not saved: the first row after --resume is of the steps since then."""
@@ -839,9 +860,7 @@ class Log:
         steps and processes, where it is finite. ValueError for what a row cannot hold."""
         for name, value in values.items():
             (total, count), value = self.sums.get(name, (0, 0)), torch.as_tensor(value).detach()
-            if value.dim() or name in ROW:
-                raise ValueError(f"forward() returns a term {name} of shape {tuple(value.shape)}; terms are "
-                                 f"scalars, and not called {', '.join(ROW)}, as rows have these")
+            check_scalar(name, value, ROW)
             self.sums[name] = total + value.nan_to_num(0, 0, 0), count + value.isfinite()
 
     def means(self):
@@ -896,6 +915,8 @@ class Log:
         """A row: means of what was added, and the statistics of this step, see update()."""
         self.check_finite(step)
         means, cuda = self.means(), self.cfg.device.startswith("cuda")
+        for name in stats.keys() - {"lr", "grad_norm"}:
+            check_scalar(name, 0.0 if stats[name] is None else stats[name], (*ROW, *means))
         row = {name: None if v is None or not math.isfinite(v) else float(v)
                for name, v in {**means, **stats}.items()}
         rate = (step - self.seen) * self.recipe["batch_size"] / (time.perf_counter() - self.since)
@@ -936,7 +957,7 @@ def images_to_blame(cfg, model, recipe, data, read, step):
 
 # What is in a run's folder before its first checkpoint.
 UNSAVED = re.compile(r"\.lock|log\.jsonl|(samples|reconstructions)\.png|(ids|labels)-\w+(\.npy)?|"
-                     r"\w+\.pt\.tmp")
+                     r"\w+\.pt\.tmp|[\w.-]+\.\d+\.tmp")
 
 
 def open_folder(cfg, train_set, lock):
@@ -1145,7 +1166,9 @@ def cache_ids(folder, vqgan, data, views, workers=0):
     the work, runs may use one folder. uint16, or int32 where the codebook has more codes than that counts.
     Raises Stopped if a signal asks for the end.
     """
-    mark = unified.rank_zero_first(lambda: fingerprint(vqgan, data, views))
+    strict = isinstance(data, probe.ImageFolder) and data.strict        # then no image stands in for another
+    about = (views, "strict") if strict else views
+    mark = unified.rank_zero_first(lambda: fingerprint(vqgan, data, about))
     ids, labels = (pathlib.Path(folder) / f"{name}-{mark}.npy" for name in ("ids", "labels"))
     if not unified.rank_zero_first(ids.exists):
         parts = enumerate(torch.arange(len(data)).split(SHARD))
@@ -1399,7 +1422,8 @@ def benchmark_paths(cfg):
     fused."""
     method, grid = unified.MODELS[cfg.model], math.isqrt(cfg.ids)
     torch.manual_seed(cfg.seed)
-    arch = tokenizer_arch(cfg) if method.tokenizer else None
+    lent = cfg.tokenizer or cfg.init                            # --predictor is in --tokenizer by now
+    arch = get_tokenizer(cfg, None, None)[1] if lent else tokenizer_arch(cfg) if method.tokenizer else None
     fast = unified.build(unified.model_config(cfg.model, cfg.size, cfg.image_size, grid, arch)).to(cfg.device)
     plain = copy.deepcopy(fast)
     batch = cfg.micro_batch or micro_batch_size(cfg, cfg.batch_size, image_bytes(cfg, fast))
