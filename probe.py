@@ -438,9 +438,10 @@ class DifFeed(Head):
         return self.head.read(*maps)
 
 
-def feedback_of(model, cfg):
+def feedback_of(model, cfg, last=math.inf):
     """{late layer: its mirror} for DifFeed: of --feedback or, as DiffSSL chose, of the last layer of each map
-    size that the mirror has, too, without the first layer's; of all such layers if there is one size only."""
+    size that the mirror has, too, without the first layer's; of all such layers if there is one size only.
+    last: the last layer that is read. UserError for what is fed back behind it, or if nothing is."""
     late = [b for b in model.layers if model.mirror(b) < b]
     chosen = parse_numbers(cfg.feedback, int, "--feedback")
     for b in chosen:
@@ -450,8 +451,14 @@ def feedback_of(model, cfg):
     if not chosen:
         size = {b: shape[1:] for b, shape in model.layers.items()}
         chosen = [b for b in late if model.mirror(b) > 1 and size[b] == size[model.mirror(b)]]
-        last = {size[b]: b for b in chosen}
-        chosen = list(last.values()) if len(last) > 1 else chosen
+        of_size = {size[b]: b for b in chosen}
+        chosen = list(of_size.values()) if len(of_size) > 1 else chosen
+    behind = [b for b in chosen if model.mirror(b) > last]
+    if behind or not chosen:
+        fault = "this model has no layers that are fed back by default" if not behind else \
+            f"layer {behind[0]} is fed back to {model.mirror(behind[0])}, and the last one read is {last}"
+        raise UserError(f"--head diffeed: {fault}; name others with --layers or --feedback, or take --head "
+                        "difformer")
     return {b: model.mirror(b) for b in chosen}
 
 
@@ -488,7 +495,8 @@ def new_head(name, nets, places, sample, classes, cfg):
         head = DifFormer(model.layers, steps, classes, int(cfg.pool))
         if cfg.head == "diffeed":
             model.requires_grad_(False)
-            head = DifFeed(float32_features(model, cfg), model.layers, feedback_of(model, cfg), head)
+            feedback = feedback_of(model, cfg, max(place.layer for place in places))
+            head = DifFeed(float32_features(model, cfg), model.layers, feedback, head)
         return head
     width = features_of(sample, name)[0].size(1)
     if cfg.head == "linear" and not cfg.sgd:
@@ -535,6 +543,9 @@ def fit_recipe(cfg, images, finetuning=None):
               f"taking {images}, with its learning rate")
         batch = images
     batch -= batch % unified.rank_and_world()[1]
+    if batch < 2 * unified.rank_and_world()[1]:
+        raise UserError(f"--batch-size {cfg.batch_size} leaves a process one image, and heads normalise over "
+                        "several; take 2 or more for each")
     if lr is None:
         lr = finetuning[0] if cfg.head == "finetune" else 0.1
         lr *= 1 if images >= 500_000 else 10
@@ -676,6 +687,8 @@ def cached_batches(features, y, cfg):
 
 def fresh_batches(read, data, index, cfg):
     """The same of features that are computed anew, from random crops with --augment and in fine-tuning."""
+    data.stand_ins = index.sort().values.tolist()           # else few labels would become more
+
     def batches(epoch):
         order = index[shuffled(len(index), cfg.seed, epoch)]
         mine = [local_shard(batch) for batch in order.split(cfg.batch_size)[:len(index) // cfg.batch_size]]
@@ -845,7 +858,7 @@ def places_to_read(model, cfg):
     UserError if the model has no such place."""
     layers, ts = parse_numbers(cfg.layers, int, "--layers"), parse_numbers(cfg.t, float, "--t")
     searched = bool(layers or ts or cfg.sweep)
-    if cfg.head in ON_MAPS:
+    if cfg.head in (*ON_MAPS, "finetune"):
         pools = ["mean"]                                        # a place for maps is chosen by their means
     else:
         pools = cfg.pool.split(",") if cfg.pool else ["mean" if searched else model.pools[0]]
@@ -869,7 +882,10 @@ def places_to_read(model, cfg):
     ts = ts or ([low + fraction * (high - low) for fraction in SWEEP] if cfg.sweep else [model.best_t])
     ts = map(round if isinstance(high, int) else float, ts)
     places = [Place(layer, t, pool) for t in ts for layer in layers for pool in pools if pool != "class"]
-    return distinct(places + [Place(model.best_layer, model.best_t, "class")] * ("class" in pools))
+    places = distinct(places + [Place(model.best_layer, model.best_t, "class")] * ("class" in pools))
+    if cfg.sweep and len(places) == 1:
+        raise UserError("--sweep compares places, and --layers and --t leave one; leave one of these out")
+    return places
 
 
 def choose(model, places, train_set, index, cfg):
@@ -988,7 +1004,7 @@ def load(cfg):
         raise UserError(f"--weights ema: {cfg.run} keeps no averaged weights; leave that out")
     places = places_to_read(model, cfg)
     if cfg.head == "diffeed":
-        feedback_of(model, cfg)
+        feedback_of(model, cfg, max(place.layer for place in places))
     return model, config, places
 
 
@@ -1005,9 +1021,11 @@ def run(cfg, first):
     dataset, *sets = open_sets(model.to(cfg.device), config, cfg)
     train_set, test_set = map(with_labels, sets)
     print(train_set.summary or f"{dataset}: {len(train_set)} images to train on, {len(test_set)} to test on")
-    for line in few_to_test_on(len(test_set)):
+    for line in few_to_test_on(len(test_set)) * (cfg.head != "segment"):
         print(line)
     index = images_to_train_on(train_set, cfg)
+    if cfg.subset and cfg.head != "segment" and len(train_set.labels[index].unique()) < 2:
+        raise UserError(f"--subset {cfg.subset} names images of one class; a probe takes two or more")
     if cfg.head in RECIPES:
         cfg = fit_recipe(cfg, len(index), finetuning_of(model))
     if cfg.head in ONE_PLACE:
@@ -1122,8 +1140,8 @@ def standard_error(p, n):
 
 def few_to_test_on(n):
     """A line, in a list, on test images of which one changes an accuracy."""
-    return [f"{n} test images are few: one is {1 / n:.1%} of an accuracy; class folders in train/ and val/, "
-            "with half of the images each, test more"] * (n < 100)
+    return [f"{n} test images are few: one is {1 / n:.1%} of an accuracy; half of the images to train on and "
+            "half to test on, as in train/ and val/, test more"] * (n < 100)
 
 
 def with_error(p, n, head):
@@ -1164,12 +1182,13 @@ def report(places, titles, results, about, cfg):
             print(f"    {with_error(p, n, head)}  {titles[name]}{draws}")
             row[metric if name == "model" else name] = p
         if cfg.head != "finetune":
-            tell_no_gain(row[metric], row["untrained"], n)
+            tell_no_gain(row[metric], row["untrained"], math.inf if cfg.head == "segment" else n)
         row |= dict(*more) or {"standard_error": round(standard_error(row["top1"], n), 4)}
         if len(accuracies["model"]) > 1:
             row["deviation"] = round(statistics.stdev(accuracies["model"]), 4)
-        rows.append({**row, **about, "n_train": images, "n_test": n, "seed": cfg.seed, "lr": cfg.lr,
-                     "epochs": cfg.epochs})
+        options = ("seed", "lr", "epochs", "batch_size", "augment", "sgd", "hidden", "feedback", "dtype")
+        rows.append({**row, **about, "n_train": images, "n_test": n,
+                     **{name: getattr(cfg, name) for name in options}})
     return append_rows(rows, cfg)
 
 
@@ -1460,12 +1479,17 @@ def check_flags(cfg):
         "--save reads one place of one run and probes nothing; name one run, the images with --dataset, and "
         "leave --head and --sweep out": cfg.save and (other_probe or "," in place),
         "--samples is about images, of one run, beside its whole data set; leave --head, --layers, --t, "
-        "--pool, --sweep, --labels, --subset, --limit and --save out":
-            cfg.samples and (other_probe or place or cfg.limit or cfg.save),
+        "--pool, --sweep, --labels, --subset, --limit, --seed, --dtype and --save out":
+            cfg.samples and (other_probe or place or cfg.limit or cfg.seed or cfg.dtype or cfg.save),
         f"--save {cfg.save} is there already; take another name": cfg.save and os.path.exists(cfg.save),
         f"--save {cfg.save} has no .npz at its end; add it": cfg.save and not cfg.save.endswith(".npz"),
         f"--save {cfg.save} is in no folder that can be written to; make it, or take another":
             cfg.save and not os.access(os.path.dirname(cfg.save) or ".", os.W_OK),
+        f"--save {cfg.save} is too long a name; take a shorter one":
+            len(os.fsencode(os.path.basename(cfg.save))) > 240,
+        f"--data-dir {cfg.data_dir} is another folder than --dataset {cfg.dataset}; leave one of them out":
+            cfg.data_dir and os.path.isdir(cfg.dataset)
+            and os.path.realpath(cfg.data_dir) != os.path.realpath(cfg.dataset),
         "--head finetune trains all that leads to the layer the paper reads; leave --layers, --t and --pool "
         "out": cfg.head == "finetune" and place}
     for fault, found in faults.items():
@@ -2040,6 +2064,7 @@ class ImageFolder(torch.utils.data.Dataset):
     layout         how it lies on the disk       summary  what was found, in lines, or ""
     root           what messages are about       strict   stop at an unreadable image
     unseen         False for test images that stand in for too few: they are those to train on
+    stand_ins      numbers of the images that may replace an unreadable one
     ignored        numbers of classes that no pixel is to be taken for
     """
     channels, ignored = 3, ()
@@ -2050,6 +2075,7 @@ class ImageFolder(torch.utils.data.Dataset):
         self.size, self.scale, self.strict, self.device = size, scale, strict, torch.device(device)
         self.layout, self.summary = layout, summary
         self.unreadable, self.named, self.unseen = {}, {}, True             # index: why; those that were told
+        self.stand_ins = range(len(paths))
 
     def __len__(self):
         return len(self.paths)
@@ -2070,12 +2096,13 @@ class ImageFolder(torch.utils.data.Dataset):
                         return self.crop(image, crops), self.labels[i], bad
                 except UserError as error:
                     bad[i] = self.unreadable[i] = str(error.__cause__)
-            if not replace or self.strict or len(self.unreadable) == len(self):
+            if not replace or self.strict or all(i in self.unreadable for i in self.stand_ins):
                 views = () if crops is None else (len(crops),)
                 black = torch.zeros(*views, self.channels, self.size, self.size, dtype=torch.uint8)
                 return black, torch.tensor(-1), bad
             draw += 1
-            i = unified.hash_ints(index if crops is None else crops[0], draw) % len(self)
+            number = unified.hash_ints(index if crops is None else crops[0], draw)
+            i = self.stand_ins[number % len(self.stand_ins)]
 
     def crop(self, image, crops, nearest=False):
         """PIL image, numbers of V crops -> uint8 (V, 3, S, S); None -> the whole image (3, S, S). nearest:
@@ -2216,7 +2243,8 @@ def entries(folder):
     # isdir() forgives a link in a circle.
     inner = [e for e in found if (os.path.isdir(e) if e.is_symlink() else e.is_dir())]
     files = [e for e in found if e not in inner and (e.is_symlink() or e.is_file())]         # no pipe
-    inner = [folder / e.name for e in inner]
+    closed = [e for e in inner if not os.access(e, os.R_OK | os.X_OK)]          # told as no image is
+    inner, files = [folder / e.name for e in inner if e not in closed], files + closed
     return [p for p in inner if not (p / "log.jsonl").exists()], [folder / e.name for e in files]
 
 
@@ -2464,18 +2492,22 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
         return ImageTensor(*cifar10(root, train), (crop, 1.0), device)
     check_folder(root)
     if train is None:
-        others = []
+        others, others_told = [], ""
         files, labels, classes = image_files(root, others), {}, []
-        with contextlib.suppress(*[UserError] * bool(files)):           # of a layout that no training takes
+        try:
             _, classes, parts, _ = find_images(root)
             labels = {path: c for part in parts.values() for path, c in zip(*part)} if classes else {}
+        except UserError as error:                                      # a layout that no training takes
+            if not files:
+                raise
+            others_told = f"no labels: {error}".partition("; expected")[0]
         named = {name: c for c, name in enumerate(classes)} if labels else {}       # as in a third part, test
         for path in set(files) - labels.keys():
             inside = [named[name] for name in path.relative_to(root).parts[:-1] if name in named]
             labels[path] = inside[0] if inside else -1
         labels = [labels[path] for path in files]
         return ImageFolder(root, files, labels, classes, size, (crop, 1.0), strict, device,
-                           summary="\n".join(no_images(root, others)))
+                           summary="\n".join(filter(None, [others_told, *no_images(root, others)])))
     layout, classes, parts, summary = find_images(root)
     files, labels = parts[train] if parts[train][0] else parts[True]
     data = ImageFolder(root, files, labels, classes, size, (crop, 1.0), strict, device, layout, summary)
@@ -2607,10 +2639,19 @@ def find_masks(root):
             image_files(folder, others)
         parts.append([(path, root / masks.format(name) / path.relative_to(folder).with_suffix(".png"))
                       for path in files])
-    if not all(parts):
+    missing = [name for name, part in zip(names, parts) if not part]
+    if 0 < len(missing) < len(parts):
+        raise UserError(f"there are no images with masks in {shown(root / images.format(missing[0]))}, which "
+                        f"the part {missing[0]} is to have; lay some there")
+    if missing:
         expected = " or ".join(f"{images} and {masks} ({layout})".format(*names[:1] * 2)
                                for layout, (images, masks, names, *_) in MASKS.items())
         raise UserError(f"there are no images with masks in {shown(root)}; expected {expected}")
+    owners = {}
+    for image, mask in sum(parts, []):
+        if owners.setdefault(mask, image) != image:
+            raise UserError(f"{shown(owners[mask])} and {shown(image)} share the mask {shown(mask)}; give "
+                            "each a name of its own")
     return layout, first, classes, parts, others
 
 

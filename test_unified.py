@@ -2811,6 +2811,12 @@ def test_a_unet_generates_and_inpaints_as_a_user_asks(photos, finished_adm, tmp_
     (["--head", "segment", "--pool", "mean"], "--pool takes the number"),
     (["--head", "segment", "--ignore", "x"], "--ignore takes"), (["--labels", "2"], "--labels"),
     (["--head", "segment", "--sweep"], "--sweep belongs"),
+    (["--save", "a" * 250 + ".npz"], "too long a name"),
+    (["--sweep", "--layers", "2", "--t", "0"], "--sweep compares places"),
+    (["--head", "diffeed", "--layers", "1"], "and the last one read is 1"),
+    (["--head", "linear", "--batch-size", "1"], "take 2 or more for each"),
+    (["--samples", "a.npz", "--seed", "7"], "leave --head"),
+    (["--dataset", "tree", "--data-dir", "."], "another folder"),
     (["--head", "segment", "--dataset", "tree", "--labels", "0.1"], "take 20"),
     (["--head", "segment", "--dataset", "tree", "--subset", "no.txt"], "no.txt cannot be read as a list of")])
 def test_a_probe_that_cannot_be_is_refused_in_one_sentence(args, words, finished_adm, tmp_path, monkeypatch):
@@ -3068,6 +3074,14 @@ def test_a_folder_without_masks_is_told_the_layouts(photos):
     assert_refused("no images with masks in .*annotations/training .*masks/tr", open_masks, photos)
 
 
+def test_a_part_that_lacks_masks_and_a_mask_of_two_images_are_named(tmp_path):
+    root = masks_tree(tmp_path, "tree")
+    shutil.copy(next((root / "images/train").glob("1.*")), root / "images/train/1.jpeg")
+    assert_refused("share the mask .*1.png", open_masks, root)
+    shutil.rmtree(root / "images/val")
+    assert_refused("no images with masks in .*images/val, which the part val", open_masks, root)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_with_a_mask_is_named_and_replaced_or_left_out(workers, tmp_path, capsys):
     root = masks_tree(tmp_path, "tree")
@@ -3127,6 +3141,39 @@ def test_a_subset_holds_the_images_that_a_file_names(photos, tmp_path):
     assert_refused("names no image", probe.images_to_train_on, data, cfg)
     path.write_text("\n".join(names))
     assert_refused("leave it out", probe.images_to_train_on, image_set(30, 16), cfg)  # it has no files
+
+
+def test_a_subset_of_one_class_is_no_data_for_a_probe(photos, finished_adm, tmp_path):
+    cats = sorted((photos / "train" / "cat").iterdir())
+    (tmp_path / "cats.txt").write_text("\n".join(path.name for path in cats))
+    printed = script("probe.py", finished_adm, "--workers", 0, "--subset", tmp_path / "cats.txt", expect=2)
+    assert "names images of one class" in printed
+
+
+def test_an_unreadable_image_of_a_subset_is_replaced_by_one_of_the_subset(tree):
+    (tree / "train/ant/2.png").write_bytes(b"not an image")
+    cfg = probe.Config(run=["x"], batch_size=3, workers=0, device="cpu", augment=True)
+    for index, allowed in (([0, 2, 5], {(0, 0), (50, 1)}), ([2, 1, 5], {(10, 0), (50, 1)})):
+        data, index = folder(tree / "train"), torch.tensor(index)
+        batches = probe.fresh_batches(lambda x, names: {"": x}, data, index, cfg)
+        seen = {pair for epoch in range(20) for x, y in batches(epoch) for pair in greys([(x[""], y)])}
+        assert seen == allowed
+
+
+def test_features_without_labels_say_why_they_have_none(photos, finished, tmp_path):
+    odd = tmp_path / "odd"
+    shutil.copytree(photos, odd)
+    shutil.rmtree(odd / "val" / "cat")
+    printed = script("probe.py", finished[0], "--dataset", odd, "--workers", 0, "--save", tmp_path / "z.npz")
+    assert "no labels: " in printed and "cat only in one of them" in printed
+
+
+def test_a_folder_that_may_not_be_opened_is_left_out_and_told(tree, monkeypatch):
+    (tree / "train" / "lost+found").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "lost" not in os.fspath(path) and access(path, mode))
+    data, _ = both_parts(tree)
+    assert data.classes == ["ant", "bee"] and "lost+found" in data.summary
 
 
 def test_a_subset_takes_the_class_or_the_folder_before_a_name_that_several_have(tmp_path, capsys):

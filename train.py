@@ -59,7 +59,8 @@ class Config:
     image_size: int = flag(None, "side in pixels; that of the run it builds on, if any [32; folders 64; as "
                                  "published 256]", min=8, max=4096)
     views: int = flag(None, "random crops of each image kept as ids; 1 keeps the whole image, 0 tokenises "
-                            "fresh crops in every step [shapes 1, cifar10 and folders 4, as published 10]. "
+                            "fresh crops in every step [shapes 1, of mage-c 4, cifar10 and folders 4, as "
+                            "published 10]. "
                             "Models of pixels: 0 takes the whole image, 1 a fresh crop in every step "
                             "[shapes 0, else 1]", min=0, max=1000)
     workers: int = flag(min(8, unified.usable_cores()), "data-loading processes, for folders", min=0,
@@ -388,7 +389,7 @@ def open_data(cfg):
         for line in probe.few_to_test_on(known):
             print_once(line)
     if cfg.labels and not train_set.classes:
-        raise UserError(f"--labels: {cfg.dataset} has no classes; lay images into class folders")
+        raise UserError(f"--labels: {cfg.dataset} has no classes (no class folders)")
     if cfg.labels and unlabelled:
         raise UserError(f"--labels: {unlabelled} images of {cfg.dataset} have no label; leave --labels out")
     return train_set, test_set

@@ -3045,7 +3045,8 @@ class Denoiser(Model):
 #                         decoded ids are not the original image
 #     reconstructs        it has reconstruct()
 #     stem                names of what layer decay counts as before `blocks`, and --init-encoder copies with
-#                         them; in fine-tuning only these are in training mode
+#                         them (and with time_embed, if blocks read one); in fine-tuning only these are in
+#                         training mode
 #     dynamic_blocks      blocks whose number of tokens differs from call to call
 #     finetuning          learning rate for 256 images, layer decay, fraction of warm-up: for a ViT-B, and for
 #                         a ViT-L, whose best_layer is 24 or more
@@ -3065,7 +3066,8 @@ class Denoiser(Model):
 #   says that samples will stay noisy. A network that does not predict noise has another word for it, such as
 #   `dim`.
 # - Pixels stay float32 under autocast, by in_float32(). The tests run a model in float64, too, so what is
-#   float32, such as timestep_embedding(), is cast to the weights' type.
+#   float32, such as timestep_embedding(), is cast to the weights' type. They also change torch's default
+#   type, so torch.full((n,), t) with a float t needs dtype=x.dtype.
 # - features() has one t for all images. If forward() has one for each, (B,), both share a function, as
 #   UMD.predict().
 # - steps may be any number from 1 on. The samples that train.py draws on the way take 20.
@@ -3887,6 +3889,8 @@ def parse_flags(cls, doc, argv=None):
         if unknown and os.path.isdir(unknown[1]) and "--dataset" in names:
             close = [f"--dataset {unknown[1]}"]
         hint = f"; did you mean {close[0]}?" if close else ""
+        if unknown and os.path.exists(os.path.join(unknown[1], "model.pt")) and "--run" in names:
+            hint = "; runs are named together, before the options"
         raise UserError(f"{message}{hint} ({parser.prog} -h lists the options)")
     parser.error = refuse
     for field in fields:
