@@ -2476,7 +2476,8 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     --image-size, unless it has defaults of its own, by name, in train.py, and raises a UserError if its
     images have another size. One known by what lies in its folder comes after check_folder(). If its files
     may change, its layout says which they are, such as "in memory, MD5 1f3a"; else --resume and probe.py go
-    on with others, if number and classes are the same. If its test images are those to train on, set unseen
+    on with others, if number and classes are the same. If they have moved, data_dir says where to: a run
+    keeps the first name. If its test images are those to train on, set unseen
     to False, and say so in summary. Half of all crops are mirrored. For --head segment open_masks() is asked
     instead. The help of --dataset names all kinds.
     """

@@ -39,6 +39,8 @@ from unified import UserError, flag
 
 # What --order takes: functions (tokens on a side, seeds (n,)) -> order, as sample_steps takes it. For a row
 # of your own extend the help of --order; if it ignores confidence check_flags() is to refuse --temperature.
+# When inpainting, what is masked is known in the call of the order only. The cell of lowest priority stays
+# masked to the end: ADDP shows its mean.
 # Random numbers of its own: unified.hashed_uniform(seeds, 2**31, n), as decoding takes the draws below.
 ORDERS = {"confidence": lambda side, seeds: None, "halton": lambda side, seeds: halton_order(side, seeds)}
 

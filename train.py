@@ -706,11 +706,13 @@ def set_up(cfg, name, model, recipe):
 def update(optimizer, weights, ema, recipe, step):
     """Step number `step`, from 0, of the weights and of their averages ema, {name: tensor} each; clips
     gradients, and drops them; they are means over all micro-batches and processes. (In train(), before the
-    last micro-batch, they are sums of a process's own, and micro-batches need not be alike, see UMD.) Returns
-    statistics of it, {name: a number, or a tensor that is read with the row}, for rows of log.jsonl with a
-    loss, as the first process has them; one of your own is a key more, None where it is not defined (if it
-    remembers something, save() in train() and restore() are to keep that, too; Log.write() has what stands on
-    the bar). grad_norm is that before clipping."""
+    last micro-batch, they are sums of a process's own, and micro-batches need not be alike: UMD's hold other
+    parts of the batch, and each of MAGE's draws a mask ratio.) Returns statistics of it, {name: a number, or
+    a scalar tensor that is read with the row}, for rows of log.jsonl with a loss, as the first process has
+    them; one of your own is a key more, of a name that no term has, None where it is not defined. What it has
+    to see of single micro-batches it gets in train(), behind backward(); what it remembers save() in train()
+    and restore(), which set_up() calls, are to keep; Log.write() has what stands on the bar. grad_norm is
+    that before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), recipe["grad_clip"])
     lr = probe.learning_rate(step + 1, recipe["warmup"] * recipe["steps"], recipe["steps"] + 1, recipe["lr"],
                              recipe["min_lr"] * recipe["lr"])

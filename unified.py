@@ -3034,7 +3034,7 @@ class Denoiser(Model):
 #     takes_labels        the class can be built with classes > 0, and sample_steps() takes labels, guidance
 #                         and guidance_interval. Parameters that only such a model has are called
 #                         label_embed, and --init skips them
-#     alpha_bar           the noise schedule
+#     alpha_bar           the noise schedule, which denoise() takes; without one write a loop of your own
 #     max_steps           sample.py takes no more sampling steps than these
 #     generates           it can start from nothing; if not sample_steps() takes known, mask
 #     best_t              the t of features() at which best_layer is probed; probe.py --sweep finds both
@@ -3067,7 +3067,7 @@ class Denoiser(Model):
 #   `dim`.
 # - Pixels stay float32 under autocast, by in_float32(). The tests run a model in float64, too, so what is
 #   float32, such as timestep_embedding(), is cast to the weights' type. They also change torch's default
-#   type, so torch.full((n,), t) with a float t needs dtype=x.dtype.
+#   type, so torch.full((n,), t) with a float t needs dtype=x.dtype. A float t of forward() has that, too.
 # - features() has one t for all images. If forward() has one for each, (B,), both share a function, as
 #   UMD.predict().
 # - steps may be any number from 1 on. The samples that train.py draws on the way take 20.
