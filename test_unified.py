@@ -4238,6 +4238,16 @@ def poisoned_steps(folder, bad, images=range(8), save_every=100, **recipe):
                          save_every=save_every)
 
 
+def test_a_run_that_lost_its_tokenizer_goes_on_with_that_of_its_model(finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    for file in run.glob("tokenizer.pt*"):
+        file.unlink()
+    script("train.py", "--resume", run, "--steps", 7, "--no-report", "--eval-every", 0)
+    then, now = (unified.load_model(folder)[0].tokenizer.state_dict() for folder in (finished[0], run))
+    assert all(v.equal(now[name]) for name, v in then.items()) and not (run / "tokenizer.pt").exists()
+    assert [row["step"] for row in train.read_rows(run) if row["stage"] == "model"][-1] == 7
+
+
 def test_a_run_cannot_be_resumed_with_fewer_steps_than_it_has(finished):
     printed = script("train.py", "--resume", finished[0], "--steps", 3, expect=2)
     assert "has had 6 steps, and --steps 3 is less" in printed

@@ -432,6 +432,10 @@ def get_tokenizer(cfg, train_set, test_set):
             raise UserError(f"--predictor {cfg.predictor} holds {config['arch']['model']} at --image-size "
                             f"{side}; {cfg.model} needs {wanted} at --image-size {cfg.image_size}")
         return predictor, config["arch"]
+    kept = [checkpoint_in(cfg.out_dir, [name]) for name in CHECKPOINTS] if cfg.resume is not None else [None]
+    if not cfg.tokenizer and kept[0] and not kept[1]:           # model.pt has its own
+        model, config = unified.load_model(kept[0], tell=print_once)
+        return model.tokenizer.to(cfg.device), config["arch"]["tokenizer"]
     if not cfg.tokenizer:
         return train_tokenizer(cfg, train_set, test_set)
     vqgan, arch = unified.load_tokenizer(cfg.tokenizer, print_once)

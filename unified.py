@@ -434,7 +434,7 @@ class VQGAN(nn.Module):
 # is 10,000 at most.
 #
 # MaskGIT's perceptual loss needs a pretrained network. We do without, and pay in texture: expect a clearly
-# higher reconstruction FID than the 2 to 3 of released tokenizers.
+# higher reconstruction FID (section 12) than the 2 to 3 of released tokenizers.
 
 
 def straight_through(z, codes):
@@ -586,7 +586,7 @@ class Model(nn.Module):
         """The frozen VQGAN, or None."""
         return self._modules.get("vqgan")
 
-    # ---- for the scripts. On a first reading go on to section 4; the end of section 13 explains these
+    # ---- for the scripts. On a first reading go on to section 4; what follows on section 13 explains these
 
     stem, dynamic_blocks = (), ()
     finetuning = (2.5e-4, 0.65, 0.05), (2.5e-4, 0.75, 0.1)
@@ -623,7 +623,8 @@ class Model(nn.Module):
 #
 # To save time, ceil(L / 2) tokens, all of them masked, are dropped: they do not enter the encoder. MAE drops
 # all masked ones. MAGE drops this fixed number, so that shapes stay the same from batch to batch, and the
-# other masked ones enter as [MASK]:
+# other masked ones enter as [MASK]. (Their outputs are not used later, but all tokens attend to them, as in
+# generation, where the encoder reads many.)
 #
 #     L = 256 tokens, r = 0.55: ceil(r L) = 141 are masked. Here they are sorted by their random numbers; in
 #     the encoder they stand in the order of the image
@@ -797,18 +798,109 @@ def parallel_decoding(predict, state, steps, temperature, seeds, schedule="cosin
         yield state
 
 
-# MAGE and ADDP share this loop, as the class TokenModel. Each brings a network for it, step_logits(). Who
-# calls whom in generation:
+# ------------------------------------------------------------------------------------------------------------
+# 5. MAGE: predict the masked ids
+#
+# An encoder reads what section 4 left: the visible ids and some [MASK]. Before them, at position 0, it reads
+# the class token. A decoder then predicts the masked ids:
+#
+#     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
+#     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
+#     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
+#     fill      h0    ha   h0  h0  hb  h0  h0         h0 at every masked place
+#     decode                p   p       p   p         each a softmax over the K codes
+#
+# At masked places, dropped or not, the decoder reads h0, the encoder's output at the class token. So
+# training makes h0 a summary of the image. (In section 4's example the decoder reads h0, 115 outputs of
+# visible ids, and h0 again at 141 places, all after a linear layer and with positions.) The loss is a
+# cross-entropy at masked places, with label smoothing 0.1:
+#
+#     loss = - mean over masked i of  log p(id_i | visible ids)       but for the smoothing      [MAGE, eq. 1]
+#
+# The class token is an embedded id like the others. It is the label of the image or, without a label, the
+# "fake class", which stands for any image. In training one label in ten is replaced by the fake class. Codes,
+# labels, fake class and [MASK] share one vocabulary:
+#
+#     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
+#
+# (In the authors' files the fake class has the id of class 76.)
+#
+# Generation is the loop of section 4. There, as in the official code, no [MASK] is dropped: dropping saves
+# time in training. So the network meets what it has never seen: at the start L times [MASK] in the encoder,
+# where training has L / 2 at most; in the last third of the steps, and in embed(), fewer than half of the ids
+# masked. By the paper's results it copes with that.
+
+
+class TokenEmbedding(nn.Module):
+    """LayerNorm(token + position): ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
+
+    def __init__(self, vocab_size, positions, dim, dropout):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, dim)
+        self.position_embeddings = nn.Embedding(positions, dim)
+        self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-6), nn.Dropout(dropout)
+
+    def forward(self, ids):
+        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
+
+
+class Head(nn.Module):
+    """Decoder output x (B, L, C') -> logits (B, L, V), in float32. V: the ids that weight (V, C) has, in MAGE
+    the K codes alone.
+
+    A logit is the product of the output with the embedding of that id, its row of weight, plus a bias: input
+    and output share one table (weight tying). As in the official code it is detached here: the loss trains
+    the table through the ids that the network reads, not through these products."""
+
+    def __init__(self, inp, dim, vocab_size):
+        super().__init__()
+        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)             # eps 1e-5; MAGE's others 1e-6
+        self.bias = nn.Parameter(torch.zeros(1, 1, vocab_size))
+
+    def forward(self, x, weight):
+        x = self.ln(F.gelu(self.fc(x)))                                                     # (B, L, C)
+        logits = F.linear(x, weight.detach(), self.bias[0, 0, :len(weight)])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def masked_cross_entropy(logits, target, mask):
+    """Cross-entropy with label smoothing 0.1, averaged over masked tokens (official file: models_mage.py).
+
+    logits (B, L, V)    target  ids (B, L), or probabilities (B, L, V)    mask bool (B, L)
+    """
+    logits, target = logits.flatten(0, 1), target.flatten(0, 1)                             # (B * L, ...)
+    nll = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")            # (B * L,)
+    return (nll * mask.flatten()).sum() / mask.sum()
+
+
+def learned_tokens(length, dim):
+    """A learned parameter (1, length, dim), initialised like an embedding."""
+    return nn.Parameter(torch.randn(1, length, dim) * 0.02 * (768 / dim) ** 0.5)
+
+
+def init_weights(module):
+    """MAE's and MAGE's initialisation: Xavier-uniform matrices (qkv as one), zero biases, N(0, 0.02^2)
+    embeddings. The 0.02 belongs to width 768. It is scaled so that fresh logits, products with these
+    embeddings, vary alike at any width."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
+
+
+# Generation is the same in MAGE and ADDP (section 8): the loop of section 4. So it stands in a class of its
+# own, to which each adds its network, step_logits(). Who calls whom:
 #
 #     sample                      Model: all steps, then render()
 #       sample_steps              TokenModel: seeds, temperature, inpainting
-#         parallel_decoding       above: for t = 1 ... T
+#         parallel_decoding       section 4: for t = 1 ... T
 #           guided_logits         TokenModel: the prediction, with guidance or without
 #             step_logits         MAGE, ADDP: one pass of the network
-#           num_masked, unmask    above: how many stay masked, and which
+#           num_masked, unmask    section 4: how many stay masked, and which
 #       render                    MAGE, ADDP: ids -> pixels
 #
-# Guidance, to which section 5 comes, takes a second pass in each step: without the label, or by a weaker
+# Guidance, which follows behind MAGE, takes a second pass in each step: without the label, or by a weaker
 # network, the guide. The prediction is moved away from this other one. w says how far; 1 is not at all.
 
 
@@ -904,97 +996,6 @@ class TokenModel(Model):
             return own
         other = (guide or self).step_logits(state, labels if guide else None)
         return other + w * (own - other)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 5. MAGE: predict the masked ids
-#
-# An encoder reads what section 4 left: the visible ids and some [MASK]. Before them, at position 0, it reads
-# the class token. A decoder then predicts the masked ids:
-#
-#     ids     [class]  a   _   _   b   _   _          4 of 6 tokens are masked
-#     drop    [class]  a   _       b                  3, half of all, do not enter the encoder
-#     encode    h0    ha   hm      hb                 hm, the output of [MASK], is not used by the decoder
-#     fill      h0    ha   h0  h0  hb  h0  h0         h0 at every masked place
-#     decode                p   p       p   p         each a softmax over the K codes
-#
-# At masked places, dropped or not, the decoder reads h0, the encoder's output at the class token. So
-# training makes h0 a summary of the image. (In section 4's example the decoder reads h0, 115 outputs of
-# visible ids, and h0 again at 141 places, all after a linear layer and with positions.) The loss is a
-# cross-entropy at masked places, with label smoothing 0.1:
-#
-#     loss = - mean over masked i of  log p(id_i | visible ids)       but for the smoothing      [MAGE, eq. 1]
-#
-# The class token is an embedded id like the others. It is the label of the image or, without a label, the
-# "fake class", which stands for any image. In training one label in ten is replaced by the fake class. Codes,
-# labels, fake class and [MASK] share one vocabulary:
-#
-#     0 ... K-1 codes  |  K ... K+classes-1 labels  |  fake class  |  [MASK]
-#
-# (In the authors' files the fake class has the id of class 76.)
-#
-# Generation is the loop of section 4. There, as in the official code, no [MASK] is dropped: dropping saves
-# time in training. So the network meets what it has never seen: at the start L times [MASK] in the encoder,
-# where training has L / 2 at most; in the last third of the steps, and in embed(), fewer than half of the ids
-# masked. By the results it copes with that.
-
-
-class TokenEmbedding(nn.Module):
-    """LayerNorm(token + position): ids (B, 1 + L) -> (B, 1 + L, C). Official name: BertEmbeddings."""
-
-    def __init__(self, vocab_size, positions, dim, dropout):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(vocab_size, dim)
-        self.position_embeddings = nn.Embedding(positions, dim)
-        self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-6), nn.Dropout(dropout)
-
-    def forward(self, ids):
-        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
-
-
-class Head(nn.Module):
-    """Decoder output x (B, L, C') -> logits (B, L, V), in float32. V: the ids that weight (V, C) has, in MAGE
-    the K codes alone.
-
-    A logit is the product of the output with the embedding of that id, its row of weight, plus a bias: input
-    and output share one table (weight tying). As in the official code it is detached here: the loss trains
-    the table through the ids that the network reads, not through these products."""
-
-    def __init__(self, inp, dim, vocab_size):
-        super().__init__()
-        self.fc, self.ln = nn.Linear(inp, dim), nn.LayerNorm(dim)             # eps 1e-5; MAGE's others 1e-6
-        self.bias = nn.Parameter(torch.zeros(1, 1, vocab_size))
-
-    def forward(self, x, weight):
-        x = self.ln(F.gelu(self.fc(x)))                                                     # (B, L, C)
-        logits = F.linear(x, weight.detach(), self.bias[0, 0, :len(weight)])
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def masked_cross_entropy(logits, target, mask):
-    """Cross-entropy with label smoothing 0.1, averaged over masked tokens (official file: models_mage.py).
-
-    logits (B, L, V)    target  ids (B, L), or probabilities (B, L, V)    mask bool (B, L)
-    """
-    logits, target = logits.flatten(0, 1), target.flatten(0, 1)                             # (B * L, ...)
-    nll = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")            # (B * L,)
-    return (nll * mask.flatten()).sum() / mask.sum()
-
-
-def learned_tokens(length, dim):
-    """A learned parameter (1, length, dim), initialised like an embedding."""
-    return nn.Parameter(torch.randn(1, length, dim) * 0.02 * (768 / dim) ** 0.5)
-
-
-def init_weights(module):
-    """MAE's and MAGE's initialisation: Xavier-uniform matrices (qkv as one), zero biases, N(0, 0.02^2)
-    embeddings. The 0.02 belongs to width 768. It is scaled so that fresh logits, products with these
-    embeddings, vary alike at any width."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
 
 
 class MAGE(TokenModel):
@@ -1158,10 +1159,11 @@ class MAGE(TokenModel):
 
 # Guidance. MAGE and UMD may be told the label of an image. In training one label in ten is left out, so they
 # can predict with a label and without. Classifier-free guidance exaggerates the difference that a label y
-# makes [CFG]; in MAGE this is done by guided_logits(), of section 4:
+# makes [CFG]; in MAGE this is done by guided_logits(), above:
 #
 #     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T. In UMD and ADM it is w in every step
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T: strong guidance from the start would make
+#                                        images alike. In UMD and ADM it is w in every step
 #
 #     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
 #                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
@@ -1169,8 +1171,8 @@ class MAGE(TokenModel):
 # w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
 #
 # - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
-#   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
-#   low <= progress < high; elsewhere w_t is 1.
+#   hardly matters. (In MAGE, too, the early steps are the ones to be spared.) Let progress run from 0, all
+#   noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere w_t is 1.
 # - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
 #   makes the same errors as the network, but larger ones. So the direction from its prediction to the
 #   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
@@ -1282,9 +1284,9 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
 #
 # MAGE-C adds a contrastive loss to MAGE. Two random crops of an image, its views, each of 20 % of its area or
 # more and flipped with probability 1/2, are to have similar embeddings; views of different images are not.
-# Each view is masked in its own places and goes through MAGE. The encoder's outputs, after its last norm, are
-# averaged to one vector: those at visible tokens and at [MASK], but not the class token's. Linear(C, 4096),
-# ReLU and Linear(4096, 256) turn it into z, which is scaled to length 1:
+# Each view is masked in its own places and goes through MAGE, whose loss is the mean over both. The encoder's
+# outputs, after its last norm, are averaged to one vector: those at visible tokens and at [MASK], but not the
+# class token's. Linear(C, 4096), ReLU and Linear(4096, 256) turn it into z, which is scaled to length 1:
 #
 #     loss = - mean over all 2B views a of  log( exp(z_a . z_b / tau) / sum_(v != a) exp(z_a . z_v / tau) )
 #
@@ -1944,7 +1946,7 @@ def timestep_embedding(t, dim, denominator, layout):
 #     (In both parts: with mask ratio 0, as in DiT, each term is a mean over all pixels.)
 #
 #     loss = (N / B) (L_x0 + L_eps) / 2  +  ((B - N) / B) L_clean                            [UMD, section 3]
-#                                      (/ 2: a noised image counts as much as a clean one)
+#                    two terms, so half of each: a noised image counts as much as a clean one
 #
 # The network predicts x0 and eps for every patch. At visible patches eps counts. At masked ones x0 counts:
 # nothing there tells which noise was drawn, but the rest of the image tells what the patch may show.
@@ -2396,8 +2398,8 @@ class ADMBlock(nn.Sequential):
 
 
 # The variance. How much noise should a step of sampling add? With a thousand steps that hardly matters, with
-# few it does. So ADM predicts the variance s^2 of each step, too. The best one depends on the images. It lies
-# between those of two extremes [DDPM, 3.2]:
+# few it does. So ADM predicts the variance s^2 of each step, too. The best one depends on the images, and
+# lies between those of two extremes [DDPM, 3.2]. (The one that is predicted may miss it, and lie beyond.)
 #
 #     beta~ = (1 - alpha_bar_next) / (1 - alpha_bar) * beta          if x0 were known (section 9)
 #     beta  = 1 - alpha_bar / alpha_bar_next                         if all that is known were x0 ~ N(0, 1)
@@ -2406,8 +2408,7 @@ class ADMBlock(nn.Sequential):
 # alpha_bar_next, and the variance of one, given the other, is 1 minus its square.)
 #
 # The second output v, one for each pixel and channel, goes from one to the other on a logarithmic scale:
-# v = -1 gives beta~, v = 1 gives beta. The two are marks on a scale, no limits: nothing clamps v, though
-# training tends to keep s^2 between them.
+# v = -1 gives beta~, v = 1 gives beta. Nothing clamps v, though training tends to keep s^2 between the two.
 #
 #     log s^2   = (1 + v) / 2 log beta + (1 - v) / 2 log beta~                                [iDDPM, eq. 15]
 #
@@ -2457,6 +2458,7 @@ def learned_log_variance(v, t, alpha_bar):
 #
 #     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
 #            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
+#                 with the figures above, and equal means: (0.365 - 1 + 0.694) / 2 = 0.030, or 0.043 bits
 #     L_vb = - log P(x0 | xt) / ln 2     in the last, to x0. As x0 is a byte, P is the probability, under p,
 #                                        of half a grey level around it on either side
 #
@@ -2734,12 +2736,13 @@ class ADM(Model):
 # Inpainting differs, too, in what is done and in what is approximate about it:
 #
 #     MAGE, ADDP    Unknown pixels are set to 0, and the image is tokenised. Tokens with an unknown pixel, and
-#                   their neighbours, are masked (section 4, initial_state), and decoded in the usual steps.
+#                   their neighbours, are masked (section 5, initial_state), and decoded in the usual steps.
 #                   render() pastes the known pixels over what it shows. MAGE takes labels and a guide, ADDP
 #                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves.
-#                   Approximate: what is known is read as ids, so without what the tokenizer loses, and known
-#                   pixels in masked tokens are hardly read; a seam may show where they are pasted. ADDP shows
-#                   the token that stays masked as its mean (section 8).
+#                   Approximate: what is known is read as ids (in ADDP's xt, too, it is decoded from ids), so
+#                   without what the tokenizer loses. Known pixels in masked tokens are hardly read; a seam may
+#                   show where they are pasted. Even ids far from the hole may change a little by it. ADDP
+#                   shows the token that stays masked as its mean (section 8).
 #     UMD, ADM      All pixels start as noise. After each step the known ones are put back, with as much noise
 #                   as x_next has (section 9, denoise). No patch is masked. The steps are those of generation:
 #                   UMD takes labels and a guide, ADM a guide alone, and its own variance at eta = 1.
@@ -2749,8 +2752,8 @@ class ADM(Model):
 #                   are kept (section 10, inpaint).
 #                   Approximate: these pixels are not read, and a seam may show; one step gives a mean.
 #
-# DifFeed, a head in probe.py for any of these models, feeds late blocks, which know what the image shows,
-# back to early ones. It runs the frozen network twice, at the t of the probe, with the same noise or mask:
+# DifFeed, a head in probe.py for any of these models, feeds late blocks, which know more of the image, back
+# to early ones. It runs the frozen network twice, at the t of the probe, with the same noise or mask:
 #
 #     block     1   2   3   4   5   6   7   8   9  10  11  12  13     ADM in size "tiny"
 #                   ^       ^       ^       |       |       |
@@ -2915,7 +2918,7 @@ class Denoiser(Model):
         return self.features(x, self.best_t, noise=noise)[0].mean((2, 3))                   # (B, C)
 
 
-# A method that predicts ids is a TokenModel, of section 4, which brings sample_steps() with it and asks for
+# A method that predicts ids is a TokenModel, of section 5, which brings sample_steps() with it and asks for
 # self.vqgan, step_logits() and render() instead; the other duties are the same. This is MaskGIT's network,
 # without labels and with MAGE's mask ratios: one transformer, which reads [MASK] at every masked place.
 #
