@@ -2740,8 +2740,8 @@ class ADM(Model):
 #                   render() pastes the known pixels over what it shows. MAGE takes labels and a guide, ADDP
 #                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves.
 #                   Approximate: what is known is read as ids (in ADDP's xt, too, it is decoded from ids), so
-#                   without what the tokenizer loses. Known pixels in masked tokens are hardly read; a seam may
-#                   show where they are pasted. Even ids far from the hole may change a little by it. ADDP
+#                   without what the tokenizer loses. Known pixels in masked tokens are hardly read; a seam
+#                   may show where they are pasted. Even ids far from the hole may change a little by it. ADDP
 #                   shows the token that stays masked as its mean (section 8).
 #     UMD, ADM      All pixels start as noise. After each step the known ones are put back, with as much noise
 #                   as x_next has (section 9, denoise). No patch is masked. The steps are those of generation:
