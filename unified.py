@@ -889,6 +889,34 @@ def init_weights(module):
         nn.init.normal_(module.weight, std=0.02 * (768 / module.embedding_dim) ** 0.5)
 
 
+# Guidance. MAGE and UMD may be told the label of an image. In training one label in ten is left out, so they
+# can predict with a label and without. Classifier-free guidance exaggerates the difference that a label y
+# makes [CFG]. It takes a second pass in each step:
+#
+#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
+#     w_t    = 1 + (w - 1) t / T         grows up to w in step T: strong guidance from the start would make
+#                                        images alike. In UMD and ADM it is w in every step
+#
+#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
+#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
+#
+# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
+#
+# - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
+#   hardly matters. (In MAGE, too, the early steps are the ones to be spared.) Let progress run from 0, all
+#   noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere w_t is 1.
+# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
+#   makes the same errors as the network, but larger ones. So the direction from its prediction to the
+#   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
+#   only guidance they have.
+
+
+def guidance_at(progress, w, interval):
+    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
+    low, high = interval
+    return w if low <= progress < high else 1.0
+
+
 # Generation is the same in MAGE and ADDP (section 8): the loop of section 4. So it stands in a class of its
 # own, to which each adds its network, step_logits(). Who calls whom:
 #
@@ -899,9 +927,6 @@ def init_weights(module):
 #             step_logits         MAGE, ADDP: one pass of the network
 #           num_masked, unmask    section 4: how many stay masked, and which
 #       render                    MAGE, ADDP: ids -> pixels
-#
-# Guidance, which follows behind MAGE, takes a second pass in each step: without the label, or by a weaker
-# network, the guide. The prediction is moved away from this other one. w says how far; 1 is not at all.
 
 
 class TokenModel(Model):
@@ -1155,34 +1180,6 @@ class MAGE(TokenModel):
             return F.layer_norm(mean, mean.shape[1:], eps=1e-6)
         ids = self.to_ids(x)
         return self.encode(self.input_ids(ids, torch.zeros_like(ids, dtype=torch.bool)))[:, 0]
-
-
-# Guidance. MAGE and UMD may be told the label of an image. In training one label in ten is left out, so they
-# can predict with a label and without. Classifier-free guidance exaggerates the difference that a label y
-# makes [CFG]; in MAGE this is done by guided_logits(), above:
-#
-#     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
-#     w_t    = 1 + (w - 1) t / T         grows up to w in step T: strong guidance from the start would make
-#                                        images alike. In UMD and ADM it is w in every step
-#
-#     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
-#                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
-#
-# w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
-#
-# - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
-#   hardly matters. (In MAGE, too, the early steps are the ones to be spared.) Let progress run from 0, all
-#   noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere w_t is 1.
-# - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
-#   makes the same errors as the network, but larger ones. So the direction from its prediction to the
-#   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
-#   only guidance they have.
-
-
-def guidance_at(progress, w, interval):
-    """w inside the interval (low, high), 1 outside. progress: of the step's beginning, in [0, 1)."""
-    low, high = interval
-    return w if low <= progress < high else 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1471,7 +1468,8 @@ class EchoMAGE(ContrastiveMAGE):
 #   class token and positions, and normalised again (tokenizer_norm).
 # - The decoder reads the encoder's outputs at visible places, after a linear layer. At masked places, and at
 #   position 0, where MAGE's decoder has the summary, it reads the mask token [M]. At the end come the visible
-#   ids, embedded. Visible places, masked places and ids have each a table of positions: vis, msk and id.
+#   ids, embedded. Visible places, masked places and ids have each a table of positions: vis, msk and id
+#   (in the code decoder_pos_embed_learned, decoder_pos_mask_embed and decoder_pos_token_embed).
 # - So h0, h1 and h4 are thrown away. What the blur shows reaches the decoder through h2 and h3 alone, since
 #   these have attended to it. The official code does this, too, and gives no reason. Perhaps it makes the
 #   outputs of visible patches carry the whole image.
@@ -1760,7 +1758,11 @@ class ADDP(TokenModel):
 #     here and in ADM    t = 0 ... T-1      at 0 there is a little noise already
 #     UMD                t = 0 ... T        at 0 there is none; UMD's t = 1 is t = 0 here
 #
-# (1 - alpha_bar_t / alpha_bar_(t-1) is called beta_t: the variance of the noise that timestep t adds.)
+# One gets there in small steps, each of which shrinks the image a little and adds a little noise:
+#
+#     x_t = sqrt(1 - beta_t) x_(t-1) + sqrt(beta_t) noise         alpha_bar_t: the product of 1 - beta up to t
+#
+# Normal noise added up is normal noise, so all steps together are the mixture above, which is drawn at once.
 #
 # The network reads xt and t, and predicts eps. This is the same as predicting x0, since the mixture can be
 # solved for x0. Only the errors differ, by a factor:
@@ -1786,8 +1788,9 @@ class ADDP(TokenModel):
 # A step goes only part of the way to it, and then the network is asked again.
 #
 # eta decides how much of the noise in x_next is fresh: for each eta the variances of the eps' part and of
-# the fresh noise sum to 1 - alpha_bar_next. eta = 0 adds none: this is DDIM. eta = 1 is DDPM with the
-# smaller of its two variances, beta~ (the proof is at posterior_mean(), below). One pixel, in figures:
+# the fresh noise sum to 1 - alpha_bar_next (but for ADM's own variance, section 11). eta = 0 adds none: this
+# is DDIM. eta = 1 is DDPM with the smaller of its two variances, beta~ (the proof is at posterior_mean(),
+# below). One pixel, in figures:
 #
 #     alpha_bar = 0.25, x0 = 0.8, eps = -0.4       xt = 0.5 * 0.8 + 0.866 * -0.4              =  0.0536
 #     the network predicts -0.5                    x0' = (0.0536 + 0.866 * 0.5) / 0.5         =  0.9732
@@ -2314,8 +2317,10 @@ class UMD(Model):
 #
 #     loss = mean (eps - eps'(xt, t))^2 + L_vb          t uniform in 0 ... T-1                 [iDDPM, eq. 16]
 #
-# The network reads the noised image xt and predicts the noise. It has a second output, v, which decides how
-# much noise a step of sampling adds with eta = 1, and which L_vb trains (more on both after class ADMBlock).
+# The network reads the noised image xt and predicts the noise; the first term is that of section 9. (It has a
+# second output, v, which decides how much noise a step of sampling adds with eta = 1, and which L_vb trains.
+# Both come when the network stands, after class ADMBlock.)
+#
 # The network is a U-Net of residual blocks, with attention on small maps. The side is halved on the way down
 # and doubled on the way up. The output of each block on the way down is kept, and its mirror, the block as
 # far from the other end, reads it, too:
@@ -2458,7 +2463,7 @@ def learned_log_variance(v, t, alpha_bar):
 #
 #     L_vb = KL(q || p) / ln 2           in all steps but the last                               [DDPM, eq. 5]
 #            KL = (log(s^2 / beta~) - 1 + beta~ / s^2 + (difference of the means)^2 / s^2) / 2
-#                 with the figures above, and equal means: (0.365 - 1 + 0.694) / 2 = 0.030, or 0.043 bits
+#                 with the figures above, and equal means: (0.367 - 1 + 0.693) / 2 = 0.030, or 0.043 bits
 #     L_vb = - log P(x0 | xt) / ln 2     in the last, to x0. As x0 is a byte, P is the probability, under p,
 #                                        of half a grey level around it on either side
 #
@@ -2741,7 +2746,7 @@ class ADM(Model):
 #                   a guide alone. In step 1 ADDP has no p_prev, and MAGE's serves.
 #                   Approximate: what is known is read as ids (in ADDP's xt, too, it is decoded from ids), so
 #                   without what the tokenizer loses. Known pixels in masked tokens are hardly read; a seam
-#                   may show where they are pasted. Even ids far from the hole may change a little by it. ADDP
+#                   may show where they are pasted. Ids far from the hole seldom change by it. ADDP
 #                   shows the token that stays masked as its mean (section 8).
 #     UMD, ADM      All pixels start as noise. After each step the known ones are put back, with as much noise
 #                   as x_next has (section 9, denoise). No patch is masked. The steps are those of generation:
@@ -2782,8 +2787,8 @@ class ADM(Model):
 #                        side of that one's map    8    8   16   16   32   32
 #                        taken                     *         *         *
 #
-#     transformers   all blocks of the second half but the last: 4 and 5 of 4 + 2 blocks, whose mirrors are 3
-#                    and 2; the head reads 4, best_layer
+#     transformers   all blocks whose mirror comes before them, but the last: 4 and 5 of 4 + 2 blocks, whose
+#                    mirrors are 3 and 2; the head reads 4, best_layer
 #
 # The head itself is a small transformer, whose tokens are the cells of all maps that it reads.
 
