@@ -2778,8 +2778,8 @@ class ADM(Model):
 #
 # Which b, by default?
 #
-#     ADM            of the blocks behind the middle whose maps are as large as their mirrors', the last one
-#                    of each size, but not the last of all: its mirror, 1, is a mere convolution
+#     ADM            leave out the final block, whose mirror, 1, is a mere convolution. Of the others behind
+#                    the middle whose maps are as large as their mirrors', take the last of each size
 #
 #                        block of "tiny"           8    9   10   11   12   13
 #                        side of its map           8   16   16   32   32   32
