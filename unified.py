@@ -895,7 +895,7 @@ def init_weights(module):
 #
 #     guided = logits(no label) + w_t (logits(y) - logits(no label))         in UMD of eps, not of logits
 #     w_t    = 1 + (w - 1) t / T         grows up to w in step T: strong guidance from the start would make
-#                                        images alike. In UMD and ADM it is w in every step
+#                                        images alike (Muse, 2301.00704). In UMD and ADM it is w in every step
 #
 #     two codes, w_t = 3:  no label (1, 2), label (2, 1)  ->  guided (1 + 3 * 1, 2 + 3 * -1) = (4, -1)
 #                          p of the first code:  0.27 without the label, 0.73 with it, 0.99 guided
@@ -903,8 +903,8 @@ def init_weights(module):
 # w = 1 is the plain prediction with the label, for which one pass is enough. Two variants:
 #
 # - An interval [Interval]. Diffusion needs guidance in the middle of sampling; early it harms, and late it
-#   hardly matters. (In MAGE, too, the early steps are the ones to be spared.) Let progress run from 0, all
-#   noise or all masked, to 1, the image. Guidance acts while low <= progress < high; elsewhere w_t is 1.
+#   hardly matters. Let progress run from 0, all noise or all masked, to 1, the image. Guidance acts while
+#   low <= progress < high; elsewhere w_t is 1.
 # - A guide [Autoguidance]. A weaker network, such as an earlier checkpoint, takes the place of "no label". It
 #   makes the same errors as the network, but larger ones. So the direction from its prediction to the
 #   network's leads away from the error. Both see the same labels. ADDP and ADM take no labels: a guide is the
@@ -1265,7 +1265,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
         model = UMD(**size, grid=8, clean_ratio=0.5, mask_ratio_clean=0.75, mask_ratio_noised=0.375)
     if method == "adm":
         model = ADM(image_size=32, **ADM_SIZES["tiny"])
-    # What starts at 0 in UMD and ADM is drawn at random, or only shortcuts would act; see section 12.
+    # In the untrained copy what starts at 0 in UMD and ADM is random, or only shortcuts would act (section 12).
     fresh = draw_zero_layers(copy.deepcopy(model)).eval()
     untrained = {labelled: linear_probe(fresh, labelled) for labelled in (40, 1000)}
     fit(model.train(), steps, batch_size=64 if method == "mage" else 16, peak_lr=1.5e-3)
@@ -1347,9 +1347,9 @@ class ContrastiveMAGE(MAGE):
 # loss, and where an id was masked, a new one is drawn from them:
 #
 #     ids     a  b  c  d     b is visible; a, c and d are masked
-#     drawn   x  b  y  z     x, y, z: each one of the 2nd to 16th best codes, in proportion to p among these;
+#     drawn   q  b  r  s     q, r, s: each one of the 2nd to 16th best codes, in proportion to p among these;
 #                            the best one is never drawn
-#     echo    _  b  y  _     [MASK] outside a random square; its side, one for the batch, is half to all of
+#     echo    _  b  r  _     [MASK] outside a random square; its side, one for the batch, is half to all of
 #                            the grid's
 #                            (this is one row of the grid, and the square covers its middle)
 #
@@ -1789,8 +1789,8 @@ class ADDP(TokenModel):
 #
 # eta decides how much of the noise in x_next is fresh: for each eta the variances of the eps' part and of
 # the fresh noise sum to 1 - alpha_bar_next (but for ADM's own variance, section 11). eta = 0 adds none: this
-# is DDIM. eta = 1 is DDPM with the smaller of its two variances, beta~ (the proof is at posterior_mean(),
-# below). One pixel, in figures:
+# is DDIM. eta = 1 is DDPM with the smaller of its two variances, beta~ (the proof stands before
+# posterior_mean()). One pixel, in figures:
 #
 #     alpha_bar = 0.25, x0 = 0.8, eps = -0.4       xt = 0.5 * 0.8 + 0.866 * -0.4              =  0.0536
 #     the network predicts -0.5                    x0' = (0.0536 + 0.866 * 0.5) / 0.5         =  0.9732
@@ -1961,6 +1961,9 @@ def timestep_embedding(t, dim, denominator, layout):
 #
 #     clean part             1    _    _    _    _    6    _    _     6 of 8 patches are masked
 #     loss                   -   x0   x0   x0   x0    -   x0   x0
+#
+#     With 64 patches and B = 16: 8 noised images of 4 + 40 tokens and 8 clean ones of 4 + 16 enter the
+#     encoder, and 1 + 64 tokens of each the decoder.
 #
 # The 4 class tokens are learned vectors, whose outputs summarise the image. They start equal and have no
 # positions, so they stay equal: in effect one token with four times the weight in attention. The authors'
@@ -2319,7 +2322,7 @@ class UMD(Model):
 #
 # The network reads the noised image xt and predicts the noise; the first term is that of section 9. (It has a
 # second output, v, which decides how much noise a step of sampling adds with eta = 1, and which L_vb trains.
-# Both come when the network stands, after class ADMBlock.)
+# Both are explained after class ADMBlock.)
 #
 # The network is a U-Net of residual blocks, with attention on small maps. The side is halved on the way down
 # and doubled on the way up. The output of each block on the way down is kept, and its mirror, the block as
@@ -2858,7 +2861,7 @@ def encoder_decoder_features(model, x, decoder_input, layers, add, prefix=1, con
 #     embed(x, noise=None, pool="mean")   -> a vector for each image, (B, C), as probes are to read it: they
 #                                         do not normalise it
 #
-# All else that Denoiser and MaskGIT set, such as stem, is optional; the end of this section lists it.
+# All else that Denoiser sets, such as stem, is optional; what follows on this section lists it.
 
 
 class Denoiser(Model):
@@ -3042,7 +3045,8 @@ class Denoiser(Model):
 #     takes_labels        the class can be built with classes > 0, and sample_steps() takes labels, guidance
 #                         and guidance_interval. Parameters that only such a model has are called
 #                         label_embed, and --init skips them
-#     alpha_bar           the noise schedule, which denoise() takes; without one write a loop of your own
+#     alpha_bar           the noise schedule; denoise() takes that of the visited timesteps. Without one write
+#                         a loop of your own
 #     max_steps           sample.py takes no more sampling steps than these
 #     generates           it can start from nothing; if not sample_steps() takes known, mask
 #     best_t              the t of features() at which best_layer is probed; probe.py --sweep finds both
