@@ -1024,8 +1024,9 @@ def run(cfg, first):
     for line in few_to_test_on(len(test_set)) * (cfg.head != "segment"):
         print(line)
     index = images_to_train_on(train_set, cfg)
-    if cfg.subset and cfg.head != "segment" and len(train_set.labels[index].unique()) < 2:
-        raise UserError(f"--subset {cfg.subset} names images of one class; a probe takes two or more")
+    if cfg.head != "segment" and len(train_set.labels[index].unique()) < 2:
+        raise UserError(f"{len(index)} training images are left, all of one class; take more with --limit or "
+                        "--labels, or name those of others in --subset")
     if cfg.head in RECIPES:
         cfg = fit_recipe(cfg, len(index), finetuning_of(model))
     if cfg.head in ONE_PLACE:
@@ -1488,7 +1489,7 @@ def check_flags(cfg):
         f"--save {cfg.save} is too long a name; take a shorter one":
             len(os.fsencode(os.path.basename(cfg.save))) > 240,
         f"--data-dir {cfg.data_dir} is another folder than --dataset {cfg.dataset}; leave one of them out":
-            cfg.data_dir and os.path.isdir(cfg.dataset)
+            cfg.data_dir and cfg.dataset not in ("cifar10", "imagenet") and os.path.isdir(cfg.dataset)
             and os.path.realpath(cfg.data_dir) != os.path.realpath(cfg.dataset),
         "--head finetune trains all that leads to the layer the paper reads; leave --layers, --t and --pool "
         "out": cfg.head == "finetune" and place}

@@ -40,7 +40,8 @@ from unified import UserError, flag
 # What --order takes: functions (tokens on a side, seeds (n,)) -> order, as sample_steps takes it. For a row
 # of your own extend the help of --order; if it ignores confidence check_flags() is to refuse --temperature.
 # When inpainting, what is masked is known in the call of the order only. The cell of lowest priority stays
-# masked to the end: ADDP shows its mean.
+# masked to the end: ADDP shows its mean. A set of --png-dir knows the row by its name: after a change of the
+# function begin another set.
 # Random numbers of its own: unified.hashed_uniform(seeds, 2**31, n), as decoding takes the draws below.
 ORDERS = {"confidence": lambda side, seeds: None, "halton": lambda side, seeds: halton_order(side, seeds)}
 
@@ -132,20 +133,19 @@ def run(cfg, device):
         print(f"--steps {cfg.steps}: there are {model.max_steps} {unit} only, and more steps gain nothing")
     elif cfg.steps not in (None, taken) and first:
         print(f"--steps {cfg.steps}: {taken} are taken, in strides of whole timesteps")
-    film, kept = film_path(cfg), []
+    film = film_path(cfg)
     if film.exists() and not cfg.gif and first:
         print(f"{film} is of an earlier command; --gif with --overwrite makes it anew")
     for line in idle_lines(model, cfg, taken) * first:
         print(line)
     if not cfg.image:
-        kept = generate(model, config, cfg, labels)
+        generate(model, config, cfg, labels)
     elif first and cfg.reconstruct:
         reconstruct(model, cfg)
     elif first:
         inpaint(model, cfg, labels)
     if first:
-        files = [str(file) for file in (cfg.out, film)[:1 + cfg.gif]]
-        print("; ".join(f"{file} was there and stays" if file in kept else f"wrote {file}" for file in files))
+        print(f"wrote {cfg.out}" + f", {film}" * cfg.gif)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -155,19 +155,18 @@ GRID = 64                                                       # images in the 
 
 
 def generate(model, config, cfg, labels):
-    """Images from nothing: the first 64 on a sheet and, if asked for, all as .npz or PNGs, and a film. Sheet
-    and film that an earlier start of the same --png-dir has left stay, and are returned."""
-    kept = unified.rank_zero_first(lambda: left_behind(model, config, cfg))
-    check_free(cfg, kept)
-    every, first, outputs = torch.arange(cfg.n), unified.rank_and_world()[0] == 0, []
-    if cfg.out not in kept:
-        outputs.append((every[:GRID], lambda batches: write_sheet(cfg.out, batches)))
+    """Images from nothing: the first 64 on a sheet and, if asked for, all as .npz or PNGs, and a film. If
+    this command began its --png-dir, the others are made anew."""
+    folder, note = pathlib.Path(cfg.png_dir), made_by(model, config, cfg) if cfg.png_dir else None
+    if not (note and unified.rank_zero_first(lambda: was_begun(folder, note, cfg))):
+        check_free(cfg)
+    every, first = torch.arange(cfg.n), unified.rank_and_world()[0] == 0
+    outputs = [(every[:GRID], lambda batches: write_sheet(cfg.out, batches))]
     if cfg.npz:
         shape = (cfg.n, model.image_size, model.image_size, 3)
         outputs.append((every, lambda batches: write_npz(pathlib.Path(cfg.npz), batches, shape)))
     if cfg.png_dir:
-        folder = pathlib.Path(cfg.png_dir)
-        missing = unified.rank_zero_first(lambda: missing_pngs(folder, made_by(model, config, cfg), cfg))
+        missing = unified.rank_zero_first(lambda: missing_pngs(folder, note, cfg))
         outputs.append((missing, lambda batches: write_pngs(folder, batches)))
     for index, write in outputs:
         batches = image_batches(model, cfg, index, labels)
@@ -175,10 +174,9 @@ def generate(model, config, cfg, labels):
             write(batches)
         else:
             collections.deque(batches, 0)                       # helps to make them, keeps none
-    if cfg.gif and first and str(film_path(cfg)) not in kept:
+    if cfg.gif and first:
         [(_, states)] = state_batches(model, cfg, [every[:GRID]], labels)
         write_film(film_path(cfg), frames(model, cfg, states))
-    return kept
 
 
 def inpaint(model, cfg, labels):
@@ -308,14 +306,16 @@ def load_guide(path, device, ema, heads, order):
 def write_sheet(path, batches):
     """One PNG of all images."""
     x = torch.cat([torch.from_numpy(x) for _, x in batches])                    # (n, S, S, 3)
-    unified.image_grid(x.movedim(-1, 1) / 255).save(path)
+    sheet = unified.image_grid(x.movedim(-1, 1) / 255)
+    write_file(pathlib.Path(path), functools.partial(sheet.save, format="PNG"))
 
 
 def write_film(path, frames, names=()):
     """Frames (n, 3, S, S) in [0, 1] -> a GIF of the sheet, three frames a second, the last one held."""
     sheets = [unified.image_grid(x, min_side=512, names=names) for x in frames]
     duration = [330] * (len(sheets) - 1) + [2500]
-    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=duration, loop=0)
+    write_file(pathlib.Path(path), lambda file: sheets[0].save(
+        file, "GIF", save_all=True, append_images=sheets[1:], duration=duration, loop=0))
 
 
 def frames(model, cfg, states, most=25):
@@ -368,32 +368,31 @@ def note_in(folder):
         return json.loads((folder / NOTE).read_text())
 
 
-def left_behind(model, config, cfg):
-    """The sheet and the film, if they are there and the command is one that continues its --png-dir."""
-    if not cfg.png_dir or cfg.overwrite or note_in(pathlib.Path(cfg.png_dir)) != made_by(model, config, cfg):
-        return []
-    return [str(file) for file in (cfg.out, film_path(cfg)) if os.path.exists(file)]
+def was_begun(folder, note, cfg):
+    """Whether a command with this note has begun to fill the folder. UserError if it holds images that were
+    made otherwise, or more of these."""
+    same = note_in(folder) == note
+    if (note_in(folder) or image_files(folder, [])) and not cfg.overwrite:
+        if not same:
+            raise UserError(f"{folder} holds images that other weights, options or another seed made, or no "
+                            "sample.py at all; take another --png-dir, or --overwrite, which deletes those "
+                            "that are numbered")
+        if any(int(p.stem) >= cfg.n for p in folder.glob("*.png") if p.stem.isdecimal()):
+            raise UserError(f"{folder} holds more of these images than --n {cfg.n}; name as many, or take "
+                            "another --png-dir")
+    return same
 
 
 def missing_pngs(folder, note, cfg):
-    """Numbers of the images that the folder lacks. UserError if it holds some that were made otherwise."""
+    """Numbers of the images that the folder lacks, with --overwrite all."""
     if cfg.overwrite:
         for path in folder.glob("*.png"):
             if path.stem.isdecimal():                           # else a smaller set would keep some of them
                 path.unlink()
-    elif image_files(folder, []):
-        if note_in(folder) == note:
-            if any(int(p.stem) >= cfg.n for p in folder.glob("*.png") if p.stem.isdecimal()):
-                raise UserError(f"{folder} holds more of these images than --n {cfg.n}; name as many, or "
-                                "take another --png-dir")
-            lacking = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
-            return torch.tensor(lacking, dtype=torch.long)
-        raise UserError(f"{folder} holds images that other weights, options or another seed made, or no "
-                        "sample.py at all; take another --png-dir, or --overwrite, which deletes those that "
-                        "are numbered")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / NOTE, lambda file: file.write(json.dumps(note).encode()))
-    return torch.arange(cfg.n)
+    lacking = [i for i in range(cfg.n) if not (folder / f"{i:06d}.png").exists()]
+    return torch.tensor(lacking, dtype=torch.long)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -484,11 +483,10 @@ def sheet_path(cfg):
     return path
 
 
-def check_free(cfg, kept=()):
-    """UserError if an output is there already and not among those kept. It comes last, so that other mistakes
-    are told first."""
+def check_free(cfg):
+    """UserError if an output is there already. It comes last, so that other mistakes are told first."""
     for file in filter(None, (cfg.out, cfg.gif and film_path(cfg), cfg.npz)):
-        if os.path.exists(file) and str(file) not in kept and not cfg.overwrite:
+        if os.path.exists(file) and not cfg.overwrite:
             raise UserError(f"{file} is there already; --overwrite replaces it, --out takes another name, "
                             "--seed other images")
 
@@ -589,6 +587,8 @@ def idle_lines(model, cfg, steps):
     lines = []
     if cfg.guide and same_weights(guide_of(cfg), model):
         lines.append(f"--guide {cfg.guide} has the weights of {cfg.run}, and changes nothing")
+    if steps == 1 and model.alpha_bar is not None and model.generates and not cfg.reconstruct:
+        lines.append("a single step takes pure noise for an image that is almost clean, and leaves it so")
     if steps == 1 and cfg.temperature is not None:
         lines.append("--temperature changes nothing in a single step")
     if cfg.schedule not in (None, "cosine") and not cfg.image and counts(cfg.schedule) == counts("cosine"):

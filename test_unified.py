@@ -994,6 +994,60 @@ def test_fresh_weights_are_drawn_as_the_authors_drew_them():
     assert all(v.equal(before[k]) for k, v in model.vqgan.state_dict().items())  # the tokenizer keeps its own
 
 
+def test_a_state_dict_of_our_own_is_not_read_as_a_file_of_the_authors(tmp_path):
+    for classes in (0, 10):
+        state = unified.build(unified.model_config("mage", "base", 32, tokenizer=unified.tokenizer_config(
+            "toy", 8, 32), classes=classes) | {"depth": 1, "decoder_depth": 1}).state_dict()
+        torch.save(state, tmp_path / "own.pth")
+        assert_refused(f"own.pth.* has {classes + 1} ids for labels, not 1,000", unified.load_model,
+                       tmp_path / "own.pth")
+
+
+def test_bytes_and_no_images_make_no_sheet():
+    for x in (unified.draw_shapes(torch.arange(2), 8)[0], torch.zeros(0, 3, 8, 8)):
+        with pytest.raises(ValueError, match="images must be float .*divide bytes by 255"):
+            unified.image_grid(x)
+
+
+def test_seeds_of_any_integer_type_draw_the_same_shapes():
+    (x, y), *others = (unified.draw_shapes(torch.arange(20, dtype=kind), 8)
+                       for kind in (torch.int64, torch.int32, torch.uint8))
+    assert all(x.equal(other) and y.equal(labels) for other, labels in others)
+
+
+def test_arguments_that_would_give_something_else_are_refused():
+    model, guide = mage(classes=3).eval(), mage(classes=3)
+    guide.vqgan.load_state_dict(model.vqgan.state_dict())
+    x = torch.rand(1, 3, model.image_size, model.image_size)
+    for words, call in (("fake_class is None or one of 3", lambda: mage(classes=3, fake_class=3)),
+                        ("class_tokens is 1", lambda: unified.UMD(16, 4, 32, 1, 2, 1, 0.5, 0.75, 0.4, 0, 0)),
+                        ("layers must be", lambda: model.features(x, layers=[])),
+                        ("evaluation mode", lambda: model.sample(1, guide=guide.train(), guidance=2.0))):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert model.sample(1, guide=guide.eval(), guidance=2.0, steps=2).shape == x.shape
+
+
+class Passing(unified.Denoiser):
+    def sample_steps(self, n, method="ddim", **options):
+        assert method == "ddpm"
+        yield from super().sample_steps(n, **options)
+
+
+def test_a_subclass_may_pass_options_on_and_call_one_of_them_method():
+    model, x = Passing(16, 4, 32, 1, 2).eval(), torch.rand(2, 3, 16, 16)
+    hole = torch.zeros(2, 16, 16, dtype=torch.bool)
+    hole[:, :4] = True
+    painted = model.sample(2, method="ddpm", steps=2, known=x, mask=hole)
+    assert_close(painted[:, :, 4:], x[:, :, 4:], 1e-6)
+
+
+def test_noise_of_token_models_is_of_their_weights_type():
+    model = mage().double()
+    x = torch.rand(2, 3, model.image_size, model.image_size).double()
+    assert model.features(x, t=0.5, noise=model.noise(torch.arange(2)))[0].dtype == torch.float64
+
+
 def test_the_vocabulary_is_codes_classes_fake_class_and_mask():
     model = mage(classes=3)
     assert (model.codes, model.fake_id, model.mask_id) == (32, 35, 36)
@@ -3147,7 +3201,7 @@ def test_a_subset_of_one_class_is_no_data_for_a_probe(photos, finished_adm, tmp_
     cats = sorted((photos / "train" / "cat").iterdir())
     (tmp_path / "cats.txt").write_text("\n".join(path.name for path in cats))
     printed = script("probe.py", finished_adm, "--workers", 0, "--subset", tmp_path / "cats.txt", expect=2)
-    assert "names images of one class" in printed
+    assert "24 training images are left, all of one class" in printed
 
 
 def test_an_unreadable_image_of_a_subset_is_replaced_by_one_of_the_subset(tree):
@@ -4255,6 +4309,13 @@ def test_a_run_cannot_be_resumed_with_fewer_steps_than_it_has(finished):
     assert "has had 6 steps, and --epochs 0.5 is less" in printed
 
 
+def test_nor_by_typing_its_command_with_fewer_steps(tmp_path):
+    command = ("train.py", "--model", "umd", "--eval-every", 0, "--no-report", "--out-dir", tmp_path / "run")
+    script(*command, "--steps", 2)
+    printed = script(*command, "--steps", 1, "--resume", expect=2)
+    assert "has had 2 steps of the model, and 1 is less" in printed
+
+
 def test_a_sheet_that_is_there_hides_no_other_mistake(finished, photos, tmp_path):
     out = tmp_path / "there.png"
     out.write_bytes(b"")
@@ -4355,6 +4416,10 @@ def test_a_statistic_does_not_take_the_place_of_a_term(tmp_path, monkeypatch):
         some_terms(tmp_path, plain=0.5)
     (tmp_path / "b").mkdir()
     assert some_terms(tmp_path / "b", other=0.5)["plain"] == 7.0
+    monkeypatch.setattr(train, "update", lambda *args: {**update(*args), "held_out": 7.0})
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ValueError, match="a term held_out"):                # a curve of loss.png
+        some_terms(tmp_path / "c", other=0.5)
 
 
 def test_an_image_that_alone_is_to_blame_for_such_steps_is_named(tmp_path):
@@ -6408,10 +6473,13 @@ def test_the_command_that_began_a_set_of_pngs_goes_on_with_it_typed_again(finish
     script(*command)
     whole = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     (tmp_path / "set" / "000001.png").unlink()
-    printed = script(*command, "--order", "confidence", "--schedule", "cosine")     # the usual ones
-    assert "sheet.png was there and stays" in printed and "sheet.gif was there and stays" in printed
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "sheet.png")           # of another command since
+    script(*command, "--order", "confidence", "--schedule", "cosine")   # the usual ones
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == whole
-    assert "sheet.png is there already" in script(*command, "--seed", 1, expect=2)
+    assert "which deletes those" in script(*command, "--seed", 1, expect=2)
+    for path in (tmp_path / "set").glob("*.png"):
+        path.unlink()                                                   # begun, but none is finished
+    assert "which deletes those" in script(*command, "--seed", 1, expect=2)
 
 
 def test_two_commands_may_fill_one_folder_of_pngs(tmp_path):

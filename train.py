@@ -697,7 +697,10 @@ def set_up(cfg, name, model, recipe):
     optimizer = recipe.get("optimizer", adamw)(weights, recipe)
     ema = {k: p.detach().clone() for k, p in weights.items()} if recipe["ema"] else {}
     step = restore(cfg, name, model, optimizer, ema)            # 0 if there is none
-    if step >= recipe["steps"]:
+    if step > recipe["steps"]:
+        raise UserError(f"{cfg.out_dir} has had {step} steps of the {name}, and {recipe['steps']} is less; "
+                        "take more")
+    if step == recipe["steps"]:
         print_once(f"{name}: all {recipe['steps']} steps are done")
     if cfg.compile:
         probe.compile_blocks(model)
@@ -836,7 +839,8 @@ def read_rows(folder):
     return [r for r in rows if isinstance(r, dict) and isinstance(r.get("step"), int) and "stage" in r]
 
 
-ROW = "stage", "step", "lr", "grad_norm", "images_per_second", "memory_gib"   # of log.jsonl, beside the terms
+# Names in rows of log.jsonl, beside the terms.
+ROW = "stage", "step", "lr", "grad_norm", "images_per_second", "memory_gib", "held_out"
 
 
 def check_scalar(name, value, taken):
@@ -923,7 +927,7 @@ class Log:
         self.check_finite(step)
         means, cuda = self.means(), self.cfg.device.startswith("cuda")
         for name in stats.keys() - {"lr", "grad_norm"}:
-            check_scalar(name, 0.0 if stats[name] is None else stats[name], (*ROW, *means))
+            check_scalar(name, 0.0 if stats[name] is None else stats[name], (*ROW, *means, "masked"))
         row = {name: None if v is None or not math.isfinite(v) else float(v)
                for name, v in {**means, **stats}.items()}
         rate = (step - self.seen) * self.recipe["batch_size"] / (time.perf_counter() - self.since)

@@ -963,7 +963,7 @@ class TokenModel(Model):
 
     def noise(self, seeds):
         """What features(noise=) takes, decided by each image's seed: int64 (B,) -> (B, L) in (0, 1)."""
-        return hashed_uniform(seeds, 0, self.length)
+        return hashed_uniform(seeds, 0, self.length).to(next(self.parameters()).dtype)
 
     def initial_state(self, n, known=None, mask=None):
         """The Decoding to begin with. From nothing, all tokens are masked.
@@ -1043,6 +1043,8 @@ class MAGE(TokenModel):
                  classes=0, fake_class=None, dropout=0.1):
         super().__init__(vqgan, image_size)
         own, self.classes = fake_class is None, classes         # own: the fake class has an id of its own
+        if not own and not 0 <= fake_class < classes:
+            raise ValueError(f"fake_class is None or one of {classes} classes, not {fake_class}")
         self.fake_id = self.codes + (classes if own else fake_class)
         self.mask_id = self.codes + classes + (1 if own else 0)
         vocab_size = self.mask_id + 1
@@ -1265,7 +1267,7 @@ def main(method="mage", tokenizer_steps=600, steps=900, out="shapes.png"):
         model = UMD(**size, grid=8, clean_ratio=0.5, mask_ratio_clean=0.75, mask_ratio_noised=0.375)
     if method == "adm":
         model = ADM(image_size=32, **ADM_SIZES["tiny"])
-    # In the untrained copy what starts at 0 in UMD and ADM is random, or only shortcuts would act (section 12).
+    # In the untrained copy what starts at 0 in UMD and ADM is random: else only shortcuts act (section 12).
     fresh = draw_zero_layers(copy.deepcopy(model)).eval()
     untrained = {labelled: linear_probe(fresh, labelled) for labelled in (40, 1000)}
     fit(model.train(), steps, batch_size=64 if method == "mage" else 16, peak_lr=1.5e-3)
@@ -2051,6 +2053,8 @@ class UMD(Model):
         if image_size % grid:
             raise ValueError(f"image size {image_size} is not a multiple of the grid, {grid}")
         ratios = clean_ratio, mask_ratio_clean, mask_ratio_noised
+        if class_tokens < 1:
+            raise ValueError(f"class_tokens is 1 or more, not {class_tokens}")
         if not all(0 <= r <= 1 for r in ratios) or int(grid ** 2 * (1 - max(ratios[1:]))) < 1:
             raise ValueError("clean_ratio lies in [0, 1], mask ratios in [0, 1), and leave a patch visible; "
                              f"not {', '.join(map(str, ratios))}")
@@ -3348,13 +3352,16 @@ def published_mage(state, heads=None):
     tokenizer = published_tokenizer(sub_state(state, "vqgan."))
     vocab_size, width = state["token_emb.word_embeddings.weight"].shape
     positions, decoder_width = state["decoder_pos_embed_learned"].shape[1:]
+    classes = vocab_size - tokenizer["codebook_size"] - 1
+    if classes != 1000:                                 # else a model of ours would be read as another one
+        raise ValueError(f"its vocabulary has {classes} ids for labels, not 1,000 as the authors' files; a "
+                         "model of your own is rebuilt by build() and load_state_dict()")
     heads = heads or PUBLISHED_HEADS[width]
     stride = 2 ** (len(tokenizer["ch_mult"]) - 1)
     config = {"model": "mage", "tokenizer": tokenizer, "image_size": math.isqrt(positions - 1) * stride,
               "width": width, "depth": count_blocks(state, "blocks."), "heads": heads[0],
               "decoder_width": decoder_width, "decoder_depth": count_blocks(state, "decoder_blocks."),
-              "decoder_heads": heads[1], "classes": vocab_size - tokenizer["codebook_size"] - 1,
-              "fake_class": 76}
+              "decoder_heads": heads[1], "classes": classes, "fake_class": 76}
     with torch.device("meta"):
         ours = build(config).state_dict().keys()
     kept = {k: v for k, v in state.items() if k in ours}
@@ -3514,7 +3521,7 @@ def draw_shapes(seeds, size, numbers=None, masks=False):
     turned by quarters give or take 9 degrees, always wholly visible. All that is random about them is
     numbers (B, 7) in (0, 1): kind, colour, radius, x, y, quarter turn, further turn; drawn if None.
     masks: with a fourth channel, what each pixel shows: 1 for ground, 2 for the first shape, and so on."""
-    numbers = hashed_uniform(seeds, 0, 7) if numbers is None else numbers
+    numbers = hashed_uniform(seeds.long(), 0, 7) if numbers is None else numbers
     kind, color, radius, cx, cy, turn, wobble = numbers[:, :, None, None].unbind(1)
     radius = size / 32 * (10.5 + 2.5 * radius)
     cx, cy = (size / 32 * (14.5 + 3 * c) for c in (cx, cy))
@@ -3647,7 +3654,8 @@ def fits(v, form, weight, near=False, wait=False):
         return listed and all(is_number(b, "int", low, high) for b in v)
     if kind in ("layers", "maps"):
         several = typing.Mapping if kind == "maps" else typing.Collection
-        return isinstance(v, several) and all(is_number(b, "int", low, high) for b in v)
+        return isinstance(v, several) and (len(v) > 0 or kind == "maps") and \
+            all(is_number(b, "int", low, high) for b in v)
     if shape is None:
         return is_number(v, kind, low, high)
     return is_tensor(v, kind, shape.split(", "), low, high, weight, near, wait)
@@ -3717,24 +3725,25 @@ def takes(signature, name):
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def checked(method, args, options):
-    """Call a method if its arguments are of the forms that its class states, else ValueError. Integers become
-    int or int64; labels and seeds go to the model's device."""
+def checked(method, name, args, options):
+    """Call a method of this name if its arguments are of the forms that its class states, else ValueError.
+    Integers become int or int64; labels and seeds go to the model's device."""
     signature, model = inspect.signature(method), args[0]
-    if unknown := [name for name in options if not takes(signature, name)]:
-        raise ValueError(f"{type(model).__name__}.{method.__name__} takes no {unknown[0]}; it takes "
+    if unknown := [option for option in options if not takes(signature, option)]:
+        raise ValueError(f"{type(model).__name__}.{name} takes no {unknown[0]}; it takes "
                          + ", ".join([*signature.parameters][1:]))
     given = signature.bind(*args, **options)
     given.apply_defaults()
     a, weight = given.arguments, next(model.parameters())
     if weight.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"weights must be float32, not {weight.dtype}; torch.autocast computes in less")
-    known, generating = a.get("known") is not None, method.__name__ == "sample_steps"
-    if generating and (known != (a.get("mask") is not None) or not (known or model.generates)):
+    whole = {**a, **options}                            # with what **options passes on to a parent's method
+    known, generating = whole.get("known") is not None, name == "sample_steps"
+    if generating and (known != (whole.get("mask") is not None) or not (known or model.generates)):
         raise ValueError("known and mask go together, and a model that cannot start from nothing needs both")
-    size = letters_of(model, a)
+    size = letters_of(model, whole)
     for key, v in a.items():
-        form = form_of(model, method.__name__, key).format(**size)
+        form = form_of(model, name, key).format(**size)
         if not form or v is None and signature.parameters[key].default is None:
             continue
         near = key in ("labels", "seeds", "t")
@@ -3754,7 +3763,9 @@ def checked(method, args, options):
             a[key] = int(v)
     if a.get("guide") is not None and not can_guide(a["guide"], model):
         raise ValueError(f"guide must be None or a model {GUIDE}")
-    if a.get("guidance", 1) != 1 and a.get("labels") is None and a.get("guide") is None:
+    if a.get("guide") is not None and a["guide"].training and not model.training:
+        raise ValueError("guide must be in evaluation mode, as the model is: call its eval()")
+    if a.get("guidance", 1) != 1 and whole.get("labels") is None and whole.get("guide") is None:
         raise ValueError(f"guidance must be 1 without labels or a guide, not {a['guidance']}")
     return method(*given.args, **given.kwargs)
 
@@ -3762,9 +3773,15 @@ def checked(method, args, options):
 def guard(cls, public=("forward", "sample_steps", "reconstruct", "noise", "features", "embed")):
     """Let checked() stand before the public methods that a class defines."""
     for name in vars(cls).keys() & set(public):
-        method = vars(cls)[name]
-        setattr(cls, name, functools.wraps(method)(
-            lambda *args, method=method, **options: checked(method, args, options)))
+        setattr(cls, name, guarded(vars(cls)[name], name))
+
+
+def guarded(method, name):
+    """The method of this name, behind checked()."""
+    @functools.wraps(method)
+    def call(*args, **options):
+        return checked(method, name, args, options)
+    return call
 
 
 def with_subclasses(cls):
@@ -3935,15 +3952,16 @@ def parse_flags(cls, doc, argv=None):
 
 def file_remedy(path, error):
     """What to do about a file that could not be read because of error, in words."""
-    run = pathlib.Path(path).parent
+    path = pathlib.Path(path)
+    run = path.parent
     if isinstance(error, FileNotFoundError):
         return "look for it, or name another"
     if os.path.isdir(path):
         return "it is a folder, name a file"
-    if os.path.exists(run / "model.pt") and "model.pt" not in str(path):
-        return f"name the run, {run}"
     if isinstance(error, PIL.UnidentifiedImageError):
         return "it is no image, or of a kind that Pillow does not know"
+    if os.path.exists(run / "model.pt") and path.suffix == ".pt" and "model.pt" not in path.name:
+        return f"name the run, {run}"
     if os.path.exists(f"{path}.prev"):
         return f"if it is damaged, rename {path}.prev to it"
     return "if it is damaged, copy or download it again"
@@ -4167,6 +4185,9 @@ def read_image(path, size):
 def image_grid(x, columns=8, min_side=1024, names=(), rows=()):
     """Images (n, 3, S, S) in [0, 1] -> one PIL image, row by row with thin white lines; small ones are
     enlarged to about min_side pixels. names: of the columns, then as many as there are; rows: of the rows."""
+    if x.dim() != 4 or not len(x) or not x.is_floating_point():
+        raise ValueError(f"images must be float (n, 3, S, S) in [0, 1], one or more, not {x.dtype} "
+                         f"{tuple(x.shape)}; divide bytes by 255")
     n, _, side, _ = x.shape
     columns = len(names) or min(columns, n)
     zoom = max(1, min_side // (columns * side))
