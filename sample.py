@@ -91,7 +91,8 @@ class Config:
 
     out: str = flag("", "the PNG to write [samples-<seed>.png in the run's folder]", group="where to")
     npz: str = flag("", "also write all images to this file, as arr_0, uint8 (N, S, S, 3)")
-    png_dir: str = flag("", "also write each image to this folder; what this command began is continued")
+    png_dir: str = flag("", "also write each image to this folder; what this command began is continued, and "
+                            "its other files are made anew")
     overwrite: bool = flag(False, "replace files that are there")
 
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps",

@@ -199,7 +199,7 @@ def resumed(given):
     length = {name: given[name] for name in ("steps", "epochs") if given.get(name)}
     for name, value in length.items():
         asked = unified.steps_of({**state["config"], "steps": None, **length})
-        if path.name == "model.pt" and asked < state["step"]:
+        if path.name == "model.pt" and 0 < asked < state["step"]:       # 0: an older config does not say
             raise UserError(f"{folder} has had {state['step']} steps, and --{name} {value:g} is less; "
                             "leave it out, or take more")
     config = dict(state["config"], out_dir=str(folder))
