@@ -4300,6 +4300,9 @@ def test_a_run_that_lost_its_tokenizer_goes_on_with_that_of_its_model(finished, 
     then, now = (unified.load_model(folder)[0].tokenizer.state_dict() for folder in (finished[0], run))
     assert all(v.equal(now[name]) for name, v in then.items()) and not (run / "tokenizer.pt").exists()
     assert [row["step"] for row in train.read_rows(run) if row["stage"] == "model"][-1] == 7
+    lent, arch = unified.load_tokenizer(run)                            # and lends it
+    assert all(v.equal(then[name]) for name, v in lent.state_dict().items())
+    unified.build(arch).load_state_dict(then)
 
 
 def test_a_run_cannot_be_resumed_with_fewer_steps_than_it_has(finished):

@@ -432,13 +432,11 @@ def get_tokenizer(cfg, train_set, test_set):
             raise UserError(f"--predictor {cfg.predictor} holds {config['arch']['model']} at --image-size "
                             f"{side}; {cfg.model} needs {wanted} at --image-size {cfg.image_size}")
         return predictor, config["arch"]
-    kept = [checkpoint_in(cfg.out_dir, [name]) for name in CHECKPOINTS] if cfg.resume is not None else [None]
-    if not cfg.tokenizer and kept[0] and not kept[1]:           # model.pt has its own
-        model, config = unified.load_model(kept[0], tell=print_once)
-        return model.tokenizer.to(cfg.device), config["arch"]["tokenizer"]
-    if not cfg.tokenizer:
+    own = [checkpoint_in(cfg.out_dir, [name]) for name in CHECKPOINTS]
+    lost = cfg.resume is not None and own[0] and not own[1]     # model.pt has it, too
+    if not cfg.tokenizer and not lost:
         return train_tokenizer(cfg, train_set, test_set)
-    vqgan, arch = unified.load_tokenizer(cfg.tokenizer, print_once)
+    vqgan, arch = unified.load_tokenizer(cfg.tokenizer or cfg.out_dir, print_once)
     if cfg.image_size % vqgan.stride:
         raise UserError(f"--tokenizer {cfg.tokenizer} needs an --image-size that is a multiple of "
                         f"{vqgan.stride}, not {cfg.image_size}")

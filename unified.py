@@ -4097,8 +4097,12 @@ def tokenizer_beside(path):
 
 def load_tokenizer(path, tell=print):
     """Trained VQGAN and its config from a run folder, a tokenizer.pt, or a published tokenizer file. tell: as
-    for load_model."""
-    path = pathlib.Path(path, "tokenizer.pt" if os.path.isdir(path) else "")
+    for load_model. A run without a tokenizer.pt has it in its model.pt, if its model reads ids."""
+    path, run = pathlib.Path(path, "tokenizer.pt" if os.path.isdir(path) else ""), pathlib.Path(path)
+    if path != run and not any(run.glob("tokenizer.pt*")) and (run / "model.pt").exists():
+        model, config = load_model(run, tell=tell)
+        if model.tokenizer:
+            return model.tokenizer, config["arch"].get("predictor", config["arch"])["tokenizer"]
     state = load_checkpoint(path)
     with reading(path, "a tokenizer of train.py or a published one"):
         if isinstance(state.get("config"), dict) and "tokenizer_arch" in state["config"]:
