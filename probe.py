@@ -1413,6 +1413,8 @@ def measure_samples(body, model, x, train_set, test_set, cfg):
         title = "test images through the tokenizer"
         found[title] = features(title, test_set, change=lambda x: model.reconstruct(x)[0])
     found["noise"] = features("noise", noise)
+    if min(map(len, found.values())) < 4:
+        raise UserError("fewer than 4 of the images to test on can be read, and --samples needs 4; mend them")
     near = reference[shuffled(len(reference), 0)[:n]]
     with progress_bar(len(found), "distances", "set") as bar:
         for title, z in found.items():
