@@ -2480,9 +2480,9 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
     images have another size. One known by what lies in its folder comes after check_folder(). If its files
     may change, its layout says which they are, such as "in memory, MD5 1f3a"; else --resume and probe.py go
     on with others, if number and classes are the same. If they have moved, data_dir says where to: a run
-    keeps the first name. If its test images are those to train on, set unseen
-    to False, and say so in summary. Half of all crops are mirrored. For --head segment open_masks() is asked
-    instead. The help of --dataset names all kinds.
+    keeps the first name. If its test images are those to train on, set unseen to False, and say so in
+    summary. Half of all crops are mirrored. For --head segment open_masks() is asked instead. The help of
+    --dataset names all kinds.
     """
     root = pathlib.Path(data_dir or (f"data/{dataset}" if dataset in ("cifar10", "imagenet") else dataset))
     if dataset == "shapes":
@@ -2496,7 +2496,7 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
         return ImageTensor(*cifar10(root, train), (crop, 1.0), device)
     check_folder(root)
     if train is None:
-        others, others_told = [], ""
+        others, no_labels = [], ""
         files, labels, classes = image_files(root, others), {}, []
         try:
             _, classes, parts, _ = find_images(root)
@@ -2504,14 +2504,14 @@ def open_data(dataset, data_dir, size, train, device="cpu", strict=False, crop=0
         except UserError as error:                                      # a layout that no training takes
             if not files:
                 raise
-            others_told = f"no labels: {error}".partition("; expected")[0]
+            no_labels = f"no labels: {error}".partition("; expected")[0]
         named = {name: c for c, name in enumerate(classes)} if labels else {}       # as in a third part, test
         for path in set(files) - labels.keys():
             inside = [named[name] for name in path.relative_to(root).parts[:-1] if name in named]
             labels[path] = inside[0] if inside else -1
         labels = [labels[path] for path in files]
         return ImageFolder(root, files, labels, classes, size, (crop, 1.0), strict, device,
-                           summary="\n".join(filter(None, [others_told, *no_images(root, others)])))
+                           summary="\n".join(filter(None, [no_labels, *no_images(root, others)])))
     layout, classes, parts, summary = find_images(root)
     files, labels = parts[train] if parts[train][0] else parts[True]
     data = ImageFolder(root, files, labels, classes, size, (crop, 1.0), strict, device, layout, summary)

@@ -372,8 +372,9 @@ def note_in(folder):
 def was_begun(folder, note, cfg):
     """Whether a command with this note has begun to fill the folder. UserError if it holds images that were
     made otherwise, or more of these."""
-    same = note_in(folder) == note
-    if (note_in(folder) or image_files(folder, [])) and not cfg.overwrite:
+    found = note_in(folder)
+    same = found == note
+    if (found or image_files(folder, [])) and not cfg.overwrite:
         if not same:
             raise UserError(f"{folder} holds images that other weights, options or another seed made, or no "
                             "sample.py at all; take another --png-dir, or --overwrite, which deletes those "
